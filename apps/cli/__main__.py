@@ -1,0 +1,7 @@
+"""`python -m isthmus.apps.cli` is `isthmus`."""
+
+import sys
+
+from isthmus.apps.cli.main import main
+
+sys.exit(main())

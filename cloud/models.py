@@ -1,0 +1,98 @@
+"""The models behind a service: a part that computes, the files that devices may fetch, and the sessions on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isthmus.cloud.files import BundleFiles
+from isthmus.cloud.scheduler import State
+from isthmus.cloud.session import Session
+from isthmus.engine.part import KvConfig, Part
+from isthmus.protocol.errors import ServiceError
+from isthmus.protocol.messages import Offer
+from isthmus.protocol.tensors import CODECS
+
+
+@dataclass(eq=False)
+class Model:
+    """A model being served.
+
+    Attributes:
+        offer: what Welcome says of it.
+        part: runs all its layers.
+        kv: format and size of the part's KV.
+        files: its bundle for devices, None when it is not given out.
+        sessions: all that use it.
+        ready: those with work for the engine, by number.
+        schedule: the scheduler's memory.
+    """
+
+    offer: Offer
+    part: Part
+    kv: KvConfig
+    files: BundleFiles | None = None
+    sessions: set[Session] = field(default_factory=set)
+    ready: dict[int, Session] = field(default_factory=dict)
+    schedule: State = field(default_factory=State)
+
+    @property
+    def held_tokens(self) -> int:
+        """KV positions held by sessions."""
+        return sum(session.committed for session in self.sessions)
+
+    def close(self) -> None:
+        """Frees the engine and the files."""
+        for session in self.sessions:
+            session.sequence.close()
+        self.sessions.clear()
+        self.ready.clear()
+        self.part.close()
+        if self.files is not None:
+            self.files.close()
+
+
+def serve_part(
+    part: Part, model_id: str, name: str, *, kv: KvConfig | None = None, files: BundleFiles | None = None
+) -> Model:
+    """A model from a part that is open already.
+
+    Raises:
+        ServiceError: the part lacks the model's last layers.
+    """
+    config = part.config
+    if part.end != config.n_layers:
+        raise ServiceError(f"{name} ends at layer {part.end} of {config.n_layers}", "a cloud needs the last layers")
+    kv = kv or KvConfig()
+    offer = Offer(
+        model_id,
+        name,
+        config.n_layers,
+        config.d_model,
+        config.vocab_size,
+        part.numerics.id,
+        part.numerics.exact,
+        (kv.format,),
+        CODECS,
+        config.context_length,
+    )
+    return Model(offer, part, kv, files)
+
+
+def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None) -> Model:
+    """A model from a bundle's folder.
+
+    Args:
+        threads: of the engine, 0 for its own choice.
+
+    Raises:
+        BundleError: no bundle, or not a whole one.
+        EngineError: no back end runs it here.
+    """
+    from isthmus.engine import open_part
+    from isthmus.split.bundle import Bundle
+
+    bundle = Bundle.open(folder)
+    kv = kv or KvConfig()
+    part = open_part(bundle, 0, bundle.config.n_layers, threads=threads, kv=kv)
+    return serve_part(part, bundle.manifest.model_id, bundle.manifest.name, kv=kv, files=BundleFiles(folder))

@@ -1,0 +1,619 @@
+"""The service: one thread that receives, schedules, computes and answers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from isthmus.cloud.admission import Load, ServiceLimits, refusal
+from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.models import Model
+from isthmus.cloud.peers import Peer, ServerTransport
+from isthmus.cloud.scheduler import Demand, Pick, step
+from isthmus.cloud.session import Session, Shape
+from isthmus.cloud.work import Refusal, Reply
+from isthmus.engine.part import Rows as EngineRows
+from isthmus.protocol.errors import EngineError, IsthmusError, OutOfBlocks, ProtocolError, ServiceError
+from isthmus.protocol.keys import AllowList
+from isthmus.protocol.limits import LIMITS, LinkLimits
+from isthmus.protocol.messages import (
+    MIN_VERSION,
+    VERSION,
+    Bye,
+    Cancel,
+    Close,
+    Code,
+    Fault,
+    Generate,
+    GetManifest,
+    GetRange,
+    Hello,
+    Limits,
+    Manifest,
+    Message,
+    Open,
+    Ping,
+    Pong,
+    Range,
+    Rows,
+    Truncate,
+    Welcome,
+    agree,
+    decode,
+)
+from isthmus.protocol.transport import Incoming
+
+_log = logging.getLogger("isthmus.cloud")
+_MESSAGES_A_TURN = 64
+_RANGES_A_TURN = 8
+_CHORES_S = 0.05
+_REFRESH_S = 1.0
+_MAX_REFUSED = 20
+_LOCAL = "local"  # principal of connections in the clear, which only this machine can make
+
+
+class Service:
+    """Serves models to devices.
+
+    Args:
+        models: what is served; closed with the service.
+        transport: where devices connect; closed with the service.
+        allowed: whose keys are whose; None when the transport is in the clear.
+        clock: seconds, monotonic.
+
+    Raises:
+        ServiceError: no model, or one twice.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        transport: ServerTransport,
+        allowed: AllowList | None = None,
+        *,
+        limits: ServiceLimits | None = None,
+        link_limits: LinkLimits = LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.models = {model.offer.model_id: model for model in models}
+        if not models or len(self.models) < len(models):
+            raise ServiceError("no model, or the same model twice", "name each bundle once")
+        self.limits = limits or ServiceLimits()
+        self.metrics = Metrics()
+        self._transport = transport
+        self._allowed = allowed
+        self._link_limits = link_limits
+        self._clock = clock
+        self._peers: dict[bytes, Peer] = {}
+        self._sessions: dict[bytes, tuple[Session, Model]] = {}
+        self._numbers: dict[Session, int] = {}
+        self._count = 0
+        self._bulk: deque[Peer] = deque()
+        self._refused: dict[Session, int] = {}
+        self._stop_asked = False
+        self._stop_by_s: float | None = None
+        self._closed = False
+        self._chores_at_s = self._refresh_at_s = 0.0
+        self._handlers: dict[type, Callable[[Peer, Any, str, int, float], None]] = {
+            Open: self._open,
+            Rows: self._rows,
+            Generate: self._rows,
+            Cancel: self._cancel,
+            Close: self._close_session,
+            Truncate: self._truncate,
+            GetManifest: self._get_manifest,
+            GetRange: self._get_range,
+        }
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the real port."""
+        return self._transport.address
+
+    def run(self) -> None:
+        """Serves until `stop`, then finishes what is under way within the limits and closes."""
+        try:
+            while not self._stop_asked:
+                self.turn(100.0)
+            self._say_bye()
+            while self._stop_by_s is not None and self._clock() < self._stop_by_s and self._busy():
+                self.turn(10.0)
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Asks `run` to end; from any thread or signal handler."""
+        self._stop_asked = True
+
+    def close(self) -> None:
+        """Closes transport and models at once; `run` calls it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._transport.close()
+        for model in self.models.values():
+            model.close()
+
+    def health(self) -> dict[str, Any]:
+        """What /health answers."""
+        return {
+            "status": "stopping" if self._stop_asked else "ok",
+            "version": VERSION,
+            "models": [model.offer.name for model in self.models.values()],
+            "sessions": len(self._sessions),
+            "connections": len(self._peers),
+        }
+
+    def turn(self, timeout_ms: float) -> None:
+        """One round: receives what is there (waits only when idle), computes one step of each model, answers."""
+        self._transport.poll(0.0 if self._bulk or self._busy() else timeout_ms)
+        for _ in range(_MESSAGES_A_TURN):
+            incoming = self._transport.recv()
+            if incoming is None:
+                break
+            self._receive(incoming)
+        stepped = False
+        for model in self.models.values():
+            if model.ready:
+                self._step(model)
+                stepped = True
+        if self._bulk:
+            self._send_ranges(1 if stepped else _RANGES_A_TURN)
+        now_s = self._clock()
+        if now_s >= self._chores_at_s:
+            self._chores_at_s = now_s + _CHORES_S
+            self._chores(now_s)
+
+    # Receiving
+
+    def _receive(self, incoming: Incoming) -> None:
+        route, key, frames = incoming
+        now_s = self._clock()
+        size = sum(map(len, frames))
+        self.metrics.messages += 1
+        self.metrics.bytes_in += size
+        peer = self._peers.get(route)
+        try:
+            message = decode(frames)
+        except ProtocolError as error:
+            self.metrics.malformed += 1
+            self._tell(route, Fault(Code.BAD_MESSAGE, error.problem[:1000], error.remedy))
+            if peer is not None:
+                peer.took(size)
+                peer.done(size)
+            return
+        principal = _LOCAL if self._allowed is None else self._allowed.principal(key)
+        if principal is None:
+            self._tell(route, Fault(Code.NOT_ALLOWED, "this key is not allowed any more", "ask the cloud's owner"))
+        elif type(message) is Hello:
+            self._hello(route, message, now_s)
+        elif peer is None:
+            self._tell(route, Fault(Code.VERSION, "there was no Hello on this connection", "connect again"))
+        else:
+            peer.heard_s = now_s
+            if type(message) is Ping:
+                peer.send(Pong(message.sent_us))
+            self._dispatch(peer, message, principal, size, now_s)
+
+    def _dispatch(self, peer: Peer, message: Message, principal: str, size: int, now_s: float) -> None:
+        within = peer.took(size)
+        handler = self._handlers.get(type(message))
+        if handler is None or not within:
+            peer.done(size)
+            if not within:
+                self._refuse(peer, message, Refusal(Code.BAD_MESSAGE, "more bytes under way than credit was given"))
+            return
+        try:
+            handler(peer, message, principal, size, now_s)
+        except Refusal as error:
+            peer.done(size)
+            self._refuse(peer, message, error)
+        except ProtocolError as error:
+            peer.done(size)
+            self.metrics.malformed += 1
+            self._refuse(peer, message, Refusal(Code.BAD_MESSAGE, error.problem, error.remedy))
+        except IsthmusError as error:
+            peer.done(size)
+            self._refuse(peer, message, Refusal(Code.ENGINE, error.problem, error.remedy))
+
+    def _hello(self, route: bytes, message: Hello, now_s: float) -> None:
+        version = agree(message.version, message.min_version)
+        if version is None:
+            problem = f"this cloud speaks protocol versions {MIN_VERSION} to {VERSION}, the device {message.version}"
+            older = "device" if message.version < MIN_VERSION else "cloud"
+            self._tell(route, Fault(Code.VERSION, problem, f"update isthmus on the {older}"))
+            return
+        peer = self._peers.get(route)
+        if peer is None:
+            if len(self._peers) >= self.limits.max_peers:
+                retry_ms = self.limits.busy_retry_ms
+                self._tell(route, Fault(Code.BUSY, "this cloud has all connections it takes", "later", retry_ms))
+                return
+            peer = self._peers[route] = Peer(
+                route,
+                self._transport,
+                self.metrics,
+                credit_bytes=self._link_limits.credit_bytes + self._link_limits.max_message_bytes,
+                max_outbox_bytes=self.limits.max_outbox_bytes,
+            )
+            _log.info("a device connected (%s)", message.agent or "unnamed")
+        peer.heard_s = now_s
+        link = self._link_limits
+        limits = Limits(link.max_message_bytes, link.credit_bytes, link.heartbeat_ms, link.max_rows)
+        offers = tuple(model.offer for model in self.models.values())
+        peer.send(Welcome(version, MIN_VERSION, (), offers, limits))
+
+    def _open(self, peer: Peer, message: Open, principal: str, size: int, now_s: float) -> None:
+        self._only_while_running()
+        model = self._model(message.model_id)
+        offer = model.offer
+        if message.kv_format not in offer.kv_formats:
+            raise Refusal(Code.UNSUPPORTED, f"KV format {message.kv_format!r}", f"use {', '.join(offer.kv_formats)}")
+        if message.numerics and message.numerics != offer.numerics:
+            raise Refusal(
+                Code.UNSUPPORTED,
+                f"the device counts on numerics {message.numerics}, this cloud has {offer.numerics}",
+                "use the same engine on both sides, or do without exactness",
+            )
+        if not model.part.start <= message.enter < offer.n_layers:
+            raise Refusal(
+                Code.UNSUPPORTED,
+                f"rows that enter at layer {message.enter}",
+                f"this cloud holds layers {model.part.start} to {offer.n_layers - 1}",
+            )
+        known = self._sessions.get(message.session)
+        if known is not None and known[0].principal != principal:
+            raise Refusal(Code.NOT_ALLOWED, "this session belongs to another key", "open one of your own")
+        if known is not None:
+            session, before = known
+            if message.epoch < session.epoch:
+                raise Refusal(Code.STALE_EPOCH, f"epoch {session.epoch} owns the session", "raise the epoch")
+            moved = session.route != peer.route
+            session.resume(message.epoch, peer.route, message.alias)
+            if before is not model or session.enter != message.enter or session.window != message.window:
+                self._forget(session)
+                session = self._new_session(model, message, principal)
+            elif moved:
+                session.freed_bytes = 0
+        else:
+            self._admit(model, message, principal, now_s)
+            session = self._new_session(model, message, principal)
+        if len(peer.aliases) >= 2 * self.limits.max_sessions_per_principal and message.alias not in peer.aliases:
+            raise self._busy_refusal("too many sessions on this connection")
+        session.resume(message.epoch, peer.route, message.alias)
+        session.used_s = now_s
+        peer.aliases[message.alias] = session
+        peer.done(size)
+        self._settle(session, model, peer)
+        peer.send(session.opened(offer.numerics, model.kv.format, self.limits.idle_s))
+
+    def _rows(self, peer: Peer, message: Rows | Generate, principal: str, size: int, now_s: float) -> None:
+        session, model = self._session(peer, message, principal)
+        self._only_while_running()
+        session.used_s = now_s
+        if type(message) is Rows:
+            if len(message.tokens) > self._link_limits.max_rows:
+                raise Refusal(Code.BAD_MESSAGE, f"{len(message.tokens)} rows", f"at most {self._link_limits.max_rows}")
+            before = len(session.work)
+            reply = session.rows(message, now_s, size)
+        else:
+            assert isinstance(message, Generate)
+            before = len(session.work)
+            reply = session.generate(message, now_s, size)
+        if len(session.work) == before and not session.freed_bytes:
+            peer.done(size)  # answered from the log, or waiting already
+        if reply is not None:
+            peer.send(reply)
+        self._settle(session, model, peer)
+
+    def _cancel(self, peer: Peer, message: Cancel, principal: str, size: int, now_s: float) -> None:
+        peer.done(size)
+        session, model = self._session(peer, message, principal)
+        if message.epoch == session.epoch:
+            self._answer(session, model, session.cancel())
+
+    def _truncate(self, peer: Peer, message: Truncate, principal: str, size: int, now_s: float) -> None:
+        session, model = self._session(peer, message, principal)
+        session.used_s = now_s
+        reply = session.truncate(message)
+        peer.done(size)
+        self._settle(session, model, peer)
+        peer.send(reply)
+
+    def _close_session(self, peer: Peer, message: Close, principal: str, size: int, now_s: float) -> None:
+        peer.done(size)
+        session = peer.aliases.get(message.alias)
+        if session is not None and session.route == peer.route and message.epoch >= session.epoch:
+            self._forget(session)
+            del peer.aliases[message.alias]
+
+    def _get_manifest(self, peer: Peer, message: GetManifest, principal: str, size: int, now_s: float) -> None:
+        model = self._model(message.model_id)
+        if model.files is None:
+            raise Refusal(Code.NOT_FOUND, "this cloud does not give its bundle out", "get the bundle elsewhere")
+        peer.done(size)
+        peer.send(Manifest(model.offer.model_id, model.files.manifest))
+
+    def _get_range(self, peer: Peer, message: GetRange, principal: str, size: int, now_s: float) -> None:
+        if len(peer.ranges) >= self.limits.max_ranges:
+            raise self._busy_refusal(f"{len(peer.ranges)} ranges wait already")
+        if not peer.ranges:
+            self._bulk.append(peer)
+        peer.ranges.append((message, size))
+
+    # Computing
+
+    def _step(self, model: Model) -> None:
+        now_s = self._clock()
+        demands: list[Demand] = []
+        n_layers = model.offer.n_layers
+        for number, session in list(model.ready.items()):
+            if late := session.expire(now_s):
+                self._answer(session, model, late)
+            if session.work:
+                demands.append(Demand(number, session.principal, session.work[0].rows, n_layers - session.enter))
+        if not demands:
+            return
+        model.schedule, picks = step(model.schedule, demands, self.limits)
+        try:
+            self._compute(model, picks)
+        except OutOfBlocks:
+            if self._evict(model, now_s):
+                return  # nothing was committed; the next turn tries again
+            self._one_by_one(model, picks)
+        except EngineError:
+            self._one_by_one(model, picks)
+
+    def _compute(self, model: Model, picks: list[Pick]) -> None:
+        rows = EngineRows()
+        taken: list[tuple[Session, int, int, int]] = []
+        now_s = self._clock()
+        for pick in picks:
+            session = model.ready[pick.session]
+            work = session.work[0]
+            if work.queue_us < 0:
+                work.queue_us = int((now_s - work.received_s) * 1e6)
+                self.metrics.queue_ms.add(work.queue_us * 1e-3)
+            n_tokens, n_hidden = session.take(pick.rows, rows)
+            taken.append((session, pick.rows, n_tokens, n_hidden))
+        begin_s = time.perf_counter()
+        result = model.part.step(rows)
+        engine_s = time.perf_counter() - begin_s
+        engine_us = int(engine_s * 1e6)
+        at_token = at_hidden = 0
+        for session, n_rows, n_tokens, n_hidden in taken:
+            tokens = result.tokens[at_token : at_token + n_tokens]
+            hidden = result.hidden[at_hidden : at_hidden + n_hidden]
+            at_token += n_tokens
+            at_hidden += n_hidden
+            reply = session.commit(n_rows, tokens, hidden, engine_us)
+            peer = self._peers.get(session.route)
+            if peer is None:
+                session.cancel()
+            elif reply is not None:
+                peer.send(reply)
+                if peer.gone:
+                    session.cancel()
+            self._settle(session, model, peer)
+        if self._refused:
+            for session, *_ in taken:
+                self._refused.pop(session, None)
+        metrics = self.metrics
+        metrics.rows += len(rows)
+        metrics.tokens += at_token
+        metrics.step_ms.add(engine_s * 1e3)
+        metrics.step_rows.add(len(rows))
+
+    def _one_by_one(self, model: Model, picks: list[Pick]) -> None:
+        """After a step failed as a whole: finds out whose rows it cannot take, and computes the others."""
+        for pick in picks:
+            session = model.ready[pick.session]
+            try:
+                self._compute(model, [pick])
+            except OutOfBlocks:
+                self._answer(session, model, session.fail(self._kv_refusal(model, session)))
+            except EngineError as error:
+                _log.warning("the engine refused rows: %s", error)
+                self._answer(session, model, session.fail(Refusal(Code.ENGINE, error.problem, error.remedy)))
+
+    def _kv_refusal(self, model: Model, session: Session) -> Refusal:
+        count = self._refused[session] = self._refused.get(session, 0) + 1
+        alone = not any(other.committed for other in model.sessions if other is not session)
+        if alone or count > _MAX_REFUSED:
+            problem = f"the cloud's KV of {model.kv.max_tokens} positions is full"
+            return Refusal(Code.KV_FULL, problem, "shorten the text, or open the session with a window")
+        return self._busy_refusal("the cloud's KV is full")
+
+    def _evict(self, model: Model, now_s: float) -> bool:
+        """Takes the KV of the session that was idle longest; its device sends it again when it needs it."""
+        idle = [s for s in model.sessions if self._idle(s, now_s) and s.committed]
+        if not idle:
+            return False
+        min(idle, key=lambda session: session.used_s).forget(0)
+        self.metrics.sessions_evicted += 1
+        return True
+
+    # Sessions
+
+    def _model(self, model_id: str) -> Model:
+        if not model_id and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        model = self.models.get(model_id)
+        if model is None:
+            names = ", ".join(f"{m.offer.name} ({m.offer.model_id[:12]})" for m in self.models.values())
+            raise Refusal(Code.UNKNOWN_MODEL, f"no model {model_id[:64]!r} here", f"this cloud serves {names}"[:1000])
+        return model
+
+    def _session(self, peer: Peer, message: Any, principal: str) -> tuple[Session, Model]:
+        session = peer.aliases.get(message.alias)
+        known = self._sessions.get(session.session_id) if session is not None else None
+        if session is None or known is None or known[0] is not session or session.route != peer.route:
+            raise Refusal(Code.UNKNOWN_SESSION, f"no session {message.alias} on this connection", "open it (again)")
+        if session.principal != principal:
+            raise Refusal(Code.NOT_ALLOWED, "this session belongs to another key", "open one of your own")
+        return known
+
+    def _admit(self, model: Model, message: Open, principal: str, now_s: float) -> None:
+        idle = [s for s, _ in self._sessions.values() if self._idle(s, now_s)]
+        load = Load(
+            len(self._sessions),
+            sum(1 for s, _ in self._sessions.values() if s.principal == principal),
+            len(idle),
+            model.part.free_tokens,
+            model.kv.max_tokens,
+            sum(s.committed for s in idle if s in model.sessions),
+        )
+        if (why := refusal(load, self.limits, message.max_positions, message.window)) is not None:
+            problem, waiting_helps = why
+            raise self._busy_refusal(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, "shorten the text")
+        if len(self._sessions) >= self.limits.max_sessions:
+            self._forget(min(idle, key=lambda session: session.used_s))
+            self.metrics.sessions_evicted += 1
+
+    def _new_session(self, model: Model, message: Open, principal: str) -> Session:
+        offer = model.offer
+        shape = Shape(
+            offer.vocab_size,
+            offer.d_model,
+            offer.context_length,
+            self.limits.max_waiting,
+            self.limits.busy_retry_ms,
+        )
+        sequence = model.part.open(window=message.window)
+        session = Session(message.session, principal, shape, sequence, enter=message.enter, window=message.window)
+        self._sessions[message.session] = (session, model)
+        self._count += 1
+        self._numbers[session] = self._count
+        model.sessions.add(session)
+        self.metrics.sessions_opened += 1
+        return session
+
+    def _forget(self, session: Session) -> None:
+        _, model = self._sessions.pop(session.session_id)
+        model.ready.pop(self._numbers.pop(session), None)
+        model.sessions.discard(session)
+        self._refused.pop(session, None)
+        session.cancel()
+        peer = self._peers.get(session.route)
+        if peer is not None and session.freed_bytes:
+            peer.done(session.freed_bytes)
+        session.sequence.close()
+
+    def _settle(self, session: Session, model: Model, peer: Peer | None) -> None:
+        """After a session changed: is there work, and credit to give back?"""
+        number = self._numbers[session]
+        if session.work:
+            model.ready[number] = session
+        else:
+            model.ready.pop(number, None)
+        if session.freed_bytes:
+            if peer is not None:
+                peer.done(session.freed_bytes)
+            session.freed_bytes = 0
+
+    def _answer(self, session: Session, model: Model, replies: Sequence[Reply]) -> None:
+        peer = self._peers.get(session.route)
+        if peer is not None:
+            for reply in replies:
+                peer.send(reply)
+        self._settle(session, model, peer)
+
+    # Odds and ends
+
+    def _idle(self, session: Session, now_s: float) -> bool:
+        return not session.work and now_s - session.used_s > self.limits.evict_after_s
+
+    def _busy(self) -> bool:
+        return any(model.ready for model in self.models.values())
+
+    def _busy_refusal(self, problem: str) -> Refusal:
+        return Refusal(Code.BUSY, problem, "try again in a moment", self.limits.busy_retry_ms)
+
+    def _only_while_running(self) -> None:
+        if self._stop_asked:
+            raise Refusal(Code.CLOSING, "this cloud is stopping", "go on locally, or use another cloud")
+
+    def _refuse(self, peer: Peer, message: Any, error: Refusal) -> None:
+        alias, epoch = getattr(message, "alias", None), getattr(message, "epoch", 0)
+        fault = Fault(Code(error.code), error.problem[:1000], error.remedy[:1000], error.retry_ms, alias, epoch)
+        fault.position = getattr(message, "position", 0)
+        session = peer.aliases.get(alias) if alias is not None else None
+        if session is not None and session.session_id in self._sessions:
+            fault.committed = session.committed
+            fault.prefix_hash = session.chain.at(session.committed)
+        peer.send(fault)
+
+    def _tell(self, route: bytes, fault: Fault) -> None:
+        """Answers a connection that has no peer; nothing is kept when it does not listen."""
+        Peer(route, self._transport, self.metrics, credit_bytes=1, max_outbox_bytes=1).send(fault)
+
+    def _send_ranges(self, most: int) -> None:
+        for _ in range(min(most, len(self._bulk))):
+            peer = self._bulk.popleft()
+            if peer.gone or not peer.ranges:
+                continue
+            if not peer.outbox:
+                message, size = peer.ranges.popleft()
+                peer.done(size)
+                self._send_range(peer, message)
+            else:
+                peer.flush()
+            if peer.ranges:
+                self._bulk.append(peer)
+
+    def _send_range(self, peer: Peer, message: GetRange) -> None:
+        try:
+            model = self._model(message.model_id)
+            found = None
+            if model.files is not None:
+                found = model.files.read(message.name, message.sha256, message.offset, message.length)
+            if found is None:
+                raise Refusal(Code.NOT_FOUND, f"no file {message.name!r} with that hash here", "get the manifest again")
+        except Refusal as error:
+            self._refuse(peer, message, error)
+            return
+        peer.send(Range(model.offer.model_id, message.name, message.offset, found[1], found[0]))
+
+    def _say_bye(self) -> None:
+        self._stop_by_s = self._clock() + self.limits.stop_ms * 1e-3
+        for peer in self._peers.values():
+            peer.send(Bye(self.limits.stop_ms, "this cloud is stopping"))
+
+    def _chores(self, now_s: float) -> None:
+        self._transport.poll(0.0)  # a spinning poll may never have looked at who wants in
+        for session, _ in list(self._sessions.values()):
+            if not session.work and now_s - session.used_s > self.limits.idle_s:
+                self._forget(session)
+                self.metrics.sessions_expired += 1
+        for route, peer in list(self._peers.items()):
+            if peer.outbox:
+                peer.flush()
+            if peer.gone or now_s - peer.heard_s > self.limits.idle_s:
+                del self._peers[route]
+                self.metrics.peers_dropped += 1
+                for session in peer.aliases.values():
+                    known = self._sessions.get(session.session_id)
+                    if known is not None and known[0] is session and session.route == route:
+                        session.cancel()
+                        self._settle(session, known[1], None)
+        if now_s >= self._refresh_at_s:
+            self._refresh_at_s = now_s + _REFRESH_S
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._allowed is not None:
+            try:
+                if self._allowed.refresh():
+                    _log.info("%d keys are allowed now", len(self._allowed.entries()))
+            except ProtocolError as error:
+                _log.warning("%s", error)
+        self.metrics.gauges = {
+            "sessions": len(self._sessions),
+            "connections": len(self._peers),
+            "waiting_requests": sum(len(session.work) for session, _ in self._sessions.values()),
+            "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
+            "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
+        }

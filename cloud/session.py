@@ -1,0 +1,490 @@
+"""One session of one principal: requests in, rows for the engine and replies out. No sockets and no clock.
+
+The log holds the tokens of all positions that are computed or promised to be; `committed` of them have their KV in the
+engine. Whatever lies within the log may be sent again and is answered from it. The epoch is a fencing number: lower
+ones are refused, a higher one voids what waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.cloud.work import Refusal, Reply, Work
+from isthmus.engine.part import Rows as EngineRows
+from isthmus.engine.part import Sequence, Want
+from isthmus.engine.sampling import GREEDY as ENGINE_GREEDY
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol import tensors
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.messages import (
+    GREEDY,
+    WANT_HIDDEN,
+    WANT_SAMPLE,
+    Code,
+    Fault,
+    Generate,
+    Opened,
+    Result,
+    Rows,
+    Sampler,
+    Tokens,
+    Truncate,
+)
+
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a session's rows must fit.
+
+    Attributes:
+        vocab_size: token ids lie below it.
+        d_model: width of hidden states.
+        context_length: positions that the model was trained for; sessions without a window end there.
+        max_waiting: requests that may wait.
+        busy_retry_ms: told when more come.
+    """
+
+    vocab_size: int
+    d_model: int
+    context_length: int
+    max_waiting: int = 64
+    busy_retry_ms: int = 250
+
+
+class Session:
+    """See the module.
+
+    Args:
+        session_id: 16 bytes.
+        principal: whose it is.
+        sequence: its KV.
+        enter: layer before which rows enter.
+
+    Attributes:
+        committed: positions whose KV the engine holds.
+        work: requests that wait, in order; the engine computes the first.
+        route, alias: connection to answer on.
+    """
+
+    def __init__(
+        self, session_id: bytes, principal: str, shape: Shape, sequence: Sequence, *, enter: int = 0, window: int = 0
+    ) -> None:
+        self.session_id = session_id
+        self.principal = principal
+        self.shape = shape
+        self.sequence = sequence
+        self.enter = enter
+        self.window = window
+        self.epoch = 0
+        self.alias = 0
+        self.route = b""
+        self.used_s = 0.0
+        self.committed = 0
+        self.chain = Chain()
+        self.work: deque[Work] = deque()
+        self.freed_bytes = 0
+        self._sampled: list[int] = []  # token sampled from each committed row, or _UNKNOWN
+        self._sampler = GREEDY  # that all of them were sampled with
+
+    # Requests
+
+    def resume(self, epoch: int, route: bytes, alias: int) -> None:
+        """A device opens the session (again): answers go there from now on.
+
+        Raises:
+            Refusal: a higher epoch owns the session.
+        """
+        if epoch < self.epoch:
+            raise self._stale(epoch)
+        if epoch > self.epoch:
+            self.cancel()
+        self.epoch, self.route, self.alias = epoch, route, alias
+
+    def opened(self, numerics: str, kv_format: str, idle_s: int) -> Opened:
+        """The answer to Open."""
+        held = self.committed
+        return Opened(self.alias, self.epoch, held, self.chain.at(held), numerics, kv_format, idle_s)
+
+    def rows(self, message: Rows, now_s: float, size_bytes: int = 0) -> Reply | None:
+        """Takes rows in; the reply when the log knows it, else None and there is work.
+
+        Raises:
+            Refusal: they do not fit.
+        """
+        self._fence(message.epoch)
+        tokens, hidden = message.tokens, message.hidden
+        if not tokens or message.want & ~(WANT_HIDDEN | WANT_SAMPLE):
+            raise Refusal(Code.BAD_MESSAGE, f"{len(tokens)} rows that want {message.want}", "send rows; want is 0..5")
+        if (hidden is not None) != (self.enter > 0) or (hidden is not None and hidden.shape[0] != len(tokens)):
+            raise Refusal(
+                Code.BAD_MESSAGE,
+                f"{len(tokens)} tokens {'without' if hidden is None else 'with'} hidden states for rows that enter at "
+                f"layer {self.enter}",
+                "send a hidden state for each token, or tokens alone where enter is 0",
+            )
+        new_at = self._match(message.position, message.prefix_hash, tokens)
+        end = message.position + len(tokens)
+        if new_at == end:
+            reply = self._replay(message, end)
+            if reply is not None or self._waits(message.position, end):
+                return reply
+            self._rewind(message.position, end)
+            new_at = message.position
+        elif message.want_all and message.want and new_at > message.position:
+            raise self._diverged("rows that want all overlap the log")
+        self._room()
+        states = None
+        if hidden is not None:
+            states = tensors.decode(hidden, self.shape.d_model)[new_at - message.position :]
+        self.chain.extend(tokens[new_at - message.position :])
+        self.work.append(
+            Work(
+                message.position,
+                end,
+                new_at,
+                end,
+                Want(message.want),
+                message.want_all,
+                message.sampler,
+                _sampling(message.sampler),
+                now_s,
+                states,
+                new_at,
+                deadline_s=now_s + message.budget_ms * 1e-3 if message.budget_ms else math.inf,
+                size_bytes=size_bytes,
+            )
+        )
+        return None
+
+    def generate(self, message: Generate, now_s: float, size_bytes: int = 0) -> Reply | None:
+        """Starts a stream; the reply holds what the log knows of it, and there is work unless that is all.
+
+        Raises:
+            Refusal: it does not fit.
+        """
+        self._fence(message.epoch)
+        if self.enter:
+            raise Refusal(Code.UNSUPPORTED, f"this session's rows enter at layer {self.enter}", "open one with enter 0")
+        end = message.position + len(message.tokens)
+        if not message.max_tokens or not end:
+            raise Refusal(Code.BAD_MESSAGE, "nothing to generate, or nothing to begin with", "send a prompt")
+        for work in self.work:
+            if work.max_tokens and work.position == message.position and work.prompt_end == end:
+                return self._progress(work)
+        new_at = self._match(message.position, message.prefix_hash, message.tokens)
+        if self.work and new_at == end:
+            raise self._busy("an earlier request is not done yet")
+        self._room()
+        work = Work(
+            message.position,
+            end,
+            new_at,
+            end,
+            Want.SAMPLE,
+            False,
+            message.sampler,
+            _sampling(message.sampler),
+            now_s,
+            max_tokens=message.max_tokens,
+            stop=frozenset(message.stop),
+            deadline_s=now_s + message.budget_ms * 1e-3 if message.budget_ms else math.inf,
+            size_bytes=size_bytes,
+        )
+        reply = None
+        if new_at == end:
+            done = self._relive(work)
+            reply = self._progress(work, done) if work.tokens else None
+            if done:
+                self.freed_bytes += size_bytes
+                return reply
+        else:
+            self.chain.extend(message.tokens[new_at - message.position :])
+        self.work.append(work)
+        return reply
+
+    def truncate(self, message: Truncate) -> Reply:
+        """Forgets positions and raises the epoch; a repetition changes nothing.
+
+        Raises:
+            Refusal: a higher epoch owns the session.
+        """
+        if message.epoch < self.epoch:
+            raise self._stale(message.epoch)
+        if message.epoch > self.epoch:
+            self.cancel()
+            self.epoch = message.epoch
+            self.forget(message.length)
+        held = self.committed
+        return Result(self.alias, self.epoch, message.length, [], held, self.chain.at(held))
+
+    def cancel(self) -> list[Reply]:
+        """Drops all work; streams get their last Tokens."""
+        replies: list[Reply] = [self._tokens(work, [], "cancelled") for work in self.work if work.max_tokens]
+        self._drop_work()
+        return replies
+
+    def forget(self, length: int) -> None:
+        """Drops all work, and positions from `length` on."""
+        self._drop_work()
+        if length < self.committed:
+            self.sequence.truncate(length)
+            self.committed = length
+            self.chain.truncate(length)
+            del self._sampled[length:]
+
+    # The engine's side
+
+    def take(self, rows: int, into: EngineRows) -> tuple[int, int]:
+        """Adds up to `rows` rows of the first request to a step.
+
+        Returns:
+            how many tokens and how many hidden states they will give.
+        """
+        work = self.work[0]
+        start = work.start
+        stop = min(start + rows, work.end)
+        want = work.want if work.want_all or stop == work.end else Want.NONE
+        if work.hidden is None:
+            tokens = self.chain.tokens[start:stop]
+            into.tokens(self.sequence, start, tokens, want=want, want_all=work.want_all, sampling=work.sampling)
+        else:
+            states = work.hidden[start - work.hidden_at : stop - work.hidden_at]
+            into.hidden(
+                self.sequence,
+                start,
+                states,
+                enter=self.enter,
+                want=want,
+                want_all=work.want_all,
+                sampling=work.sampling,
+            )
+        given = stop - start if work.want_all else 1
+        return given if want & Want.SAMPLE else 0, given if want & Want.HIDDEN else 0
+
+    def commit(self, rows: int, tokens: list[int], hidden: NDArray[np.float32], engine_us: int) -> Reply | None:
+        """Takes in what `take`n rows gave.
+
+        Args:
+            tokens: sampled, as many as `take` said.
+            hidden: [n, d_model] f32, as many as `take` said.
+        """
+        work = self.work[0]
+        rows = min(rows, work.end - work.start)
+        self.committed += rows
+        work.start += rows
+        work.engine_us += engine_us
+        if tokens and work.sampler != self._sampler:
+            self._sampler = work.sampler
+            self._sampled = [_UNKNOWN] * len(self._sampled)
+        self._sampled += [_UNKNOWN] * (rows - len(tokens)) + tokens
+        if len(hidden):
+            work.states.append(hidden)
+        if work.max_tokens:
+            return self._streamed(work, tokens)
+        work.tokens += tokens
+        if work.start < work.end:
+            return None
+        self.work.popleft()
+        self.freed_bytes += work.size_bytes
+        tensor = tensors.encode(np.concatenate(work.states), "f32") if work.states else None
+        held = self.committed
+        return Result(
+            self.alias,
+            self.epoch,
+            work.position,
+            work.tokens,
+            held,
+            self.chain.at(held),
+            work.engine_us,
+            max(0, work.queue_us),
+            tensor,
+        )
+
+    def fail(self, refusal: Refusal) -> list[Reply]:
+        """Drops all work with a Fault for each request; the log keeps what is committed."""
+        if self.sequence.length != self.committed:
+            self.sequence.truncate(self.committed)
+        replies: list[Reply] = [self.fault(refusal, work.position) for work in self.work]
+        self._drop_work()
+        return replies
+
+    def fault(self, refusal: Refusal, position: int = 0) -> Fault:
+        """A refusal as a message."""
+        held = self.committed
+        return Fault(
+            Code(refusal.code),
+            refusal.problem[:1000],
+            refusal.remedy[:1000],
+            refusal.retry_ms,
+            self.alias,
+            self.epoch,
+            position,
+            held,
+            self.chain.at(held),
+        )
+
+    def expire(self, now_s: float) -> list[Reply]:
+        """Ends the first request whose time is up, and those that build on it."""
+        late = next((index for index, work in enumerate(self.work) if now_s >= work.deadline_s), None)
+        if late is None:
+            return []
+        refusal = Refusal(Code.DEADLINE, "the time allowed ran out", "allow more, or go on locally")
+        replies: list[Reply] = []
+        for index, work in enumerate(self.work):
+            if index == late and work.max_tokens:
+                replies.append(self._tokens(work, [], "deadline"))
+            elif index >= late:
+                replies.append(self.fault(refusal, work.position))
+        self._drop_work(late)
+        return replies
+
+    # Inside
+
+    def _fence(self, epoch: int) -> None:
+        if epoch < self.epoch:
+            raise self._stale(epoch)
+        if epoch > self.epoch:
+            raise Refusal(
+                Code.STALE_EPOCH, f"epoch {epoch} was never opened, {self.epoch} was", "send Open or Truncate first"
+            )
+
+    def _match(self, position: int, prefix_hash: bytes, tokens: list[int]) -> int:
+        """Holds tokens against the log; the position from which on they are new."""
+        known = len(self.chain)
+        if position > known:
+            raise Refusal(Code.GAP, f"rows start at {position} and the log ends at {known}", f"send from {known} on")
+        if self.chain.at(position) != prefix_hash:
+            raise self._diverged(f"another prefix before position {position}")
+        end = position + len(tokens)
+        new_at = min(known, end)
+        if self.chain.tokens[position:new_at] != tokens[: new_at - position]:
+            raise self._diverged(f"other tokens between {position} and {new_at}")
+        if tokens and max(tokens) >= self.shape.vocab_size:
+            raise Refusal(Code.BAD_MESSAGE, f"token {max(tokens)} of a vocabulary of {self.shape.vocab_size}")
+        if not self.window and end > self.shape.context_length:
+            raise Refusal(
+                Code.KV_FULL,
+                f"{end} positions exceed the model's context of {self.shape.context_length}",
+                "shorten the text, or open the session with a window",
+            )
+        return new_at
+
+    def _replay(self, message: Rows, end: int) -> Reply | None:
+        if end > self.committed or message.want & WANT_HIDDEN:
+            return None
+        tokens: list[int] = []
+        if message.want & WANT_SAMPLE:
+            if self._sampler != message.sampler:
+                return None
+            tokens = self._sampled[message.position : end] if message.want_all else [self._sampled[end - 1]]
+            if _UNKNOWN in tokens:
+                return None
+        held = self.committed
+        return Result(self.alias, self.epoch, message.position, tokens, held, self.chain.at(held))
+
+    def _waits(self, position: int, end: int) -> bool:
+        """Whether exactly these rows wait already, so that the answer will come."""
+        return any(not work.max_tokens and work.position == position and work.prompt_end == end for work in self.work)
+
+    def _rewind(self, position: int, end: int) -> None:
+        """Makes room to compute the log's last rows once more, for another sampler or for their hidden states."""
+        if self.work:
+            raise self._busy("an earlier request is not done yet")
+        if end < self.committed:
+            raise self._diverged(f"the answer at {end} is not in the log, and later positions build on it")
+        self.forget(position)
+
+    def _relive(self, work: Work) -> bool:
+        """Fills a stream with what the log knows of it; whether that is all of it."""
+        at = work.prompt_end - 1
+        while True:
+            token = self._sampled[at] if work.sampler == self._sampler else _UNKNOWN
+            if token == _UNKNOWN:
+                if at + 1 < self.committed:
+                    raise self._diverged(f"the answer at {at + 1} is not in the log, and later positions build on it")
+                tail = self.chain.tokens[at:]
+                self.forget(at)
+                self.chain.extend(tail)
+                work.start, work.end = at, at + 1
+                return False
+            work.tokens.append(token)
+            if token in work.stop or len(work.tokens) >= work.max_tokens:
+                return True
+            at += 1
+            if at == self.committed:
+                if at + 1 > self.shape.context_length and not self.window:
+                    return True
+                self.chain.extend((token,))
+                work.start, work.end = at, at + 1
+                return False
+            if self.chain.tokens[at] != token:
+                raise self._diverged(f"the log goes on with another token at {at}")
+
+    def _streamed(self, work: Work, tokens: list[int]) -> Reply | None:
+        if not tokens:
+            return None
+        token = tokens[0]
+        work.tokens.append(token)
+        reason = ""
+        if token in work.stop:
+            reason = "stop"
+        elif len(work.tokens) >= work.max_tokens:
+            reason = "length"
+        elif not self.window and self.committed >= self.shape.context_length:
+            reason = "full"
+        if reason:
+            self.work.popleft()
+            self.freed_bytes += work.size_bytes
+        else:
+            self.chain.extend(tokens)
+            work.end += 1
+        return self._tokens(work, tokens, reason)
+
+    def _tokens(self, work: Work, tokens: list[int], reason: str) -> Tokens:
+        held, engine_us = self.committed, work.engine_us
+        work.engine_us = 0
+        at = work.prompt_end + len(work.tokens) - len(tokens)
+        return Tokens(self.alias, self.epoch, at, tokens, bool(reason), reason, held, self.chain.at(held), engine_us)
+
+    def _progress(self, work: Work, done: bool = False) -> Tokens:
+        """All that a stream gave so far, in one message."""
+        reason = ""
+        if done:
+            reason = "full"
+            if work.tokens[-1] in work.stop:
+                reason = "stop"
+            elif len(work.tokens) >= work.max_tokens:
+                reason = "length"
+        return self._tokens(work, work.tokens, reason)
+
+    def _room(self) -> None:
+        if len(self.work) >= self.shape.max_waiting:
+            raise self._busy(f"{len(self.work)} requests of this session wait already")
+
+    def _drop_work(self, first: int = 0) -> None:
+        while len(self.work) > first:
+            work = self.work.pop()
+            self.freed_bytes += work.size_bytes
+            self.chain.truncate(max(work.start, self.committed))
+
+    def _busy(self, problem: str) -> Refusal:
+        return Refusal(Code.BUSY, problem, "wait for its answer", self.shape.busy_retry_ms)
+
+    def _stale(self, epoch: int) -> Refusal:
+        return Refusal(Code.STALE_EPOCH, f"epoch {epoch} is over, {self.epoch} owns the session", "drop this request")
+
+    def _diverged(self, problem: str) -> Refusal:
+        return Refusal(Code.DIVERGED, problem, "send Truncate with a higher epoch")
+
+
+def _sampling(sampler: Sampler) -> Sampling:
+    if sampler == GREEDY:
+        return ENGINE_GREEDY
+    return Sampling(sampler.temperature, sampler.top_k, sampler.top_p, sampler.seed, sampler.stream)

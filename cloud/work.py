@@ -1,0 +1,73 @@
+"""A request that waits for the engine, and what it gave so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.part import Want
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.messages import Fault, Opened, Result, Sampler, Tokens
+
+Reply = Result | Tokens | Fault | Opened
+
+
+class Refusal(Exception):
+    """A request that is refused; becomes a Fault.
+
+    Args:
+        code: a `messages.Code`.
+        problem, remedy: for people.
+        retry_ms: when to try again, 0 for never as it stands.
+    """
+
+    def __init__(self, code: int, problem: str, remedy: str = "", retry_ms: int = 0) -> None:
+        super().__init__(problem)
+        self.code, self.problem, self.remedy, self.retry_ms = code, problem, remedy, retry_ms
+
+
+@dataclass(slots=True)
+class Work:
+    """Rows or a stream of one session.
+
+    Attributes:
+        position: of the request's first row, as the device named it.
+        prompt_end: after the last row that the device named.
+        start, end: rows that are still to be computed; a stream's `end` grows with every token.
+        hidden: [prompt_end - hidden_at, d_model] f32, or None for tokens.
+        hidden_at: position of the first row of `hidden`.
+        max_tokens: of a stream; 0 for rows.
+        stop: token ids that end a stream.
+        tokens: sampled so far.
+        states: hidden states given so far, each [n, d_model] f32.
+        received_s, deadline_s: on the service's clock.
+        size_bytes: credit to give back when it is done.
+    """
+
+    position: int
+    prompt_end: int
+    start: int
+    end: int
+    want: Want
+    want_all: bool
+    sampler: Sampler
+    sampling: Sampling
+    received_s: float
+    hidden: NDArray[np.float32] | None = None
+    hidden_at: int = 0
+    max_tokens: int = 0
+    stop: frozenset[int] = frozenset()
+    deadline_s: float = math.inf
+    size_bytes: int = 0
+    tokens: list[int] = field(default_factory=list)
+    states: list[NDArray[np.float32]] = field(default_factory=list)
+    engine_us: int = 0
+    queue_us: int = -1
+
+    @property
+    def rows(self) -> int:
+        """Rows that could be computed next."""
+        return self.end - self.start

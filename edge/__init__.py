@@ -1,0 +1,30 @@
+"""On the device: runs a part of a model, and talks to the cloud about the rest."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isthmus.edge.aio import AsyncDevice
+    from isthmus.edge.device import Device
+    from isthmus.edge.events import Timeouts
+    from isthmus.edge.provision import fetch_part
+    from isthmus.edge.token import Stats, Token
+
+__all__ = ["AsyncDevice", "Device", "Stats", "Timeouts", "Token", "fetch_part"]
+
+_HOMES = {
+    "AsyncDevice": "aio",
+    "Device": "device",
+    "Stats": "token",
+    "Timeouts": "events",
+    "Token": "token",
+    "fetch_part": "provision",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"isthmus.edge.{_HOMES[name]}"), name)

@@ -1,0 +1,467 @@
+"""A device: runs a model here, in the cloud, or here and there, one token after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from isthmus.edge import budget, policy
+from isthmus.edge.chat import Chat, Message
+from isthmus.edge.events import Timeouts
+from isthmus.edge.link import Link, Wire
+from isthmus.edge.local import CHUNK, LocalPart
+from isthmus.edge.options import GenerateOptions, Overflow, as_mode, check_cut, kv_room, stop_words
+from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
+from isthmus.edge.session import Session
+from isthmus.edge.text import Text
+from isthmus.edge.token import Mode, Stats, Token
+from isthmus.engine.part import KV_BLOCK, KvConfig
+from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError, LinkError
+from isthmus.protocol.keys import DeviceKeys, default_folder, read_device
+from isthmus.protocol.link import connect
+from isthmus.protocol.transport import Refused
+from isthmus.split.bundle import Bundle
+
+Prompt = str | Sequence[int] | None
+
+
+class Device:
+    """A language model on a device, with or without a cloud; a context manager.
+
+    Everything that was said in the conversation stands in one token log. Each side keeps the KV that it computed for
+    it, so a conversation may go on in another mode at any token: only what the other side lacks is computed or sent.
+
+    Args:
+        bundle: a bundle's folder, or an open bundle. A folder that is not there yet is fetched from the cloud.
+        cloud: the cloud's address, such as "tcp://host:7420".
+        keys: folder of this device's key and the cloud's public key, or the keys; None for the user's own folder.
+        encrypted: off speaks in the clear, which is possible with a cloud on this machine only.
+        mode: "auto" (the cloud while it answers, else this device), "local", "stream" or "split".
+        cut: layer before which hidden states leave the device in split mode; None for the middle.
+        codec: how hidden states travel: "f32", "f16" or "int8".
+        threads: threads of the engine, 0 for one per core.
+        memory_mb: most memory that this process may need, in 10^6 bytes; None for no limit.
+        kv_tokens: positions that a conversation may have; None for the model's context, at most 4,096.
+        overflow: what a longer conversation does: "error", or "slide" (attention sees the last kv_tokens positions).
+        backend: as in `isthmus.engine.open_part`.
+        fallback: whether this device goes on by itself when the cloud, having answered, goes away.
+        timeouts: how patient the device is with the cloud.
+        wire, clock: a connection to use in place of the one to `cloud`, and its seconds.
+
+    Attributes:
+        stats: what the last generation cost.
+
+    Raises:
+        DeviceError: the settings do not fit the bundle or the memory.
+        BundleError: the bundle cannot be used.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        cloud: str | None = None,
+        *,
+        keys: str | Path | DeviceKeys | None = None,
+        encrypted: bool = True,
+        mode: str = "auto",
+        cut: int | None = None,
+        codec: str = "f16",
+        threads: int = 0,
+        memory_mb: float | None = None,
+        kv_tokens: int | None = None,
+        overflow: Overflow = "error",
+        backend: str = "auto",
+        timeouts: Timeouts | None = None,
+        fallback: bool = True,
+        wire: Wire | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        GenerateOptions(mode=as_mode(mode), codec=codec)
+        if overflow not in ("error", "slide"):
+            raise DeviceError(f"overflow is {overflow!r}", "choose error or slide")
+        if threads < 0:
+            raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
+        self.stats = Stats()
+        self._closed = False
+        self._cloud, self._timeouts = cloud, timeouts or Timeouts()
+        if wire is None and cloud is not None:
+            wire = connect(cloud, _device_keys(keys) if encrypted else None, agent="isthmus device", wait=False)
+        if isinstance(bundle, str | Path):
+            bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut)
+        self._bundle = bundle
+        self.config = bundle.config
+        self._mode: Mode = as_mode(mode)
+        self._cut = check_cut(cut, self.config) if cut is not None else None
+        self._codec, self._threads, self._memory_mb = codec, threads, memory_mb
+        self._kv_tokens, self._slides = kv_room(kv_tokens, self.config), overflow == "slide"
+        self._backend, self._fallback = backend, fallback
+        self._log = Chain()
+        self._local: LocalPart | None = None
+        self._link: Link | None = None
+        self._active: Iterator[Token] | None = None
+        self._counted = (0, 0, 0)
+        self._cloud_failed = False
+        if wire is not None:
+            window = self._kv_tokens if self._slides else 0
+            session = Session(bundle.model_id, self._log, self._timeouts, where=self._where(), window=window)
+            self._link = Link(session, wire, clock)
+        self._tokenizer = bundle.tokenizer()
+        self._eos = tuple(bundle.manifest.tokenizer.eos)
+        self._chat = Chat(self._tokenizer, self._eos)
+        if self._mode == "local" or self._link is None:
+            self._part(self.config.n_layers)
+        elif self._mode == "split":
+            self._part(self._default_cut() if self._cut is None else self._cut)
+
+    # -- what people call
+
+    @property
+    def tokens(self) -> list[int]:
+        """The conversation's token log, a copy."""
+        return list(self._log.tokens)
+
+    @property
+    def holds_whole_model(self) -> bool:
+        """Whether this device can answer without a cloud."""
+        return self._fits() == self.config.n_layers
+
+    def generate(
+        self,
+        prompt: Prompt = None,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+        mode: str | None = None,
+        cut: int | None = None,
+        codec: str | None = None,
+    ) -> Iterator[Token]:
+        """Goes on from a prompt, token by token.
+
+        Args:
+            prompt: a text (taken as it is, without the chat template), token ids, or None to go on where the
+                conversation stands. What it has in common with the conversation so far is not computed again.
+            max_tokens: tokens at most, the end-of-sequence token included.
+            sampling: how tokens are chosen; the seed and a token's position fix it wherever it is computed.
+            stop: words that end the text.
+            mode, cut, codec: this time in place of the device's own.
+
+        Raises:
+            DeviceError: the prompt, the cut or the conversation's length does not fit.
+            LinkError: the cloud does not answer, and this device cannot go on without it.
+        """
+        started = time.perf_counter()
+        options = self._options(max_tokens, sampling, stop, mode, cut, codec)
+        self._stop_active()
+        if prompt is not None:
+            self._set_log(self._ids(prompt))
+        elif not len(self._log):
+            raise DeviceError("there is nothing to go on from", "give a prompt")
+        return self._begin(options, started)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        *,
+        max_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+        mode: str | None = None,
+        cut: int | None = None,
+        codec: str | None = None,
+    ) -> Iterator[Token]:
+        """Answers in a conversation, through the model's chat template.
+
+        Args:
+            messages: what the user says next, or all messages ({"role": ..., "content": ...}); when those go on from
+                the conversation so far, its KV is used again.
+
+        Raises:
+            DeviceError: as `generate`; or the model has no chat template.
+        """
+        started = time.perf_counter()
+        options = self._options(max_tokens, sampling, stop, mode, cut, codec)
+        self._stop_active()
+        asked = [*self._chat.messages, Message("user", messages)] if isinstance(messages, str) else _parse(messages)
+        self._set_log(self._chat.prompt(asked, self._log.tokens))
+        return self._begin(options, started, asked)
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self._stop_active()
+        self._chat.forget()
+        self._cut_log(0)
+
+    def close(self) -> None:
+        """Ends the conversation here and in the cloud, and frees everything."""
+        if self._closed:
+            return
+        self._stop_active()
+        self._closed = True
+        if self._link is not None:
+            self._link.close()
+        if self._local is not None:
+            self._local.close()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- generating
+
+    def _options(
+        self,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        mode: str | None,
+        cut: int | None,
+        codec: str | None,
+    ) -> GenerateOptions:
+        if self._closed:
+            raise DeviceError("the device is closed", "open another one")
+        cut = self._cut if cut is None else check_cut(cut, self.config)
+        chosen = self._mode if mode is None else as_mode(mode)
+        return GenerateOptions(max_tokens, sampling, stop_words(stop), chosen, cut, codec or self._codec)
+
+    def _begin(self, options: GenerateOptions, started: float, asked: list[Message] | None = None) -> Iterator[Token]:
+        self._check_room(len(self._log))
+        self.stats = Stats(prompt_tokens=len(self._log))
+        runner = self._runner(options)
+        self._active = self._run(options, runner, self.stats, started, asked)
+        return self._active
+
+    def _run(
+        self, options: GenerateOptions, runner: Runner, stats: Stats, started: float, asked: list[Message] | None
+    ) -> Iterator[Token]:
+        log, eos, limit = self._log, self._eos, options.max_tokens
+        text = Text(self._tokenizer.stream(), options.stop)
+        pieces: list[str] = []
+        ids, sources = stats.tokens, stats.sources
+        first = last = started
+        stats.reused_tokens = max(0, runner.reused())
+        try:
+            while not stats.finish:
+                self._check_room(len(log))
+                try:
+                    token = runner.next(self._remaining(limit - len(ids)))
+                except LinkError as error:
+                    runner = self._alone(options, runner, error, stats)
+                    continue
+                last = time.perf_counter()
+                position = len(log)
+                log.extend((token,))
+                ids.append(token)
+                sources.append(runner.source)
+                if len(ids) == 1:
+                    first = last
+                piece, finish = "", "eos"
+                if token not in eos:
+                    piece = text.push(token)
+                    finish = "stop" if text.stopped else "length" if len(ids) == limit else ""
+                if finish:
+                    piece += text.finish()
+                    stats.finish = finish
+                pieces.append(piece)
+                yield Token(token, piece, runner.source, position, finish)
+        finally:
+            stats.finish = stats.finish or "cancelled"
+            stats.text = "".join(pieces)
+            if ids:
+                stats.ttft_ms = (first - started) * 1e3
+                stats.tok_s = (len(ids) - 1) / (last - first) if last > first else 0.0
+            self._finish(runner, stats)
+            if asked is not None:
+                self._chat.answered(asked, stats.text, log.tokens)
+
+    def _finish(self, runner: Runner, stats: Stats) -> None:
+        try:
+            runner.stop()
+        except LinkError:
+            pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
+        if self._link is not None:
+            now = self._link.costs
+            stats.bytes_up, stats.bytes_down, stats.round_trips = (
+                a - b for a, b in zip(now, self._counted, strict=True)
+            )
+            self._counted = now
+
+    def _runner(self, options: GenerateOptions) -> Runner:
+        mode = options.mode
+        if mode == "auto":
+            link_up = self._link_up()
+            mode = policy.choose(policy.Situation(self._link is not None, link_up, self.holds_whole_model))
+            if self._link is not None and not link_up:
+                self.stats.note = f"{self._where()} does not answer: this device goes on by itself"
+        if mode == "local":
+            return self._local_runner(options)
+        if self._link is None:
+            raise DeviceError(f"{mode} mode needs a cloud", "name one, such as tcp://host:7420")
+        if mode == "stream":
+            self._link.welcome()
+            return StreamRunner(self._link, self._log, options.sampling, self._eos)
+        cut = self._default_cut() if options.cut is None else options.cut
+        part = self._part(cut)
+        self._check_codec(options.codec)
+        return SplitRunner(part, self._link, self._log, options.sampling, cut, options.codec)
+
+    def _local_runner(self, options: GenerateOptions) -> Runner:
+        return LocalRunner(self._part(self.config.n_layers), self._log, options.sampling)
+
+    def _alone(self, options: GenerateOptions, runner: Runner, error: LinkError, stats: Stats) -> Runner:
+        """The runner that goes on without the cloud.
+
+        Raises:
+            LinkError: there is none.
+        """
+        if isinstance(error, Refused) or not (self._fallback and runner.source != "device" and self.holds_whole_model):
+            raise error
+        self._cloud_failed = True
+        stats.note = f"{error.problem}: this device went on by itself after {len(stats.tokens)} tokens"
+        return self._local_runner(options)
+
+    def _link_up(self) -> bool:
+        if self._link is None:
+            return False
+        try:
+            self._cloud_failed = self._link.welcome(0.0 if self._cloud_failed else None) is None
+        except Refused:
+            raise
+        except LinkError:
+            self._cloud_failed = True
+        return not self._cloud_failed
+
+    def _check_codec(self, codec: str) -> None:
+        assert self._link is not None
+        welcome = self._link.welcome()
+        assert welcome is not None
+        for offer in welcome.offers:
+            if offer.model_id == self._bundle.model_id and codec not in offer.codecs:
+                raise DeviceError(f"{self._where()} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
+
+    # -- the log
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            raise DeviceError("the prompt is empty", "give at least one token")
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise DeviceError(f"the prompt has token {token}", f"the vocabulary has {self.config.vocab_size}")
+        return ids
+
+    def _set_log(self, ids: list[int]) -> None:
+        log = self._log.tokens
+        common = next((i for i, (a, b) in enumerate(zip(log, ids, strict=False)) if a != b), min(len(log), len(ids)))
+        self._check_room(len(ids))
+        self._cut_log(common)
+        self._log.extend(ids[common:])
+
+    def _cut_log(self, length: int) -> None:
+        if length < len(self._log):
+            if self._link is not None:
+                self._link.session.edited(length)
+            if self._local is not None:
+                self._local.truncate(length)
+            self._log.truncate(length)
+
+    def _check_room(self, length: int) -> None:
+        if length > self._kv_tokens and not self._slides:
+            raise DeviceError(
+                f"the conversation has {length} tokens and there is room for {self._kv_tokens}",
+                "begin a new one, raise kv_tokens, or choose overflow='slide'",
+            )
+
+    def _remaining(self, wanted: int) -> int:
+        return wanted if self._slides else min(wanted, self._kv_tokens + 1 - len(self._log))
+
+    def _stop_active(self) -> None:
+        if self._active is not None:
+            self._active.close()  # type: ignore[attr-defined]
+            self._active = None
+
+    # -- the part
+
+    def _default_cut(self) -> int:
+        middle = max(1, self.config.n_layers // 2)
+        return max(1, min(middle, self._fits()))
+
+    def _fits(self) -> int:
+        """The most layers [0, n) that the bundle holds and the memory budget allows."""
+        held = self._held()
+        if self._memory_mb is None:
+            return held
+        return min(held, budget.layers_that_fit(self._sizes(), self.config, self._kv(), self._memory_mb))
+
+    def _held(self) -> int:
+        held, n_layers = self._bundle.held_layers, self.config.n_layers
+        if held == n_layers and not all(map(self._bundle.holds, self._bundle.manifest.part_files(0, n_layers))):
+            return n_layers - 1
+        return held
+
+    def _part(self, depth: int) -> LocalPart:
+        """The device's part, which has at least layers [0, depth)."""
+        if self._local is None or self._local.part.end < depth:
+            end = self._fits()
+            if end < depth:
+                self._refuse(depth)
+            from isthmus.engine import open_part
+
+            part = open_part(self._bundle, 0, end, backend=self._backend, threads=self._threads, kv=self._kv())
+            self._local = LocalPart(part, self._kv_tokens if self._slides else 0)
+        return self._local
+
+    def _refuse(self, depth: int) -> None:
+        held = self._held()
+        if held < depth:
+            what = "the whole model" if depth == self.config.n_layers else f"layers [0, {depth})"
+            raise DeviceError(
+                f"{what} is wanted and the bundle holds layers [0, {held}) of {self.config.n_layers}",
+                "fetch more of it, choose a smaller cut, or use stream mode",
+            )
+        assert self._memory_mb is not None
+        raise budget.refusal(self._sizes(), self.config, self._kv(), self._memory_mb, depth)
+
+    def _kv(self) -> KvConfig:
+        slack = CHUNK + 2 * KV_BLOCK if self._slides else KV_BLOCK
+        return KvConfig(max_tokens=self._kv_tokens + slack)
+
+    def _sizes(self) -> budget.PartSizes:
+        files = {name: entry.bytes for name, entry in self._bundle.manifest.files.items()}
+        return budget.PartSizes.from_files(self.config.n_layers, files)
+
+    def _where(self) -> str:
+        return f"the cloud at {self._cloud}" if self._cloud else "the cloud"
+
+    def _open_bundle(
+        self, path: Path, wire: Wire | None, clock: Callable[[], float], mode: Mode, cut: int | None
+    ) -> Bundle:
+        if wire is not None and not (path / "bundle.json").exists():
+            from isthmus.edge.provision import fetch_part
+
+            session = Session("", Chain(), self._timeouts, where=self._where())
+            layers = 0 if mode == "stream" else cut if mode == "split" else None
+            fetch_part(Link(session, wire, clock), path, layers=layers)
+        return Bundle.open(path)
+
+
+def _device_keys(keys: str | Path | DeviceKeys | None) -> DeviceKeys:
+    if isinstance(keys, DeviceKeys):
+        return keys
+    return read_device(Path(keys) if keys is not None else default_folder())
+
+
+def _parse(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    try:
+        return [Message(str(message["role"]), str(message["content"])) for message in messages]
+    except (KeyError, TypeError) as error:
+        raise DeviceError(f"a message lacks {error}", "each has a role and a content") from error

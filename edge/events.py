@@ -1,0 +1,86 @@
+"""What happens on a link, as the session reports it, and how long it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.edge.lane import Lane
+from isthmus.protocol import messages as m
+from isthmus.protocol.errors import DeviceError, IsthmusError
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How patient the device is, in milliseconds.
+
+    Attributes:
+        connect_ms: until the first Welcome.
+        retry_ms: until an unanswered message is repeated the first time; the wait doubles up to eightfold.
+        give_up_ms: how long the link may be down in the middle of an answer.
+        progress_ms: until a request fails although the cloud is there.
+    """
+
+    connect_ms: int = 5_000
+    retry_ms: int = 1_000
+    give_up_ms: int = 3_000
+    progress_ms: int = 120_000
+
+    def __post_init__(self) -> None:
+        for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
+            if getattr(self, name) < 1:
+                raise DeviceError(f"{name} is {getattr(self, name)}", "give a positive number of milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """The cloud said Welcome and serves the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """The cloud holds the log's first `lane.committed` tokens and nothing else."""
+
+    lane: Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A Rows at `position` was computed."""
+
+    lane: Lane
+    position: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """The next generated tokens, in order and without gaps; `reason` when the stream is done."""
+
+    lane: Lane
+    tokens: list[int]
+    done: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What was under way on a lane is void: align it and send again from what is then committed."""
+
+    lane: Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Answer to GetManifest or GetRange."""
+
+    message: m.Manifest | m.Range
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What was asked for will not come."""
+
+    error: IsthmusError
+
+
+Event = Up | Aligned | Answered | Streamed | Behind | Served | Refused

@@ -1,0 +1,78 @@
+"""What the device knows of one session in the cloud."""
+
+from __future__ import annotations
+
+import os
+
+from isthmus.protocol.chain import ROOT, Chain
+from isthmus.protocol.messages import Open, Truncate
+
+
+class Lane:
+    """One session in the cloud: rows that enter before one layer, over the device's token log.
+
+    The cloud keeps whole-model KV and the KV of [k, L) apart, so a device has one lane for each; both follow the same
+    log, and each may be behind it.
+
+    Attributes:
+        alias: the session's number on a connection.
+        enter: layer before which rows enter, 0 for tokens.
+        epoch: fencing number, raised before every Open and Truncate.
+        opened: whether the cloud knows the lane on this connection.
+        committed: positions that the cloud holds, as last told.
+        head: chain over those positions, as last told.
+        agreed: leading positions at which the cloud's log is known to be the device's.
+    """
+
+    __slots__ = ("agreed", "alias", "committed", "enter", "epoch", "head", "opened", "session")
+
+    def __init__(self, alias: int, enter: int) -> None:
+        self.alias = alias
+        self.enter = enter
+        self.epoch = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes a fresh, empty session."""
+        self.session = os.urandom(16)
+        self.opened = False
+        self.committed = 0
+        self.head = ROOT
+        self.agreed = 0
+
+    def ready(self, limit: int) -> bool:
+        """Whether rows may be sent from `committed` on, which is at most `limit`."""
+        return self.opened and self.committed == self.agreed <= limit
+
+    def check(self, log: Chain) -> bool:
+        """Compares what the cloud holds with the log, which may have grown; False when it is not a prefix of it."""
+        if self.committed <= len(log) and log.at(self.committed) == self.head:
+            self.agreed = self.committed
+            return True
+        return False
+
+    def opening(self, model_id: str, kv_format: str, window: int) -> Open:
+        """The message that opens the lane or takes it up again."""
+        self.epoch += 1
+        self.opened = False
+        return Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
+
+    def cutting(self, length: int) -> Truncate:
+        """The message that makes the cloud forget positions from `length` on."""
+        self.epoch += 1
+        return Truncate(self.alias, self.epoch, length)
+
+    def told(self, committed: int, head: bytes, log: Chain) -> bool:
+        """Takes in what the cloud says that it holds; False when that is not a prefix of the log."""
+        self.committed, self.head = committed, head
+        self.agreed = min(self.agreed, committed)
+        return self.check(log)
+
+    def edited(self, length: int, log: Chain) -> None:
+        """The log is about to be cut back to `length` on the device."""
+        self.check(log)
+        self.agreed = min(self.agreed, length)
+
+    def moved(self, enter: int) -> None:
+        """Rows enter elsewhere from now on, which empties the session at the next Open."""
+        self.enter, self.opened, self.committed, self.head, self.agreed = enter, False, 0, ROOT, 0

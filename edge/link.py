@@ -1,0 +1,185 @@
+"""The blocking driver of a session: one loop over one connection, no threads and no asyncio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed
+from isthmus.edge.lane import Lane
+from isthmus.edge.session import Session
+from isthmus.protocol import messages as m
+from isthmus.protocol.errors import IsthmusError, LinkError
+
+_GLANCE_S = 0.25  # how often a waiting device looks whether the link is still up
+
+
+class Wire(Protocol):
+    """A connection to a cloud that greets, stays alive and mends itself; `protocol.link.Link` is one."""
+
+    bytes_up: int
+    bytes_down: int
+
+    @property
+    def up(self) -> bool: ...
+
+    @property
+    def failure(self) -> LinkError | None: ...
+
+    def send(self, message: m.Message) -> None: ...
+
+    def receive(self, timeout_ms: float) -> m.Message | None: ...
+
+    def close(self) -> None: ...
+
+
+class Restart(Exception):
+    """What was under way is void: align the lane and send again."""
+
+
+class Link:
+    """A session with its connection.
+
+    Args:
+        clock: seconds, as `time.monotonic`; simulated links bring their own.
+    """
+
+    def __init__(self, session: Session, wire: Wire, clock: Callable[[], float] = time.monotonic) -> None:
+        self.session = session
+        self._wire, self._clock = wire, clock
+
+    @property
+    def costs(self) -> tuple[int, int, int]:
+        """Bytes up, bytes down and round trips so far."""
+        return self._wire.bytes_up, self._wire.bytes_down, self.session.round_trips
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that the cloud takes in one message."""
+        welcome = self.session.welcome
+        return max(1, welcome.limits.max_rows) if welcome is not None else 1
+
+    def welcome(self, wait_s: float | None = None) -> m.Welcome | None:
+        """The cloud's Welcome; waits for it, or for `wait_s` at most and then gives None.
+
+        Raises:
+            LinkError: the cloud does not answer.
+            IsthmusError: it cannot serve this device.
+        """
+        session = self.session
+        if session.welcome is not None and not session.events:
+            return session.welcome
+        session.greet(self._clock())
+        deadline = None if wait_s is None else self._clock() + wait_s
+        while session.welcome is None or session.events:
+            event = self._next(deadline)
+            if event is None:
+                return None
+            if isinstance(event, Refused):
+                raise event.error
+        return session.welcome
+
+    def align(self, lane: Lane, limit: int) -> int:
+        """Brings the lane to a prefix of the log of at most `limit` tokens; how many that are."""
+        if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit)):
+            self.welcome()
+            self.session.align(lane, limit, self._clock())
+            while not isinstance(event := self._next(), Aligned):
+                if isinstance(event, Behind):
+                    self.session.align(lane, limit, self._clock())
+                elif isinstance(event, Refused):
+                    raise event.error
+        return lane.committed
+
+    def rows(self, lane: Lane, rows: m.Rows) -> None:
+        """Sends rows; `answer` waits for what they give."""
+        self.session.rows(lane, rows, self._clock())
+        self.flush()
+
+    def answer(self, lane: Lane, position: int) -> list[int]:
+        """The tokens of the rows at `position`.
+
+        Raises:
+            Restart: send again what the cloud lacks.
+        """
+        while True:
+            event = self._awaited()
+            if isinstance(event, Answered) and event.lane is lane and event.position == position:
+                return event.tokens
+
+    def stream(self, lane: Lane) -> Streamed:
+        """The next tokens of the lane's stream.
+
+        Raises:
+            Restart: begin the stream again after the tokens that came.
+        """
+        while True:
+            event = self._awaited()
+            if isinstance(event, Streamed) and event.lane is lane:
+                return event
+
+    def serve(self, request: m.GetManifest | m.GetRange) -> m.Manifest | m.Range:
+        """Bulk data."""
+        self.session.ask(request, self._clock())
+        while True:
+            event = self._awaited()
+            if isinstance(event, Served):
+                return event.message
+
+    def generate(self, lane: Lane, request: m.Generate) -> None:
+        """Starts a stream."""
+        self.session.generate(lane, request, self._clock())
+        self.flush()
+
+    def cancel(self, lane: Lane) -> None:
+        """Gives up what is under way on a lane."""
+        self.session.cancel(lane)
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what waits to be sent."""
+        outbox = self.session.outbox
+        if outbox:
+            for message in outbox:
+                self._wire.send(message)
+            outbox.clear()
+
+    def close(self) -> None:
+        """Ends the sessions and the connection."""
+        self.session.close()
+        try:
+            self.flush()
+        except IsthmusError:
+            pass  # the cloud forgets idle sessions by itself
+        self._wire.close()
+
+    def _awaited(self) -> Event:
+        event = self._next()
+        assert event is not None
+        if isinstance(event, Refused):
+            raise event.error
+        if isinstance(event, Behind):
+            raise Restart
+        return event
+
+    def _next(self, deadline: float | None = None) -> Event | None:
+        session, wire, clock = self.session, self._wire, self._clock
+        while not session.events:
+            try:
+                self.flush()
+                until = min(session.wake_at, clock() + _GLANCE_S)
+                if deadline is not None:
+                    until = min(until, deadline)
+                message = wire.receive(max(0.0, (until - clock()) * 1e3))
+            except IsthmusError:
+                session.abandon()
+                raise
+            now = clock()
+            if message is not None:
+                session.receive(message, now)
+            if now >= until:
+                session.tick(now, wire.up, wire.failure)
+                if deadline is not None and now >= deadline and not session.events:
+                    return None
+        return session.events.popleft()

@@ -1,0 +1,122 @@
+"""This device's part of the model over the token log of one conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.edge.coverage import Coverage
+from isthmus.engine.part import Part, Rows, Want
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError, OutOfBlocks
+
+CHUNK = 128  # rows of prefill in one step: short enough to be interrupted, long enough to run at full speed
+
+
+class LocalPart:
+    """Layers [0, part.end) and the KV of one conversation.
+
+    What was computed with a cut has no KV in the layers after it; asking for a deeper result computes those positions
+    again from the token log.
+
+    Args:
+        window: attention window in positions, 0 for all.
+    """
+
+    def __init__(self, part: Part, window: int = 0) -> None:
+        self.part = part
+        self._window = window
+        self._sequence = part.open(window=window)
+        self._coverage = Coverage()
+        self._last: tuple[int, int, NDArray[np.float32]] | None = None  # cut, position, hidden [n, d_model]
+
+    def held(self, depth: int) -> int:
+        """Leading positions whose KV of layers [0, depth) is held."""
+        return self._coverage.at(depth)
+
+    def sample(self, log: Chain, sampling: Sampling) -> int:
+        """The token after the whole log.
+
+        Raises:
+            DeviceError: no room is left for KV.
+        """
+        depth, end = self.part.end, len(log)
+        start = self._back_to(min(self._coverage.at(depth), end - 1))
+        while end - start > CHUNK:
+            self._step(log, start, start + CHUNK, depth, Want.NONE, sampling)
+            start += CHUNK
+        return self._step(log, start, end, depth, Want.SAMPLE, sampling)[0][0]
+
+    def hidden(self, log: Chain, start: int, cut: int, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """The hidden states before layer `cut` of positions [start, len(log)), in chunks of at most `chunk`.
+
+        Yields:
+            The first position and the states [n, d_model] f32 of each chunk.
+
+        Raises:
+            DeviceError: no room is left for KV.
+        """
+        end = len(log)
+        if self._last is not None and self._last[0] == cut and start >= self._last[1] and end - start <= chunk:
+            position, hidden = self._last[1], self._last[2]
+            if position + len(hidden) == end == self._coverage.at(cut):
+                yield start, hidden[start - position :]
+                return
+        at = self._back_to(min(self._coverage.at(cut), start))
+        while at < end:
+            stop = min(at + min(chunk, CHUNK), end, start if at < start else end)
+            want = Want.NONE if at < start else Want.HIDDEN
+            hidden = self._step(log, at, stop, cut, want)[1]
+            if want:
+                self._last = (cut, at, hidden)
+                yield at, hidden
+            at = stop
+
+    def truncate(self, length: int) -> None:
+        """Forgets positions from `length` on."""
+        if length < self._coverage.length:
+            self._back_to(length)
+
+    def close(self) -> None:
+        """Frees KV and weights."""
+        self._sequence.close()
+        self.part.close()
+
+    def _back_to(self, length: int) -> int:
+        """Cuts the sequence back to `length`; where a window has given the needed blocks back, to nothing."""
+        if length == self._coverage.length:
+            return length
+        self._last = None
+        if self._window and self._coverage.length > self._window:
+            length = 0
+            self._sequence.close()
+            self._sequence = self.part.open(window=self._window)
+        else:
+            self._sequence.truncate(length)
+        self._coverage.truncate(length)
+        return length
+
+    def _step(
+        self, log: Chain, start: int, end: int, depth: int, want: Want, sampling: Sampling | None = None
+    ) -> tuple[list[int], NDArray[np.float32]]:
+        rows = Rows().tokens(
+            self._sequence,
+            start,
+            log.tokens[start:end],
+            leave=depth,
+            want=want,
+            want_all=want is Want.HIDDEN,
+            sampling=sampling or Sampling(),
+        )
+        try:
+            result = self.part.step(rows)
+        except OutOfBlocks as error:
+            raise DeviceError(
+                f"no room is left for the KV of position {end - 1}",
+                "begin a new conversation, raise kv_tokens, or choose overflow='slide'",
+            ) from error
+        self._coverage.extend(end, depth)
+        return result.tokens, result.hidden

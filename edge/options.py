@@ -1,0 +1,84 @@
+"""Settings of a device and of one generation, each checked where it comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from isthmus.edge.token import MODES, Mode
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol.errors import DeviceError
+
+CODECS = ("f32", "f16", "int8")
+KV_TOKENS = 4096
+Overflow = Literal["error", "slide"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How one answer is made.
+
+    Attributes:
+        max_tokens: tokens at most, the end-of-sequence token included.
+        sampling: how tokens are chosen.
+        stop: words that end the text and do not appear in it.
+        mode: "auto", "local", "stream" or "split".
+        cut: layer before which the hidden states leave the device in split mode; None for the middle.
+        codec: how hidden states travel: "f32", "f16" or "int8".
+    """
+
+    max_tokens: int = 256
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+    mode: Mode = "local"
+    cut: int | None = None
+    codec: str = "f16"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise DeviceError(f"max_tokens is {self.max_tokens}", "ask for one or more")
+        if self.mode not in MODES:
+            raise DeviceError(f"mode is {self.mode!r}", f"choose one of {', '.join(MODES)}")
+        if self.codec not in CODECS:
+            raise DeviceError(f"codec is {self.codec!r}", f"choose one of {', '.join(CODECS)}")
+        if any(not word for word in self.stop):
+            raise DeviceError("a stop word is empty", "leave it out or give it letters")
+
+
+def stop_words(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop word, or several."""
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def as_mode(mode: str) -> Mode:
+    """A mode's name, checked."""
+    if mode not in MODES:
+        raise DeviceError(f"mode is {mode!r}", f"choose one of {', '.join(MODES)}")
+    return mode
+
+
+def check_cut(cut: int, config: DecoderConfig) -> int:
+    """A cut that leaves both sides a layer.
+
+    Raises:
+        DeviceError: any other.
+    """
+    if not 1 <= cut < config.n_layers:
+        raise DeviceError(
+            f"cut is {cut} and the model has {config.n_layers} layers", f"choose one in 1..{config.n_layers - 1}"
+        )
+    return cut
+
+
+def kv_room(kv_tokens: int | None, config: DecoderConfig) -> int:
+    """Positions of KV to hold: what was asked for, or the model's context up to 4,096."""
+    if kv_tokens is None:
+        return min(config.context_length, KV_TOKENS)
+    if not 1 <= kv_tokens <= config.context_length:
+        raise DeviceError(
+            f"kv_tokens is {kv_tokens} and the model's context {config.context_length} tokens",
+            f"choose one in 1..{config.context_length}",
+        )
+    return kv_tokens

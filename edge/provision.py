@@ -1,0 +1,126 @@
+"""A device without a bundle fetches its part from a cloud: resumable, checked by hash, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from isthmus.edge.link import Link, Restart
+from isthmus.protocol import messages as m
+from isthmus.protocol.errors import BundleError, LinkError
+from isthmus.split.manifest import EMBEDDING, Manifest
+
+PARTIAL = ".part"
+MAX_TRIES = 3
+Progress = Callable[[str, int, int], None]
+
+
+def fetch_part(
+    link: Link, path: Path, *, layers: int | None = None, model_id: str = "", progress: Progress | None = None
+) -> Manifest:
+    """Fetches what a device needs to run layers [0, layers) into the folder `path`.
+
+    Files that are there already and have the right hash stay; a file that was cut off goes on where it ended.
+    `bundle.json` is written last, so that a folder that has one is complete.
+
+    Args:
+        layers: layers to hold; None for the whole model, 0 for the tokenizer alone.
+        model_id: which bundle; empty for the cloud's only one.
+        progress: called with a file's name, the bytes that are here, and its size.
+
+    Raises:
+        LinkError: the cloud is gone; calling again goes on where this ended.
+        BundleError: what the cloud sends does not fit its hashes.
+    """
+    link.welcome()
+    answer = _ask(link, m.GetManifest(model_id))
+    assert isinstance(answer, m.Manifest)
+    manifest = Manifest.parse(answer.data)
+    if model_id and manifest.model_id != model_id:
+        raise BundleError(f"the cloud sent the bundle {manifest.model_id} for {model_id}", "ask another cloud")
+    _write(path / "bundle.json.part", answer.data)
+    for name in part_files(manifest, layers):
+        _fetch(link, manifest, path, name, progress)
+    (path / "bundle.json.part").replace(path / "bundle.json")
+    return manifest
+
+
+def part_files(manifest: Manifest, layers: int | None) -> list[str]:
+    """The files of a device's part: tokenizer, embedding and its layers, and the head when it holds all layers.
+
+    Raises:
+        BundleError: the model has fewer layers.
+    """
+    n_layers = manifest.config.n_layers
+    held = n_layers if layers is None else layers
+    if not 0 <= held <= n_layers:
+        raise BundleError(f"{held} layers are wanted of {n_layers}", f"choose 0..{n_layers}")
+    weights = list(manifest.part_files(0, held)) if held else []
+    return [manifest.tokenizer.file, *sorted(weights, key=lambda name: (name != EMBEDDING, name))]
+
+
+def _fetch(link: Link, manifest: Manifest, path: Path, name: str, progress: Progress | None) -> None:
+    entry, target = manifest.files[name], path / name
+    if _hash(target) == entry.sha256:
+        return
+    partial = target.with_name(target.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(MAX_TRIES):
+        digest = hashlib.sha256()
+        with partial.open("ab+") as file:
+            _resume(file.fileno(), digest, entry.bytes)
+            at = os.fstat(file.fileno()).st_size
+            while at < entry.bytes:
+                length = min(m.MAX_RANGE_BYTES, entry.bytes - at)
+                answer = _ask(link, m.GetRange(manifest.model_id, name, entry.sha256, at, length))
+                assert isinstance(answer, m.Range)
+                if answer.total_bytes != entry.bytes or not 0 < len(answer.data) <= length:
+                    raise BundleError(
+                        f"the cloud's {name} has {answer.total_bytes} bytes instead of {entry.bytes}",
+                        "its bundle was altered",
+                    )
+                file.write(answer.data)
+                digest.update(answer.data)
+                at += len(answer.data)
+                if progress:
+                    progress(name, at, entry.bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() == entry.sha256:
+            partial.replace(target)
+            return
+        partial.unlink()
+    raise BundleError(f"{name} from the cloud has another sha256 than listed", "the cloud's bundle was altered")
+
+
+def _resume(descriptor: int, digest: hashlib._Hash, size: int) -> None:
+    """Takes what an earlier call left of a file into the digest; too much of it is cut off."""
+    if os.fstat(descriptor).st_size > size:
+        os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while data := os.read(descriptor, 1 << 20):
+        digest.update(data)
+
+
+def _ask(link: Link, request: m.GetManifest | m.GetRange) -> m.Manifest | m.Range:
+    for _ in range(8):
+        try:
+            return link.serve(request)
+        except Restart:
+            continue
+    raise LinkError("the link does not hold", "try again")
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

@@ -1,0 +1,160 @@
+"""The three ways to the next token. Each leaves the log alone: the caller appends what it got."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.edge.link import Link, Restart
+from isthmus.edge.local import LocalPart
+from isthmus.edge.token import Source
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol import tensors
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError
+
+TOKENS_LANE, HIDDEN_LANE = 1, 2
+
+
+class Runner(Protocol):
+    """Computes the token that follows the log."""
+
+    source: Source
+
+    def next(self, remaining: int) -> int:
+        """The next token.
+
+        Args:
+            remaining: tokens that will be asked for at most, this one included.
+
+        Raises:
+            LinkError: the cloud is gone.
+        """
+        ...
+
+    def reused(self) -> int:
+        """Leading positions of the log that need not be computed again."""
+        ...
+
+    def stop(self) -> None:
+        """No further token is wanted."""
+        ...
+
+
+class LocalRunner:
+    """The whole model on this device."""
+
+    source: Source = "device"
+
+    def __init__(self, part: LocalPart, log: Chain, sampling: Sampling) -> None:
+        self._part, self._log, self._sampling = part, log, sampling
+
+    def next(self, remaining: int) -> int:
+        return self._part.sample(self._log, self._sampling)
+
+    def reused(self) -> int:
+        return min(self._part.held(self._part.part.end), len(self._log) - 1)
+
+    def stop(self) -> None:
+        pass
+
+
+class StreamRunner:
+    """The whole model in the cloud: the prompt goes up, tokens come down as fast as they are made."""
+
+    source: Source = "cloud"
+
+    def __init__(self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int]) -> None:
+        self._link, self._log, self._eos = link, log, tuple(eos)
+        self._sampler = sampler(sampling)
+        self._lane = link.session.lane(TOKENS_LANE, 0)
+        self._ready: deque[int] = deque()
+        self._running = False
+
+    def next(self, remaining: int) -> int:
+        while not self._ready:
+            try:
+                if not self._running:
+                    self._begin(remaining)
+                news = self._link.stream(self._lane)
+            except Restart:
+                self._running = False
+                continue
+            self._ready.extend(news.tokens)
+            if news.done:
+                self._running = False
+                if news.reason == "full":
+                    raise DeviceError("the conversation is full in the cloud", "begin a new one")
+        return self._ready.popleft()
+
+    def reused(self) -> int:
+        self._lane.check(self._log)
+        return min(self._lane.agreed, len(self._log) - 1)
+
+    def stop(self) -> None:
+        if self._running:
+            self._link.cancel(self._lane)
+            self._running = False
+
+    def _begin(self, remaining: int) -> None:
+        log, lane = self._log, self._lane
+        start = self._link.align(lane, len(log) - 1)
+        self._link.generate(
+            lane,
+            m.Generate(
+                lane.alias, lane.epoch, start, log.at(start), log.tokens[start:], remaining, self._sampler, self._eos
+            ),
+        )
+        self._running = True
+
+
+class SplitRunner:
+    """Layers [0, cut) on this device, the rest in the cloud: one hidden state up for each token."""
+
+    source: Source = "split"
+
+    def __init__(self, part: LocalPart, link: Link, log: Chain, sampling: Sampling, cut: int, codec: str) -> None:
+        self._part, self._link, self._log, self._cut, self._codec = part, link, log, cut, codec
+        self._sampler = sampler(sampling)
+        self._lane = link.session.lane(HIDDEN_LANE, cut)
+        self._waiting = False
+
+    def next(self, remaining: int) -> int:
+        link, lane, log = self._link, self._lane, self._log
+        end = len(log)
+        while True:
+            try:
+                at = start = link.align(lane, end - 1)
+                self._waiting = True
+                for at, hidden in self._part.hidden(log, start, self._cut, link.max_rows):
+                    self._send(at, hidden, m.WANT_SAMPLE if at + len(hidden) == end else m.WANT_NONE)
+                tokens = link.answer(lane, at)
+            except Restart:
+                continue
+            self._waiting = False
+            return tokens[0]
+
+    def reused(self) -> int:
+        self._lane.check(self._log)
+        return min(self._lane.agreed, self._part.held(self._cut), len(self._log) - 1)
+
+    def stop(self) -> None:
+        if self._waiting:
+            self._link.cancel(self._lane)
+            self._waiting = False
+
+    def _send(self, at: int, hidden: NDArray[np.float32], want: int) -> None:
+        lane, log = self._lane, self._log
+        tensor = tensors.encode(hidden, self._codec, plain=1 if at == 0 else 0)
+        ids = log.tokens[at : at + len(hidden)]
+        self._link.rows(lane, m.Rows(lane.alias, lane.epoch, at, log.at(at), ids, tensor, want, self._sampler))
+
+
+def sampler(sampling: Sampling) -> m.Sampler:
+    """The sampler's settings as they travel."""
+    return m.Sampler(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, sampling.stream)

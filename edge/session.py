@@ -1,0 +1,432 @@
+"""The device's requests to a cloud, without any I/O: events in, messages out.
+
+A driver gives `receive` every message that comes, calls `tick` at `wake_at`, sends what stands in `outbox`, and takes
+what happened from `events`. Time is a float in seconds from any clock that does not go back. A Welcome means a new
+connection (`protocol.link` makes them). Every message may be lost, repeated or overtaken: requests are repeated until
+they are answered, answers are matched by (alias, epoch, position), and when the two sides no longer agree the lane is
+opened again with a higher epoch and goes on from what the cloud still holds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Timeouts, Up
+from isthmus.edge.lane import Lane
+from isthmus.protocol import messages as m
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
+
+_MAX_SETBACKS = 24  # realignments in a row without one answer
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A message that waits for its answer."""
+
+    message: Any
+    lane: Lane | None
+    retry_at: float
+    tries: int = 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Tokens of a Generate as they come."""
+
+    position: int  # of the next token in order
+    early: dict[int, m.Tokens] = field(default_factory=dict)
+
+
+class Session:
+    """One device's conversation with one cloud.
+
+    Args:
+        model_id: what the cloud must serve; empty for a device that only fetches a bundle.
+        log: the token log that all lanes follow. Cut it back through `edited`.
+        where: the cloud's address, for error messages.
+        window: as in `messages.Open`.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        log: Chain,
+        timeouts: Timeouts | None = None,
+        *,
+        where: str = "the cloud",
+        kv_format: str = "f16",
+        window: int = 0,
+    ) -> None:
+        self.outbox: list[m.Message] = []
+        self.events: deque[Event] = deque()
+        self.welcome: m.Welcome | None = None
+        self.round_trips = 0
+        self.log = log
+        self._model_id, self._timeouts = model_id, timeouts or Timeouts()
+        self._where, self._kv_format, self._window = where, kv_format, window
+        self._lanes: dict[int, Lane] = {}
+        self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
+        self._pending: dict[tuple[Any, ...], _Pending] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._up_at = self._progress_at = 0.0
+        self._closing = False
+        self._setbacks = 0
+
+    # -- what the device asks for
+
+    def lane(self, alias: int, enter: int) -> Lane:
+        """The lane with that alias; its rows enter before layer `enter` from now on."""
+        lane = self._lanes.get(alias)
+        if lane is None:
+            lane = self._lanes[alias] = Lane(alias, enter)
+        elif lane.enter != enter:
+            self._drop(lane)
+            lane.moved(enter)
+        return lane
+
+    def edited(self, length: int) -> None:
+        """The log is about to be cut back to `length`."""
+        for lane in self._lanes.values():
+            lane.edited(length, self.log)
+
+    def align(self, lane: Lane, limit: int, now: float) -> None:
+        """Asks for `Aligned`: the lane is open and holds a prefix of the log of at most `limit` tokens."""
+        self._limits[lane.alias] = limit
+        self._busy(now)
+        lane.check(self.log)
+        if lane.ready(limit):
+            self.events.append(Aligned(lane))
+        elif not lane.opened:
+            self._open(lane, now)
+        else:
+            self._truncate(lane, min(limit, lane.agreed), now)
+
+    def greet(self, now: float) -> None:
+        """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
+        self._busy(now)
+        if self.welcome is None:
+            self._post(("welcome",), None, None, now)
+
+    def rows(self, lane: Lane, rows: m.Rows, now: float) -> None:
+        """Sends rows on an aligned lane; `Answered` or `Behind` follows."""
+        self._busy(now)
+        self._post(("rows", lane.alias, rows.position), rows, lane, now)
+
+    def generate(self, lane: Lane, request: m.Generate, now: float) -> None:
+        """Starts a stream on an aligned lane; `Streamed` events or `Behind` follow."""
+        self._busy(now)
+        self.round_trips += 1
+        self._streams[lane.alias] = _Stream(request.position + len(request.tokens))
+        self._post(("stream", lane.alias), request, lane, now)
+
+    def cancel(self, lane: Lane) -> None:
+        """Gives up what is under way on a lane."""
+        if self._drop(lane):
+            self.outbox.append(m.Cancel(lane.alias, lane.epoch))
+            lane.opened = False  # the cloud may have gone on: the next use asks where it stands
+
+    def ask(self, request: m.GetManifest | m.GetRange, now: float) -> None:
+        """Asks for bulk data; `Served` follows."""
+        self._busy(now)
+        self.round_trips += 1
+        self._post(_bulk_key(request), request, None, now)
+
+    def close(self) -> None:
+        """Tells the cloud to forget the lanes."""
+        for lane in self._lanes.values():
+            if lane.opened:
+                self.outbox.append(m.Close(lane.alias, lane.epoch))
+                lane.opened = False
+        self._pending.clear()
+        self._streams.clear()
+
+    # -- what the driver reports
+
+    def receive(self, message: m.Message, now: float) -> None:
+        """Takes in one message from the cloud."""
+        match message:
+            case m.Result():
+                self._result(message, now)
+            case m.Tokens():
+                self._tokens(message, now)
+            case m.Opened():
+                self._opened(message, now)
+            case m.Welcome():
+                self._welcomed(message, now)
+            case m.Fault():
+                self._fault(message, now)
+            case m.Manifest():
+                if self._answered(("manifest",), now):
+                    self.events.append(Served(message))
+            case m.Range():
+                if self._answered(("range", message.name, message.offset), now):
+                    self.events.append(Served(message))
+            case m.Bye():
+                self._closing = True
+            case _:
+                pass  # what only a cloud receives, or a newer protocol's news
+
+    def tick(self, now: float, up: bool = True, failure: IsthmusError | None = None) -> None:
+        """Repeats what is overdue, and gives up in the end.
+
+        Args:
+            up: whether the link has shown a sign of life of late.
+            failure: why it is down, when that is known.
+        """
+        if not self._pending:
+            return
+        if up and self.welcome is not None:
+            self._up_at = now
+        patience_ms = self._timeouts.connect_ms if self.welcome is None else self._timeouts.give_up_ms
+        if self._closing:
+            patience_ms = min(patience_ms, self._timeouts.retry_ms)
+        if (now - self._up_at) * 1e3 >= patience_ms:
+            self._fail(failure or self._silence())
+        elif (now - self._progress_at) * 1e3 >= self._timeouts.progress_ms:
+            took_s = now - self._progress_at
+            self._fail(LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s", "try again"))
+        elif self.welcome is not None:
+            for pending in self._pending.values():
+                if pending.retry_at <= now:
+                    self._overdue(pending, now)
+
+    @property
+    def wake_at(self) -> float:
+        """When `tick` must be called at the latest."""
+        if not self._pending:
+            return float("inf")
+        if self.welcome is None:
+            return self._up_at + self._timeouts.connect_ms / 1e3
+        return min(pending.retry_at for pending in self._pending.values())
+
+    def abandon(self) -> None:
+        """Nothing that is under way is wanted any more, and the lanes are to be opened again."""
+        self._pending.clear()
+        self._streams.clear()
+        self.events.clear()
+        self.outbox.clear()
+        for lane in self._lanes.values():
+            lane.opened = False
+
+    # -- messages
+
+    def _welcomed(self, message: m.Welcome, now: float) -> None:
+        self.welcome = message
+        self._closing = False
+        self._up_at = now
+        offered = {offer.model_id: offer.name for offer in message.offers}
+        if self._model_id and self._model_id not in offered:
+            names = ", ".join(f"{name} ({id_[:12]})" for id_, name in offered.items()) or "nothing"
+            self._fail(
+                DeviceError(
+                    f"{self._where} serves {names} and not this bundle's model {self._model_id[:12]}",
+                    "use the bundle that the cloud serves, or another cloud",
+                )
+            )
+            return
+        self._answered(("welcome",), now)
+        self.events.append(Up())
+        for pending in self._pending.values():
+            if pending.lane is None:
+                self.outbox.append(pending.message)
+        for lane in self._lanes.values():
+            lane.opened = False
+            if self._drop(lane):
+                self.events.append(Behind(lane))
+
+    def _opened(self, message: m.Opened, now: float) -> None:
+        lane = self._control(message.alias, message.epoch, m.Open, now)
+        if lane is not None:
+            lane.opened = True
+            self._aligning(lane, message.committed, message.prefix_hash, now)
+
+    def _result(self, message: m.Result, now: float) -> None:
+        lane = self._lanes.get(message.alias)
+        if lane is None or lane.epoch != message.epoch:
+            return
+        key = ("rows", message.alias, message.position)
+        pending = self._pending.get(key)
+        if pending is None:
+            if self._control(message.alias, message.epoch, m.Truncate, now) is not None:
+                self._aligning(lane, message.committed, message.prefix_hash, now)
+            return
+        rows: m.Rows = pending.message
+        if message.committed < rows.position + len(rows.tokens) or (rows.want & m.WANT_SAMPLE and not message.tokens):
+            return  # a late repetition of Truncate's answer
+        del self._pending[key]
+        if rows.want:
+            self.round_trips += 1
+        self._progress_at, self._setbacks = now, 0
+        if message.committed < lane.committed:
+            pass  # overtaken by a later answer
+        elif not lane.told(message.committed, message.prefix_hash, self.log):
+            self._setback(lane)
+            return
+        self.events.append(Answered(lane, message.position, message.tokens))
+
+    def _tokens(self, message: m.Tokens, now: float) -> None:
+        lane = self._lanes.get(message.alias)
+        stream = self._streams.get(message.alias)
+        if lane is None or stream is None or lane.epoch != message.epoch:
+            return
+        pending = self._pending[("stream", message.alias)]
+        pending.retry_at = now + self._timeouts.retry_ms / 1e3
+        pending.tries = 0
+        stream.early[message.position] = message
+        while stream.early:
+            first = stream.early[min(stream.early)]
+            if first.position > stream.position:
+                return
+            del stream.early[first.position]
+            self._in_order(lane, stream, first, now)
+
+    def _in_order(self, lane: Lane, stream: _Stream, message: m.Tokens, now: float) -> None:
+        fresh = message.tokens[stream.position - message.position :]
+        if not fresh and not message.done:
+            return
+        stream.position += len(fresh)
+        lane.committed, lane.head = message.committed, message.prefix_hash
+        self._progress_at, self._setbacks = now, 0
+        if message.done:
+            del self._streams[lane.alias], self._pending[("stream", lane.alias)]
+            stream.early.clear()
+        self.events.append(Streamed(lane, fresh, message.done, message.reason))
+
+    def _fault(self, fault: m.Fault, now: float) -> None:
+        error = ServiceError(f"{self._where} refused: {fault.problem}", fault.remedy)
+        code = fault.code
+        if fault.alias is None:
+            if code is m.Code.CLOSING:
+                self._closing = True
+            elif code is m.Code.BUSY:
+                self._later(None, 0, now, fault.retry_ms)
+            else:
+                self._fail(error)
+            return
+        lane = self._lanes.get(fault.alias)
+        if lane is None or lane.epoch != fault.epoch or not self._waiting(lane):
+            return
+        if code is m.Code.BUSY or (code is m.Code.GAP and self._earlier(lane, fault.position)):
+            self._later(lane, fault.position, now, fault.retry_ms)
+        elif code in (m.Code.GAP, m.Code.DIVERGED, m.Code.STALE_EPOCH, m.Code.UNKNOWN_SESSION):
+            if code is m.Code.DIVERGED:
+                lane.agreed = 0
+            self._setback(lane)
+        elif code is m.Code.KV_FULL:
+            self._fail(DeviceError(f"the conversation is full: {fault.problem}", fault.remedy or "begin a new one"))
+        elif code is m.Code.CLOSING:
+            self._fail(LinkError(f"{self._where} is stopping", "try again later or name another cloud"))
+        elif code is not m.Code.CANCELLED:
+            self._fail(error)
+
+    # -- lanes
+
+    def _open(self, lane: Lane, now: float) -> None:
+        self._drop(lane)
+        message = lane.opening(self._model_id, self._kv_format, self._window)
+        self._post(("control", lane.alias), message, lane, now)
+
+    def _truncate(self, lane: Lane, length: int, now: float) -> None:
+        self._drop(lane)
+        if self._window and lane.committed > self._window:
+            # What the window has let go of cannot be gone back to: begin with an empty session.
+            self.outbox.append(m.Close(lane.alias, lane.epoch))
+            lane.renew()
+            self._open(lane, now)
+            return
+        self._post(("control", lane.alias), lane.cutting(length), lane, now)
+
+    def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
+        known, limit = lane.agreed, min(self._limits[lane.alias], len(self.log))
+        agrees = lane.told(committed, prefix_hash, self.log)
+        if lane.ready(limit):
+            self.round_trips += 1
+            self.events.append(Aligned(lane))
+        elif agrees:
+            self._truncate(lane, limit, now)
+        elif committed > limit:
+            self._truncate(lane, limit, now)  # the cloud went on by itself: probably it agrees up to here
+        elif committed > known:
+            self._truncate(lane, known, now)
+        elif committed:
+            self._truncate(lane, 0, now)
+        else:
+            self._fail(LinkError(f"{self._where} names an empty log by another hash", "both sides must be one version"))
+
+    def _setback(self, lane: Lane) -> None:
+        self._setbacks += 1
+        lane.opened = False
+        self._drop(lane)
+        if self._setbacks > _MAX_SETBACKS:
+            self._fail(LinkError(f"{self._where} and this device do not come to agree", "try again later"))
+        else:
+            self.events.append(Behind(lane))
+
+    # -- requests
+
+    def _post(self, key: tuple[Any, ...], message: Any, lane: Lane | None, now: float) -> None:
+        self._pending[key] = _Pending(message, lane, now + self._timeouts.retry_ms / 1e3)
+        if self.welcome is not None:
+            self.outbox.append(message)
+
+    def _answered(self, key: tuple[Any, ...], now: float) -> bool:
+        if self._pending.pop(key, None) is None:
+            return False
+        self._progress_at = now
+        return True
+
+    def _control(self, alias: int, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Lane | None:
+        pending = self._pending.get(("control", alias))
+        if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
+            return None
+        self._answered(("control", alias), now)
+        return pending.lane
+
+    def _overdue(self, pending: _Pending, now: float) -> None:
+        pending.tries += 1
+        pending.retry_at = now + self._timeouts.retry_ms / 1e3 * min(2**pending.tries, 8)
+        self.outbox.append(pending.message)
+
+    def _later(self, lane: Lane | None, position: int, now: float, retry_ms: int) -> None:
+        wait = max(retry_ms / 1e3, self._timeouts.retry_ms / 4e3)
+        for key, pending in self._pending.items():
+            if pending.lane is lane and (key[0] != "rows" or key[2] >= position):
+                pending.retry_at = now + wait
+
+    def _earlier(self, lane: Lane, position: int) -> bool:
+        return any(k[0] == "rows" and p.lane is lane and k[2] < position for k, p in self._pending.items())
+
+    def _waiting(self, lane: Lane) -> bool:
+        return any(pending.lane is lane for pending in self._pending.values())
+
+    def _drop(self, lane: Lane) -> bool:
+        keys = [key for key, pending in self._pending.items() if pending.lane is lane]
+        for key in keys:
+            del self._pending[key]
+        self._streams.pop(lane.alias, None)
+        if self.events:
+            self.events = deque(e for e in self.events if isinstance(e, Up | Served | Refused) or e.lane is not lane)
+        return bool(keys)
+
+    def _busy(self, now: float) -> None:
+        """Something is asked for: after a time in which nothing was, patience counts from now."""
+        if not self._pending:
+            self._up_at = self._progress_at = now
+
+    def _silence(self) -> LinkError:
+        if self.welcome is None:
+            return LinkError(f"{self._where} does not answer", "check the address, and that `isthmus serve` runs there")
+        if self._closing:
+            return LinkError(f"{self._where} has stopped", "start it again or name another cloud")
+        return LinkError(f"{self._where} went away", "check the link, and that `isthmus serve` runs there")
+
+    def _fail(self, error: IsthmusError) -> None:
+        self.abandon()
+        self.events.append(Refused(error))
+
+
+def _bulk_key(request: m.GetManifest | m.GetRange) -> tuple[Any, ...]:
+    return ("range", request.name, request.offset) if isinstance(request, m.GetRange) else ("manifest",)

@@ -1,0 +1,79 @@
+"""What a generation yields, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Source = Literal["device", "cloud", "split"]
+Mode = Literal["auto", "local", "stream", "split"]
+MODES: tuple[Mode, ...] = ("auto", "local", "stream", "split")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        id: the token's id; the end-of-sequence token is yielded too, as the last one.
+        text: what this token adds to the text. It may be empty while a character or a stop word is incomplete, and
+            the joined texts of all tokens are the whole answer.
+        source: where it was computed: "device" and "cloud" ran the whole model, "split" is both.
+        position: index in the conversation's token log.
+        finish: on the last token why it is the last: "eos", "stop" (a stop word), or "length"; else empty.
+    """
+
+    id: int
+    text: str
+    source: Source
+    position: int
+    finish: str = ""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What one generation cost.
+
+    Attributes:
+        tokens: ids, the end-of-sequence token included.
+        text: the answer.
+        sources: where each token was computed.
+        prompt_tokens: tokens that were not generated.
+        reused_tokens: of those, the ones whose KV was already held where they were needed.
+        ttft_ms: from the call to the first token.
+        tok_s: tokens a second after the first one; 0 when there was only one.
+        bytes_up, bytes_down: bytes of messages, without the transport's own framing.
+        round_trips: questions to the cloud whose answer was waited for.
+        finish: why it ended: "eos", "stop", "length", or "cancelled"; empty while it runs.
+        note: what did not go as asked, such as a cloud that went away; empty when all went well.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    sources: list[Source] = field(default_factory=list)
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    ttft_ms: float = 0.0
+    tok_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    round_trips: int = 0
+    finish: str = ""
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "tokens": self.tokens,
+            "text": self.text,
+            "sources": list(self.sources),
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "ttft_ms": round(self.ttft_ms, 3),
+            "tok_s": round(self.tok_s, 3),
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "round_trips": self.round_trips,
+            "finish": self.finish,
+            "note": self.note,
+        }

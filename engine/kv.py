@@ -1,0 +1,148 @@
+"""Paged KV: blocks of 16 positions in one pool per part, shared between sequences until one of them writes.
+
+A block holds, layer by layer and KV head by head, K [head_dim][16] and V [16][head_dim], float16 or float32, with
+head_dim padded to 16. One block is one unit of sharing, copying and spilling.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.part import KV_BLOCK, KvConfig
+from isthmus.protocol.errors import EngineError, OutOfBlocks
+
+BYTES = {"f16": 2, "f32": 4}
+
+
+def block_bytes(config: DecoderConfig, layers: int, kv: KvConfig) -> int:
+    """Bytes of one block of `layers` layers.
+
+    Raises:
+        EngineError: the KV format is unknown.
+    """
+    if kv.format not in BYTES:
+        raise EngineError(f"the KV format is {kv.format!r}", "choose f16 or f32")
+    head_dim = -(-config.head_dim // 16) * 16
+    return layers * config.n_kv_heads * 2 * KV_BLOCK * head_dim * BYTES[kv.format]
+
+
+class KvPool:
+    """The blocks of one part; memory is touched only when a block is first used.
+
+    Attributes:
+        memory: [n_blocks, block_bytes] u8, rows aligned to 64 bytes.
+    """
+
+    def __init__(self, config: DecoderConfig, layers: int, kv: KvConfig) -> None:
+        if kv.max_tokens < 1:
+            raise EngineError(f"the KV cache holds {kv.max_tokens} tokens", "give it room for at least one")
+        size, self.n_blocks = block_bytes(config, layers, kv), -(-kv.max_tokens // KV_BLOCK)
+        try:
+            raw = np.empty(self.n_blocks * size + 64, np.uint8)
+        except MemoryError as error:
+            raise EngineError(f"no memory for {kv.max_tokens} tokens of KV", "ask for fewer (kv_tokens)") from error
+        offset = -raw.ctypes.data % 64
+        self.memory: NDArray[np.uint8] = raw[offset : offset + self.n_blocks * size].reshape(self.n_blocks, size)
+        self._free = list(range(self.n_blocks - 1, -1, -1))
+        self.users = [0] * self.n_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody uses."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A block for one user.
+
+        Raises:
+            OutOfBlocks: all are in use.
+        """
+        if not self._free:
+            raise OutOfBlocks(
+                f"the KV cache is full ({self.n_blocks * KV_BLOCK} tokens)",
+                "close a session, shorten the prompt, raise kv_tokens, or choose a sliding window",
+            )
+        block = self._free.pop()
+        self.users[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more user of a block."""
+        self.users[block] += 1
+
+    def give(self, block: int) -> None:
+        """One user fewer; the last one frees the block."""
+        self.users[block] -= 1
+        if not self.users[block]:
+            self._free.append(block)
+
+
+class BlockTable:
+    """Which block holds which positions of a sequence, in one pool.
+
+    Attributes:
+        blocks: [capacity] i32, block of positions 16 i .. 16 i + 15; -1 where a sliding window let go.
+        count: entries in use.
+    """
+
+    __slots__ = ("blocks", "count", "dropped", "pool")
+
+    def __init__(self, pool: KvPool, capacity: int = 64) -> None:
+        self.pool = pool
+        self.blocks: NDArray[np.int32] = np.full(capacity, -1, np.int32)
+        self.count = 0
+        self.dropped = 0
+
+    def lacking(self, start: int, end: int) -> int:
+        """Blocks that must be taken before positions [start, end) can be written."""
+        first, last = start // KV_BLOCK, (end - 1) // KV_BLOCK
+        shared = sum(self.pool.users[self.blocks[i]] > 1 for i in range(first, min(last + 1, self.count)))
+        return max(0, last + 1 - self.count) + shared
+
+    def writable(self, start: int, end: int) -> bool:
+        """Takes or copies blocks so that positions [start, end) belong to this table alone; True if any changed."""
+        first, last = start // KV_BLOCK, (end - 1) // KV_BLOCK
+        if last < self.count and all(self.pool.users[self.blocks[i]] == 1 for i in range(first, last + 1)):
+            return False
+        if last >= len(self.blocks):
+            self.blocks = np.concatenate([self.blocks, np.full(max(last + 1, len(self.blocks)), -1, np.int32)])
+        for i in range(first, min(last + 1, self.count)):
+            block = int(self.blocks[i])
+            if self.pool.users[block] > 1:
+                copy = self.pool.take()
+                self.pool.memory[copy] = self.pool.memory[block]
+                self.pool.give(block)
+                self.blocks[i] = copy
+        while self.count <= last:
+            self.blocks[self.count] = self.pool.take()
+            self.count += 1
+        return True
+
+    def drop_before(self, position: int) -> None:
+        """Gives back the blocks whose positions all lie before `position`."""
+        while (self.dropped + 1) * KV_BLOCK <= position and self.dropped < self.count:
+            self.pool.give(int(self.blocks[self.dropped]))
+            self.blocks[self.dropped] = -1
+            self.dropped += 1
+
+    def truncate(self, length: int) -> None:
+        """Gives back the blocks that only hold positions from `length` on."""
+        keep = -(-length // KV_BLOCK)
+        while self.count > keep:
+            self.count -= 1
+            block = int(self.blocks[self.count])
+            if block >= 0:
+                self.pool.give(block)
+            self.blocks[self.count] = -1
+        self.dropped = min(self.dropped, self.count)
+
+    def fork(self) -> BlockTable:
+        """Another table of the same blocks."""
+        other = BlockTable(self.pool, len(self.blocks))
+        other.blocks[:] = self.blocks
+        other.count, other.dropped = self.count, self.dropped
+        for block in self.blocks[self.dropped : self.count]:
+            self.pool.share(int(block))
+        return other

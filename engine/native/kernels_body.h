@@ -1,0 +1,358 @@
+// The kernels, written once on the 16 virtual lanes of a simd_*.h; each instruction set compiles this file.
+//
+// The order of every float operation is fixed: a dot over columns is one chain of FMAs per row, in column (or group)
+// order; a sum over lanes is the tree of vf_sum; attention scores are one chain over the head's dimensions and the
+// weighted sum of values one chain over positions. So a row's bits depend neither on the instruction set nor on what
+// else is computed with it.
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+static const float EXP_LIMIT_LOW = -86.f, EXP_LIMIT_HIGH = 88.f;
+
+INLINE vf vf_exp(vf x) {  // Cody-Waite reduction and a polynomial of degree 6: about 2 ulp
+  x = vf_max(vf_min(x, vf_set1(EXP_LIMIT_HIGH)), vf_set1(EXP_LIMIT_LOW));
+  vf n = vf_round(vf_mul(x, vf_set1(1.44269504f)));
+  vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+  r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+  vf p = vf_set1(1.3888889e-3f);
+  p = vf_fma(p, r, vf_set1(8.3333333e-3f));
+  p = vf_fma(p, r, vf_set1(4.1666668e-2f));
+  p = vf_fma(p, r, vf_set1(1.6666667e-1f));
+  p = vf_fma(p, r, vf_set1(0.5f));
+  p = vf_fma(p, r, vf_set1(1.f));
+  p = vf_fma(p, r, vf_set1(1.f));
+  return vf_scale2(p, n);
+}
+
+INLINE vi vi_times254(vi x) { return vi_sub(vi_shl(x, 8), vi_shl(x, 1)); }
+
+// The rest that 8 bits leave, in units of 1 / 254 of their step; returns 254 q + low.
+INLINE vi store_low(int8_t *low, vf scaled, vi q) {
+  return vi_add(vi_times254(q), vf_store_int8(low, vf_mul(vf_sub(scaled, vf_from_vi(q)), vf_set1(254.f))));
+}
+
+static void quantize(const float *x, int n, int8_t *q, int8_t *low, float *scale, int32_t *sums) {
+  for (int g = 0; g < n / 32; g++) {
+    vf a = vf_load(x + 32 * g), b = vf_load(x + 32 * g + 16);
+    const float m = vf_maxall(vf_max(vf_abs(a), vf_abs(b)));
+    const int flat = !(m > 1e-30f);
+    const vf k = vf_set1(flat ? 0.f : 127.f / m);
+    a = vf_mul(a, k);
+    b = vf_mul(b, k);
+    vi ia = vf_store_int8(q + 32 * g, a), ib = vf_store_int8(q + 32 * g + 16, b);
+    if (low) {
+      ia = store_low(low + 32 * g, a, ia);
+      ib = store_low(low + 32 * g + 16, b, ib);
+    }
+    scale[g] = flat ? 0.f : low ? m / 32258.f : m / 127.f;  // 32258 = 254 * 127
+    sums[2 * g] = vi_sum(ia);
+    sums[2 * g + 1] = vi_sum(ib);
+  }
+}
+
+// init + the dot of `count` vecs with the activations at `at`, 16 bits of them when `fine`
+INLINE vi activations_dot(const int format, const int fine, const codes_t *k, const int8_t *q, const int8_t *low, size_t at,
+                          const int from, const int count, vi init) {
+  if (!fine) return codes_dot(format, k, q + at, from, count, init);
+  vi high = codes_dot(format, k, q + at, from, count, vi_set1(0));
+  return vi_add(vi_times254(high), codes_dot(format, k, low + at, from, count, init));
+}
+
+// y[m][16 b ..] for `batch` rows of one weight block in a quantized format; both are constants where it is inlined
+INLINE void block_quantized(const int format, const int fine, const int batch, const im_matrix *w, const im_acts *acts, int m0,
+                            float *y, size_t ldy, int b) {
+  const int groups = acts->stride / 32;
+  const int line = format == IM_Q8 || format == IM_Q8X ? 512 : format == IM_N2 || format == IM_N4 || format == IM_N8 ? 128 : 256;
+  const uint8_t *c = (const uint8_t *)w->codes + (size_t)b * groups * line;
+  const uint8_t *p1 = (const uint8_t *)w->p1 + (size_t)b * groups * 128, *p2 = (const uint8_t *)w->p2 + (size_t)b * groups * 256;
+  const uint16_t *sh = (const uint16_t *)w->scales + (size_t)b * groups * 16, *mh = (const uint16_t *)w->mins + (size_t)b * groups * 16;
+  const float *sf = (const float *)w->scales + (size_t)b * groups * (format == IM_Q8X ? 32 : 16);
+  const float *mf = (const float *)w->mins + (size_t)b * groups * 16;
+  const float *xs = acts->scale + (size_t)m0 * groups;
+  const int32_t *xt = acts->sums + (size_t)m0 * groups * 2;
+  vf acc[MAX_BATCH];
+#pragma GCC unroll 8
+  for (int m = 0; m < batch; m++) acc[m] = vf_zero();
+  for (int g = 0; g < groups; g++) {
+    codes_t k = codes_load(format, c, p1, p2);
+    c += line;
+    if (format == IM_N4 || format == IM_N8) p1 += 128;
+    if (format == IM_N8) p2 += 256;
+    if (batch <= 2) {
+      for (int i = 0; i < line && i < 256; i += 64) __builtin_prefetch(c + 1536 - 64 + i);
+      if (format == IM_N4 || format == IM_N8) { __builtin_prefetch(p1 + 1536); __builtin_prefetch(p1 + 1600); }
+    }
+    const vf s = format == IM_Q4X ? vf_load(sf + 16 * g) : format == IM_Q8X ? vf_load(sf + 32 * g) : vf_load_half(sh + 16 * g);
+    const vf s1 = format == IM_Q8X ? vf_load(sf + 32 * g + 16) : s;
+    const vf mn = format == IM_Q4X ? vf_load(mf + 16 * g) : format == IM_Q4M ? vf_load_half(mh + 16 * g) : s;
+#pragma GCC unroll 8
+    for (int m = 0; m < batch; m++) {
+      const size_t x = (size_t)(m0 + m) * acts->stride + 32 * g;
+      const float d = xs[m * groups + g];
+      const int32_t t0 = xt[2 * (m * groups + g)], t1 = xt[2 * (m * groups + g) + 1], t = t0 + t1;
+      if (format == IM_Q8X) {
+        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 4, vi_set1(-128 * t0)), e = activations_dot(format, fine, &k, acts->q, acts->low, x, 4, 4, vi_set1(-128 * t1));
+        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
+        acc[m] = vf_fma(vf_from_vi(e), vf_mul(vf_set1(d), s1), acc[m]);
+      } else if (format == IM_Q4M || format == IM_Q4X) {
+        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0));
+        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
+        acc[m] = vf_fma(vf_set1(d * (float)t), mn, acc[m]);
+      } else if (format == IM_N2) {  // 8 (q - 1.625) = 8 q - 13
+        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 3), vi_set1(-13 * t));
+        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
+      } else if (format == IM_N8) {  // 2 (q - 135.5) = 2 q - 271
+        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 1), vi_set1(-271 * t));
+        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
+      } else {
+        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1((format == IM_Q8 ? -128 : -8) * t));
+        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
+      }
+    }
+  }
+  const float unit = format == IM_N2 ? 0.125f : format == IM_N8 ? 0.03125f : 1.f;
+#pragma GCC unroll 8
+  for (int m = 0; m < batch; m++)
+    vf_store(y + (size_t)(m0 + m) * ldy + 16 * b, unit == 1.f ? acc[m] : vf_mul(acc[m], vf_set1(unit)));
+}
+
+// the same in a float format: four chains (column mod 4), then (0 + 2) + (1 + 3)
+INLINE void block_float(const int format, const int batch, const im_matrix *w, const im_acts *acts, int m0, float *y,
+                        size_t ldy, int b) {
+  const int columns = acts->stride;
+  const float *wf = (const float *)w->codes + (size_t)b * columns * 16;
+  const uint16_t *wh = (const uint16_t *)w->codes + (size_t)b * columns * 16;
+  const float *x = acts->x + (size_t)m0 * columns;
+  vf acc[2][4];
+#pragma GCC unroll 2
+  for (int m = 0; m < batch; m++)
+    for (int i = 0; i < 4; i++) acc[m][i] = vf_zero();
+  for (int k = 0; k < columns; k += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const size_t at = (size_t)(k + i) * 16;
+      vf v = format == IM_F32 ? vf_load(wf + at) : format == IM_F16 ? vf_load_half(wh + at) : vf_load_bf16(wh + at);
+#pragma GCC unroll 2
+      for (int m = 0; m < batch; m++) acc[m][i] = vf_fma(v, vf_set1(x[(size_t)m * columns + k + i]), acc[m][i]);
+    }
+#pragma GCC unroll 2
+  for (int m = 0; m < batch; m++)
+    vf_store(y + (size_t)(m0 + m) * ldy + 16 * b,
+             vf_add(vf_add(acc[m][0], acc[m][2]), vf_add(acc[m][1], acc[m][3])));
+}
+
+#define ROWS_QUANTIZED(format, fine, batch) \
+  for (; m + batch <= rows; m += batch) block_quantized(format, fine, batch, w, acts, m, y, ldy, b)
+#define ROWS_FLOAT(format, batch) \
+  for (; m + batch <= rows; m += batch) block_float(format, batch, w, acts, m, y, ldy, b)
+
+#define DEFINE_QUANTIZED(name, format)                                                                            \
+  static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) {     \
+    if (acts->low) {                                                                                              \
+      for (int b = b0; b < b1; b++) {                                                                             \
+        int m = 0;                                                                                                \
+        if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 1, (MAX_BATCH >= 4 ? 4 : 1));                                  \
+        ROWS_QUANTIZED(format, 1, 1);                                                                             \
+      }                                                                                                           \
+      return;                                                                                                     \
+    }                                                                                                             \
+    for (int b = b0; b < b1; b++) {                                                                               \
+      int m = 0;                                                                                                  \
+      if (MAX_BATCH >= 8) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 8 ? 8 : 1));                                    \
+      if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 4 ? 4 : 1));                                    \
+      ROWS_QUANTIZED(format, 0, 2);                                                                               \
+      ROWS_QUANTIZED(format, 0, 1);                                                                               \
+    }                                                                                                             \
+  }
+#define DEFINE_FLOAT(name, format)                                                                                \
+  static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) {     \
+    for (int b = b0; b < b1; b++) {                                                                               \
+      int m = 0;                                                                                                  \
+      ROWS_FLOAT(format, 2);                                                                                      \
+      ROWS_FLOAT(format, 1);                                                                                      \
+    }                                                                                                             \
+  }
+DEFINE_FLOAT(linear_f32, IM_F32)
+DEFINE_FLOAT(linear_f16, IM_F16)
+DEFINE_FLOAT(linear_bf16, IM_BF16)
+DEFINE_QUANTIZED(linear_q8, IM_Q8)
+DEFINE_QUANTIZED(linear_q8x, IM_Q8X)
+DEFINE_QUANTIZED(linear_q4, IM_Q4)
+DEFINE_QUANTIZED(linear_q4m, IM_Q4M)
+DEFINE_QUANTIZED(linear_q4x, IM_Q4X)
+DEFINE_QUANTIZED(linear_n2, IM_N2)
+DEFINE_QUANTIZED(linear_n4, IM_N4)
+DEFINE_QUANTIZED(linear_n8, IM_N8)
+
+static void linear(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) {
+  static void (*const by_format[])(const im_matrix *, const im_acts *, int, float *, size_t, int, int) = {
+      linear_f32, linear_f16, linear_bf16, linear_q8, linear_q8x, linear_q4, linear_q4m, linear_q4x, linear_n2, linear_n4, linear_n8};
+  by_format[w->format](w, acts, rows, y, ldy, b0, b1);
+}
+
+static void rms_norm(const float *x, const float *w, float *out, int n, float eps) {
+  vf s = vf_zero();
+  for (int i = 0; i < n; i += 16) { vf a = vf_load(x + i); s = vf_fma(a, a, s); }
+  vf r = vf_set1(1.f / sqrtf(vf_sum(s) / (float)n + eps));
+  for (int i = 0; i < n; i += 16) vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), r), vf_load(w + i)));
+}
+
+static void silu_mul(const float *gate, const float *up, float *out, int n) {
+  for (int i = 0; i < n; i += 16) {
+    vf g = vf_load(gate + i), e = vf_exp(vf_sub(vf_zero(), g));
+    vf_store(out + i, vf_mul(vf_div(g, vf_add(e, vf_set1(1.f))), vf_load(up + i)));
+  }
+}
+
+static void add(float *x, const float *y, int n) {
+  for (int i = 0; i < n; i += 16) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y + i)));
+}
+
+static void store_half(uint16_t *out, const float *x, int n) {
+  for (int i = 0; i < n; i += 16) vf_store_half(out + i, vf_load(x + i));
+}
+
+static int argmax(const float *x, int n, float *max) {
+  float best = -INFINITY;
+  int chunk = 0;
+  for (int i = 0; i < n; i += 256) {  // the first chunk that holds the maximum, then the first place in it
+    vf m = vf_set1(-INFINITY);
+    int j = i, end = i + 256 < n ? i + 256 : n;
+    for (; j + 16 <= end; j += 16) m = vf_max(m, vf_load(x + j));
+    float c = vf_maxall(m);
+    for (; j < end; j++) c = x[j] > c ? x[j] : c;
+    if (c > best) { best = c; chunk = i; }
+  }
+  *max = best;
+  for (int j = chunk; j < n; j++)
+    if (x[j] == best) return j;
+  return 0;
+}
+
+// ---- attention. A block of a KV head is K [head_dim][16 positions], then V [16 positions][head_dim].
+INLINE const uint8_t *kv_block(const im_kv_view *kv, int index) {
+  return kv->base + (size_t)kv->blocks[index] * kv->block_bytes;
+}
+INLINE vf kv_load(const int f32, const uint8_t *base, size_t element) {
+  return f32 ? vf_load((const float *)base + element) : vf_load_half((const uint16_t *)base + element);
+}
+
+// scores of `tile` blocks from block `index` for `heads` query heads
+INLINE void score_blocks(const int f32, const int heads, const int tile, const im_kv_view *kv, const float *q, int index,
+                         float *scores, size_t lds) {
+  vf acc[4][8];
+  const uint8_t *k[8];
+#pragma GCC unroll 8
+  for (int b = 0; b < tile; b++) {
+    k[b] = kv_block(kv, index + b);
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) acc[h][b] = vf_zero();
+  }
+  for (int d = 0; d < kv->head_dim; d++) {
+    vf x[4];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) x[h] = vf_set1(q[(size_t)h * kv->head_dim + d]);
+#pragma GCC unroll 8
+    for (int b = 0; b < tile; b++) {
+      vf v = kv_load(f32, k[b], (size_t)d * 16);
+#pragma GCC unroll 4
+      for (int h = 0; h < heads; h++) acc[h][b] = vf_fma(v, x[h], acc[h][b]);
+    }
+  }
+  const vf s = vf_set1(kv->scale);
+#pragma GCC unroll 8
+  for (int b = 0; b < tile; b++)
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) vf_store(scores + h * lds + 16 * b, vf_mul(acc[h][b], s));
+}
+
+// out[h][16 d0 ..] = weighted sum of `tile` vectors of the values at positions first..last
+INLINE void mix_values(const int f32, const int heads, const int tile, const im_kv_view *kv, const float *scores,
+                       size_t lds, int first, int last, int d0, const float *norm, float *out) {
+  vf acc[4][8];
+#pragma GCC unroll 4
+  for (int h = 0; h < heads; h++)
+#pragma GCC unroll 8
+    for (int i = 0; i < tile; i++) acc[h][i] = vf_zero();
+  const int origin = first & ~15;
+  for (int p = first; p <= last;) {
+    const uint8_t *v = kv_block(kv, p / 16);
+    const int end = (p | 15) < last ? (p | 15) : last;
+    for (; p <= end; p++) {
+      const size_t at = (size_t)(16 + p % 16) * kv->head_dim + d0;
+      vf value[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < tile; i++) value[i] = kv_load(f32, v, at + 16 * i);
+#pragma GCC unroll 4
+      for (int h = 0; h < heads; h++) {
+        vf w = vf_set1(scores[h * lds + p - origin]);
+#pragma GCC unroll 8
+        for (int i = 0; i < tile; i++) acc[h][i] = vf_fma(value[i], w, acc[h][i]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < heads; h++)
+#pragma GCC unroll 8
+    for (int i = 0; i < tile; i++)
+      vf_store(out + (size_t)h * kv->head_dim + d0 + 16 * i, vf_mul(acc[h][i], vf_set1(norm[h])));
+}
+
+INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, const float *q, int first, int last,
+                         float *scores, float *out) {
+  const int tile = heads == 1 ? (2 * K_TILE > 8 ? 8 : 2 * K_TILE) : heads < 4 ? K_TILE : (K_TILE + 1) / 2;
+  const int b0 = first / 16, b1 = last / 16 + 1;
+  const size_t lds = (size_t)(b1 - b0) * 16;
+  float norm[4];
+  int b = b0;
+  for (; b + tile <= b1; b += tile) score_blocks(f32, heads, tile, kv, q, b, scores + 16 * (b - b0), lds);
+  for (; b < b1; b++) score_blocks(f32, heads, 1, kv, q, b, scores + 16 * (b - b0), lds);
+  for (int h = 0; h < heads; h++) {
+    float *s = scores + h * lds;
+    vf m = vf_set1(-INFINITY), sum = vf_zero();
+    for (int i = b0; i < b1; i++) {
+      const int lo = i == b0 ? first % 16 : 0, hi = i == b1 - 1 ? last % 16 + 1 : 16;
+      vf x = vf_load(s + 16 * (i - b0));
+      if (lo > 0 || hi < 16) vf_store(s + 16 * (i - b0), x = vf_keep(x, lo, hi, -INFINITY));
+      m = vf_max(x, m);
+    }
+    m = vf_set1(vf_maxall(m));
+    for (int i = b0; i < b1; i++) {
+      const int lo = i == b0 ? first % 16 : 0, hi = i == b1 - 1 ? last % 16 + 1 : 16;
+      vf e = vf_exp(vf_sub(vf_load(s + 16 * (i - b0)), m));
+      if (lo > 0 || hi < 16) e = vf_keep(e, lo, hi, 0.f);
+      sum = vf_add(sum, e);
+      vf_store(s + 16 * (i - b0), e);
+    }
+    norm[h] = 1.f / vf_sum(sum);
+  }
+  int d = 0;
+  for (; d + 16 * V_TILE <= kv->head_dim; d += 16 * V_TILE) mix_values(f32, heads, V_TILE, kv, scores, lds, first, last, d, norm, out);
+  for (; d < kv->head_dim; d += 16) mix_values(f32, heads, 1, kv, scores, lds, first, last, d, norm, out);
+}
+
+// q and out [heads][head_dim], scores: room for 4 times the positions seen, rounded up to blocks
+static void attend(const im_kv_view *kv, const float *q, int heads, int first, int last, float *scores, float *out) {
+  for (int h = 0; h < heads;) {
+    const int n = heads - h < 4 ? heads - h : heads - h == 5 ? 3 : 4;
+    const float *qh = q + (size_t)h * kv->head_dim;
+    float *oh = out + (size_t)h * kv->head_dim;
+#define CASE(f32, n) attend_heads(f32, n, kv, qh, first, last, scores, oh); break
+    switch (kv->f32 * 4 + n - 1) {
+      case 0: CASE(0, 1);
+      case 1: CASE(0, 2);
+      case 2: CASE(0, 3);
+      case 3: CASE(0, 4);
+      case 4: CASE(1, 1);
+      case 5: CASE(1, 2);
+      case 6: CASE(1, 3);
+      default: CASE(1, 4);
+    }
+#undef CASE
+    h += n;
+  }
+}
+
+#define KERNELS(symbol, simd_name) \
+  const im_kernels symbol = {simd_name, quantize, linear, rms_norm, silu_mul, add, attend, store_half, argmax}

@@ -1,0 +1,149 @@
+#define _GNU_SOURCE
+#include "pool.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <time.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static void sleep_while(_Atomic uint32_t *word, uint32_t value) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+static void wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0); }
+#else  // one lock for all words: sleeping is rare
+static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t sleep_signal = PTHREAD_COND_INITIALIZER;
+static void sleep_while(_Atomic uint32_t *word, uint32_t value) {
+  pthread_mutex_lock(&sleep_lock);
+  while (atomic_load(word) == value) pthread_cond_wait(&sleep_signal, &sleep_lock);
+  pthread_mutex_unlock(&sleep_lock);
+}
+static void wake_all(_Atomic uint32_t *word) {
+  (void)word;
+  pthread_mutex_lock(&sleep_lock);
+  pthread_cond_broadcast(&sleep_signal);
+  pthread_mutex_unlock(&sleep_lock);
+}
+#endif
+
+#if defined(__x86_64__)
+#define RELAX() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RELAX() __asm__ volatile("yield")
+#else
+#define RELAX() ((void)0)
+#endif
+
+#define SPIN_NS 50000
+
+typedef struct { _Atomic uint32_t word, sleepers; char pad[56]; } event;  // a counter that threads wait to change
+
+struct im_pool {
+  event job, gate;
+  _Atomic uint32_t arrived;
+  char pad1[60];
+  _Atomic int counter;
+  char pad2[60];
+  int threads, spins, closing;
+  void (*work)(void *, int);
+  void *argument;
+  pthread_t *handles;
+};
+
+typedef struct { im_pool *pool; int thread; } seat;
+
+static uint64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void wait_change(event *e, uint32_t seen, int spins) {
+  for (int i = 0; i < spins; i++) {
+    if (atomic_load_explicit(&e->word, memory_order_acquire) != seen) return;
+    RELAX();
+  }
+  atomic_fetch_add(&e->sleepers, 1);
+  while (atomic_load(&e->word) == seen) sleep_while(&e->word, seen);
+  atomic_fetch_sub(&e->sleepers, 1);
+}
+
+static void change(event *e) {
+  atomic_fetch_add(&e->word, 1);
+  if (atomic_load(&e->sleepers)) wake_all(&e->word);
+}
+
+void im_pool_barrier(im_pool *p) {
+  if (p->threads == 1) return;
+  uint32_t gate = atomic_load_explicit(&p->gate.word, memory_order_relaxed);
+  if (atomic_fetch_add(&p->arrived, 1) + 1 == (uint32_t)p->threads) {
+    atomic_store(&p->arrived, 0);
+    change(&p->gate);
+  } else {
+    wait_change(&p->gate, gate, p->spins);
+  }
+}
+
+int im_pool_take(im_pool *p, int count) { return atomic_fetch_add_explicit(&p->counter, count, memory_order_relaxed); }
+void im_pool_rewind(im_pool *p) { atomic_store(&p->counter, 0); }
+int im_pool_threads(const im_pool *p) { return p->threads; }
+
+static void *worker(void *argument) {
+  seat s = *(seat *)argument;
+  im_pool *p = s.pool;
+  free(argument);
+  uint32_t seen = 0;
+  for (;;) {
+    wait_change(&p->job, seen, p->spins);
+    seen++;
+    if (p->closing) return NULL;
+    p->work(p->argument, s.thread);
+    im_pool_barrier(p);
+  }
+}
+
+void im_pool_run(im_pool *p, void (*work)(void *, int), void *argument) {
+  p->work = work;
+  p->argument = argument;
+  if (p->threads > 1) change(&p->job);
+  work(argument, 0);
+  im_pool_barrier(p);
+}
+
+im_pool *im_pool_new(int threads) {
+  im_pool *p = calloc(1, sizeof *p);
+  if (!p) return NULL;
+  p->handles = calloc((size_t)threads, sizeof *p->handles);
+  if (!p->handles) { free(p); return NULL; }
+  uint64_t start = now_ns();
+  for (int i = 0; i < 1000; i++) RELAX();
+  uint64_t spent = now_ns() - start;
+  p->spins = (int)(SPIN_NS * 1000ull / (spent ? spent : 1));
+  if (p->spins > 100000) p->spins = 100000;
+  p->threads = threads;
+  for (int i = 1; i < threads; i++) {
+    seat *s = malloc(sizeof *s);
+    if (s) *s = (seat){p, i};
+    if (!s || pthread_create(&p->handles[i], NULL, worker, s)) {
+      free(s);
+      p->threads = i;
+      im_pool_free(p);
+      return NULL;
+    }
+  }
+  return p;
+}
+
+void im_pool_free(im_pool *p) {
+  if (!p) return;
+  p->closing = 1;
+  if (p->threads > 1) change(&p->job);
+  for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
+  free(p->handles);
+  free(p);
+}

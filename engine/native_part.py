@@ -1,0 +1,411 @@
+"""The native back end: a part of a decoder run by the C kernels, one call a step."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.binding import Memory, Workers, native
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.experts import Expert, ExpertSource
+from isthmus.engine.kv import BlockTable, KvPool
+from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
+from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol.errors import EngineError, OutOfBlocks
+from isthmus.quant.packed import PackedMatrix
+
+NUMERICS = Numerics("native-1")
+STEP_ROWS = 256  # rows of one native call; longer prefills are cut, which changes no bit
+_ROW = struct.Struct("8i")
+_NOTHING: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+_FAILURES = {-1: "no memory for the step's scratch", -2: "a row does not fit the part", -3: "a hidden state is not finite"}
+
+
+class NativeSequence:
+    """A sequence of a native part; see `engine.part.Sequence`."""
+
+    __slots__ = ("cells", "length", "part", "tables", "window")
+
+    def __init__(self, part: NativePart, window: int, tables: list[BlockTable], length: int) -> None:
+        self.part: NativePart | None = part
+        self.window = window
+        self.tables = tables
+        self.length = length
+        self.cells = [part.cell(table, window) for table in tables]
+
+    def truncate(self, length: int) -> None:
+        """Forgets the positions from `length` on.
+
+        Raises:
+            EngineError: `length` lies outside of what is held.
+        """
+        self._open()
+        oldest = max(table.dropped for table in self.tables) * KV_BLOCK
+        if not 0 <= length <= self.length or (length < oldest and oldest):
+            raise EngineError(f"cannot go back to {length} of {self.length} positions", f"keep at least {oldest}")
+        for table in self.tables:
+            table.truncate(length)
+        self.length = length
+
+    def fork(self) -> NativeSequence:
+        """Another sequence with the same past, sharing its blocks."""
+        return NativeSequence(self._open(), self.window, [table.fork() for table in self.tables], self.length)
+
+    def close(self) -> None:
+        """Gives the blocks back."""
+        if self.part is not None:
+            for table in self.tables:
+                table.truncate(0)
+            self.part = None
+
+    def _open(self) -> NativePart:
+        if self.part is None:
+            raise EngineError("the sequence is closed", "open another one")
+        return self.part
+
+    def reserve(self, start: int, end: int) -> None:
+        """Makes positions [start, end) writable, letting go of what the window no longer sees."""
+        for i, table in enumerate(self.tables):
+            if self.window:
+                table.drop_before(start + 1 - self.window)
+            if table.writable(start, end) and self.part is not None:
+                self.cells[i] = self.part.cell(table, self.window)
+
+
+class Layers:
+    """Loaded layers [start, end) as C structs, with the KV pool of their own."""
+
+    def __init__(self, source: WeightSource, start: int, end: int, kv: KvConfig, experts: ExpertSource | None) -> None:
+        config = source.config
+        if not 0 <= start < end <= config.n_layers:
+            raise EngineError(f"layers [{start}, {end}) of {config.n_layers}", "choose 0 <= start < end <= n_layers")
+        self.config, self.start, self.end, self.experts = config, start, end, experts
+        self.pool = KvPool(config, end - start, kv)
+        module, self._memory = native(), Memory()
+        memory, ffi = self._memory, module.ffi
+        part = memory.keep(ffi.new("im_part *"))
+        for name in ("d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "norm_eps", "rope_scale"):
+            setattr(part, name, getattr(config, name))
+        part.start, part.end = start, end
+        part.inv_freq = memory.vector(np.asarray(config.rope_inv_freq, np.float32))
+        if config.experts:
+            part.n_experts, part.top_k = config.experts.n_experts, config.experts.top_k
+            part.renormalize, part.d_expert = config.experts.renormalize, config.experts.d_expert
+        part.kv_f32 = kv.format == "f32"
+        part.kv = memory.pointer(self.pool.memory, "uint8_t *")
+        part.kv_block_bytes = self.pool.memory.shape[1]
+        if start == 0:
+            part.has_embedding = 1
+            memory.matrix(part.embedding, source.embedding())
+        if end == config.n_layers:
+            part.has_head = 1
+            memory.matrix(part.head, source.head())
+            part.final_norm = memory.vector(source.final_norm())
+        part.layers = memory.keep(ffi.new("im_layer[]", end - start))
+        for i in range(start, end):
+            self._layer(part.layers[i - start], source.layer(i), i)
+        self.c_part = part
+
+    def _layer(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
+        config, memory = self.config, self._memory
+        shapes = {
+            "q": (config.n_heads * config.head_dim, config.d_model),
+            "k": (config.n_kv_heads * config.head_dim, config.d_model),
+            "v": (config.n_kv_heads * config.head_dim, config.d_model),
+            "o": (config.d_model, config.n_heads * config.head_dim),
+            "gate": (config.d_ff, config.d_model),
+            "up": (config.d_ff, config.d_model),
+            "down": (config.d_model, config.d_ff),
+        }
+        for name, shape in shapes.items():
+            matrix = cast(PackedMatrix | None, weights.get(name))
+            if matrix is None and not (config.experts and name in ("gate", "up", "down")):
+                raise EngineError(f"layer {index} has no {name!r}", "the bundle is incomplete: split the model again")
+            if matrix is not None and (matrix.rows, matrix.cols) != shape:
+                raise EngineError(f"{name!r} of layer {index} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
+            memory.matrix(getattr(layer, name), matrix)
+        for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias"):
+            setattr(layer, name, memory.vector(cast("NDArray[np.float32] | None", weights.get(name))))
+        layer.window = config.window(index)
+        memory.matrix(layer.router, None)
+        if config.experts:
+            self._experts(layer, weights)
+
+    def _experts(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]]) -> None:
+        from isthmus.quant.groups import quantize
+
+        assert self.config.experts is not None
+        self._memory.matrix(layer.router, quantize(cast("NDArray[np.float32]", weights["router"]), "f32"))
+        layer.experts = self._memory.keep(native().ffi.new("im_expert[]", self.config.experts.n_experts))
+        if self.experts is None:
+            for e in range(self.config.experts.n_experts):
+                names = ("gate", "up", "down")
+                gate, up, down = (cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in names)
+                self.place(layer, e, Expert(gate, up, down))
+
+    def place(self, layer: Any, index: int, expert: Expert) -> None:
+        """Puts an expert into the pinned table."""
+        cell = layer.experts[index]
+        for name in ("gate", "up", "down"):
+            self._memory.matrix(getattr(cell, name), getattr(expert, name))
+        cell.resident = 1
+
+    def bring(self, layer: int, missing: list[int]) -> None:
+        """Has the expert source load what a paused step needs."""
+        if self.experts is None:
+            raise EngineError(f"experts {missing} of layer {layer} are missing", "give the part an ExpertSource")
+        brought = self.experts.bring(layer, missing)
+        for other, index in brought.evicted:
+            self.c_part.layers[other - self.start].experts[index].resident = 0
+        for index, expert in brought.experts.items():
+            self.place(self.c_part.layers[layer - self.start], index, expert)
+
+
+class NativePart:
+    """Layers run natively; see `engine.part.Part`. Several `Layers` that follow each other run in one call."""
+
+    numerics = NUMERICS
+
+    def __init__(self, layers: list[Layers], workers: Workers) -> None:
+        if any(a.end != b.start for a, b in zip(layers, layers[1:], strict=False)):
+            raise EngineError("the parts of a chain do not follow each other", "let each start where the one before ends")
+        module = native()
+        self._ffi, self._lib, self._workers, self._layers = module.ffi, module.lib, workers, layers
+        self.config: DecoderConfig = layers[0].config
+        self.start, self.end = layers[0].start, layers[-1].end
+        self.kv_bytes_per_token = sum(l.pool.memory.shape[1] for l in layers) // KV_BLOCK
+        self._call = module.ffi.new("im_step_call *")
+        self._rows_c = module.ffi.new("im_row[]", STEP_ROWS)
+        self._rows_raw = module.ffi.buffer(self._rows_c)
+        self._rows = np.frombuffer(self._rows_raw, np.int32).reshape(STEP_ROWS, 8)
+        self._samplings = module.ffi.new("im_sampling[]", STEP_ROWS + 1)
+        self._samplings[0].top_p = 1.0
+        self._tokens = module.ffi.new("int32_t[]", STEP_ROWS)
+        experts = self.config.experts
+        self._needed = module.ffi.new("int32_t[]", experts.n_experts if experts else 1)
+        self._parts = module.ffi.new("im_part *[]", [l.c_part for l in layers])
+        self._tables = [module.ffi.new("im_sequence[]", STEP_ROWS) for _ in layers]
+        self._table_pointers = module.ffi.new("im_sequence *[]", self._tables)
+        call = self._call
+        call.parts, call.n_parts, call.rows = self._parts, len(layers), self._rows_c
+        call.samplings, call.tokens_out, call.need_experts = self._samplings, self._tokens, self._needed
+        call.tables = self._table_pointers
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute a step."""
+        return self._workers.threads
+
+    @property
+    def cpu(self) -> str:
+        """The kernel family in use."""
+        return self._workers.cpu
+
+    @property
+    def free_tokens(self) -> int:
+        """Positions that the KV pool can still take."""
+        return min(layers.pool.free_blocks for layers in self._layers) * KV_BLOCK
+
+    def cell(self, table: BlockTable, window: int) -> tuple[Any, int, NDArray[np.int32]]:
+        """A block table as C sees it, and the array that it must keep alive."""
+        return self._ffi.cast("int32_t *", table.blocks.ctypes.data), window, table.blocks
+
+    def open(self, *, window: int = 0) -> NativeSequence:
+        """A new, empty sequence; see `engine.part.Part.open`."""
+        if window < 0:
+            raise EngineError(f"the attention window is {window}", "choose 0 (none) or more")
+        return NativeSequence(self, window, [BlockTable(layers.pool) for layers in self._layers], 0)
+
+    def step(self, rows: Rows) -> StepResult:
+        """Computes the rows and commits their KV; see `engine.part.Part.step`."""
+        spans = rows.spans
+        with self._workers.lock:
+            for span in spans:
+                self._check(span)
+            if len(spans) > 1 or len(spans[0]) > 1:
+                self._admit(spans)
+            if len(spans) <= STEP_ROWS and sum(len(span) for span in spans) <= STEP_ROWS:
+                return self._run(spans)
+            return self._run_pieces(spans)
+
+    def _check(self, span: Span) -> None:
+        sequence, count = span.sequence, len(span)
+        if not isinstance(sequence, NativeSequence) or sequence.part is not self:
+            raise EngineError("a row's sequence is closed or belongs to another part", "open it on this part")
+        leave = self.end if span.leave is None else span.leave
+        if not self.start <= span.enter <= leave <= self.end:
+            raise EngineError(f"rows of layers [{span.enter}, {leave})", f"this part has [{self.start}, {self.end})")
+        if count < 1 or not 0 <= span.position <= sequence.length:
+            raise EngineError(f"{count} rows at position {span.position}", f"the sequence holds {sequence.length}")
+        if span.tokens is not None:
+            if span.enter or self.start:
+                raise EngineError(f"tokens cannot enter at layer {span.enter or self.start}", "give hidden states")
+            if count == 1:
+                low = high = span.tokens[0]
+            else:
+                low, high = min(span.tokens), max(span.tokens)
+            if low < 0 or high >= self.config.vocab_size:
+                raise EngineError(f"token {low if low < 0 else high}", f"the vocabulary has {self.config.vocab_size}")
+        else:
+            hidden = cast("NDArray[np.float32]", span.hidden_in)
+            if hidden.ndim != 2 or hidden.shape[1] != self.config.d_model or hidden.dtype != np.float32:
+                raise EngineError(f"hidden states are {hidden.dtype} {hidden.shape}", f"give float32 [n, {self.config.d_model}]")
+            if not math.isfinite(float(np.add.reduce(hidden, axis=None))):
+                raise EngineError("a hidden state is not finite", "check the other side's codec")
+        if span.want & (Want.LOGITS | Want.SAMPLE) and leave != self.config.n_layers:
+            raise EngineError(f"logits after layer {leave}", f"only layer {self.config.n_layers} has a head")
+
+    def _admit(self, spans: list[Span]) -> None:
+        for i, layers in enumerate(self._layers):
+            lacking = 0
+            for span in spans:
+                sequence = cast(NativeSequence, span.sequence)
+                if not sequence.window:
+                    lacking += sequence.tables[i].lacking(span.position, span.position + len(span))
+            if lacking > layers.pool.free_blocks:
+                raise OutOfBlocks(
+                    f"{lacking * KV_BLOCK} more tokens of KV are needed and {layers.pool.free_blocks * KV_BLOCK} are free",
+                    "close a session, shorten the prompt, raise kv_tokens, or choose a sliding window",
+                )
+
+    def _run_pieces(self, spans: list[Span]) -> StepResult:
+        tokens: list[int] = []
+        hidden: list[NDArray[np.float32]] = []
+        logits: list[NDArray[np.float32]] = []
+        for piece in pieces(spans, STEP_ROWS):
+            result = self._run(piece)
+            tokens += result.tokens
+            hidden += [result.hidden] if len(result.hidden) else []
+            logits += [result.logits] if len(result.logits) else []
+        return StepResult(tokens, join(hidden), join(logits))
+
+    def _run(self, spans: list[Span]) -> StepResult:
+        call, row, n_hidden, n_logits, n_tokens, n_inputs, n_samplings = self._call, 0, 0, 0, 0, 0, 1
+        inputs: list[NDArray[np.float32]] = []
+        sequences: list[NativeSequence] = []
+        ends: list[tuple[NativeSequence, int]] = []
+        for span in spans:
+            sequence, count = cast(NativeSequence, span.sequence), len(span)
+            end = span.position + count
+            sequence.reserve(span.position, end)
+            index = len(sequences)
+            if index and sequence in sequences:
+                index = sequences.index(sequence)
+            else:
+                sequences.append(sequence)
+            ends.append((sequence, end))
+            sampling = 0
+            if span.want & Want.SAMPLE and span.sampling is not GREEDY:
+                self._set_sampling(n_samplings, span.sampling)
+                sampling = n_samplings
+                n_samplings += 1
+            leave, want, wanting = self.end if span.leave is None else span.leave, int(span.want), count if span.want_all else 1
+            if span.tokens is None:
+                inputs.append(cast("NDArray[np.float32]", span.hidden_in))
+            if count == 1:
+                token = span.tokens[0] if span.tokens is not None else -1
+                _ROW.pack_into(self._rows_raw, 32 * row, index, span.position, token, n_inputs, span.enter, leave, want, sampling)
+            else:
+                block = self._rows[row : row + count]
+                block[:] = (index, 0, -1, 0, span.enter, leave, want if span.want_all else 0, sampling)
+                block[:, 1] = np.arange(span.position, end)
+                if span.tokens is not None:
+                    block[:, 2] = span.tokens
+                else:
+                    block[:, 3] = np.arange(n_inputs, n_inputs + count)
+                block[-1, 6] = want
+            n_inputs += 0 if span.tokens is not None else count
+            n_hidden += wanting if want & Want.HIDDEN else 0
+            n_logits += wanting if want & Want.LOGITS else 0
+            n_tokens += wanting if want & Want.SAMPLE else 0
+            row += count
+        for i, sequence in enumerate(sequences):
+            for cells, target in zip(sequence.cells, self._tables, strict=True):
+                target[i].blocks, target[i].window = cells[0], cells[1]
+        hidden = np.empty((n_hidden, self.config.d_model), np.float32) if n_hidden else _NOTHING
+        logits = np.empty((n_logits, self.config.vocab_size), np.float32) if n_logits else _NOTHING
+        cast_to = self._ffi.cast
+        if inputs:
+            stacked = np.ascontiguousarray(inputs[0] if len(inputs) == 1 else np.concatenate(inputs))
+            call.hidden_in = cast_to("float *", stacked.ctypes.data)
+        if n_hidden:
+            call.hidden_out = cast_to("float *", hidden.ctypes.data)
+        if n_logits:
+            call.logits_out = cast_to("float *", logits.ctypes.data)
+        call.n_rows = row
+        status = self._lib.im_step(self._workers.engine, call)
+        while status == 1:
+            self._bring()
+            status = self._lib.im_step_resume(self._workers.engine, call)
+        if status:
+            raise EngineError(_FAILURES.get(status, f"the native step failed ({status})"))
+        for sequence, end in ends:
+            if end > sequence.length:
+                sequence.length = end
+        tokens = [self._tokens[0]] if n_tokens == 1 else list(self._tokens[0:n_tokens])
+        return StepResult(tokens, hidden, logits)
+
+    def _bring(self) -> None:
+        layer, missing = self._call.need_layer, list(self._needed[0 : self._call.n_need])
+        next(layers for layers in self._layers if layers.start <= layer < layers.end).bring(layer, missing)
+
+    def _set_sampling(self, index: int, sampling: Sampling) -> None:
+        cell = self._samplings[index]
+        cell.temperature, cell.top_k, cell.top_p = sampling.temperature, sampling.top_k, sampling.top_p
+        cell.seed, cell.stream = sampling.seed, sampling.stream
+
+    def close(self) -> None:
+        """Frees KV and weights; sequences of this part can no longer be stepped."""
+        self._layers = []
+        self._call = None
+
+
+def pieces(spans: list[Span], limit: int) -> list[list[Span]]:
+    """Spans cut into steps of at most `limit` rows, in order."""
+    steps: list[list[Span]] = [[]]
+    room = limit
+    for span in spans:
+        at, count = 0, len(span)
+        while at < count:
+            n = min(room, count - at)
+            last = at + n == count
+            tokens = span.tokens[at : at + n] if span.tokens is not None else None
+            hidden = span.hidden_in[at : at + n] if span.hidden_in is not None else None
+            want = span.want if last or span.want_all else Want.NONE
+            steps[-1].append(
+                Span(span.sequence, span.position + at, tokens, hidden, span.enter, span.leave, want, span.want_all, span.sampling)
+            )
+            at, room = at + n, room - n
+            if not room:
+                steps.append([])
+                room = limit
+    return [step for step in steps if step]
+
+
+def join(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The arrays one below the other."""
+    return np.concatenate(arrays) if arrays else _NOTHING
+
+
+def open_native(
+    source: WeightSource,
+    start: int,
+    end: int,
+    *,
+    threads: int = 0,
+    kv: KvConfig | None = None,
+    cpu: str | None = None,
+    experts: ExpertSource | None = None,
+) -> NativePart:
+    """Loads layers [start, end); see `isthmus.engine.open_part`."""
+    return NativePart([Layers(source, start, end, kv or KvConfig(), experts)], Workers.shared(threads, cpu))
+
+
+def chain(parts: list[NativePart]) -> NativePart:
+    """Parts that follow each other as one, run by one native call a step; it shares their weights and KV pools."""
+    return NativePart([layers for part in parts for layers in part._layers], parts[0]._workers)

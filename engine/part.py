@@ -1,0 +1,232 @@
+"""A part of a model: the one interface that every back end implements and that device and cloud use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.quant.packed import PackedMatrix
+
+KV_BLOCK = 16  # positions in one KV block
+
+
+class WeightSource(Protocol):
+    """Where a part's weights come from; a bundle implements it.
+
+    A layer maps names to matrices and vectors: `attn_norm` [d_model], `q` [n_heads * head_dim, d_model], `k` and
+    `v` [n_kv_heads * head_dim, d_model], `o` [d_model, n_heads * head_dim], `ffn_norm` [d_model], `gate` and `up`
+    [d_ff, d_model], `down` [d_model, d_ff]; with biases `q_bias`, `k_bias`, `v_bias`; with qk_norm `q_norm`,
+    `k_norm` [head_dim]; with experts, instead of gate, up and down, `router` f32 [n_experts, d_model] and
+    `experts.E.gate`, `experts.E.up`, `experts.E.down`. Vectors and the router are float32 arrays.
+    """
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    def embedding(self) -> PackedMatrix:
+        """The token embedding [vocab_size, d_model]."""
+        ...
+
+    def layer(self, index: int) -> Mapping[str, PackedMatrix | NDArray[np.float32]]:
+        """The weights of one layer, 0 <= index < n_layers."""
+        ...
+
+    def final_norm(self) -> NDArray[np.float32]:
+        """The last norm's weight [d_model]."""
+        ...
+
+    def head(self) -> PackedMatrix:
+        """The output head [vocab_size, d_model]; the embedding itself when they are tied."""
+        ...
+
+
+class Want(IntFlag):
+    """What a row shall give."""
+
+    NONE = 0
+    HIDDEN = 1
+    LOGITS = 2
+    SAMPLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class KvConfig:
+    """How much KV a part holds and in which number format.
+
+    Attributes:
+        format: "f16" or "f32".
+        max_tokens: positions of all sequences together, rounded up to blocks of 16.
+    """
+
+    format: str = "f16"
+    max_tokens: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What the bits of a result depend on.
+
+    Attributes:
+        id: two parts with the same id, weights and KV format give the same bits.
+        varies_with: the circumstances out of {"batch", "threads", "isa"} that may change bits; empty is exact.
+    """
+
+    id: str
+    varies_with: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def exact(self) -> bool:
+        """Whether batch, chunking, threads and instruction set leave every bit alone."""
+        return not self.varies_with
+
+
+class Sequence(Protocol):
+    """A row of positions with its KV."""
+
+    @property
+    def length(self) -> int:
+        """Positions whose KV is held; the next row's position."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forgets the positions from `length` on."""
+        ...
+
+    def fork(self) -> Sequence:
+        """Another sequence with the same past; blocks are shared until one of them writes."""
+        ...
+
+    def close(self) -> None:
+        """Gives the blocks back. A closed sequence cannot be stepped."""
+        ...
+
+
+class Rows:
+    """The rows of one step, in the order in which their results come back.
+
+    A row carries one position of one sequence from layer `enter` to layer `leave`. Rows of several sequences, of
+    prefill and of decode, of tokens and of hidden states mix freely; within one sequence positions ascend.
+    """
+
+    __slots__ = ("spans",)
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def tokens(
+        self,
+        sequence: Sequence,
+        position: int,
+        tokens: list[int],
+        *,
+        leave: int | None = None,
+        want: Want = Want.SAMPLE,
+        want_all: bool = False,
+        sampling: Sampling = GREEDY,
+    ) -> Rows:
+        """Adds rows for tokens at position, position + 1, ... entering at layer 0.
+
+        Args:
+            leave: the layer before which the rows stop; None is the part's end.
+            want: what the last row (every row with `want_all`) gives. HIDDEN is the state before layer `leave`.
+        """
+        self.spans.append(Span(sequence, position, tokens, None, 0, leave, want, want_all, sampling))
+        return self
+
+    def hidden(
+        self,
+        sequence: Sequence,
+        position: int,
+        hidden: NDArray[np.float32],
+        *,
+        enter: int,
+        leave: int | None = None,
+        want: Want = Want.SAMPLE,
+        want_all: bool = False,
+        sampling: Sampling = GREEDY,
+    ) -> Rows:
+        """Adds rows for hidden states [n, d_model] f32 entering before layer `enter`."""
+        self.spans.append(Span(sequence, position, None, hidden, enter, leave, want, want_all, sampling))
+        return self
+
+    def __len__(self) -> int:
+        return sum(len(span) for span in self.spans)
+
+
+@dataclass(slots=True)
+class Span:
+    """Consecutive positions of one sequence that go the same way."""
+
+    sequence: Sequence
+    position: int
+    tokens: list[int] | None
+    hidden_in: NDArray[np.float32] | None  # [n, d_model] f32
+    enter: int
+    leave: int | None
+    want: Want
+    want_all: bool
+    sampling: Sampling
+
+    def __len__(self) -> int:
+        return len(self.tokens) if self.tokens is not None else len(self.hidden_in)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the rows gave, each list in row order, only of the rows that wanted it.
+
+    Attributes:
+        tokens: sampled token ids.
+        hidden: [n, d_model] f32, a copy.
+        logits: [n, vocab_size] f32, a copy.
+    """
+
+    tokens: list[int]
+    hidden: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+class Part(Protocol):
+    """Layers [start, end) of a decoder, with the embedding when start is 0 and the head when end is n_layers."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def numerics(self) -> Numerics: ...
+
+    @property
+    def free_tokens(self) -> int:
+        """Positions that the KV pool can still take."""
+        ...
+
+    def open(self, *, window: int = 0) -> Sequence:
+        """A new, empty sequence. With `window` > 0, attention sees only that many last positions and older blocks
+        are given back; else running out of KV raises OutOfBlocks."""
+        ...
+
+    def step(self, rows: Rows) -> StepResult:
+        """Computes the rows and commits their KV.
+
+        Raises:
+            OutOfBlocks: the pool is full; nothing was computed or committed.
+            EngineError: a row does not fit (position, layer range, closed sequence, hidden shape).
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees KV, weights and threads."""
+        ...

@@ -1,0 +1,55 @@
+"""The chain of hashes that names a prefix of tokens; both sides of a session keep one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from isthmus.protocol.messages import HASH_BYTES
+
+ROOT = bytes(HASH_BYTES)
+
+
+def extend(prefix: bytes, token: int) -> bytes:
+    """The hash of a prefix with one more token: BLAKE2b-128 of (hash, token as 4 bytes little-endian)."""
+    return blake2b(prefix + token.to_bytes(4, "little"), digest_size=HASH_BYTES).digest()
+
+
+class Chain:
+    """A log of tokens with the hash of each of its prefixes.
+
+    Attributes:
+        tokens: the log; read it, but change it through the methods only.
+    """
+
+    __slots__ = ("_hashes", "tokens")
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self.tokens: list[int] = []
+        self._hashes = [ROOT]
+        self.extend(tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def head(self) -> bytes:
+        """Hash of the whole log."""
+        return self._hashes[-1]
+
+    def at(self, length: int) -> bytes:
+        """Hash of the first `length` tokens, 0 <= length <= len(self)."""
+        return self._hashes[length]
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Appends tokens."""
+        head = self._hashes[-1]
+        for token in tokens:
+            head = extend(head, token)
+            self._hashes.append(head)
+            self.tokens.append(token)
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from `length` on."""
+        del self.tokens[length:]
+        del self._hashes[length + 1 :]

@@ -1,0 +1,473 @@
+"""Everything that travels between a device and a cloud: one tagged union of msgpack arrays.
+
+Frame 0 of a message is a msgpack array whose first element is the message's tag; the others are its fields in order.
+A tensor of more than `INLINE_BYTES` leaves its `data` empty and follows as a raw second frame. Fields are only ever
+added at the end, with a default: an older reader ignores what it does not know. Positions count tokens of a session
+from 0; `prefix_hash` is the chain (`protocol.chain`) over all tokens before a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from isthmus.protocol.errors import ProtocolError
+
+VERSION = 1
+MIN_VERSION = 1
+INLINE_BYTES = 16 * 1024
+HASH_BYTES = 16
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+MAX_RANGE_BYTES = 64 * 1024
+MAX_ROWS = 4096
+
+U8 = Annotated[int, Meta(ge=0, le=2**8 - 1)]
+U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+U64 = Annotated[int, Meta(ge=0)]  # msgpack's own unsigned range is the upper bound
+Micros = Annotated[int, Meta(ge=0, le=2**53)]
+Name = Annotated[str, Meta(max_length=200)]
+Names = Annotated[tuple[Name, ...], Meta(max_length=64)]
+Line = Annotated[str, Meta(max_length=1000)]
+Hash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
+SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Tokens32 = Annotated[list[U32], Meta(max_length=MAX_ROWS)]
+Prompt = Annotated[list[U32], Meta(max_length=2**20)]
+
+WANT_NONE, WANT_HIDDEN, WANT_SAMPLE = 0, 1, 4  # the same bits as engine.part.Want
+
+
+class Code(IntEnum):
+    """Why something was refused; each says what the device does next."""
+
+    UNKNOWN = 0  # a newer side's code: treat as fatal for the request
+    BAD_MESSAGE = 1  # malformed or too large: a bug, do not repeat
+    VERSION = 2  # no common protocol version
+    NOT_ALLOWED = 3  # the key is not (or no longer) on the list
+    UNKNOWN_MODEL = 4  # no such model_id here
+    UNKNOWN_SESSION = 5  # expired, evicted or never opened: Open again and send everything
+    STALE_EPOCH = 6  # a newer epoch owns the session: drop the request
+    GAP = 7  # position lies beyond `committed`: send again from there
+    DIVERGED = 8  # another token or hash at a committed position: Truncate with a higher epoch
+    BUSY = 9  # no room now: try again after retry_ms
+    KV_FULL = 10  # this session's context does not fit any more
+    DEADLINE = 11  # budget_ms ran out before it was computed
+    CANCELLED = 12
+    UNSUPPORTED = 13  # this cloud cannot do what was asked (codec, want, KV format, numerics)
+    CLOSING = 14  # the cloud is stopping: go elsewhere
+    NOT_FOUND = 15  # no such file in the bundle
+    ENGINE = 16  # the engine failed on this request
+
+    @classmethod
+    def _missing_(cls, value: object) -> Code:
+        return cls.UNKNOWN
+
+
+class Sampler(Struct, array_like=True, frozen=True):
+    """How a token is chosen; temperature 0 is greedy. seed is 64-bit, stream 32-bit."""
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    top_k: U32 = 0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    seed: U64 = 0
+    stream: U32 = 0
+
+
+GREEDY = Sampler()
+
+
+class Tensor(Struct, array_like=True):
+    """A coded tensor; `protocol.tensors` encodes and decodes it.
+
+    Attributes:
+        codec: "f32", "f16" or "int8".
+        shape: [rows, width].
+        plain: leading rows that are coded as f16 whatever the codec (int8 keeps the first position so).
+        data: the coded bytes, little-endian; empty on the wire when they follow as frame 1.
+    """
+
+    codec: Annotated[str, Meta(max_length=16)]
+    shape: Annotated[tuple[U32, ...], Meta(min_length=1, max_length=4)]
+    plain: U16 = 0
+    data: bytes = b""
+
+
+class Limits(Struct, array_like=True, frozen=True):
+    """What a peer may send to this side.
+
+    Attributes:
+        max_message_bytes: largest frame.
+        credit_bytes: bytes that may be under way without a Credit.
+        heartbeat_ms: this side answers a Ping; after three silent intervals the peer counts as gone.
+        max_rows: rows in one Rows message.
+    """
+
+    max_message_bytes: U32
+    credit_bytes: U32
+    heartbeat_ms: U32
+    max_rows: U32
+
+
+class Offer(Struct, array_like=True, frozen=True):
+    """A model that this cloud serves.
+
+    Attributes:
+        model_id: hex, names weights and configuration.
+        name: for people.
+        numerics: id of the engine's arithmetic; the same id, model_id and KV format give the same bits.
+        exact: whether results are free of batch, chunking and threads.
+        kv_formats: such as "f16".
+        codecs: tensor codecs that rows may come in.
+        context_length: positions that the model was trained for.
+    """
+
+    model_id: Name
+    name: Name
+    n_layers: U32
+    d_model: U32
+    vocab_size: U32
+    numerics: Name
+    exact: bool
+    kv_formats: Names
+    codecs: Names
+    context_length: U32
+
+
+class Hello(Struct, array_like=True, tag=1):
+    """Device -> cloud, first on every connection. Its layout never changes."""
+
+    version: U32
+    min_version: U32
+    capabilities: Names = ()
+    agent: Name = ""
+
+
+class Welcome(Struct, array_like=True, tag=2):
+    """Cloud -> device: the version agreed on, what is served, and the cloud's limits."""
+
+    version: U32
+    min_version: U32
+    capabilities: Names
+    offers: Annotated[tuple[Offer, ...], Meta(max_length=256)]
+    limits: Limits
+
+
+class Open(Struct, array_like=True, tag=3):
+    """Device -> cloud: opens a session, or takes an old one up again (same id, same key).
+
+    Attributes:
+        session: 16 random bytes chosen by the device.
+        alias: small number that stands for the session on this connection.
+        epoch: fencing number, raised by the device at every new start; lower ones are refused from then on.
+        model_id: hex.
+        enter: layer before which the rows enter: 0 for tokens, k for hidden states. A change empties the session.
+        kv_format: "f16" or "f32".
+        window: 0 fails with KV_FULL when the context is full, n > 0 lets attention see the last n positions only.
+        numerics: required numerics id, empty for any.
+        max_positions: positions that the device expects to need, 0 for unknown; admission only.
+    """
+
+    session: SessionId
+    alias: U32
+    epoch: U32
+    model_id: Name
+    enter: U16 = 0
+    kv_format: Name = "f16"
+    window: U32 = 0
+    numerics: Name = ""
+    max_positions: U32 = 0
+
+
+class Opened(Struct, array_like=True, tag=4):
+    """Cloud -> device: the session stands; rows go on at `committed`.
+
+    Attributes:
+        committed: positions that the cloud holds.
+        prefix_hash: chain over those.
+        idle_s: seconds without a message after which the session is forgotten.
+    """
+
+    alias: U32
+    epoch: U32
+    committed: U32
+    prefix_hash: Hash
+    numerics: Name
+    kv_format: Name
+    idle_s: U32 = 0
+
+
+class Rows(Struct, array_like=True, tag=5):
+    """Device -> cloud: computes consecutive positions, and answers with one Result.
+
+    Several may be under way; they are computed in order. Repeating one gives the same Result from the log.
+
+    Attributes:
+        position: of the first row.
+        prefix_hash: chain over the tokens before `position`.
+        tokens: token ids of the rows, [n]; with `hidden` they only feed the log and the chain.
+        hidden: [n, d_model] entering at the session's `enter`; none when tokens enter at layer 0.
+        want: WANT_SAMPLE, WANT_HIDDEN (both may be set) or WANT_NONE (prefill ahead), of the last row.
+        sampler: for WANT_SAMPLE.
+        budget_ms: from receipt until the answer must be sent, 0 for no deadline.
+        want_all: every row gives what `want` says.
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    prefix_hash: Hash
+    tokens: Tokens32
+    hidden: Tensor | None = None
+    want: U8 = WANT_SAMPLE
+    sampler: Sampler = GREEDY
+    budget_ms: U32 = 0
+    want_all: bool = False
+
+
+class Result(Struct, array_like=True, tag=6):
+    """Cloud -> device: what a Rows gave; also the answer to Truncate (no tokens).
+
+    Attributes:
+        position: of the request.
+        tokens: sampled tokens, one for the last row or one for each.
+        committed: positions held now.
+        prefix_hash: chain over `committed` tokens.
+        engine_us: time in the engine, microseconds.
+        queue_us: from receipt to the first step, microseconds.
+        hidden: [n, d_model] in f32 when wanted.
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    tokens: Tokens32
+    committed: U32
+    prefix_hash: Hash
+    engine_us: Micros = 0
+    queue_us: Micros = 0
+    hidden: Tensor | None = None
+
+
+class Generate(Struct, array_like=True, tag=7):
+    """Device -> cloud: the whole model goes on by itself and streams Tokens.
+
+    Attributes:
+        position: of the first of `tokens`, at most the committed length.
+        tokens: the prompt's rest; what overlaps the committed log must agree with it.
+        max_tokens: tokens to generate.
+        stop: token ids that end the stream (they are sent, as the last).
+        budget_ms: from receipt to the end of the stream, 0 for no deadline.
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    prefix_hash: Hash
+    tokens: Prompt
+    max_tokens: U32
+    sampler: Sampler = GREEDY
+    stop: Annotated[tuple[U32, ...], Meta(max_length=256)] = ()
+    budget_ms: U32 = 0
+
+
+class Tokens(Struct, array_like=True, tag=8):
+    """Cloud -> device: generated tokens.
+
+    Attributes:
+        position: index in the session of the first of `tokens`.
+        done: whether this is the last of the stream.
+        reason: when done: "stop", "length", "cancelled", "deadline" or "full".
+        committed: positions held now; the last generated token is not among them until it is sent back.
+        prefix_hash: chain over `committed` tokens.
+        engine_us: time in the engine since the last Tokens, microseconds.
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    tokens: Tokens32
+    done: bool
+    reason: Name
+    committed: U32
+    prefix_hash: Hash
+    engine_us: Micros = 0
+
+
+class Cancel(Struct, array_like=True, tag=9):
+    """Device -> cloud: drops the session's waiting rows and ends its stream with "cancelled"."""
+
+    alias: U32
+    epoch: U32
+
+
+class Close(Struct, array_like=True, tag=10):
+    """Device -> cloud: forgets the session and frees its KV; no answer."""
+
+    alias: U32
+    epoch: U32
+
+
+class Truncate(Struct, array_like=True, tag=11):
+    """Device -> cloud: forgets positions from `length` on, and raises the epoch; answered by a Result.
+
+    `epoch` must exceed the session's; equal is taken as a repetition and answered without a change.
+    """
+
+    alias: U32
+    epoch: U32
+    length: U32
+
+
+class Ping(Struct, array_like=True, tag=12):
+    """Either way: answer with a Pong at once. sent_us is the sender's own clock, returned untouched."""
+
+    sent_us: Micros
+
+
+class Pong(Struct, array_like=True, tag=13):
+    """Answer to a Ping."""
+
+    sent_us: Micros
+
+
+class Credit(Struct, array_like=True, tag=14):
+    """Receiver -> sender: that many more bytes may be under way."""
+
+    granted_bytes: U32
+
+
+class Fault(Struct, array_like=True, tag=15):
+    """A request was refused; for people `problem` and `remedy`, for programs `code`.
+
+    Attributes:
+        retry_ms: when to try again, 0 for never as it stands.
+        alias, epoch, position: of the request; alias is None when it concerns the whole connection.
+        committed, prefix_hash: what the session holds, when it is known.
+    """
+
+    code: Code
+    problem: Line
+    remedy: Line = ""
+    retry_ms: U32 = 0
+    alias: U32 | None = None
+    epoch: U32 = 0
+    position: U32 = 0
+    committed: U32 = 0
+    prefix_hash: Hash = b""
+
+
+class GetManifest(Struct, array_like=True, tag=16):
+    """Device -> cloud: asks for a bundle's `bundle.json`. An empty model_id stands for the only bundle."""
+
+    model_id: Name
+
+
+class Manifest(Struct, array_like=True, tag=17):
+    """Cloud -> device: `bundle.json` byte for byte."""
+
+    model_id: Name
+    data: Annotated[bytes, Meta(max_length=MAX_MANIFEST_BYTES)]
+
+
+class GetRange(Struct, array_like=True, tag=18):
+    """Device -> cloud: asks for bytes [offset, offset + length) of a bundle's file.
+
+    Attributes:
+        name: the file's name in the manifest.
+        sha256: 64 hex digits from the manifest.
+        length: 1 to 65,536 bytes; a shorter answer ends the file.
+    """
+
+    model_id: Name
+    name: Name
+    sha256: Annotated[str, Meta(min_length=64, max_length=64)]
+    offset: Micros
+    length: Annotated[int, Meta(ge=1, le=MAX_RANGE_BYTES)]
+
+
+class Range(Struct, array_like=True, tag=19):
+    """Cloud -> device: bytes of a file from `offset` on; `total_bytes` is the whole file's length."""
+
+    model_id: Name
+    name: Name
+    offset: Micros
+    total_bytes: Micros
+    data: Annotated[bytes, Meta(max_length=MAX_RANGE_BYTES)]
+
+
+class Bye(Struct, array_like=True, tag=20):
+    """Cloud -> device: the service stops; sessions may be lost after grace_ms."""
+
+    grace_ms: U32
+    problem: Line = ""
+
+
+Message = (
+    Hello
+    | Welcome
+    | Open
+    | Opened
+    | Rows
+    | Result
+    | Generate
+    | Tokens
+    | Cancel
+    | Close
+    | Truncate
+    | Ping
+    | Pong
+    | Credit
+    | Fault
+    | GetManifest
+    | Manifest
+    | GetRange
+    | Range
+    | Bye
+)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode: Any = msgspec.msgpack.Decoder(Message).decode
+
+
+def encode(message: Message) -> list[bytes]:
+    """A message as one frame, or two when its tensor is larger than `INLINE_BYTES`."""
+    if type(message) is Rows or type(message) is Result:
+        tensor = message.hidden
+        if tensor is not None and len(tensor.data) > INLINE_BYTES:
+            bare = Tensor(tensor.codec, tensor.shape, tensor.plain)
+            return [_encode(msgspec.structs.replace(message, hidden=bare)), tensor.data]
+    return [_encode(message)]
+
+
+def decode(frames: Sequence[bytes]) -> Message:
+    """The message in `frames`, every field checked against its bounds.
+
+    Raises:
+        ProtocolError: not a message of this protocol.
+    """
+    if not 1 <= len(frames) <= 2:
+        raise ProtocolError(f"a message has {len(frames)} frames", "send one, or two with a large tensor")
+    try:
+        message: Message = _decode(frames[0])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise ProtocolError(f"malformed message: {error}", "both sides must speak the same protocol") from error
+    kind = type(message)
+    if kind is Rows or kind is Result:
+        tensor = message.hidden  # type: ignore[union-attr]
+        if len(frames) == 2:
+            if tensor is None or tensor.data:
+                raise ProtocolError("a second frame without a tensor that needs it")
+            tensor.data = frames[1]
+    elif len(frames) == 2:
+        raise ProtocolError(f"a {kind.__name__} has one frame, not two")
+    return message
+
+
+def agree(version: int, min_version: int, *, ours: int = VERSION, ours_min: int = MIN_VERSION) -> int | None:
+    """The highest version that both sides speak, or None."""
+    common = min(version, ours)
+    return common if common >= max(min_version, ours_min) else None

@@ -1,0 +1,312 @@
+"""Frames over ZeroMQ: a DEALER for the device, a ROUTER for the cloud, both with CURVE.
+
+A connection is one socket: ZeroMQ's own reconnecting is off, so that nothing queued for a dead connection shows up on
+the next one. `protocol.link` makes fresh connections.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import zmq
+from zmq.utils import z85
+
+from isthmus.protocol.errors import LinkError, ServiceError
+from isthmus.protocol.keys import AllowList, DeviceKeys, KeyPair
+from isthmus.protocol.limits import LIMITS, LinkLimits
+
+_ZAP_ADDRESS = "inproc://zeromq.zap.01"
+_MAX_FRAMES = 2
+_BROKEN = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class Transport(Protocol):
+    """A connection to the other side; used by one thread at a time. Tests put a faulty one in its place."""
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        """Takes a message; False when it cannot now (not connected yet, or the queue is full)."""
+        ...
+
+    def poll(self, timeout_ms: float, *, sending: bool = False) -> bool:
+        """Waits for a message (or, with `sending`, for room to send); whether there is one.
+
+        Raises:
+            LinkError: the connection is broken for good.
+        """
+        ...
+
+    def recv(self) -> list[bytes] | None:
+        """The next message's frames, or None; never waits."""
+        ...
+
+    def close(self) -> None:
+        """Ends the connection; may be called twice."""
+        ...
+
+
+class DealerTransport:
+    """A device's connection to a cloud.
+
+    Args:
+        address: such as "tcp://192.0.2.7:5757".
+        keys: the device's pair and the cloud's public key; None speaks in the clear, to loopback only.
+
+    Raises:
+        LinkError: an address that is none, or in the clear and not on this machine.
+    """
+
+    def __init__(self, address: str, keys: DeviceKeys | None, limits: LinkLimits = LIMITS) -> None:
+        if keys is None and not is_local(address):
+            raise LinkError(f"{address} is not on this machine and there are no keys", "run: isthmus keys new")
+        self.address = address
+        self._spin_s = limits.spin_us * 1e-6
+        self._socket = _socket(zmq.Context.instance(), zmq.DEALER)
+        _tune(self._socket, limits)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, limits.connect_ms)
+        if keys is not None:
+            self._socket.curve_publickey = keys.pair.public.encode()
+            self._socket.curve_secretkey = keys.pair.secret.encode()
+            self._socket.curve_serverkey = keys.cloud.encode()
+        self._monitor = self._socket.get_monitor_socket(_BROKEN)
+        self._monitor.setsockopt(zmq.LINGER, 0)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise LinkError(f"{address!r} is no address: {error.strerror}", "write tcp://HOST:PORT") from error
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        try:
+            if len(frames) == 1:
+                self._socket.send(frames[0], zmq.NOBLOCK)
+            else:
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def poll(self, timeout_ms: float, *, sending: bool = False) -> bool:
+        wanted = zmq.POLLIN | zmq.POLLOUT if sending else zmq.POLLIN
+        if self._spin_s and timeout_ms > 0:
+            until = time.perf_counter() + self._spin_s
+            while time.perf_counter() < until:
+                if self._socket.getsockopt(zmq.EVENTS) & wanted:
+                    return True
+        if sending:
+            self._poller.modify(self._socket, wanted)
+        try:
+            ready = dict(self._poller.poll(max(0, int(timeout_ms + 0.999))))
+        finally:
+            if sending:
+                self._poller.modify(self._socket, zmq.POLLIN)
+        if self._socket in ready:
+            return True
+        if self._monitor in ready:
+            self._raise_broken()
+        return False
+
+    def recv(self) -> list[bytes] | None:
+        try:
+            frames: list[bytes] = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return frames
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close()
+            self._socket.close()
+
+    def _raise_broken(self) -> None:
+        from zmq.utils.monitor import recv_monitor_message
+
+        event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+        kind: int = event["event"]
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise Refused(
+                f"the cloud at {self.address} does not know this device's key",
+                "have its owner run: isthmus keys allow",
+            )
+        if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
+            raise LinkError(
+                f"the encrypted handshake with {self.address} failed",
+                "check that the cloud's public key is the right one and that both sides use keys",
+            )
+        raise LinkError(f"nothing answers at {self.address}", "check that `isthmus serve` runs there")
+
+
+class Refused(LinkError):
+    """The cloud said no, and will say so again: an unknown key or no common version."""
+
+
+class Incoming(NamedTuple):
+    """A message at the cloud: the connection it came on, the sender's public key ("" in the clear), its frames."""
+
+    route: bytes
+    key: str
+    frames: list[bytes]
+
+
+class RouterTransport:
+    """The cloud's end of all its devices' connections; one thread owns it.
+
+    The ZAP handler (ZeroMQ RFC 27) that asks the allow-list runs inside `poll`, on the same thread.
+
+    Args:
+        address: such as "tcp://127.0.0.1:5757"; port 0 takes a free one, see `address` afterwards.
+        keys: the cloud's pair; None speaks in the clear and is refused on an address others can reach.
+        allowed: keys that are let in.
+
+    Raises:
+        ServiceError: the address is taken, is none, or would be open to everybody.
+    """
+
+    def __init__(
+        self, address: str, keys: KeyPair | None, allowed: AllowList | None, limits: LinkLimits = LIMITS
+    ) -> None:
+        if (keys is None or allowed is None) and not is_local(address):
+            raise ServiceError(
+                f"{address} can be reached from outside and there are no keys",
+                "run `isthmus keys new` first, or listen on 127.0.0.1",
+            )
+        self._allowed = allowed
+        self._curve = keys is not None
+        self._spin_s = limits.spin_us * 1e-6
+        self._context = zmq.Context()
+        self._zap = _socket(self._context, zmq.REP)
+        self._zap.setsockopt(zmq.LINGER, 0)
+        self._zap.bind(_ZAP_ADDRESS)
+        self._socket = _socket(self._context, zmq.ROUTER)
+        _tune(self._socket, limits)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+        if keys is not None:
+            self._socket.curve_server = True
+            self._socket.curve_secretkey = keys.secret.encode()
+            self._socket.zap_domain = b"isthmus"
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._zap, zmq.POLLIN)
+        try:
+            self._socket.bind(address.replace("localhost", "127.0.0.1"))
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == errno.EADDRINUSE:
+                raise ServiceError(
+                    f"{address} is taken by another program", "choose another port with --listen, or stop that program"
+                ) from error
+            raise ServiceError(f"cannot listen on {address!r}: {error.strerror}", "write tcp://HOST:PORT") from error
+        self.address: str = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+
+    def poll(self, timeout_ms: float) -> bool:
+        """Waits for a message and meanwhile lets known keys in; whether there is one."""
+        if self._spin_s and timeout_ms > 0:
+            until = time.perf_counter() + self._spin_s
+            while time.perf_counter() < until:
+                if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                    return True
+        ready = dict(self._poller.poll(max(0, int(timeout_ms + 0.999))))
+        if self._zap in ready:
+            self._admit()
+        return self._socket in ready
+
+    def recv(self) -> Incoming | None:
+        """The next message, or None; never waits. One of more than two frames comes with none at all."""
+        socket = self._socket
+        try:
+            route = socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        frames: list[bytes] = []
+        key, count, more = "", 0, bool(socket.getsockopt(zmq.RCVMORE))
+        while more:
+            frame = socket.recv(zmq.NOBLOCK, copy=False)
+            count += 1
+            if count <= _MAX_FRAMES:
+                frames.append(frame.bytes)
+            if count == 1 and self._curve:
+                key = frame.get("User-Id")
+            more = frame.more
+        return Incoming(route, key, frames if count <= _MAX_FRAMES else [])
+
+    def send(self, route: bytes, frames: Sequence[bytes]) -> bool:
+        """Sends to a connection; False when its queue is full.
+
+        Raises:
+            LinkError: the connection is gone.
+        """
+        try:
+            self._socket.send_multipart([route, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise LinkError("the device is gone") from None
+            raise
+        return True
+
+    def close(self) -> None:
+        """Ends all connections; messages under way get the limits' linger time."""
+        if not self._socket.closed:
+            self._socket.close()
+            self._zap.close()
+            self._context.term()
+
+    def _admit(self) -> None:
+        # Request: version, id, domain, address, identity, mechanism, credentials. Reply: RFC 27.
+        while True:
+            try:
+                request = self._zap.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            key = ""
+            if len(request) == 7 and request[5] == b"CURVE" and len(request[6]) == 32:
+                key = z85.encode(request[6]).decode()
+            known = self._allowed is not None and self._allowed.principal(key) is not None
+            status, text = (b"200", b"OK") if known else (b"400", b"unknown key")
+            self._zap.send_multipart(
+                [b"1.0", request[1] if len(request) > 1 else b"", status, text, key.encode() if known else b"", b""]
+            )
+
+
+def is_local(address: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    if address.startswith(("ipc://", "inproc://")):
+        return True
+    try:
+        host = urlsplit(address).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _socket(context: Any, kind: int) -> Any:
+    return context.socket(kind)
+
+
+def _tune(socket: Any, limits: LinkLimits) -> None:
+    socket.setsockopt(zmq.LINGER, limits.linger_ms)
+    socket.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
+    socket.setsockopt(zmq.RCVHWM, limits.max_queued_messages)
+    socket.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, limits.handshake_ms)
+    socket.setsockopt(zmq.IPV6, 1)

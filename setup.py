@@ -1,0 +1,50 @@
+"""The native engine's build step; everything else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+LOST = """
+isthmus: WARNING: the native engine could NOT be built ({why}).
+isthmus: The installation goes on; ONNX Runtime computes instead, more slowly.
+isthmus: To mend it install a C compiler (Debian: apt-get install gcc libc6-dev) and install isthmus again;
+isthmus: without one, have ONNX Runtime at hand: pip install 'isthmus[edge]'. `isthmus doctor` tells what is in use.
+"""
+
+
+def warn(text: str) -> None:
+    """Says it on stderr and, because pip hides that when a build succeeds, on the terminal too."""
+    print(text, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        try:
+            Path("/dev/tty").write_text(text)
+        except OSError:
+            return  # no terminal: nobody is looking
+
+
+class BuildNative(build_ext):  # type: ignore[misc]  # setuptools has no types
+    """Builds the native engine where it can be built and says so where it cannot."""
+
+    def build_extension(self, ext: Any) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # compilers' errors share no narrower base across setuptools versions
+            ext.optional = True
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            warn(LOST.format(why=lines[-1]))
+
+    def get_outputs(self) -> list[str]:
+        """Only what was built: an engine that is missing is not to be packed."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+setup(
+    cffi_modules=["engine/native/ffi_build.py:ffibuilder"],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel serves every Python from 3.11 on
+)

@@ -1,0 +1,245 @@
+"""A bundle opened to be run: the engine's weights, mapped from files that are checked when they are first loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.protocol.errors import BundleError
+from isthmus.quant.packed import PackedMatrix
+from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, TokenizerEntry, check_name, layer_file
+from isthmus.split.roles import Weights, check_layer
+from isthmus.split.tensorfile import TensorFile
+
+if TYPE_CHECKING:
+    from isthmus.split.tokenizer import Tokenizer
+
+__all__ = ["Bundle", "FileEntry", "Manifest", "TokenizerEntry", "check_name", "layer_file"]
+
+MANIFEST_FILE = "bundle.json"
+MAX_MANIFEST_BYTES = 16 << 20
+AHEAD_BYTES = 48 << 20  # hashed in the background beyond the file that was asked for
+WORKERS = 2
+
+
+class Bundle:
+    """A bundle's folder; a `WeightSource`. It may be partial: hold only some of the files that it lists.
+
+    A weight file is mapped and its sha256 computed over the mapped bytes when it is first asked for, while two
+    threads hash those that usually come next. Nothing is handed out before its own hash was compared; no result
+    is remembered on disk, since whoever alters a file could alter that too.
+
+    Attributes:
+        path: the folder.
+        manifest: what bundle.json says.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._root = path.resolve()
+        self._files: dict[str, Future[TensorFile]] = {}
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Reads bundle.json and compares the sizes of the files that are there; no weight is read.
+
+        Raises:
+            BundleError: no bundle, another version, kind or family, a damaged bundle.json or a truncated file.
+        """
+        folder = Path(path)
+        try:
+            file = folder / MANIFEST_FILE
+            if file.stat().st_size > MAX_MANIFEST_BYTES:
+                raise BundleError(f"{file} has {file.stat().st_size} bytes", "it is no bundle.json")
+            data = file.read_bytes()
+        except OSError as error:
+            remedy = f"write one with: isthmus split MODEL -o {folder}"
+            raise BundleError(f"{folder} holds no bundle ({error.strerror})", remedy) from error
+        bundle = cls(folder, Manifest.parse(data))
+        for name, entry in bundle.manifest.files.items():
+            target = bundle._path(name)
+            if target.exists() and target.stat().st_size != entry.bytes:
+                raise _truncated(target, entry)
+        return bundle
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Shapes and flags of the model."""
+        return self.manifest.config
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        return self.manifest.name
+
+    @property
+    def model_id(self) -> str:
+        """The model's identity: configuration and weights, in hex."""
+        return self.manifest.model_id
+
+    def embedding(self) -> PackedMatrix:
+        """The token embedding [vocab_size, d_model]."""
+        return self._matrix(EMBEDDING, "embedding")
+
+    def layer(self, index: int) -> Weights:
+        """The weights of a layer (see `WeightSource`).
+
+        Raises:
+            BundleError: no such layer, or its file is absent or was altered.
+        """
+        if not 0 <= index < self.config.n_layers:
+            raise BundleError(f"the model has no layer {index}", f"its layers are 0..{self.config.n_layers - 1}")
+        weights = self._load(layer_file(index)).weights()
+        check_layer(self.config, index, weights, BundleError)
+        return weights
+
+    def final_norm(self) -> NDArray[np.float32]:
+        """The last norm's weight [d_model]."""
+        norm = self._load(NORM).weights().get("final_norm")
+        if not isinstance(norm, np.ndarray) or norm.shape != (self.config.d_model,):
+            raise BundleError(f"{NORM} holds no final_norm [{self.config.d_model}]", "split the model again")
+        return norm
+
+    def head(self) -> PackedMatrix:
+        """The output head [vocab_size, d_model]; the embedding when they are tied."""
+        return self.embedding() if self.config.tied else self._matrix(HEAD, "head")
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, its file checked.
+
+        Raises:
+            BundleError: the file is absent or was altered.
+            ModelError: it cannot be read.
+        """
+        if self._tokenizer is None:
+            from isthmus.split.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.from_entry(self.read(self.manifest.tokenizer.file), self.manifest.tokenizer)
+        return self._tokenizer
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, checked.
+
+        Raises:
+            BundleError: it is not listed, absent, or was altered.
+        """
+        target, entry = self._path(name), self._entry(name)
+        try:
+            data = target.read_bytes()
+        except OSError as error:
+            raise self._absent(name) from error
+        if len(data) != entry.bytes:
+            raise _truncated(target, entry)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            problem = f"{target} was altered: its sha256 is not the listed one"
+            raise BundleError(problem, "fetch or split the model again")
+        return data
+
+    def holds(self, name: str) -> bool:
+        """Whether a listed file is in the folder."""
+        return self._path(name).is_file()
+
+    @property
+    def held_layers(self) -> int:
+        """The n for which layers [0, n) and the embedding are here."""
+        if not self.holds(EMBEDDING):
+            return 0
+        index = 0
+        while index < self.config.n_layers and self.holds(layer_file(index)):
+            index += 1
+        return index
+
+    @property
+    def whole(self) -> bool:
+        """Whether every listed file is here."""
+        return all(self.holds(name) for name in self.manifest.files)
+
+    def prefetch(self, start: int = 0, end: int | None = None) -> None:
+        """Starts mapping and hashing in the background what layers [start, end) need; loading waits for it."""
+        last = self.config.n_layers if end is None else end
+        for name in self.manifest.part_files(start, last):
+            if self.holds(name):
+                self._start(name)
+
+    def verify(self, names: Iterable[str] | None = None, progress: Callable[[str, int], None] | None = None) -> None:
+        """Compares the hash of every file that is here, or of those named.
+
+        Args:
+            progress: called with a file's name and bytes when it was found whole.
+
+        Raises:
+            BundleError: the first file that is absent (if named) or was altered.
+        """
+        for name in [n for n in self.manifest.files if self.holds(n)] if names is None else names:
+            if name.startswith("weights/"):
+                self._start(name).result()
+            else:
+                self.read(name)
+            if progress:
+                progress(name, self.manifest.files[name].bytes)
+
+    def _matrix(self, file: str, name: str) -> PackedMatrix:
+        matrix = self._load(file).matrix(name)
+        if (matrix.rows, matrix.cols) != (self.config.vocab_size, self.config.d_model):
+            shape = (self.config.vocab_size, self.config.d_model)
+            raise BundleError(f"{file} is [{matrix.rows}, {matrix.cols}], not {list(shape)}", "split the model again")
+        return matrix
+
+    def _load(self, name: str) -> TensorFile:
+        future = self._start(name)
+        ahead = 0
+        order = self.manifest.part_files(0, self.config.n_layers)
+        for following in order[order.index(name) + 1 :]:
+            ahead += self.manifest.files[following].bytes
+            if ahead > AHEAD_BYTES:
+                break
+            if self.holds(following):
+                self._start(following)
+        return future.result()
+
+    def _start(self, name: str) -> Future[TensorFile]:
+        with self._lock:
+            if name not in self._files:
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="bundle")
+                self._files[name] = self._pool.submit(self._checked, name)
+            return self._files[name]
+
+    def _checked(self, name: str) -> TensorFile:
+        target, entry = self._path(name), self._entry(name)
+        if not target.is_file():
+            raise self._absent(name)
+        if target.stat().st_size != entry.bytes:
+            raise _truncated(target, entry)
+        return TensorFile(target, sha256=entry.sha256)
+
+    def _entry(self, name: str) -> FileEntry:
+        if name not in self.manifest.files:
+            raise BundleError(f"bundle.json lists no {name}", "split the model again")
+        return self.manifest.files[name]
+
+    def _path(self, name: str) -> Path:
+        target = self._root / check_name(name)
+        if not target.resolve().is_relative_to(self._root):
+            raise BundleError(f"{name} leads out of {self.path}", "a bundle's files must lie inside its folder")
+        return target
+
+    def _absent(self, name: str) -> BundleError:
+        return BundleError(f"{self.path} does not hold {name}", "fetch it from the cloud or split the model again")
+
+
+def _truncated(path: Path, entry: FileEntry) -> BundleError:
+    size = path.stat().st_size
+    return BundleError(f"{path} has {size} bytes instead of {entry.bytes}", "fetch or split the model again")

@@ -1,0 +1,313 @@
+"""Checkpoints, a GGUF file or a Hugging Face folder, as a source of packed weights, converted when asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.protocol.errors import ModelError, QuantError
+from isthmus.quant.groups import QUANTIZABLE, chunks, decode_rows, empty, encode_rows, write_rows
+from isthmus.quant.packed import PackedMatrix
+from isthmus.split import families
+from isthmus.split.ggml_blocks import LOSSLESS
+from isthmus.split.gguf_file import GgufFile, GgufTensor
+from isthmus.split.roles import Weights, array_shapes, check_layer, matrix_shapes
+from isthmus.split.tensorfile import TensorFile
+
+if TYPE_CHECKING:
+    from isthmus.split.tokenizer import Tokenizer
+
+KEEP = "keep"
+# What `isthmus split --format` takes -> (format of a layer's matrices, format of embedding and head)
+TARGETS: Mapping[str, tuple[str, str]] = {
+    KEEP: (KEEP, KEEP),
+    "f32": ("f32", "f32"),
+    "f16": ("f16", "f16"),
+    "q8": ("q8", "q8"),
+    "q4": ("q4", "q8"),
+    "q4m": ("q4m", "q8"),
+    "nested": ("n8", "q8"),
+}
+_HF_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_QUANTIZATION = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)\Z", re.IGNORECASE)  # at the end of a GGUF file's name
+_IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")
+
+
+class _Store(Protocol):
+    """Tensors by name; a GGUF file or safetensors files."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, index: NDArray[np.int64] | slice) -> tuple[str, Mapping[str, NDArray[np.generic]]]:
+        """Format and row-major arrays of some rows; leading dimensions count as rows."""
+        ...
+
+
+class Checkpoint:
+    """A model read from a checkpoint; a `WeightSource`.
+
+    Args:
+        format: "keep" for the file's own precision without loss, or another key of `TARGETS`. Where a layer's
+            matrices get 4 bits or nested planes, embedding and head get 8: they decide on the token, and 4 bits
+            there cost more quality than they save.
+        head_format: another format for embedding and head, out of `TARGETS` or `quant.groups.QUANTIZABLE`.
+
+    Attributes:
+        name: for people.
+        config: shapes and flags.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: DecoderConfig,
+        store: _Store,
+        names: Mapping[str, str],
+        tokenizer: Any,
+        *,
+        permuted: bool,
+        format: str = KEEP,
+        head_format: str | None = None,
+    ) -> None:
+        if format not in TARGETS:
+            raise ModelError(f"weight format {format!r} is unknown", f"choose one of {', '.join(TARGETS)}")
+        self.name, self._config, self.format = name, config, format
+        self._layer_format, self._head_format = TARGETS[format]
+        if head_format is not None:
+            self._head_format = TARGETS[head_format][0] if head_format in TARGETS else head_format
+        if self._head_format != KEEP and self._head_format not in QUANTIZABLE:
+            raise ModelError(f"weight format {head_format!r} is unknown", f"choose one of {', '.join(TARGETS)}")
+        self._store, self._names, self._tokenizer, self._permuted = store, names, tokenizer, permuted
+        used = {name.partition("#")[0] for name in names.values()}
+        present = store.names()
+        for tensor in sorted(used - present):
+            raise ModelError(f"the checkpoint has no tensor {tensor}", "fetch the model again, all its files")
+        for tensor in sorted(present - used):
+            if not tensor.endswith(_IGNORED) and not (config.tied and tensor == families.HF_TOP["head"]):
+                raise ModelError(f"tensor {tensor} is not known in family {config.family}", "it is not supported yet")
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Shapes and flags of the model."""
+        return self._config
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            ModelError: there is none, or of a kind that is not supported.
+        """
+        found: Tokenizer = self._tokenizer()
+        return found
+
+    def embedding(self) -> PackedMatrix:
+        """The token embedding [vocab_size, d_model]."""
+        return self._matrix("embedding", (self.config.vocab_size, self.config.d_model), self._head_format)
+
+    def head(self) -> PackedMatrix:
+        """The output head [vocab_size, d_model]; the embedding when they are tied."""
+        if self.config.tied:
+            return self.embedding()
+        return self._matrix("head", (self.config.vocab_size, self.config.d_model), self._head_format)
+
+    def final_norm(self) -> NDArray[np.float32]:
+        """The last norm's weight [d_model]."""
+        return self._array("final_norm", (self.config.d_model,))
+
+    def layer(self, index: int) -> Weights:
+        """The weights of a layer (see `WeightSource`), converted now.
+
+        Raises:
+            ModelError: a tensor has another shape than the configuration says, or a type that cannot be kept.
+        """
+        found: dict[str, PackedMatrix | NDArray[np.float32]] = {}
+        for role, shape in array_shapes(self.config).items():
+            found[role] = self._array(f"{index}.{role}", shape)
+        for role, size in matrix_shapes(self.config).items():
+            rotated = self._permuted and role in ("q", "k")
+            found[role] = self._matrix(f"{index}.{role}", size, self._layer_format, rotated=rotated)
+        check_layer(self.config, index, found, ModelError)
+        return found
+
+    def _place(self, key: str, shape: tuple[int, ...]) -> tuple[str, int]:
+        """The tensor and the first row in it of a weight; experts may share one tensor ("name#expert")."""
+        name, _, expert = self._names[key].partition("#")
+        found = self._store.shape(name)
+        if expert:
+            found = found[1:] if len(found) == 3 and int(expert) < found[0] else (0,)
+        if found != shape:
+            raise ModelError(f"tensor {name} is {list(found)}, not {list(shape)}", "the checkpoint is damaged")
+        return name, int(expert or 0) * shape[0]
+
+    def _array(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        name, _ = self._place(key, shape)
+        format, values = self._store.rows(name, slice(None))
+        return decode_rows(format, values, shape[-1]).reshape(shape)
+
+    def _matrix(self, key: str, size: tuple[int, int], format: str, *, rotated: bool = False) -> PackedMatrix:
+        rows, cols = size
+        name, first = self._place(key, size)
+        order = families.half_rotated_rows(rows, self.config.head_dim) if rotated else None
+        matrix: PackedMatrix | None = None
+        try:
+            for start, end in chunks(rows, cols):
+                index = slice(first + start, first + end) if order is None else order[start:end]
+                kept, values = self._store.rows(name, index)
+                if format == KEEP and kept == "dequantized":
+                    raise ModelError(f"tensor {name} has a type that cannot be kept", "name a --format, such as q8")
+                if format not in (KEEP, kept):
+                    values = encode_rows(decode_rows(kept.replace("dequantized", "f32"), values, cols), format)
+                if matrix is None:
+                    matrix = empty(kept if format == KEEP else format, rows, cols)
+                write_rows(matrix, start, values)
+        except QuantError as error:
+            raise ModelError(f"tensor {name}: {error.problem}", error.remedy) from error
+        assert matrix is not None  # a configuration has no empty matrix
+        return matrix
+
+
+class _GgufStore:
+    def __init__(self, file: GgufFile) -> None:
+        self._tensors: Mapping[str, GgufTensor] = file.tensors
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def rows(self, name: str, index: NDArray[np.int64] | slice) -> tuple[str, Mapping[str, NDArray[np.generic]]]:
+        tensor = self._tensors[name]
+        raw = tensor.raw.reshape(-1, tensor.raw.shape[-1])[index]
+        if tensor.type in LOSSLESS:
+            format, decode = LOSSLESS[tensor.type]
+            return format, decode(raw)
+        try:
+            from gguf import GGMLQuantizationType, quants
+        except ImportError as error:
+            raise ModelError(f"type {tensor.type} needs the gguf package", "pip install 'isthmus[plan]'") from error
+        try:
+            return "dequantized", {"w": quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))}
+        except NotImplementedError as error:
+            raise ModelError(f"tensor {name} has type {tensor.type}", "choose a file of another type") from error
+
+
+class _SafetensorsStore:
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, TensorFile] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            found = set(_json(index).get("weight_map", {}).values())
+            if any(not isinstance(f, str) or Path(f).name != f for f in found):
+                raise ModelError(f"{index} names files outside its folder", "fetch the model again")
+            paths = [folder / f for f in sorted(found)]
+        else:
+            paths = [folder / "model.safetensors"]
+        for path in paths:
+            file = TensorFile(path, ModelError)
+            self._files |= dict.fromkeys(file.tensors, file)
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].tensors[name].shape
+
+    def rows(self, name: str, index: NDArray[np.int64] | slice) -> tuple[str, Mapping[str, NDArray[np.generic]]]:
+        file = self._files[name]
+        tag = file.tensors[name].tag
+        if tag not in _HF_FORMATS:
+            raise ModelError(f"tensor {name} has type {tag}", f"supported are {', '.join(_HF_FORMATS)}")
+        values = file.array(name)
+        values = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values[None]
+        return _HF_FORMATS[tag], {"w": np.ascontiguousarray(values[index])}
+
+
+def open_checkpoint(path: str | Path, *, format: str = KEEP, head_format: str | None = None) -> Checkpoint:
+    """Opens a .gguf file or a folder with config.json, safetensors and tokenizer.json; no weight is read yet.
+
+    Raises:
+        ModelError: it is neither, or of a family or with a setting that is not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, format, head_format)
+    if path.suffix == ".onnx":
+        raise ModelError(f"{path} is an ONNX graph", "only GGUF files and Hugging Face folders can be split so far")
+    if not path.exists():
+        raise ModelError(f"{path} does not exist", "give a .gguf file, a folder with config.json, or a fetched name")
+    return _open_gguf(path, format, head_format)
+
+
+def _open_gguf(path: Path, format: str, head_format: str | None) -> Checkpoint:
+    file = GgufFile(path)
+    store = _GgufStore(file)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    factors = None
+    if "rope_freqs.weight" in shapes:
+        kind, values = store.rows("rope_freqs.weight", slice(None))
+        factors = decode_rows(kind, values, shapes["rope_freqs.weight"][-1]).reshape(-1)
+    _, config = families.config_from_gguf(file.fields, shapes, factors)
+    names = _names(config, families.GGUF_TOP, families.GGUF_NAMES, "blk.{i}.", families.GGUF_EXPERTS)
+
+    def tokenizer() -> Tokenizer:
+        from isthmus.split.tokenizer_gguf import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(file.fields)
+
+    permuted = file.fields["general.architecture"] == "llama"
+    name = _QUANTIZATION.sub("", path.stem)
+    return Checkpoint(name, config, store, names, tokenizer, permuted=permuted, format=format, head_format=head_format)
+
+
+def _open_folder(path: Path, format: str, head_format: str | None) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json", "give a .gguf file or a Hugging Face folder")
+    fields = _json(path / "config.json")
+    families.config_from_hf(fields)  # an unknown family is told before missing files are
+    store = _SafetensorsStore(path)
+    family, config = families.config_from_hf(fields, has_head=families.HF_TOP["head"] in store.names())
+    names = _names(config, families.HF_TOP, families.HF_NAMES, "model.layers.{i}.", family.hf_experts)
+
+    def tokenizer() -> Tokenizer:
+        from isthmus.split.tokenizer import Tokenizer
+
+        return Tokenizer.from_folder(path)
+
+    name = str(fields.get("_name_or_path") or path.resolve().name).rstrip("/").rpartition("/")[2] or "model"
+    return Checkpoint(name, config, store, names, tokenizer, permuted=False, format=format, head_format=head_format)
+
+
+def _names(
+    config: DecoderConfig, top: Mapping[str, str], roles: Mapping[str, str], prefix: str, experts: Mapping[str, str]
+) -> dict[str, str]:
+    """From "embedding", "3.q", "3.experts.0.gate" and so on to tensors of a checkpoint."""
+    names = {key: name for key, name in top.items() if key != "head" or not config.tied}
+    for i in range(config.n_layers):
+        for role in [*array_shapes(config), *matrix_shapes(config)]:
+            if role.startswith("experts."):
+                _, e, kind = role.split(".")
+                name = experts[kind].format(e=e) if "{e}" in experts[kind] else f"{experts[kind]}#{e}"
+            else:
+                name = experts["router"] if role == "router" else roles[role]
+            names[f"{i}.{role}"] = prefix.format(i=i) + name
+    return names
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}", "fetch the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object", "fetch the model again")
+    return found

@@ -1,0 +1,164 @@
+"""`bundle.json`: what a bundle is and the size and hash of each of its files; read strictly, nothing is trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.protocol.errors import BundleError, EngineError
+
+FORMAT_VERSION = 1
+KIND = "decoder"
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
+
+EMBEDDING, NORM, HEAD = "weights/embed.safetensors", "weights/norm.safetensors", "weights/head.safetensors"
+
+
+def layer_file(index: int) -> str:
+    """The name of a layer's weight file."""
+    return f"weights/layer-{index:03d}.safetensors"
+
+
+def check_name(name: str) -> str:
+    """A file's name within a bundle: relative, with forward slashes, never leading out of it.
+
+    Raises:
+        BundleError: any other name.
+    """
+    parts = name.split("/")
+    if not 1 <= len(parts) <= 4 or not all(_PART.match(part) for part in parts):
+        raise BundleError(f"bundle.json names the file {name!r}", "a bundle's files must lie inside its folder")
+    return name
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """Size and hash of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class TokenizerEntry(msgspec.Struct, frozen=True):
+    """The tokenizer's file and what the file itself cannot say.
+
+    Attributes:
+        eos: ids that end an answer.
+        add_bos: whether `bos` stands before every text.
+    """
+
+    file: str = "tokenizer.json"
+    chat_template: str | None = None
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    add_bos: bool = False
+
+
+class _Wire(msgspec.Struct, frozen=True):
+    format_version: int
+    kind: str
+    name: str
+    model_id: str
+    config: dict[str, Any]
+    weights: str
+    tokenizer: TokenizerEntry
+    files: dict[str, FileEntry]
+
+
+class _Version(msgspec.Struct, frozen=True):
+    format_version: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What `bundle.json` says.
+
+    Attributes:
+        name: for people; the identity is `model_id`.
+        model_id: BLAKE2b-128 over the configuration and the hashes of all weight files, in hex.
+        weights: the format asked for when the bundle was written ("keep", "q4", ...).
+        files: every file but bundle.json, by its name within the bundle.
+    """
+
+    name: str
+    model_id: str
+    config: DecoderConfig
+    weights: str
+    tokenizer: TokenizerEntry
+    files: dict[str, FileEntry]
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """From the bytes of a `bundle.json`.
+
+        Raises:
+            BundleError: another version, kind or family, a field or layer that is missing, a name that leads out
+                of the bundle, or a model_id that does not follow from the files.
+        """
+        again = "fetch or split the model again"
+        try:
+            version = msgspec.json.decode(data, type=_Version).format_version
+            if version != FORMAT_VERSION:
+                remedy = "split the model again" if version < FORMAT_VERSION else "install a newer isthmus"
+                raise BundleError(f"bundle.json has format_version {version}, not {FORMAT_VERSION}", remedy)
+            wire = msgspec.json.decode(data, type=_Wire)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise BundleError(f"bundle.json cannot be read: {error}", again) from error
+        if wire.kind != KIND:
+            raise BundleError(f"the bundle's kind is {wire.kind!r}", f"this version runs {KIND!r}")
+        family = wire.config.get("family")
+        if family not in FAMILIES:
+            raise BundleError(f"the bundle's family {family!r} is unknown", f"supported are {', '.join(FAMILIES)}")
+        try:
+            config = DecoderConfig.from_dict(wire.config)
+        except EngineError as error:
+            raise BundleError(f"bundle.json: {error.problem}", again) from error
+        for name, entry in wire.files.items():
+            check_name(name)
+            if entry.bytes < 0 or not _HEX.match(entry.sha256):
+                raise BundleError(f"bundle.json has no valid size and hash of {name}", again)
+        if config.n_layers > len(wire.files):
+            raise BundleError(f"bundle.json lists {len(wire.files)} files for {config.n_layers} layers", again)
+        manifest = cls(wire.name, wire.model_id, config, wire.weights, wire.tokenizer, wire.files)
+        for name in [*manifest.part_files(0, config.n_layers), wire.tokenizer.file]:
+            if name not in wire.files:
+                raise BundleError(f"bundle.json lists no {name}", again)
+        if wire.model_id != model_id(config, wire.files):
+            raise BundleError(f"model_id {wire.model_id!r} does not follow from the bundle's files", again)
+        return manifest
+
+    def encode(self) -> bytes:
+        """The bytes of a `bundle.json`."""
+        fields = {
+            "format_version": FORMAT_VERSION,
+            "kind": KIND,
+            "name": self.name,
+            "model_id": self.model_id,
+            "config": self.config.to_dict(),
+            "weights": self.weights,
+            "tokenizer": msgspec.to_builtins(self.tokenizer),
+            "files": {name: msgspec.to_builtins(self.files[name]) for name in sorted(self.files)},
+        }
+        return json.dumps(fields, indent=1).encode() + b"\n"
+
+    def part_files(self, start: int, end: int) -> Sequence[str]:
+        """The weight files that layers [start, end) need, with the embedding at 0 and norm and head at n_layers."""
+        names = [layer_file(index) for index in range(start, end)]
+        if start == 0 or (self.config.tied and end == self.config.n_layers):
+            names.insert(0, EMBEDDING)
+        if end == self.config.n_layers:
+            names += [NORM] if self.config.tied else [NORM, HEAD]
+        return names
+
+
+def model_id(config: DecoderConfig, files: Mapping[str, FileEntry]) -> str:
+    """BLAKE2b-128 over the configuration and the hashes of the weight files, in hex; no path or label enters."""
+    weights = {name: entry.sha256 for name, entry in sorted(files.items()) if name.startswith("weights/")}
+    canonical = json.dumps([config.to_dict(), weights], sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,160 @@
+"""Writes a bundle: into a folder of another name beside the target, renamed when it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.part import WeightSource
+from isthmus.protocol.errors import BundleError
+from isthmus.split.manifest import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    FileEntry,
+    Manifest,
+    TokenizerEntry,
+    check_name,
+    layer_file,
+    model_id,
+)
+from isthmus.split.roles import Weights
+from isthmus.split.tensorfile import encode
+
+Progress = Callable[[str, int, int], None]  # what was done, how many steps are done, how many there are
+
+
+class BundleWriter:
+    """A bundle being written; leave the `with` block without `finish` and nothing remains.
+
+    Args:
+        path: the bundle's folder to be.
+        force: whether a bundle that stands there is replaced.
+
+    Raises:
+        BundleError: something stands there already, or the place cannot be written.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        self.path = path.absolute()
+        self.files: dict[str, FileEntry] = {}
+        if self.path.exists() and not force:
+            raise BundleError(f"{path} exists already", "choose another folder, or replace it with --force")
+        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if occupied and not (self.path / "bundle.json").is_file():
+            raise BundleError(f"{path} is not a bundle", "choose another folder; it is not replaced")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))
+            self._work.chmod(0o777 & ~_umask())
+        except OSError as error:
+            raise BundleError(
+                f"cannot write to {self.path.parent}: {error.strerror}", "choose another folder"
+            ) from error
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def add(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        """Writes a file piece by piece.
+
+        Raises:
+            BundleError: a name that leads out of the bundle, or a full disk.
+        """
+        target = self._work / check_name(name)
+        digest, size = hashlib.sha256(), 0
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+        except OSError as error:
+            raise BundleError(f"cannot write {self.path / name}: {error.strerror}", "free some space") from error
+        self.files[name] = FileEntry(size, digest.hexdigest())
+
+    def add_weights(self, name: str, weights: Weights) -> None:
+        """Writes matrices and vectors into one safetensors file."""
+        self.add(name, encode(weights))
+
+    def finish(self, name: str, config: DecoderConfig, weights: str, tokenizer: TokenizerEntry) -> Manifest:
+        """Writes bundle.json and gives the folder its name.
+
+        Raises:
+            BundleError: the rename failed.
+        """
+        files = dict(self.files)
+        manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files)
+        Manifest.parse(manifest.encode())
+        (self._work / "bundle.json").write_bytes(manifest.encode())
+        old = self._work.with_suffix(".old")
+        try:
+            if self.path.exists():
+                self.path.replace(old)
+            self._work.replace(self.path)
+        except OSError as error:
+            if old.exists() and not self.path.exists():
+                old.replace(self.path)
+            raise BundleError(f"cannot rename to {self.path}: {error.strerror}", "choose another folder") from error
+        shutil.rmtree(old, ignore_errors=True)
+        return manifest
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bundle(
+    path: Path,
+    source: WeightSource,
+    *,
+    name: str,
+    weights: str,
+    tokenizer: bytes,
+    entry: TokenizerEntry,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes every weight of a source, one file a layer.
+
+    Args:
+        name: for people.
+        weights: the format that the source's matrices were asked for ("keep", "q4", ...).
+        tokenizer: the bytes of tokenizer.json.
+        entry: what tokenizer.json cannot say.
+
+    Raises:
+        BundleError: the place is taken or cannot be written.
+    """
+    config = source.config
+    total = config.n_layers + 2
+    with BundleWriter(path, force=force) as writer:
+        writer.add(entry.file, [tokenizer])
+        writer.add_weights(EMBEDDING, {"embedding": source.embedding()})
+        if progress:
+            progress("embedding", 1, total)
+        for index in range(config.n_layers):
+            writer.add_weights(layer_file(index), source.layer(index))
+            if progress:
+                progress(f"layer {index}", index + 2, total)
+        writer.add_weights(NORM, {"final_norm": source.final_norm()})
+        if not config.tied:
+            writer.add_weights(HEAD, {"head": source.head()})
+        manifest = writer.finish(name, config, weights, entry)
+        if progress:
+            progress("done", total, total)
+        return manifest

@@ -1,0 +1,417 @@
+"""A device's world without sockets or clocks: a toy model and cloud, and a link that loses, repeats and overtakes."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Mapping
+from hashlib import blake2b
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.part import KvConfig, Numerics, Rows, StepResult, Want
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol import tensors
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import EngineError, LinkError, OutOfBlocks
+from isthmus.split.tokenizer import TextStream
+
+N_LAYERS, D_MODEL, VOCAB, EOS = 6, 8, 257, 256
+CONFIG = DecoderConfig(
+    family="llama",
+    n_layers=N_LAYERS,
+    d_model=D_MODEL,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=4,
+    d_ff=8,
+    vocab_size=VOCAB,
+    context_length=512,
+    norm_eps=1e-5,
+    rope_inv_freq=(1.0, 0.1),
+)
+MODEL_ID = "ab" * 16
+
+
+class ToySequence:
+    """KV as the layers' own inputs; going without a position's KV in a layer is an error."""
+
+    def __init__(self, part: ToyPart, window: int) -> None:
+        self.part, self.window, self.length = part, window, 0
+        self.kv: list[dict[int, NDArray[np.float32]]] = [{} for _ in range(part.end)]
+
+    def truncate(self, length: int) -> None:
+        assert 0 <= length <= self.length
+        if 0 < self.window < self.length and length < self.length:
+            raise EngineError("cannot go back")
+        self.length = length
+        for layer in self.kv:
+            for position in [p for p in layer if p >= length]:
+                del layer[position]
+
+    def fork(self) -> ToySequence:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.kv = []
+
+
+class ToyPart:
+    """Integer arithmetic modulo 61, exact in f16, that depends on every earlier token at every layer."""
+
+    numerics = Numerics("toy")
+
+    def __init__(self, end: int = N_LAYERS, max_tokens: int = 100_000) -> None:
+        self.config, self.start, self.end = CONFIG, 0, end
+        self.max_tokens = max_tokens
+        self.rows = 0
+
+    @property
+    def free_tokens(self) -> int:
+        return self.max_tokens
+
+    def open(self, *, window: int = 0) -> ToySequence:
+        return ToySequence(self, window)
+
+    def step(self, rows: Rows) -> StepResult:
+        tokens: list[int] = []
+        hidden: list[NDArray[np.float32]] = []
+        for span in rows.spans:
+            sequence = span.sequence
+            assert isinstance(sequence, ToySequence)
+            assert span.position == sequence.length, "positions must follow each other"
+            leave = self.end if span.leave is None else span.leave
+            if not sequence.window and sequence.length + len(span) > self.max_tokens:
+                raise OutOfBlocks("full")
+            for i in range(len(span)):
+                position = span.position + i
+                if span.tokens is not None:
+                    row = (np.arange(D_MODEL) * 7 + span.tokens[i]) % 61
+                else:
+                    row = span.hidden_in[i]  # type: ignore[index]
+                row = np.asarray(row, np.float32)
+                self.rows += 1
+                for layer in range(span.enter, leave):
+                    row = self._layer(sequence, layer, position, row)
+                sequence.length = position + 1
+                if i == len(span) - 1 or span.want_all:
+                    if span.want & Want.HIDDEN:
+                        hidden.append(row)
+                    if span.want & Want.SAMPLE:
+                        if leave != N_LAYERS:
+                            raise EngineError("no head")
+                        tokens.append(self._sample(row, position, span.sampling))
+        states = np.stack(hidden) if hidden else np.zeros((0, D_MODEL), np.float32)
+        return StepResult(tokens, states, np.zeros((0, VOCAB), np.float32))
+
+    def close(self) -> None:
+        pass
+
+    def _layer(self, sequence: ToySequence, layer: int, position: int, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        kv = sequence.kv[layer]
+        kv[position] = row
+        first = max(0, position + 1 - sequence.window) if sequence.window else 0
+        seen = sum(kv[p] * (1 + p % 3) for p in range(first, position + 1))
+        return np.asarray((3 * row[::-1] + seen + layer + position) % 61, np.float32)
+
+    def _sample(self, row: NDArray[np.float32], position: int, sampling: Sampling) -> int:
+        noise = f"{sampling.seed} {position}" if sampling.temperature else ""
+        digest = blake2b(row.tobytes() + noise.encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little") % (VOCAB if digest[0] < 4 else VOCAB - 1)
+
+
+class ToyTokenizer:
+    """A token a byte."""
+
+    def encode(self, text: str, *, special: bool = True, bos: bool | None = None) -> list[int]:
+        ids: list[int] = []
+        for i, piece in enumerate(text.split("</s>")):
+            ids += ([EOS] if i else []) + list(piece.encode())
+        return ids
+
+    def decode(self, ids: Any, *, special: bool = False) -> str:
+        return b"".join(bytes([i]) if i < EOS else b"</s>" if special else b"" for i in ids).decode(errors="replace")
+
+    def stream(self) -> TextStream:
+        return TextStream(self, False)  # type: ignore[arg-type]
+
+    def render(self, messages: Any, *, answer: bool = True) -> str:
+        return "".join(f"<{x['role']}>{x['content']}</s>\n" for x in messages) + ("<assistant>" if answer else "")
+
+
+class ToyBundle:
+    """What a device asks of a bundle."""
+
+    def __init__(self, held: int = N_LAYERS, model_id: str = MODEL_ID) -> None:
+        self.config, self.model_id, self.held_layers = CONFIG, model_id, held
+        files = {f"weights/layer-{i:03d}.safetensors": SimpleNamespace(bytes=10_000_000) for i in range(N_LAYERS)}
+        files |= {"weights/embed.safetensors": SimpleNamespace(bytes=5_000_000)}
+        files |= {"weights/norm.safetensors": SimpleNamespace(bytes=1_000)}
+        self.manifest = SimpleNamespace(
+            tokenizer=SimpleNamespace(eos=(EOS,), file="tokenizer.json"),
+            files=files,
+            part_files=lambda start, end: list(files),
+        )
+
+    def holds(self, name: str) -> bool:
+        return self.held_layers == N_LAYERS or "norm" not in name
+
+    def tokenizer(self) -> ToyTokenizer:
+        return ToyTokenizer()
+
+
+class ToyCloud:
+    """The protocol's other side as the messages document it, one device at a time."""
+
+    def __init__(self, model_id: str = MODEL_ID, window: int = 0) -> None:
+        self.model_id = model_id
+        self.part = ToyPart()
+        self.sessions: dict[bytes, dict[str, Any]] = {}
+        self.aliases: dict[int, dict[str, Any]] = {}
+        self.files: Mapping[str, bytes] = {}
+        self.manifest = b""
+        self.computed = 0
+        self.codecs = ("f32", "f16", "int8")
+        self.version = (1, 1)
+
+    def receive(self, message: Any) -> list[tuple[float, Any]]:
+        """Answers with (delay in seconds, message)."""
+        if isinstance(message, m.Hello):
+            self.aliases.clear()
+            offer = m.Offer(
+                self.model_id,
+                "toy",
+                N_LAYERS,
+                D_MODEL,
+                VOCAB,
+                "toy",
+                True,
+                ("f16",),
+                self.codecs,
+                CONFIG.context_length,
+            )
+            return [(0.0, m.Welcome(*self.version, (), (offer,), m.Limits(1 << 20, 1 << 20, 300, 64)))]
+        if isinstance(message, m.Ping):
+            return [(0.0, m.Pong(message.sent_us))]
+        if isinstance(message, m.GetManifest):
+            return [(0.0, m.Manifest(self.model_id, self.manifest))]
+        if isinstance(message, m.GetRange):
+            data = self.files[message.name]
+            part = data[message.offset : message.offset + message.length]
+            return [(0.0, m.Range(message.model_id, message.name, message.offset, len(data), part))]
+        if isinstance(message, m.Open):
+            return [(0.0, self._open(message))]
+        session = self.aliases.get(message.alias)
+        if session is None:
+            return [(0.0, self._fault(m.Code.UNKNOWN_SESSION, message, None))]
+        if isinstance(message, m.Truncate):
+            if message.epoch < session["epoch"]:
+                return [(0.0, self._fault(m.Code.STALE_EPOCH, message, session))]
+            if message.epoch > session["epoch"]:
+                self._cut(session, message.length)
+                session["epoch"] = message.epoch
+            return [(0.0, self._result(message, session, message.length, []))]
+        if message.epoch != session["epoch"]:
+            return [(0.0, self._fault(m.Code.STALE_EPOCH, message, session))]
+        if isinstance(message, m.Rows):
+            return [(0.0, self._rows(message, session))]
+        if isinstance(message, m.Generate):
+            return self._generate(message, session)
+        if isinstance(message, m.Close):
+            self.sessions = {k: s for k, s in self.sessions.items() if s is not session}
+            del self.aliases[message.alias]
+        return []
+
+    def _open(self, message: m.Open) -> Any:
+        session = self.sessions.get(message.session)
+        if session is None:
+            session = self.sessions[message.session] = {"log": Chain(), "enter": message.enter, "epoch": -1, "said": {}}
+            session["sequence"] = self.part.open(window=message.window)
+        if message.epoch < session["epoch"]:
+            return self._fault(m.Code.STALE_EPOCH, message, session)
+        if session["enter"] != message.enter:
+            self._cut(session, 0)
+            session["enter"] = message.enter
+        session["epoch"] = message.epoch
+        self.aliases[message.alias] = session
+        log = session["log"]
+        return m.Opened(message.alias, message.epoch, len(log), log.head, "toy", "f16")
+
+    def _rows(self, message: m.Rows, session: dict[str, Any]) -> Any:
+        log, at, n = session["log"], message.position, len(message.tokens)
+        if at > len(log):
+            return self._fault(m.Code.GAP, message, session)
+        if at + n <= len(log):
+            if log.tokens[at : at + n] != message.tokens or at + n - 1 not in session["said"]:
+                return self._fault(m.Code.DIVERGED, message, session)
+            return self._result(message, session, at, session["said"][at + n - 1])
+        if at < len(log) or log.at(at) != message.prefix_hash:
+            return self._fault(m.Code.DIVERGED, message, session)
+        want = Want.SAMPLE if message.want & m.WANT_SAMPLE else Want.NONE
+        rows, sampling = Rows(), _sampling(message.sampler)
+        if message.hidden is not None:
+            states = tensors.decode(message.hidden, D_MODEL)
+            rows.hidden(session["sequence"], at, states, enter=session["enter"], want=want, sampling=sampling)
+        else:
+            rows.tokens(session["sequence"], at, message.tokens, want=want, sampling=sampling)
+        tokens = self.part.step(rows).tokens
+        self.computed += n
+        log.extend(message.tokens)
+        session["said"][at + n - 1] = tokens
+        return self._result(message, session, at, tokens)
+
+    def _generate(self, message: m.Generate, session: dict[str, Any]) -> list[tuple[float, Any]]:
+        log, at = session["log"], message.position
+        if at > len(log):
+            return [(0.0, self._fault(m.Code.GAP, message, session))]
+        known = log.tokens[at:]
+        if known[: len(message.tokens)] != message.tokens[: len(known)]:
+            return [(0.0, self._fault(m.Code.DIVERGED, message, session))]
+        first, answers = at + len(message.tokens), []
+        text = [*log.tokens[:at], *message.tokens]
+        self._cut(session, min(len(log), first - 1))
+        token, delay = -1, 0.0
+        for i in range(message.max_tokens):
+            rest = text[len(log) :]
+            sampling = _sampling(message.sampler)
+            rows = Rows().tokens(session["sequence"], len(log), rest, want=Want.SAMPLE, sampling=sampling)
+            token = self.part.step(rows).tokens[0]
+            self.computed += len(rest)
+            log.extend(rest)
+            text.append(token)
+            done = token in message.stop or i == message.max_tokens - 1
+            reason = ("stop" if token in message.stop else "length") if done else ""
+            delay += 0.002
+            news = m.Tokens(message.alias, message.epoch, first + i, [token], done, reason, len(log), log.head)
+            answers.append((delay, news))
+            if done:
+                break
+        return answers
+
+    def _cut(self, session: dict[str, Any], length: int) -> None:
+        length = min(length, len(session["log"]))
+        session["log"].truncate(length)
+        session["sequence"].truncate(length)
+        session["said"] = {p: t for p, t in session["said"].items() if p < length}
+
+    def _result(self, message: Any, session: dict[str, Any], position: int, tokens: list[int]) -> m.Result:
+        log = session["log"]
+        return m.Result(message.alias, message.epoch, position, tokens, len(log), log.head)
+
+    def _fault(self, code: m.Code, message: Any, session: dict[str, Any] | None) -> m.Fault:
+        position = getattr(message, "position", 0)
+        held = len(session["log"]) if session else 0
+        return m.Fault(code, code.name.lower(), "", 0, message.alias, message.epoch, position, held)
+
+
+class LossyWire:
+    """A link in simulated time; every message is encoded, and may be dropped, repeated or late.
+
+    Args:
+        seed: of the losses.
+        drop, repeat: probability for each message, each way.
+        delay_s: of each message, uniformly from this range; a wide one reorders.
+    """
+
+    def __init__(
+        self,
+        cloud: ToyCloud,
+        seed: int = 0,
+        *,
+        drop: float = 0.0,
+        repeat: float = 0.0,
+        delay_s: tuple[float, float] = (0.005, 0.005),
+    ) -> None:
+        self.cloud: ToyCloud | None = cloud
+        self.now = 100.0
+        self.connections = 1
+        self.sent: list[Any] = []
+        self.die_after = 1 << 60  # messages from the cloud until it is gone
+        self.restart_after = 1 << 60  # messages until the cloud loses its memory
+        self._random = random.Random(seed)
+        self._drop, self._repeat, self._delay_s = drop, repeat, delay_s
+        self.reconnect_every = 1 << 60  # messages from the device
+        self.greeted = False
+        self.bytes_up = self.bytes_down = 0
+        self._air: list[tuple[float, int, bool, list[bytes]]] = []
+        self._count = itertools.count()
+
+    @property
+    def up(self) -> bool:
+        return self.greeted and self.cloud is not None
+
+    @property
+    def failure(self) -> LinkError | None:
+        return None
+
+    def clock(self) -> float:
+        return self.now
+
+    def reconnect(self) -> None:
+        """What is under way is gone, and a Welcome stands for the new connection."""
+        self.connections += 1
+        self._air.clear()
+        self.greeted = False
+
+    def send(self, message: Any) -> None:
+        if not self.greeted or self.cloud is None:
+            return
+        frames = m.encode(message)
+        self.bytes_up += sum(map(len, frames))
+        self.sent.append(m.decode([bytes(frame) for frame in frames]))
+        self._put(True, frames, 0.0)
+        if len(self.sent) % self.reconnect_every == 0:
+            self.reconnect()
+
+    def receive(self, timeout_ms: float) -> Any:
+        deadline = self.now + timeout_ms / 1e3
+        if not self.greeted and self.cloud is not None:
+            self.greeted = True
+            self.now += 0.01
+            return m.decode(m.encode(self.cloud.receive(m.Hello(1, 1))[0][1]))
+        while self._air and self._air[0][0] <= deadline:
+            at, _, up, frames = heapq.heappop(self._air)
+            self.now = max(self.now, at)
+            message = m.decode(frames)
+            if not up:
+                self.bytes_down += sum(map(len, frames))
+                return message
+            for delay, answer in self.cloud.receive(message) if self.cloud is not None else ():
+                self._answered(answer, delay)
+        self.now = max(self.now, deadline)
+        return None
+
+    def close(self) -> None:
+        self._air.clear()
+
+    def _answered(self, answer: Any, delay: float) -> None:
+        self.die_after -= 1
+        self.restart_after -= 1
+        if self.die_after < 0:
+            self.cloud = None
+        if self.cloud is not None:
+            self._put(False, m.encode(answer), delay)
+            if self.restart_after == 0:
+                self.cloud.sessions.clear()
+                self.cloud.aliases.clear()
+
+    def _put(self, up: bool, frames: list[bytes], delay: float) -> None:
+        copies = 0 if self._random.random() < self._drop else 2 if self._random.random() < self._repeat else 1
+        for _ in range(copies):
+            at = self.now + delay + self._random.uniform(*self._delay_s)
+            heapq.heappush(self._air, (at, next(self._count), up, list(frames)))
+
+
+def _sampling(sampler: m.Sampler) -> Sampling:
+    return Sampling(sampler.temperature, sampler.top_k, sampler.top_p, sampler.seed, sampler.stream)
+
+
+def toy_open_part(source: Any, start: int, end: int, *, kv: KvConfig | None = None, **_: Any) -> ToyPart:
+    """In place of `isthmus.engine.open_part`."""
+    return ToyPart(end, kv.max_tokens if kv else 100_000)

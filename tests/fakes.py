@@ -1,0 +1,187 @@
+"""A fake part of a model: next token and hidden states are hashes of the prefix, alike whichever way it is split."""
+
+from __future__ import annotations
+
+import struct
+import time
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, Span, StepResult, Want
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.errors import EngineError, OutOfBlocks
+
+_ROOT = bytes(16)
+
+
+def fake_config(*, n_layers: int = 6, d_model: int = 64, vocab_size: int = 1000) -> DecoderConfig:
+    """A small decoder's configuration; d_model is at least 34."""
+    return DecoderConfig(
+        family="fake",
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        d_ff=128,
+        vocab_size=vocab_size,
+        context_length=2048,
+        norm_eps=1e-5,
+        rope_inv_freq=(1.0, 0.5, 0.25, 0.125),
+        tied=True,
+    )
+
+
+def _hash(*pieces: bytes) -> bytes:
+    return blake2b(b"".join(pieces), digest_size=16).digest()
+
+
+class FakeSequence:
+    """Holds two chains: of the inputs (what lower layers know) and of the states (what upper layers know)."""
+
+    def __init__(self, part: FakePart, window: int) -> None:
+        self._part = part
+        self.window = window
+        self.lower: list[bytes] = []
+        self.upper: list[bytes] = []
+        self.closed = False
+        part.sequences.append(self)
+
+    @property
+    def length(self) -> int:
+        return len(self.upper)
+
+    @property
+    def held(self) -> int:
+        """Positions of KV blocks in use."""
+        length = min(self.length, self.window + KV_BLOCK) if self.window else self.length
+        return -(-length // KV_BLOCK) * KV_BLOCK
+
+    def truncate(self, length: int) -> None:
+        del self.lower[length:]
+        del self.upper[length:]
+
+    def fork(self) -> FakeSequence:
+        twin = FakeSequence(self._part, self.window)
+        twin.lower, twin.upper = self.lower.copy(), self.upper.copy()
+        return twin
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._part.sequences.remove(self)
+
+
+class FakePart:
+    """Implements `engine.part.Part`.
+
+    Args:
+        step_s: seconds that a step sleeps, as if it were computing.
+
+    Attributes:
+        steps: rows of each step so far.
+    """
+
+    def __init__(
+        self,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        config: DecoderConfig | None = None,
+        kv: KvConfig | None = None,
+        step_s: float = 0.0,
+    ) -> None:
+        self.config = config or fake_config()
+        self.start = start
+        self.end = self.config.n_layers if end is None else end
+        self.numerics = Numerics("fake-1")
+        self.kv = kv or KvConfig()
+        self.step_s = step_s
+        self.steps: list[int] = []
+        self.sequences: list[FakeSequence] = []
+        self.closed = False
+
+    @property
+    def free_tokens(self) -> int:
+        return self.kv.max_tokens - sum(sequence.held for sequence in self.sequences)
+
+    def open(self, *, window: int = 0) -> FakeSequence:
+        return FakeSequence(self, window)
+
+    def step(self, rows: Rows) -> StepResult:
+        before = [(span.sequence, span.sequence.length) for span in rows.spans]
+        tokens: list[int] = []
+        hidden: list[NDArray[np.float32]] = []
+        try:
+            for span in rows.spans:
+                self._span(span, tokens, hidden)
+            if self.free_tokens < 0:
+                raise OutOfBlocks("the fake pool is full")
+        except EngineError:
+            for sequence, length in reversed(before):
+                sequence.truncate(length)
+            raise
+        self.steps.append(len(rows))
+        if self.step_s:
+            time.sleep(self.step_s)
+        width = self.config.d_model
+        states = np.stack(hidden) if hidden else np.empty((0, width), np.float32)
+        return StepResult(tokens, states, np.empty((0, self.config.vocab_size), np.float32))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _span(self, span: Span, tokens: list[int], hidden: list[NDArray[np.float32]]) -> None:
+        sequence, leave = span.sequence, self.end if span.leave is None else span.leave
+        if not isinstance(sequence, FakeSequence) or sequence.closed or span.position != sequence.length:
+            raise EngineError(f"row at {span.position} does not fit a sequence of {sequence.length}")
+        if not self.start <= span.enter < leave <= self.end:
+            raise EngineError(f"rows run [{span.enter}, {leave}) in a part [{self.start}, {self.end})")
+        if span.hidden_in is not None and span.hidden_in.shape[1:] != (self.config.d_model,):
+            raise EngineError(f"hidden states are {span.hidden_in.shape}")
+        for index in range(len(span)):
+            if span.tokens is not None:
+                before = sequence.lower[-1] if sequence.lower else _ROOT
+                lower = _hash(before, struct.pack("<I", span.tokens[index]))
+            else:
+                assert span.hidden_in is not None
+                lower = self._unpack(span.hidden_in[index], span.enter)
+            upper = _hash(sequence.upper[-1] if sequence.upper else _ROOT, lower)
+            sequence.lower.append(lower)
+            sequence.upper.append(upper)
+            if not (span.want_all or index == len(span) - 1):
+                continue
+            if span.want & Want.SAMPLE:
+                tokens.append(self._sample(upper, span.sampling))
+            if span.want & Want.HIDDEN:
+                hidden.append(self._pack(lower, leave))
+
+    def _sample(self, state: bytes, sampling: Sampling) -> int:
+        noise = struct.pack("<QI", sampling.seed, sampling.stream) if sampling.temperature else b""
+        return int.from_bytes(_hash(state, noise)[:4], "little") % self.config.vocab_size
+
+    def _pack(self, digest: bytes, layer: int) -> NDArray[np.float32]:
+        # Integers up to 127 with a 127 among them survive f16 and int8 without loss.
+        state = np.zeros(self.config.d_model, np.float32)
+        state[0], state[1] = 127.0, layer
+        state[2:34] = [nibble for byte in digest for nibble in (byte >> 4, byte & 15)]
+        return state
+
+    def _unpack(self, state: NDArray[np.float32], layer: int) -> bytes:
+        nibbles = [int(round(float(value))) for value in state[2:34]]
+        if int(state[1]) != layer or not all(0 <= nibble <= 15 for nibble in nibbles):
+            raise EngineError(f"this hidden state is not one before layer {layer}")
+        return bytes(high << 4 | low for high, low in zip(nibbles[::2], nibbles[1::2], strict=True))
+
+
+def fake_text(prompt: list[int], count: int, sampling: Sampling | None = None) -> list[int]:
+    """What a fake model generates after a prompt: `count` tokens."""
+    part, out = FakePart(), []
+    sequence, feed = part.open(), prompt
+    for _ in range(count):
+        feed = part.step(Rows().tokens(sequence, sequence.length, feed, sampling=sampling or Sampling())).tokens
+        out += feed
+    return out

@@ -1,0 +1,128 @@
+"""The front of the command line: what people see when they ask for help, mistype, or hit an error."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+
+from isthmus.apps.cli.machine import installed_extras
+from isthmus.apps.cli.main import COMMANDS, EXTRAS, Entry, help_text
+from isthmus.apps.cli.main import main as run
+from isthmus.protocol.errors import BundleError
+
+NAMES = [name for commands in COMMANDS.values() for name in commands]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
+    """Puts a function in the place of the command `doctor`."""
+
+    def put(function: Callable[..., object]) -> None:
+        module = types.ModuleType("isthmus_said")
+        module.command = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "isthmus_said", module)
+        monkeypatch.setitem(COMMANDS["Measure"], "doctor", Entry("isthmus_said", "says"))  # type: ignore[arg-type]
+
+    return put
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [name for name in NAMES if f"\n  {name} " not in shown] == []
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "\x1b" not in shown
+    assert "\x1b[" in help_text(color=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    assert f"isthmus {name}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("isthmus 0.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("srve", "'isthmus serve'"), ("isnpect", "'isthmus inspect'"), ("zzz", "--help")]
+)
+def test_unknown_command_suggests_the_nearest(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([typed]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert typed in error
+    assert meant in error
+
+
+def test_unknown_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--no-such-option"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--no-such-option" in error
+    assert "isthmus doctor --help" in error
+
+
+def test_error_is_one_line(say: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise BundleError("bundle.json\nis of version 9", "use a newer isthmus")
+
+    say(command)
+    assert run(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: bundle.json is of version 9; use a newer isthmus\n"
+
+
+def test_missing_extra_is_named(
+    say: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    say(command)
+    assert run(["doctor"]) == 2
+    assert capsys.readouterr().err == (
+        "error: 'doctor' needs gguf, which is not installed; pip install 'isthmus[plan]'\n"
+    )
+
+
+def test_extras_bring_what_the_error_says() -> None:
+    brought = {extra: {name.replace("-", "_") for name in packages} for extra, packages in installed_extras().items()}
+    distributions = {"grpc": "grpcio"}
+    for module, extra in EXTRAS.items():
+        assert distributions.get(module, module) in brought[extra]
+
+
+def test_own_mistakes_are_not_hidden(say: Callable[[Callable[..., object]], None]) -> None:
+    def command() -> None:
+        raise ModuleNotFoundError("No module named 'isthmus.nowhere'", name="isthmus.nowhere")
+
+    say(command)
+    with pytest.raises(ModuleNotFoundError):
+        run(["doctor"])
+
+
+def test_interrupt_is_130(say: Callable[[Callable[..., object]], None]) -> None:
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    say(command)
+    assert run(["doctor"]) == 130
+
+
+def test_command_may_give_an_exit_code(say: Callable[[Callable[..., object]], None]) -> None:
+    def command() -> int:
+        return 3
+
+    say(command)
+    assert run(["doctor"]) == 3
+
+
+def test_every_command_has_a_module() -> None:
+    entries = [entry for commands in COMMANDS.values() for entry in commands.values()]
+    assert [entry.module for entry in entries if find_spec(entry.module) is None] == []
