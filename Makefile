@@ -57,7 +57,7 @@ test: $(STAMPS)/tools setup
 	@PYTHON=$(BIN)/python scripts/check
 
 bench: setup
-	@for script in $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $$(grep -l '^if __name__ ==' benchmarks/*.py); do \
 	    echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	@$(BIN)/python scripts/readme_tables.py
 

@@ -1,6 +1,9 @@
 """What a benchmark found, written so that others can judge it: machine, versions, commit, figures and tables.
 
-A script makes one `Record`, adds figures and tables while it measures, and writes it at the end:
+A benchmark is a script beside this file (`make bench` runs those with a `__main__` guard). It makes one `Record`, adds
+figures and tables while it measures, and writes it at the end:
+
+    from record import Record
 
     record = Record("decode", settings={"context": 64})
     record.figure("native/q4/1", 231.0, "tok/s", target=0.95, of="prototype/q4/1")

@@ -8,15 +8,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from isthmus.cloud.admission import Load, ServiceLimits, refusal
+from isthmus.cloud.admission import ServiceLimits
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer, ServerTransport
-from isthmus.cloud.scheduler import Demand, Pick, step
-from isthmus.cloud.session import Session, Shape
-from isthmus.cloud.work import Refusal, Reply
-from isthmus.engine.part import Rows as EngineRows
-from isthmus.protocol.errors import EngineError, IsthmusError, OutOfBlocks, ProtocolError, ServiceError
+from isthmus.cloud.registry import Registry
+from isthmus.cloud.runner import Runner
+from isthmus.cloud.work import Refusal
+from isthmus.protocol.errors import IsthmusError, ProtocolError, ServiceError
 from isthmus.protocol.keys import AllowList
 from isthmus.protocol.limits import LIMITS, LinkLimits
 from isthmus.protocol.messages import (
@@ -88,11 +87,9 @@ class Service:
         self._link_limits = link_limits
         self._clock = clock
         self._peers: dict[bytes, Peer] = {}
-        self._sessions: dict[bytes, tuple[Session, Model]] = {}
-        self._numbers: dict[Session, int] = {}
-        self._count = 0
+        self._registry = Registry(self.models, self._peers, self.limits, self.metrics)
+        self._runner = Runner(self._registry, self.limits, self.metrics, clock)
         self._bulk: deque[Peer] = deque()
-        self._refused: dict[Session, int] = {}
         self._stop_asked = False
         self._stop_by_s: float | None = None
         self._closed = False
@@ -143,7 +140,7 @@ class Service:
             "status": "stopping" if self._stop_asked else "ok",
             "version": VERSION,
             "models": [model.offer.name for model in self.models.values()],
-            "sessions": len(self._sessions),
+            "sessions": len(self._registry),
             "connections": len(self._peers),
         }
 
@@ -158,7 +155,7 @@ class Service:
         stepped = False
         for model in self.models.values():
             if model.ready:
-                self._step(model)
+                self._runner.step(model)
                 stepped = True
         if self._bulk:
             self._send_ranges(1 if stepped else _RANGES_A_TURN)
@@ -248,50 +245,13 @@ class Service:
 
     def _open(self, peer: Peer, message: Open, principal: str, size: int, now_s: float) -> None:
         self._only_while_running()
-        model = self._model(message.model_id)
-        offer = model.offer
-        if message.kv_format not in offer.kv_formats:
-            raise Refusal(Code.UNSUPPORTED, f"KV format {message.kv_format!r}", f"use {', '.join(offer.kv_formats)}")
-        if message.numerics and message.numerics != offer.numerics:
-            raise Refusal(
-                Code.UNSUPPORTED,
-                f"the device counts on numerics {message.numerics}, this cloud has {offer.numerics}",
-                "use the same engine on both sides, or do without exactness",
-            )
-        if not model.part.start <= message.enter < offer.n_layers:
-            raise Refusal(
-                Code.UNSUPPORTED,
-                f"rows that enter at layer {message.enter}",
-                f"this cloud holds layers {model.part.start} to {offer.n_layers - 1}",
-            )
-        known = self._sessions.get(message.session)
-        if known is not None and known[0].principal != principal:
-            raise Refusal(Code.NOT_ALLOWED, "this session belongs to another key", "open one of your own")
-        if known is not None:
-            session, before = known
-            if message.epoch < session.epoch:
-                raise Refusal(Code.STALE_EPOCH, f"epoch {session.epoch} owns the session", "raise the epoch")
-            moved = session.route != peer.route
-            session.resume(message.epoch, peer.route, message.alias)
-            if before is not model or session.enter != message.enter or session.window != message.window:
-                self._forget(session)
-                session = self._new_session(model, message, principal)
-            elif moved:
-                session.freed_bytes = 0
-        else:
-            self._admit(model, message, principal, now_s)
-            session = self._new_session(model, message, principal)
-        if len(peer.aliases) >= 2 * self.limits.max_sessions_per_principal and message.alias not in peer.aliases:
-            raise self._busy_refusal("too many sessions on this connection")
-        session.resume(message.epoch, peer.route, message.alias)
-        session.used_s = now_s
-        peer.aliases[message.alias] = session
+        session, model = self._registry.open(peer, message, principal, now_s)
         peer.done(size)
-        self._settle(session, model, peer)
-        peer.send(session.opened(offer.numerics, model.kv.format, self.limits.idle_s))
+        self._registry.settle(session, model, peer)
+        peer.send(session.opened(model.offer.numerics, model.kv.format, self.limits.idle_s))
 
     def _rows(self, peer: Peer, message: Rows | Generate, principal: str, size: int, now_s: float) -> None:
-        session, model = self._session(peer, message, principal)
+        session, model = self._registry.find(peer, message, principal)
         self._only_while_running()
         session.used_s = now_s
         if type(message) is Rows:
@@ -307,31 +267,31 @@ class Service:
             peer.done(size)  # answered from the log, or waiting already
         if reply is not None:
             peer.send(reply)
-        self._settle(session, model, peer)
+        self._registry.settle(session, model, peer)
 
     def _cancel(self, peer: Peer, message: Cancel, principal: str, size: int, now_s: float) -> None:
         peer.done(size)
-        session, model = self._session(peer, message, principal)
+        session, model = self._registry.find(peer, message, principal)
         if message.epoch == session.epoch:
-            self._answer(session, model, session.cancel())
+            self._registry.answer(session, model, session.cancel())
 
     def _truncate(self, peer: Peer, message: Truncate, principal: str, size: int, now_s: float) -> None:
-        session, model = self._session(peer, message, principal)
+        session, model = self._registry.find(peer, message, principal)
         session.used_s = now_s
         reply = session.truncate(message)
         peer.done(size)
-        self._settle(session, model, peer)
+        self._registry.settle(session, model, peer)
         peer.send(reply)
 
     def _close_session(self, peer: Peer, message: Close, principal: str, size: int, now_s: float) -> None:
         peer.done(size)
         session = peer.aliases.get(message.alias)
         if session is not None and session.route == peer.route and message.epoch >= session.epoch:
-            self._forget(session)
+            self._registry.forget(session)
             del peer.aliases[message.alias]
 
     def _get_manifest(self, peer: Peer, message: GetManifest, principal: str, size: int, now_s: float) -> None:
-        model = self._model(message.model_id)
+        model = self._registry.model(message.model_id)
         if model.files is None:
             raise Refusal(Code.NOT_FOUND, "this cloud does not give its bundle out", "get the bundle elsewhere")
         peer.done(size)
@@ -339,198 +299,15 @@ class Service:
 
     def _get_range(self, peer: Peer, message: GetRange, principal: str, size: int, now_s: float) -> None:
         if len(peer.ranges) >= self.limits.max_ranges:
-            raise self._busy_refusal(f"{len(peer.ranges)} ranges wait already")
+            raise self._registry.busy(f"{len(peer.ranges)} ranges wait already")
         if not peer.ranges:
             self._bulk.append(peer)
         peer.ranges.append((message, size))
 
-    # Computing
-
-    def _step(self, model: Model) -> None:
-        now_s = self._clock()
-        demands: list[Demand] = []
-        n_layers = model.offer.n_layers
-        for number, session in list(model.ready.items()):
-            if late := session.expire(now_s):
-                self._answer(session, model, late)
-            if session.work:
-                demands.append(Demand(number, session.principal, session.work[0].rows, n_layers - session.enter))
-        if not demands:
-            return
-        model.schedule, picks = step(model.schedule, demands, self.limits)
-        try:
-            self._compute(model, picks)
-        except OutOfBlocks:
-            if self._evict(model, now_s):
-                return  # nothing was committed; the next turn tries again
-            self._one_by_one(model, picks)
-        except EngineError:
-            self._one_by_one(model, picks)
-
-    def _compute(self, model: Model, picks: list[Pick]) -> None:
-        rows = EngineRows()
-        taken: list[tuple[Session, int, int, int]] = []
-        now_s = self._clock()
-        for pick in picks:
-            session = model.ready[pick.session]
-            work = session.work[0]
-            if work.queue_us < 0:
-                work.queue_us = int((now_s - work.received_s) * 1e6)
-                self.metrics.queue_ms.add(work.queue_us * 1e-3)
-            n_tokens, n_hidden = session.take(pick.rows, rows)
-            taken.append((session, pick.rows, n_tokens, n_hidden))
-        begin_s = time.perf_counter()
-        result = model.part.step(rows)
-        engine_s = time.perf_counter() - begin_s
-        engine_us = int(engine_s * 1e6)
-        at_token = at_hidden = 0
-        for session, n_rows, n_tokens, n_hidden in taken:
-            tokens = result.tokens[at_token : at_token + n_tokens]
-            hidden = result.hidden[at_hidden : at_hidden + n_hidden]
-            at_token += n_tokens
-            at_hidden += n_hidden
-            reply = session.commit(n_rows, tokens, hidden, engine_us)
-            peer = self._peers.get(session.route)
-            if peer is None:
-                session.cancel()
-            elif reply is not None:
-                peer.send(reply)
-                if peer.gone:
-                    session.cancel()
-            self._settle(session, model, peer)
-        if self._refused:
-            for session, *_ in taken:
-                self._refused.pop(session, None)
-        metrics = self.metrics
-        metrics.rows += len(rows)
-        metrics.tokens += at_token
-        metrics.step_ms.add(engine_s * 1e3)
-        metrics.step_rows.add(len(rows))
-
-    def _one_by_one(self, model: Model, picks: list[Pick]) -> None:
-        """After a step failed as a whole: finds out whose rows it cannot take, and computes the others."""
-        for pick in picks:
-            session = model.ready[pick.session]
-            try:
-                self._compute(model, [pick])
-            except OutOfBlocks:
-                self._answer(session, model, session.fail(self._kv_refusal(model, session)))
-            except EngineError as error:
-                _log.warning("the engine refused rows: %s", error)
-                self._answer(session, model, session.fail(Refusal(Code.ENGINE, error.problem, error.remedy)))
-
-    def _kv_refusal(self, model: Model, session: Session) -> Refusal:
-        count = self._refused[session] = self._refused.get(session, 0) + 1
-        alone = not any(other.committed for other in model.sessions if other is not session)
-        if alone or count > _MAX_REFUSED:
-            problem = f"the cloud's KV of {model.kv.max_tokens} positions is full"
-            return Refusal(Code.KV_FULL, problem, "shorten the text, or open the session with a window")
-        return self._busy_refusal("the cloud's KV is full")
-
-    def _evict(self, model: Model, now_s: float) -> bool:
-        """Takes the KV of the session that was idle longest; its device sends it again when it needs it."""
-        idle = [s for s in model.sessions if self._idle(s, now_s) and s.committed]
-        if not idle:
-            return False
-        min(idle, key=lambda session: session.used_s).forget(0)
-        self.metrics.sessions_evicted += 1
-        return True
-
-    # Sessions
-
-    def _model(self, model_id: str) -> Model:
-        if not model_id and len(self.models) == 1:
-            return next(iter(self.models.values()))
-        model = self.models.get(model_id)
-        if model is None:
-            names = ", ".join(f"{m.offer.name} ({m.offer.model_id[:12]})" for m in self.models.values())
-            raise Refusal(Code.UNKNOWN_MODEL, f"no model {model_id[:64]!r} here", f"this cloud serves {names}"[:1000])
-        return model
-
-    def _session(self, peer: Peer, message: Any, principal: str) -> tuple[Session, Model]:
-        session = peer.aliases.get(message.alias)
-        known = self._sessions.get(session.session_id) if session is not None else None
-        if session is None or known is None or known[0] is not session or session.route != peer.route:
-            raise Refusal(Code.UNKNOWN_SESSION, f"no session {message.alias} on this connection", "open it (again)")
-        if session.principal != principal:
-            raise Refusal(Code.NOT_ALLOWED, "this session belongs to another key", "open one of your own")
-        return known
-
-    def _admit(self, model: Model, message: Open, principal: str, now_s: float) -> None:
-        idle = [s for s, _ in self._sessions.values() if self._idle(s, now_s)]
-        load = Load(
-            len(self._sessions),
-            sum(1 for s, _ in self._sessions.values() if s.principal == principal),
-            len(idle),
-            model.part.free_tokens,
-            model.kv.max_tokens,
-            sum(s.committed for s in idle if s in model.sessions),
-        )
-        if (why := refusal(load, self.limits, message.max_positions, message.window)) is not None:
-            problem, waiting_helps = why
-            raise self._busy_refusal(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, "shorten the text")
-        if len(self._sessions) >= self.limits.max_sessions:
-            self._forget(min(idle, key=lambda session: session.used_s))
-            self.metrics.sessions_evicted += 1
-
-    def _new_session(self, model: Model, message: Open, principal: str) -> Session:
-        offer = model.offer
-        shape = Shape(
-            offer.vocab_size,
-            offer.d_model,
-            offer.context_length,
-            self.limits.max_waiting,
-            self.limits.busy_retry_ms,
-        )
-        sequence = model.part.open(window=message.window)
-        session = Session(message.session, principal, shape, sequence, enter=message.enter, window=message.window)
-        self._sessions[message.session] = (session, model)
-        self._count += 1
-        self._numbers[session] = self._count
-        model.sessions.add(session)
-        self.metrics.sessions_opened += 1
-        return session
-
-    def _forget(self, session: Session) -> None:
-        _, model = self._sessions.pop(session.session_id)
-        model.ready.pop(self._numbers.pop(session), None)
-        model.sessions.discard(session)
-        self._refused.pop(session, None)
-        session.cancel()
-        peer = self._peers.get(session.route)
-        if peer is not None and session.freed_bytes:
-            peer.done(session.freed_bytes)
-        session.sequence.close()
-
-    def _settle(self, session: Session, model: Model, peer: Peer | None) -> None:
-        """After a session changed: is there work, and credit to give back?"""
-        number = self._numbers[session]
-        if session.work:
-            model.ready[number] = session
-        else:
-            model.ready.pop(number, None)
-        if session.freed_bytes:
-            if peer is not None:
-                peer.done(session.freed_bytes)
-            session.freed_bytes = 0
-
-    def _answer(self, session: Session, model: Model, replies: Sequence[Reply]) -> None:
-        peer = self._peers.get(session.route)
-        if peer is not None:
-            for reply in replies:
-                peer.send(reply)
-        self._settle(session, model, peer)
-
     # Odds and ends
-
-    def _idle(self, session: Session, now_s: float) -> bool:
-        return not session.work and now_s - session.used_s > self.limits.evict_after_s
 
     def _busy(self) -> bool:
         return any(model.ready for model in self.models.values())
-
-    def _busy_refusal(self, problem: str) -> Refusal:
-        return Refusal(Code.BUSY, problem, "try again in a moment", self.limits.busy_retry_ms)
 
     def _only_while_running(self) -> None:
         if self._stop_asked:
@@ -541,7 +318,7 @@ class Service:
         fault = Fault(Code(error.code), error.problem[:1000], error.remedy[:1000], error.retry_ms, alias, epoch)
         fault.position = getattr(message, "position", 0)
         session = peer.aliases.get(alias) if alias is not None else None
-        if session is not None and session.session_id in self._sessions:
+        if session is not None and session in self._registry:
             fault.committed = session.committed
             fault.prefix_hash = session.chain.at(session.committed)
         peer.send(fault)
@@ -566,7 +343,7 @@ class Service:
 
     def _send_range(self, peer: Peer, message: GetRange) -> None:
         try:
-            model = self._model(message.model_id)
+            model = self._registry.model(message.model_id)
             found = None
             if model.files is not None:
                 found = model.files.read(message.name, message.sha256, message.offset, message.length)
@@ -584,9 +361,9 @@ class Service:
 
     def _chores(self, now_s: float) -> None:
         self._transport.poll(0.0)  # a spinning poll may never have looked at who wants in
-        for session, _ in list(self._sessions.values()):
+        for session, _ in self._registry:
             if not session.work and now_s - session.used_s > self.limits.idle_s:
-                self._forget(session)
+                self._registry.forget(session)
                 self.metrics.sessions_expired += 1
         for route, peer in list(self._peers.items()):
             if peer.outbox:
@@ -594,11 +371,7 @@ class Service:
             if peer.gone or now_s - peer.heard_s > self.limits.idle_s:
                 del self._peers[route]
                 self.metrics.peers_dropped += 1
-                for session in peer.aliases.values():
-                    known = self._sessions.get(session.session_id)
-                    if known is not None and known[0] is session and session.route == route:
-                        session.cancel()
-                        self._settle(session, known[1], None)
+                self._registry.orphan(peer)
         if now_s >= self._refresh_at_s:
             self._refresh_at_s = now_s + _REFRESH_S
             self._refresh()
@@ -611,9 +384,9 @@ class Service:
             except ProtocolError as error:
                 _log.warning("%s", error)
         self.metrics.gauges = {
-            "sessions": len(self._sessions),
+            "sessions": len(self._registry),
             "connections": len(self._peers),
-            "waiting_requests": sum(len(session.work) for session, _ in self._sessions.values()),
+            "waiting_requests": sum(len(session.work) for session, _ in self._registry),
             "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
             "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
         }

@@ -71,6 +71,8 @@ class Session:
         committed: positions whose KV the engine holds.
         work: requests that wait, in order; the engine computes the first.
         route, alias: connection to answer on.
+        freed_bytes: credit of requests that are done, to be given back.
+        refused: times in a row that there was no KV for it.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Session:
         self.chain = Chain()
         self.work: deque[Work] = deque()
         self.freed_bytes = 0
+        self.refused = 0
         self._sampled: list[int] = []  # token sampled from each committed row, or _UNKNOWN
         self._sampler = GREEDY  # that all of them were sampled with
 
@@ -279,6 +282,7 @@ class Session:
         rows = min(rows, work.end - work.start)
         self.committed += rows
         work.start += rows
+        self.refused = 0
         work.engine_us += engine_us
         if tokens and work.sampler != self._sampler:
             self._sampler = work.sampler

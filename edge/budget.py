@@ -10,7 +10,7 @@ from isthmus.engine.part import KV_BLOCK, KvConfig
 from isthmus.protocol.errors import DeviceError
 
 MB = 1_000_000
-OVERHEAD_BYTES = 90 * MB  # interpreter, numpy, tokenizer and scratch buffers, measured on Linux with SmolLM2
+OVERHEAD_BYTES = 100 * MB  # interpreter, numpy, tokenizer and scratch buffers, measured on Linux with SmolLM2
 _KV_ITEM_BYTES = {"f16": 2, "f32": 4}
 
 

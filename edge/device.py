@@ -6,26 +6,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from isthmus.edge import budget, policy
+from isthmus.edge import policy
 from isthmus.edge.chat import Chat, Message
 from isthmus.edge.events import Timeouts
+from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link, Wire
-from isthmus.edge.local import CHUNK, LocalPart
 from isthmus.edge.options import GenerateOptions, Overflow, as_mode, check_cut, kv_room, stop_words
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
 from isthmus.edge.session import Session
 from isthmus.edge.text import Text
 from isthmus.edge.token import Mode, Stats, Token
-from isthmus.engine.part import KV_BLOCK, KvConfig
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, LinkError
-from isthmus.protocol.keys import DeviceKeys, default_folder, read_device
-from isthmus.protocol.link import connect
-from isthmus.protocol.transport import Refused
 from isthmus.split.bundle import Bundle
+
+if TYPE_CHECKING:
+    from isthmus.protocol.keys import DeviceKeys
 
 Prompt = str | Sequence[int] | None
 
@@ -51,6 +50,7 @@ class Device:
         backend: as in `isthmus.engine.open_part`.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away.
         timeouts: how patient the device is with the cloud.
+        progress: called while a bundle is fetched, with a file's name, the bytes that are here, and its size.
         wire, clock: a connection to use in place of the one to `cloud`, and its seconds.
 
     Attributes:
@@ -78,6 +78,7 @@ class Device:
         backend: str = "auto",
         timeouts: Timeouts | None = None,
         fallback: bool = True,
+        progress: Callable[[str, int, int], None] | None = None,
         wire: Wire | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,33 +91,37 @@ class Device:
         self._closed = False
         self._cloud, self._timeouts = cloud, timeouts or Timeouts()
         if wire is None and cloud is not None:
+            from isthmus.protocol.link import connect
+
             wire = connect(cloud, _device_keys(keys) if encrypted else None, agent="isthmus device", wait=False)
         if isinstance(bundle, str | Path):
-            bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut)
+            bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut, progress)
         self._bundle = bundle
         self.config = bundle.config
         self._mode: Mode = as_mode(mode)
         self._cut = check_cut(cut, self.config) if cut is not None else None
-        self._codec, self._threads, self._memory_mb = codec, threads, memory_mb
+        self._codec, self._fallback = codec, fallback
         self._kv_tokens, self._slides = kv_room(kv_tokens, self.config), overflow == "slide"
-        self._backend, self._fallback = backend, fallback
+        window = self._kv_tokens if self._slides else 0
+        self._holding = Holding(
+            bundle, memory_mb=memory_mb, kv_tokens=self._kv_tokens, window=window, backend=backend, threads=threads
+        )
+        computes = self._mode in ("local", "split") or wire is None
+        if computes:
+            self._holding.prefetch()
         self._log = Chain()
-        self._local: LocalPart | None = None
         self._link: Link | None = None
         self._active: Iterator[Token] | None = None
         self._counted = (0, 0, 0)
         self._cloud_failed = False
         if wire is not None:
-            window = self._kv_tokens if self._slides else 0
             session = Session(bundle.model_id, self._log, self._timeouts, where=self._where(), window=window)
             self._link = Link(session, wire, clock)
         self._tokenizer = bundle.tokenizer()
         self._eos = tuple(bundle.manifest.tokenizer.eos)
         self._chat = Chat(self._tokenizer, self._eos)
-        if self._mode == "local" or self._link is None:
-            self._part(self.config.n_layers)
-        elif self._mode == "split":
-            self._part(self._default_cut() if self._cut is None else self._cut)
+        if computes:
+            self._holding.open(self.cut if self._mode == "split" and wire is not None else self.config.n_layers)
 
     # -- what people call
 
@@ -126,9 +131,24 @@ class Device:
         return list(self._log.tokens)
 
     @property
+    def mode(self) -> Mode:
+        """What `generate` and `chat` do unless told otherwise."""
+        return self._mode
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        return self._bundle.name
+
+    @property
+    def cut(self) -> int:
+        """The layer before which hidden states leave the device in split mode."""
+        return self._default_cut() if self._cut is None else self._cut
+
+    @property
     def holds_whole_model(self) -> bool:
         """Whether this device can answer without a cloud."""
-        return self._fits() == self.config.n_layers
+        return self._holding.whole
 
     def generate(
         self,
@@ -205,8 +225,7 @@ class Device:
         self._closed = True
         if self._link is not None:
             self._link.close()
-        if self._local is not None:
-            self._local.close()
+        self._holding.close()
 
     def __enter__(self) -> Device:
         return self
@@ -310,12 +329,12 @@ class Device:
             self._link.welcome()
             return StreamRunner(self._link, self._log, options.sampling, self._eos)
         cut = self._default_cut() if options.cut is None else options.cut
-        part = self._part(cut)
+        part = self._holding.open(cut)
         self._check_codec(options.codec)
         return SplitRunner(part, self._link, self._log, options.sampling, cut, options.codec)
 
     def _local_runner(self, options: GenerateOptions) -> Runner:
-        return LocalRunner(self._part(self.config.n_layers), self._log, options.sampling)
+        return LocalRunner(self._holding.open(self.config.n_layers), self._log, options.sampling)
 
     def _alone(self, options: GenerateOptions, runner: Runner, error: LinkError, stats: Stats) -> Runner:
         """The runner that goes on without the cloud.
@@ -323,7 +342,7 @@ class Device:
         Raises:
             LinkError: there is none.
         """
-        if isinstance(error, Refused) or not (self._fallback and runner.source != "device" and self.holds_whole_model):
+        if _is_final(error) or not (self._fallback and runner.source != "device" and self.holds_whole_model):
             raise error
         self._cloud_failed = True
         stats.note = f"{error.problem}: this device went on by itself after {len(stats.tokens)} tokens"
@@ -334,9 +353,9 @@ class Device:
             return False
         try:
             self._cloud_failed = self._link.welcome(0.0 if self._cloud_failed else None) is None
-        except Refused:
-            raise
-        except LinkError:
+        except LinkError as error:
+            if _is_final(error):
+                raise
             self._cloud_failed = True
         return not self._cloud_failed
 
@@ -370,8 +389,7 @@ class Device:
         if length < len(self._log):
             if self._link is not None:
                 self._link.session.edited(length)
-            if self._local is not None:
-                self._local.truncate(length)
+            self._holding.truncate(length)
             self._log.truncate(length)
 
     def _check_room(self, length: int) -> None:
@@ -389,75 +407,44 @@ class Device:
             self._active.close()  # type: ignore[attr-defined]
             self._active = None
 
-    # -- the part
-
     def _default_cut(self) -> int:
         middle = max(1, self.config.n_layers // 2)
-        return max(1, min(middle, self._fits()))
-
-    def _fits(self) -> int:
-        """The most layers [0, n) that the bundle holds and the memory budget allows."""
-        held = self._held()
-        if self._memory_mb is None:
-            return held
-        return min(held, budget.layers_that_fit(self._sizes(), self.config, self._kv(), self._memory_mb))
-
-    def _held(self) -> int:
-        held, n_layers = self._bundle.held_layers, self.config.n_layers
-        if held == n_layers and not all(map(self._bundle.holds, self._bundle.manifest.part_files(0, n_layers))):
-            return n_layers - 1
-        return held
-
-    def _part(self, depth: int) -> LocalPart:
-        """The device's part, which has at least layers [0, depth)."""
-        if self._local is None or self._local.part.end < depth:
-            end = self._fits()
-            if end < depth:
-                self._refuse(depth)
-            from isthmus.engine import open_part
-
-            part = open_part(self._bundle, 0, end, backend=self._backend, threads=self._threads, kv=self._kv())
-            self._local = LocalPart(part, self._kv_tokens if self._slides else 0)
-        return self._local
-
-    def _refuse(self, depth: int) -> None:
-        held = self._held()
-        if held < depth:
-            what = "the whole model" if depth == self.config.n_layers else f"layers [0, {depth})"
-            raise DeviceError(
-                f"{what} is wanted and the bundle holds layers [0, {held}) of {self.config.n_layers}",
-                "fetch more of it, choose a smaller cut, or use stream mode",
-            )
-        assert self._memory_mb is not None
-        raise budget.refusal(self._sizes(), self.config, self._kv(), self._memory_mb, depth)
-
-    def _kv(self) -> KvConfig:
-        slack = CHUNK + 2 * KV_BLOCK if self._slides else KV_BLOCK
-        return KvConfig(max_tokens=self._kv_tokens + slack)
-
-    def _sizes(self) -> budget.PartSizes:
-        files = {name: entry.bytes for name, entry in self._bundle.manifest.files.items()}
-        return budget.PartSizes.from_files(self.config.n_layers, files)
+        return max(1, min(middle, self._holding.layers))
 
     def _where(self) -> str:
         return f"the cloud at {self._cloud}" if self._cloud else "the cloud"
 
     def _open_bundle(
-        self, path: Path, wire: Wire | None, clock: Callable[[], float], mode: Mode, cut: int | None
+        self,
+        path: Path,
+        wire: Wire | None,
+        clock: Callable[[], float],
+        mode: Mode,
+        cut: int | None,
+        progress: Callable[[str, int, int], None] | None,
     ) -> Bundle:
         if wire is not None and not (path / "bundle.json").exists():
             from isthmus.edge.provision import fetch_part
 
             session = Session("", Chain(), self._timeouts, where=self._where())
             layers = 0 if mode == "stream" else cut if mode == "split" else None
-            fetch_part(Link(session, wire, clock), path, layers=layers)
+            fetch_part(Link(session, wire, clock), path, layers=layers, progress=progress)
         return Bundle.open(path)
 
 
 def _device_keys(keys: str | Path | DeviceKeys | None) -> DeviceKeys:
+    from isthmus.protocol.keys import DeviceKeys, default_folder, read_device
+
     if isinstance(keys, DeviceKeys):
         return keys
     return read_device(Path(keys) if keys is not None else default_folder())
+
+
+def _is_final(error: LinkError) -> bool:
+    """Whether the cloud refused this device, which nothing but a person can mend."""
+    from isthmus.protocol.transport import Refused
+
+    return isinstance(error, Refused)
 
 
 def _parse(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

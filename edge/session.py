@@ -183,6 +183,8 @@ class Session:
         patience_ms = self._timeouts.connect_ms if self.welcome is None else self._timeouts.give_up_ms
         if self._closing:
             patience_ms = min(patience_ms, self._timeouts.retry_ms)
+        elif self.welcome is None and failure is not None:
+            patience_ms //= 4  # somebody said no; a cloud that is just starting gets a moment
         if (now - self._up_at) * 1e3 >= patience_ms:
             self._fail(failure or self._silence())
         elif (now - self._progress_at) * 1e3 >= self._timeouts.progress_ms:
@@ -301,6 +303,8 @@ class Session:
         if fault.alias is None:
             if code is m.Code.CLOSING:
                 self._closing = True
+            elif code is m.Code.VERSION and self.welcome is not None:
+                self.outbox.append(m.Hello(m.VERSION, m.MIN_VERSION))  # the cloud has forgotten an idle connection
             elif code is m.Code.BUSY:
                 self._later(None, 0, now, fault.retry_ms)
             else:
@@ -312,8 +316,8 @@ class Session:
         if code is m.Code.BUSY or (code is m.Code.GAP and self._earlier(lane, fault.position)):
             self._later(lane, fault.position, now, fault.retry_ms)
         elif code in (m.Code.GAP, m.Code.DIVERGED, m.Code.STALE_EPOCH, m.Code.UNKNOWN_SESSION):
-            if code is m.Code.DIVERGED:
-                lane.agreed = 0
+            if code is m.Code.DIVERGED and self._setbacks:
+                lane.renew()
             self._setback(lane)
         elif code is m.Code.KV_FULL:
             self._fail(DeviceError(f"the conversation is full: {fault.problem}", fault.remedy or "begin a new one"))

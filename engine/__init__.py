@@ -58,6 +58,7 @@ def open_part(
     kv: KvConfig | None = None,
     cpu: str | None = None,
     experts: ExpertSource | None = None,
+    bits: int = 0,
 ) -> Part:
     """Loads layers [start, end) of a decoder, with the embedding at 0 and the output head at the end.
 
@@ -67,6 +68,7 @@ def open_part(
         kv: number format and size of the KV pool; 8,192 tokens of float16 by default.
         cpu: forces a kernel family ("avx512-vnni", "avx2", "neon-dotprod", "neon", "plain"), as ISTHMUS_CPU does.
         experts: brings experts on demand; without it all experts of the source stay resident.
+        bits: reads nested weights at 2, 4 or 8 bits; 0 for all that are there.
 
     Raises:
         EngineError: a range, back end, kernel family or size that cannot be had.
@@ -76,6 +78,10 @@ def open_part(
     from isthmus.protocol.errors import EngineError
 
     kv = kv or KvConfig()
+    if bits:
+        from isthmus.engine.narrow import Narrowed
+
+        source = Narrowed(source, bits)
     if backend == "auto":
         backend = "native" if cpu_names() else "onnx-q4"
         if backend != "native":

@@ -73,7 +73,7 @@ class DealerTransport:
         self.address = address
         self._spin_s = limits.spin_us * 1e-6
         self._socket = _socket(zmq.Context.instance(), zmq.DEALER)
-        _tune(self._socket, limits)
+        _tune(self._socket, address, limits)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, limits.connect_ms)
@@ -195,7 +195,7 @@ class RouterTransport:
         self._zap.setsockopt(zmq.LINGER, 0)
         self._zap.bind(_ZAP_ADDRESS)
         self._socket = _socket(self._context, zmq.ROUTER)
-        _tune(self._socket, limits)
+        _tune(self._socket, address, limits)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
@@ -303,10 +303,10 @@ def _socket(context: Any, kind: int) -> Any:
     return context.socket(kind)
 
 
-def _tune(socket: Any, limits: LinkLimits) -> None:
+def _tune(socket: Any, address: str, limits: LinkLimits) -> None:
     socket.setsockopt(zmq.LINGER, limits.linger_ms)
     socket.setsockopt(zmq.SNDHWM, limits.max_queued_messages)
     socket.setsockopt(zmq.RCVHWM, limits.max_queued_messages)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
     socket.setsockopt(zmq.HANDSHAKE_IVL, limits.handshake_ms)
-    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.IPV6, int("[" in address))

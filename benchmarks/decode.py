@@ -1,0 +1,192 @@
+"""Decode, prefill and batched decode of SmolLM2-135M, beside llama.cpp, ONNX Runtime and the reference prototype.
+
+usage: python benchmarks/decode.py [--reference DIR] [--turns 6]
+
+llama.cpp is measured when its environment is there:
+
+    python -m venv ~/.cache/isthmus/peers/llama
+    CMAKE_ARGS=-DGGML_NATIVE=ON ~/.cache/isthmus/peers/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from models import BENCH, QUESTIONS, bundle, gguf, peer_python
+from numpy.typing import NDArray
+from record import Record
+
+from isthmus.apps.bench.contenders import MAX_CONTEXT, Contender, Elsewhere, Engine, Prototype, kv_for, quietly
+from isthmus.apps.bench.turns import CASES, Case, Speed, measure
+from isthmus.apps.cli.roofline import read_bandwidth
+from isthmus.engine import KvConfig, Part, Rows, Want, cpu_names, open_part
+from isthmus.protocol.errors import EngineError
+
+HERE = Path(__file__).resolve().parent
+BATCH = 8
+# name, bundle, bits of the nested weights, format of the prototype
+FORMATS = (("4-bit", "q4", 0, "q4"), ("nested 2+2", "nested", 4, "n4"), ("4-bit with minimum", "keep", 0, None))
+GREEDY_TOKENS = 40
+
+
+def greedy_logits(part: Part, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None) -> list[NDArray[np.float32]]:
+    """Logits [40, vocab_size] of each prompt's answer: its own greedy one, or teacher-forced on `answers`."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        sequence = part.open()
+        if answers is None:
+            rows = [part.step(Rows().tokens(sequence, 0, prompt, want=Want.LOGITS)).logits]
+            while len(rows) < GREEDY_TOKENS:
+                token = int(rows[-1][0].argmax())
+                rows.append(part.step(Rows().tokens(sequence, sequence.length, [token], want=Want.LOGITS)).logits)
+            found.append(np.concatenate(rows))
+        else:
+            ids = prompt + answers[i][:-1]
+            logits = part.step(Rows().tokens(sequence, 0, ids, want=Want.LOGITS, want_all=True)).logits
+            found.append(logits[len(prompt) - 1 :])
+        sequence.close()
+    return found
+
+
+class Quality:
+    """How near a format's logits come to float32 on the file's own weights."""
+
+    def __init__(self) -> None:
+        source = bundle("f32")
+        tokenizer = source.tokenizer()
+        self._prompts = [
+            tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS
+        ]
+        part = open_part(source, 0, source.config.n_layers, kv=KvConfig("f32", 2 * MAX_CONTEXT))
+        self._truth = greedy_logits(part, self._prompts, None)
+        self._answers = [[int(t) for t in logits.argmax(axis=1)] for logits in self._truth]
+        part.close()
+
+    def cosine(self, part: Part) -> float:
+        """Mean cosine of logits on the float32 model's greedy answers, teacher-forced."""
+        pairs = zip(greedy_logits(part, self._prompts, self._answers), self._truth, strict=True)
+        return float(np.mean([(a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in pairs]))
+
+
+def native(name: str, format: str, bits: int, threads: int, cpu: str | None = None) -> Engine:
+    """This project's engine on a bundle of that format."""
+    source = bundle(format)
+    part = open_part(source, 0, source.config.n_layers, threads=threads, kv=kv_for(BATCH), cpu=cpu, bits=bits)
+    return Engine(name, part)
+
+
+def llama(threads: int) -> Contender:
+    """llama.cpp with Q4_0 weights and an 8-bit head."""
+    python, model = peer_python("llama"), BENCH / "smollm2-q4_0.gguf"
+    if not python.exists():
+        raise EngineError("llama.cpp has no environment", "this file's head tells how to make one")
+    script = HERE / "peers" / "llama.py"
+    if not model.exists():
+        BENCH.mkdir(parents=True, exist_ok=True)
+        partial = model.with_suffix(".part")
+        command = [str(python), str(script), "--requantize", str(gguf()), str(partial)]
+        subprocess.run(command, check=True, capture_output=True)
+        partial.rename(model)
+    return Elsewhere("llama.cpp Q4_0", python, script, [str(model), str(threads)])
+
+
+def onnxruntime(threads: int) -> Contender:
+    """ONNX Runtime through this project's own back end; the same 4-bit codes."""
+    source = bundle("q4")
+    part = open_part(source, 0, source.config.n_layers, backend="onnx-q4", threads=threads, kv=kv_for(BATCH))
+    return Engine("ONNX Runtime int4", part)
+
+
+def contenders(threads: int, reference: Path | None, record: Record) -> list[Contender]:
+    """All that can be measured with that many threads."""
+    found: list[Contender] = [native(f"isthmus {name}", format, bits, threads) for name, format, bits, _ in FORMATS]
+    for name, format, bits, kind in FORMATS:
+        if reference and kind:
+            made = quietly(lambda f=format, k=kind, n=name: Prototype(f"prototype {n}", reference, bundle(f), k, threads), "the prototype")  # type: ignore[misc]
+            found += [made] if made else []
+    if not reference:
+        record.skip("the reference prototype", "no --reference folder was named")
+    others = (quietly(lambda: llama(threads), "llama.cpp"), quietly(lambda: onnxruntime(threads), "ONNX Runtime"))
+    for what, other in zip(("llama.cpp", "ONNX Runtime"), others, strict=True):
+        if other:
+            found.append(other)
+        else:
+            record.skip(what, "it is not installed")
+    return found
+
+
+def compare(record: Record, threads: int, speeds: dict[Case, dict[str, Speed]]) -> None:
+    """Figures with their targets: ratios to the prototype, to llama.cpp and between formats."""
+    for case, by_name in speeds.items():
+        for name in sorted(by_name, key=lambda n: n.startswith("isthmus")):
+            of, target = None, None
+            if name == "isthmus 4-bit with minimum":
+                of, target = "isthmus 4-bit", 0.85
+            elif name.startswith("isthmus"):
+                of, target = name.replace("isthmus", "prototype"), 0.95
+            if of not in by_name:
+                of = target = None
+            key = f"{{}}/{case}/{threads} threads"
+            record.figure(key.format(name), by_name[name].median, "tok/s", target=target, of=key.format(of) if of else None)
+        if "llama.cpp Q4_0" in by_name and case.batch == 1:
+            ratio = by_name["isthmus 4-bit"].median / by_name["llama.cpp Q4_0"].median
+            record.figure(f"isthmus 4-bit over llama.cpp Q4_0/{case}/{threads} threads", ratio, "ratio", target=1.5)
+
+
+def main() -> int:
+    """Measures and writes results/decode.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder of a reference prototype (engine.py and its C sources)")
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--threads", default="1,2")
+    options = parser.parse_args()
+    counts = [int(n) for n in options.threads.split(",")]
+    record = Record("decode", {"turns": options.turns, "steps a turn": 20, "cases": [str(c) for c in CASES]})
+    quality, cosines = Quality(), {}
+    rows: dict[str, list[float | str | None]] = {}
+    speeds: dict[int, dict[Case, dict[str, Speed]]] = {}
+    for threads in counts:
+        running = contenders(threads, options.reference, record)
+        for contender in running:
+            if isinstance(contender, Engine) and contender.name not in cosines:
+                cosines[contender.name] = quality.cosine(contender.part)
+        speeds[threads] = {case: measure(running, case, turns=options.turns) for case in CASES}
+        compare(record, threads, speeds[threads])
+        weights = sum(w.nbytes for i in range(30) for w in bundle("q4").layer(i).values()) + bundle("q4").head().nbytes
+        roof = read_bandwidth(threads, buffer_bytes=weights) / weights
+        record.figure(f"memory roofline/{threads} threads", roof, "tok/s")
+        share = speeds[threads][CASES[0]]["isthmus 4-bit"].median / roof
+        record.figure(f"share of the memory roofline/{threads} threads", share, "ratio")
+        for contender in running:
+            if isinstance(contender, Engine):
+                contender.part.close()
+            elif isinstance(contender, Elsewhere):
+                contender.close()
+    for name in speeds[counts[0]][CASES[0]]:
+        rows[name] = [name] + [speeds[t][case][name].median for case in CASES for t in counts] + [cosines.get(name)]
+    rows["roof"] = ["memory roofline"] + [record.figures[f"memory roofline/{t} threads"]["value"] for t in counts]
+    columns = ["engine, tok/s"] + [f"{case}, {t} thr." for case in CASES for t in counts] + ["cosine to float32"]
+    rows["roof"] += [None] * (len(columns) - len(rows["roof"]))
+    record.table("decode", columns, list(rows.values()), note="Medians of contenders taking turns in one run.")
+    others = []
+    for cpu in [name for name in cpu_names() if name != cpu_names()[0]]:
+        part = native(f"isthmus 4-bit {cpu}", "q4", 0, counts[-1], cpu)
+        turns = max(1, options.turns // 3) if cpu != "plain" else 1
+        got = {case: measure([part], case, turns=turns, steps=8)[part.name].median for case in CASES[:1] + CASES[-1:]}
+        for case, value in got.items():
+            record.figure(f"isthmus 4-bit {cpu}/{case}/{counts[-1]} threads", value, "tok/s")
+        others.append([cpu, *got.values()])
+    record.table("families", ["kernels", *(f"{c}, {counts[-1]} thr." for c in CASES[:1] + CASES[-1:])], others)
+    for name, cosine in cosines.items():
+        record.figure(f"cosine/{name}", cosine, "ratio", target=0.9995 if name == "isthmus 4-bit with minimum" else None)
+    record.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The real model in every format that the benchmarks compare, made once and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from isthmus.split.bundle import Bundle
+from isthmus.split.checkpoints import open_checkpoint
+from isthmus.split.fetch import cache_folder, fetch
+from isthmus.split.writer import write_bundle
+
+BENCH = cache_folder().parent / "bench"
+QUESTIONS = (
+    "What is the capital of Italy?",
+    "Write a short poem about the sea.",
+    "Explain how a bicycle stays upright.",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+)
+
+
+def gguf() -> Path:
+    """SmolLM2-135M-Instruct as it is shipped (Q4_1 with an 8-bit head)."""
+    return fetch("smollm2")
+
+
+def bundle(format: str) -> Bundle:
+    """SmolLM2 as a bundle: keep (Q4_1), q4, nested, f32, ..."""
+    folder = BENCH / f"smollm2-{format}"
+    if not folder.exists():
+        print(f"making {folder.name}", file=sys.stderr)
+        BENCH.mkdir(parents=True, exist_ok=True)
+        checkpoint = open_checkpoint(gguf(), format=format)
+        tokenizer = checkpoint.tokenizer()
+        write_bundle(
+            folder,
+            checkpoint,
+            name=checkpoint.name,
+            weights=format,
+            tokenizer=tokenizer.to_json(),
+            entry=tokenizer.entry,
+        )
+    return Bundle.open(folder)
+
+
+def peer_python(name: str) -> Path:
+    """The Python of a peer engine's own environment, which may not be there."""
+    return cache_folder().parent / "peers" / name / "bin" / "python"

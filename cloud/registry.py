@@ -1,0 +1,212 @@
+"""The sessions of a service: found, opened, forgotten, and evicted when there is no room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from isthmus.cloud.admission import Load, ServiceLimits, refusal
+from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.models import Model
+from isthmus.cloud.peers import Peer
+from isthmus.cloud.session import Session, Shape
+from isthmus.cloud.work import Refusal, Reply
+from isthmus.protocol.messages import Code, Open
+
+
+class Registry:
+    """See the module.
+
+    Args:
+        models: by model_id.
+        peers: connections by route; the service's own mapping.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Model], peers: Mapping[bytes, Peer], limits: ServiceLimits, metrics: Metrics
+    ) -> None:
+        self.models = models
+        self.peers = peers
+        self._limits = limits
+        self._metrics = metrics
+        self._sessions: dict[bytes, tuple[Session, Model]] = {}
+        self._numbers: dict[Session, int] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __contains__(self, session: Session) -> bool:
+        return session in self._numbers
+
+    def __iter__(self) -> Iterator[tuple[Session, Model]]:
+        return iter(list(self._sessions.values()))
+
+    def model(self, model_id: str) -> Model:
+        """The model of that id; empty stands for the only one.
+
+        Raises:
+            Refusal: there is none.
+        """
+        if not model_id and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        model = self.models.get(model_id)
+        if model is None:
+            names = ", ".join(f"{m.offer.name} ({m.offer.model_id[:12]})" for m in self.models.values())
+            raise Refusal(Code.UNKNOWN_MODEL, f"no model {model_id[:64]!r} here", f"this cloud serves {names}"[:1000])
+        return model
+
+    def find(self, peer: Peer, message: Any, principal: str) -> tuple[Session, Model]:
+        """The session that a message's alias stands for on this connection.
+
+        Raises:
+            Refusal: none, or it is another principal's, or it went to another connection.
+        """
+        session = peer.aliases.get(message.alias)
+        known = self._sessions.get(session.session_id) if session is not None else None
+        if session is None or known is None or known[0] is not session or session.route != peer.route:
+            raise Refusal(Code.UNKNOWN_SESSION, f"no session {message.alias} on this connection", "open it (again)")
+        if session.principal != principal:
+            raise Refusal(Code.NOT_ALLOWED, "this session belongs to another key", "open one of your own")
+        return known
+
+    def open(self, peer: Peer, message: Open, principal: str, now_s: float) -> tuple[Session, Model]:
+        """The session that an Open asks for, old or new, on this connection from now on.
+
+        Raises:
+            Refusal: it cannot be had.
+        """
+        model = self.model(message.model_id)
+        _check_offer(message, model)
+        if len(peer.aliases) >= 2 * self._limits.max_sessions_per_principal and message.alias not in peer.aliases:
+            peer.aliases = {alias: session for alias, session in peer.aliases.items() if session in self}
+            if len(peer.aliases) >= 2 * self._limits.max_sessions_per_principal:
+                raise self.busy("too many sessions on this connection")
+        known = self._sessions.get(message.session)
+        if known is not None and known[0].principal != principal:
+            raise Refusal(Code.NOT_ALLOWED, "this session belongs to another key", "open one of your own")
+        if known is not None:
+            session, before = known
+            if message.epoch < session.epoch:
+                raise Refusal(Code.STALE_EPOCH, f"epoch {session.epoch} owns the session", "raise the epoch")
+            moved = session.route != peer.route
+            session.resume(message.epoch, peer.route, message.alias)
+            if before is not model or session.enter != message.enter or session.window != message.window:
+                self.forget(session)
+                session = self._new_session(model, message, principal)
+            elif moved:
+                session.freed_bytes = 0
+        else:
+            self._admit(model, message, principal, now_s)
+            session = self._new_session(model, message, principal)
+        session.resume(message.epoch, peer.route, message.alias)
+        session.used_s = now_s
+        peer.aliases[message.alias] = session
+        return session, model
+
+    def orphan(self, peer: Peer) -> None:
+        """A connection is gone: what its sessions waited for is not wanted any more."""
+        for session in peer.aliases.values():
+            if session in self and session.route == peer.route:
+                session.cancel()
+                self.settle(session, self._sessions[session.session_id][1], None)
+
+    def forget(self, session: Session) -> None:
+        """Ends a session and frees its KV."""
+        _, model = self._sessions.pop(session.session_id)
+        model.ready.pop(self._numbers.pop(session), None)
+        model.sessions.discard(session)
+        session.cancel()
+        peer = self.peers.get(session.route)
+        if peer is not None and session.freed_bytes:
+            peer.done(session.freed_bytes)
+        session.sequence.close()
+
+    def settle(self, session: Session, model: Model, peer: Peer | None) -> None:
+        """After a session changed: is there work, and credit to give back?"""
+        number = self._numbers[session]
+        if session.work:
+            model.ready[number] = session
+        else:
+            model.ready.pop(number, None)
+        if session.freed_bytes:
+            if peer is not None:
+                peer.done(session.freed_bytes)
+            session.freed_bytes = 0
+
+    def answer(self, session: Session, model: Model, replies: Sequence[Reply]) -> None:
+        """Sends replies where the session's device is now."""
+        peer = self.peers.get(session.route)
+        if peer is not None:
+            for reply in replies:
+                peer.send(reply)
+        self.settle(session, model, peer)
+
+    def evict(self, model: Model, now_s: float) -> bool:
+        """Takes the KV of the session that was idle longest; its device sends it again when it needs it."""
+        idle = [s for s in model.sessions if self._idle(s, now_s) and s.committed]
+        if not idle:
+            return False
+        min(idle, key=lambda session: session.used_s).forget(0)
+        self._metrics.sessions_evicted += 1
+        return True
+
+    def busy(self, problem: str) -> Refusal:
+        """The refusal of a cloud that is full for the moment."""
+        return Refusal(Code.BUSY, problem, "try again in a moment", self._limits.busy_retry_ms)
+
+    def _idle(self, session: Session, now_s: float) -> bool:
+        return not session.work and now_s - session.used_s > self._limits.evict_after_s
+
+    def _admit(self, model: Model, message: Open, principal: str, now_s: float) -> None:
+        idle = [s for s, _ in self._sessions.values() if self._idle(s, now_s)]
+        load = Load(
+            len(self._sessions),
+            sum(1 for s, _ in self._sessions.values() if s.principal == principal),
+            len(idle),
+            model.part.free_tokens,
+            model.kv.max_tokens,
+            sum(s.committed for s in idle if s in model.sessions),
+        )
+        if (why := refusal(load, self._limits, message.max_positions, message.window)) is not None:
+            problem, waiting_helps = why
+            raise self.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, "shorten the text")
+        if len(self._sessions) >= self._limits.max_sessions:
+            self.forget(min(idle, key=lambda session: session.used_s))
+            self._metrics.sessions_evicted += 1
+
+    def _new_session(self, model: Model, message: Open, principal: str) -> Session:
+        offer = model.offer
+        shape = Shape(
+            offer.vocab_size,
+            offer.d_model,
+            offer.context_length,
+            self._limits.max_waiting,
+            self._limits.busy_retry_ms,
+        )
+        sequence = model.part.open(window=message.window)
+        session = Session(message.session, principal, shape, sequence, enter=message.enter, window=message.window)
+        self._sessions[message.session] = (session, model)
+        self._count += 1
+        self._numbers[session] = self._count
+        model.sessions.add(session)
+        self._metrics.sessions_opened += 1
+        return session
+
+
+def _check_offer(message: Open, model: Model) -> None:
+    offer = model.offer
+    if message.kv_format not in offer.kv_formats:
+        raise Refusal(Code.UNSUPPORTED, f"KV format {message.kv_format!r}", f"use {', '.join(offer.kv_formats)}")
+    if message.numerics and message.numerics != offer.numerics:
+        raise Refusal(
+            Code.UNSUPPORTED,
+            f"the device counts on numerics {message.numerics}, this cloud has {offer.numerics}",
+            "use the same engine on both sides, or do without exactness",
+        )
+    if not model.part.start <= message.enter < offer.n_layers:
+        raise Refusal(
+            Code.UNSUPPORTED,
+            f"rows that enter at layer {message.enter}",
+            f"this cloud holds layers {model.part.start} to {offer.n_layers - 1}",
+        )

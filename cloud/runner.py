@@ -1,0 +1,114 @@
+"""Computes what the sessions of a model wait for, all of them in one step of the engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from isthmus.cloud.admission import ServiceLimits
+from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.models import Model
+from isthmus.cloud.registry import Registry
+from isthmus.cloud.scheduler import Demand, Pick, step
+from isthmus.cloud.session import Session
+from isthmus.cloud.work import Refusal
+from isthmus.engine.part import Rows as EngineRows
+from isthmus.protocol.errors import EngineError, OutOfBlocks
+from isthmus.protocol.messages import Code
+
+_log = logging.getLogger("isthmus.cloud")
+_MAX_REFUSED = 20  # times that a session is told to wait for KV before it is told that there is none
+
+
+class Runner:
+    """See the module.
+
+    Args:
+        clock: seconds, monotonic; of receipts and deadlines.
+    """
+
+    def __init__(self, registry: Registry, limits: ServiceLimits, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+
+    def step(self, model: Model) -> None:
+        """One step with the rows that the scheduler chooses, and the answers."""
+        now_s = self._clock()
+        demands: list[Demand] = []
+        n_layers = model.offer.n_layers
+        for number, session in list(model.ready.items()):
+            if late := session.expire(now_s):
+                self._registry.answer(session, model, late)
+            if session.work:
+                demands.append(Demand(number, session.principal, session.work[0].rows, n_layers - session.enter))
+        if not demands:
+            return
+        model.schedule, picks = step(model.schedule, demands, self._limits)
+        try:
+            self._compute(model, picks)
+        except OutOfBlocks:
+            if self._registry.evict(model, now_s):
+                return  # nothing was committed; the next turn tries again
+            self._one_by_one(model, picks)
+        except EngineError:
+            self._one_by_one(model, picks)
+
+    def _compute(self, model: Model, picks: list[Pick]) -> None:
+        rows = EngineRows()
+        taken: list[tuple[Session, int, int, int]] = []
+        now_s = self._clock()
+        for pick in picks:
+            session = model.ready[pick.session]
+            work = session.work[0]
+            if work.queue_us < 0:
+                work.queue_us = int((now_s - work.received_s) * 1e6)
+                self._metrics.queue_ms.add(work.queue_us * 1e-3)
+            n_tokens, n_hidden = session.take(pick.rows, rows)
+            taken.append((session, pick.rows, n_tokens, n_hidden))
+        begin_s = time.perf_counter()
+        result = model.part.step(rows)
+        engine_s = time.perf_counter() - begin_s
+        engine_us = int(engine_s * 1e6)
+        at_token = at_hidden = 0
+        for session, n_rows, n_tokens, n_hidden in taken:
+            tokens = result.tokens[at_token : at_token + n_tokens]
+            hidden = result.hidden[at_hidden : at_hidden + n_hidden]
+            at_token += n_tokens
+            at_hidden += n_hidden
+            reply = session.commit(n_rows, tokens, hidden, engine_us)
+            peer = self._registry.peers.get(session.route)
+            if peer is None:
+                session.cancel()
+            elif reply is not None:
+                peer.send(reply)
+                if peer.gone:
+                    session.cancel()
+            self._registry.settle(session, model, peer)
+        metrics = self._metrics
+        metrics.rows += len(rows)
+        metrics.tokens += at_token
+        metrics.step_ms.add(engine_s * 1e3)
+        metrics.step_rows.add(len(rows))
+
+    def _one_by_one(self, model: Model, picks: list[Pick]) -> None:
+        """After a step failed as a whole: finds out whose rows it cannot take, and computes the others."""
+        for pick in picks:
+            session = model.ready[pick.session]
+            try:
+                self._compute(model, [pick])
+            except OutOfBlocks:
+                self._registry.answer(session, model, session.fail(self._kv_refusal(model, session)))
+            except EngineError as error:
+                _log.warning("the engine refused rows: %s", error)
+                self._registry.answer(session, model, session.fail(Refusal(Code.ENGINE, error.problem, error.remedy)))
+
+    def _kv_refusal(self, model: Model, session: Session) -> Refusal:
+        session.refused += 1
+        alone = not any(other.committed for other in model.sessions if other is not session)
+        if alone or session.refused > _MAX_REFUSED:
+            problem = f"the cloud's KV of {model.kv.max_tokens} positions is full"
+            return Refusal(Code.KV_FULL, problem, "shorten the text, or open the session with a window")
+        return self._registry.busy("the cloud's KV is full")

@@ -1,0 +1,92 @@
+"""What this device holds of a model: how many layers, whether they fit, and the part that runs them."""
+
+from __future__ import annotations
+
+from isthmus.edge import budget
+from isthmus.edge.local import CHUNK, LocalPart
+from isthmus.engine.part import KV_BLOCK, KvConfig
+from isthmus.protocol.errors import DeviceError
+from isthmus.split.bundle import Bundle
+
+
+class Holding:
+    """Layers [0, n) of a bundle, as many as are there and fit.
+
+    Args:
+        memory_mb: most memory of the process in 10^6 bytes, None for no limit.
+        kv_tokens: positions of the conversation.
+        window: attention window in positions, 0 for all.
+        backend, threads: as in `isthmus.engine.open_part`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, memory_mb: float | None, kv_tokens: int, window: int, backend: str, threads: int
+    ) -> None:
+        self._bundle, self._memory_mb, self._window = bundle, memory_mb, window
+        self._backend, self._threads = backend, threads
+        self.kv = KvConfig(max_tokens=kv_tokens + (CHUNK + 2 * KV_BLOCK if window else KV_BLOCK))
+        self.part: LocalPart | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers and the head are here and fit."""
+        return self.layers == self._bundle.config.n_layers
+
+    @property
+    def layers(self) -> int:
+        """The largest n for which layers [0, n) are here and fit."""
+        held = self._held()
+        if self._memory_mb is None:
+            return held
+        return min(held, budget.layers_that_fit(self._sizes(), self._bundle.config, self.kv, self._memory_mb))
+
+    def prefetch(self) -> None:
+        """Starts to check the weights in the background."""
+        self._bundle.prefetch(0, self.layers)
+
+    def open(self, depth: int) -> LocalPart:
+        """The part, which has at least layers [0, depth); opened when first asked for.
+
+        Raises:
+            DeviceError: so many are not here, or do not fit.
+        """
+        if self.part is None or self.part.part.end < depth:
+            layers = self.layers
+            if layers < depth:
+                raise self._refusal(depth)
+            from isthmus.engine import open_part
+
+            part = open_part(self._bundle, 0, layers, backend=self._backend, threads=self._threads, kv=self.kv)
+            self.part = LocalPart(part, self._window)
+        return self.part
+
+    def truncate(self, length: int) -> None:
+        """Forgets the KV of positions from `length` on."""
+        if self.part is not None:
+            self.part.truncate(length)
+
+    def close(self) -> None:
+        """Frees KV and weights."""
+        if self.part is not None:
+            self.part.close()
+
+    def _held(self) -> int:
+        held, n_layers = self._bundle.held_layers, self._bundle.config.n_layers
+        if held == n_layers and not all(map(self._bundle.holds, self._bundle.manifest.part_files(0, n_layers))):
+            return n_layers - 1
+        return held
+
+    def _refusal(self, depth: int) -> DeviceError:
+        held, config = self._held(), self._bundle.config
+        if held < depth:
+            what = "the whole model" if depth == config.n_layers else f"layers [0, {depth})"
+            return DeviceError(
+                f"{what} is wanted and the bundle holds layers [0, {held}) of {config.n_layers}",
+                "fetch more of it, choose a smaller cut, or use stream mode",
+            )
+        assert self._memory_mb is not None
+        return budget.refusal(self._sizes(), config, self.kv, self._memory_mb, depth)
+
+    def _sizes(self) -> budget.PartSizes:
+        files = {name: entry.bytes for name, entry in self._bundle.manifest.files.items()}
+        return budget.PartSizes.from_files(self._bundle.config.n_layers, files)

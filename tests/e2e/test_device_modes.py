@@ -1,0 +1,205 @@
+"""Devices against a real service on loopback, over encrypted sockets: every mode, many devices, a cloud that dies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.cloud.models import serve_part
+from isthmus.cloud.service import Service
+from isthmus.edge import AsyncDevice, Device, Timeouts
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ProtocolError
+from isthmus.protocol.keys import AllowList, DeviceKeys, new_pair, write_pair
+from isthmus.protocol.transport import RouterTransport
+from tests.edge_world import CONFIG, MODEL_ID, ToyBundle, ToyPart, toy_open_part
+
+PROMPT = "hello world"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def toy_engine() -> Iterator[None]:
+    """Parts are toys in this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isthmus.engine.open_part", toy_open_part)
+        yield
+
+
+class Cloud:
+    """A service on a thread, with keys of its own."""
+
+    def __init__(self, folder: Path, address: str = "tcp://127.0.0.1:0", model_id: str = MODEL_ID) -> None:
+        self.pair = new_pair()
+        self.device_pair = new_pair()
+        allowed = AllowList(folder / "allowed")
+        allowed.allow(self.device_pair.public, "tester")
+        transport = RouterTransport(address, self.pair, allowed)
+        self.address = transport.address
+        self.service = Service([serve_part(ToyPart(), model_id, "toy")], transport, allowed)
+        self._thread = threading.Thread(target=self.service.run)
+        self._thread.start()
+
+    @property
+    def keys(self) -> DeviceKeys:
+        return DeviceKeys(self.device_pair, self.pair.public)
+
+    def stop(self) -> None:
+        self.service.stop()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    running = Cloud(tmp_path)
+    yield running
+    running.stop()
+
+
+def device(cloud: Cloud, mode: str = "auto", bundle: ToyBundle | None = None, **options: Any) -> Device:
+    options.setdefault("keys", cloud.keys)
+    return Device(bundle or ToyBundle(), cloud.address, mode=mode, **options)  # type: ignore[arg-type]
+
+
+def ids(tokens: Any) -> list[int]:
+    return [token.id for token in tokens]
+
+
+def local(**options: Any) -> list[int]:
+    with Device(ToyBundle(), mode="local") as alone:  # type: ignore[arg-type]
+        return ids(alone.generate(PROMPT, **options))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, seed=3)])
+@pytest.mark.parametrize("mode", ["auto", "stream", "split"])
+def test_every_mode_gives_the_same_text(cloud: Cloud, mode: str, sampling: Sampling) -> None:
+    with device(cloud, mode) as one:
+        assert ids(one.generate(PROMPT, max_tokens=40, sampling=sampling)) == local(max_tokens=40, sampling=sampling)
+        assert set(one.stats.sources) == {"split" if mode == "split" else "cloud"}
+        assert one.stats.bytes_up > 0 and one.stats.bytes_down > 0
+
+
+@pytest.mark.parametrize("cut", range(1, CONFIG.n_layers))
+def test_every_cut_gives_the_same_text(cloud: Cloud, cut: int) -> None:
+    prompt = [i * 7 % 256 for i in range(300)]
+    with device(cloud, "split", cut=cut, codec="f32") as one:
+        got = ids(one.generate(prompt, max_tokens=8))
+        assert got == ids(one.generate(prompt, max_tokens=8, mode="local"))
+
+
+def test_one_conversation_in_every_mode(cloud: Cloud) -> None:
+    with device(cloud) as one:
+        got = ids(one.generate(PROMPT, max_tokens=5, mode="stream"))
+        for mode, cut in [("split", 2), ("local", None), ("split", 4), ("stream", None), ("split", 4)]:
+            got += ids(one.generate(max_tokens=5, mode=mode, cut=cut))
+    assert got == local(max_tokens=30)
+
+
+def test_leaving_a_stream_early(cloud: Cloud) -> None:
+    with device(cloud, "stream") as one:
+        for start in range(1, 6):
+            tokens = one.generate(PROMPT, max_tokens=300)
+            head = [next(tokens).id for _ in range(start)]
+            assert head + ids(one.generate(max_tokens=4)) == local(max_tokens=start + 4)
+
+
+def test_a_sliding_conversation_is_alike_on_both_sides(cloud: Cloud) -> None:
+    texts = []
+    for mode in ("local", "stream", "split"):
+        with device(cloud, mode, kv_tokens=32, overflow="slide") as one:
+            texts.append(ids(one.generate(PROMPT, max_tokens=80)))
+            stream = one.generate(PROMPT, max_tokens=80, mode="stream")
+            texts[-1] += [next(stream).id for _ in range(50)]
+            texts[-1] += ids(one.generate(max_tokens=3, mode=mode))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_several_devices_at_once(cloud: Cloud) -> None:
+    expected = local(max_tokens=30)
+    results: dict[int, list[int]] = {}
+
+    def run(index: int) -> None:
+        with device(cloud, ("stream", "split")[index % 2], cut=1 + index % 5) as one:
+            results[index] = ids(one.generate(PROMPT, max_tokens=30))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == dict.fromkeys(range(6), expected)
+
+
+def test_the_async_device(cloud: Cloud) -> None:
+    import asyncio
+
+    async def run() -> list[int]:
+        async with AsyncDevice(ToyBundle(), cloud.address, keys=cloud.keys, mode="split") as one:
+            return [token.id async for token in one.generate(PROMPT, max_tokens=20)]
+
+    assert asyncio.run(run()) == local(max_tokens=20)
+
+
+def test_a_cloud_that_dies_midway(tmp_path: Path) -> None:
+    for mode in ("stream", "split"):
+        (tmp_path / mode).mkdir()
+        cloud = Cloud(tmp_path / mode)
+        timeouts = Timeouts(give_up_ms=500, retry_ms=200)
+        whole = device(cloud, mode, timeouts=timeouts)
+        half = device(cloud, mode, ToyBundle(held=3), timeouts=timeouts)
+        with whole, half:
+            first, second = whole.generate(PROMPT, max_tokens=60), half.generate(PROMPT, max_tokens=60)
+            seen, cut_off = [next(first), next(first)], [next(second)]
+            cloud.stop()
+            seen += list(first)
+            assert ids(seen) == local(max_tokens=60)
+            if mode == "split":
+                assert [token.source for token in seen[1:]] == ["split"] + ["device"] * 58
+                with pytest.raises(LinkError):
+                    cut_off += list(second)
+
+
+def test_keys_that_do_not_fit(cloud: Cloud, tmp_path: Path) -> None:
+    stranger = DeviceKeys(new_pair(), cloud.keys.cloud)
+    with device(cloud, "auto", keys=stranger) as one, pytest.raises(LinkError, match="does not know this device's key"):
+        one.generate(PROMPT)
+    mistaken = DeviceKeys(cloud.keys.pair, new_pair().public)
+    with device(cloud, "stream", keys=mistaken, timeouts=Timeouts(connect_ms=1500)) as one, pytest.raises(LinkError):
+        one.generate(PROMPT)
+    with pytest.raises(ProtocolError, match=r"no key file .*isthmus keys"):
+        device(cloud, keys=tmp_path / "nothing")
+    write_pair(tmp_path / "mine", "device")
+    with pytest.raises(ProtocolError, match=r"server\.pub"):
+        device(cloud, keys=tmp_path / "mine")
+
+
+def test_nobody_at_the_address(cloud: Cloud) -> None:
+    nobody = Device(
+        ToyBundle(),  # type: ignore[arg-type]
+        "tcp://127.0.0.1:9",
+        keys=cloud.keys,
+        mode="stream",
+        timeouts=Timeouts(connect_ms=500),
+    )
+    with nobody as one, pytest.raises(LinkError, match="isthmus serve"):
+        one.generate(PROMPT)
+
+
+def test_a_cloud_with_another_model(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, model_id="cd" * 16)
+    try:
+        for _ in range(2):
+            with device(cloud, "split") as one, pytest.raises(IsthmusError, match="serves toy"):
+                one.generate(PROMPT)
+    finally:
+        cloud.stop()
+
+
+def test_a_conversation_that_is_full(cloud: Cloud) -> None:
+    for mode in ("stream", "split"):
+        with device(cloud, mode, kv_tokens=20) as one, pytest.raises(DeviceError, match="room for 20"):
+            list(one.generate(PROMPT, max_tokens=50))
