@@ -58,6 +58,7 @@ class StatusServer:
             raise ServiceError(f"cannot listen on {address}: {error.strerror}", "choose another --http port") from error
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
+        self.address = f"{host}:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="status", daemon=True)
         self._thread.start()
 

@@ -35,6 +35,7 @@ class Model:
     sessions: set[Session] = field(default_factory=set)
     ready: dict[int, Session] = field(default_factory=dict)
     schedule: State = field(default_factory=State)
+    closed: bool = False
 
     @property
     def held_tokens(self) -> int:
@@ -42,7 +43,10 @@ class Model:
         return sum(session.committed for session in self.sessions)
 
     def close(self) -> None:
-        """Frees the engine and the files."""
+        """Frees the engine and the files; may be called twice."""
+        if self.closed:
+            return
+        self.closed = True
         for session in self.sessions:
             session.sequence.close()
         self.sessions.clear()

@@ -24,6 +24,7 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.messages import (
     GREEDY,
     WANT_HIDDEN,
+    WANT_NONE,
     WANT_SAMPLE,
     Code,
     Fault,
@@ -37,6 +38,7 @@ from isthmus.protocol.messages import (
 )
 
 _UNKNOWN = -1
+_WANTS = [Want(bits) for bits in range(8)]  # building one costs a microsecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ class Session:
                 end,
                 new_at,
                 end,
-                Want(message.want),
+                message.want,
                 message.want_all,
                 message.sampler,
                 _sampling(message.sampler),
@@ -190,7 +192,7 @@ class Session:
             end,
             new_at,
             end,
-            Want.SAMPLE,
+            WANT_SAMPLE,
             False,
             message.sampler,
             _sampling(message.sampler),
@@ -253,10 +255,10 @@ class Session:
         work = self.work[0]
         start = work.start
         stop = min(start + rows, work.end)
-        want = work.want if work.want_all or stop == work.end else Want.NONE
+        want = work.want if work.want_all or stop == work.end else WANT_NONE
         if work.hidden is None:
             tokens = self.chain.tokens[start:stop]
-            into.tokens(self.sequence, start, tokens, want=want, want_all=work.want_all, sampling=work.sampling)
+            into.tokens(self.sequence, start, tokens, want=_WANTS[want], want_all=work.want_all, sampling=work.sampling)
         else:
             states = work.hidden[start - work.hidden_at : stop - work.hidden_at]
             into.hidden(
@@ -264,12 +266,12 @@ class Session:
                 start,
                 states,
                 enter=self.enter,
-                want=want,
+                want=_WANTS[want],
                 want_all=work.want_all,
                 sampling=work.sampling,
             )
         given = stop - start if work.want_all else 1
-        return given if want & Want.SAMPLE else 0, given if want & Want.HIDDEN else 0
+        return given if want & WANT_SAMPLE else 0, given if want & WANT_HIDDEN else 0
 
     def commit(self, rows: int, tokens: list[int], hidden: NDArray[np.float32], engine_us: int) -> Reply | None:
         """Takes in what `take`n rows gave.

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.part import Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.messages import Fault, Opened, Result, Sampler, Tokens
 
@@ -37,6 +36,7 @@ class Work:
         position: of the request's first row, as the device named it.
         prompt_end: after the last row that the device named.
         start, end: rows that are still to be computed; a stream's `end` grows with every token.
+        want: bits as in `messages.Rows`.
         hidden: [prompt_end - hidden_at, d_model] f32, or None for tokens.
         hidden_at: position of the first row of `hidden`.
         max_tokens: of a stream; 0 for rows.
@@ -51,7 +51,7 @@ class Work:
     prompt_end: int
     start: int
     end: int
-    want: Want
+    want: int
     want_all: bool
     sampler: Sampler
     sampling: Sampling

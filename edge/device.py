@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from isthmus.protocol.keys import DeviceKeys
 
 Prompt = str | Sequence[int] | None
+GLANCE_S = 0.05  # how long a device that does without its cloud looks for it before an answer
 
 
 class Device:
@@ -330,7 +331,7 @@ class Device:
             return StreamRunner(self._link, self._log, options.sampling, self._eos)
         cut = self._default_cut() if options.cut is None else options.cut
         part = self._holding.open(cut)
-        self._check_codec(options.codec)
+        self._check_offer(options.codec, part.part.numerics.id)
         return SplitRunner(part, self._link, self._log, options.sampling, cut, options.codec)
 
     def _local_runner(self, options: GenerateOptions) -> Runner:
@@ -352,20 +353,27 @@ class Device:
         if self._link is None:
             return False
         try:
-            self._cloud_failed = self._link.welcome(0.0 if self._cloud_failed else None) is None
+            if self._cloud_failed:
+                self._cloud_failed = not self._link.glance(GLANCE_S)
+            else:
+                self._link.welcome()
         except LinkError as error:
             if _is_final(error):
                 raise
             self._cloud_failed = True
         return not self._cloud_failed
 
-    def _check_codec(self, codec: str) -> None:
+    def _check_offer(self, codec: str, numerics: str) -> None:
         assert self._link is not None
         welcome = self._link.welcome()
         assert welcome is not None
         for offer in welcome.offers:
-            if offer.model_id == self._bundle.model_id and codec not in offer.codecs:
+            if offer.model_id != self._bundle.model_id:
+                continue
+            if codec not in offer.codecs:
                 raise DeviceError(f"{self._where()} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
+            if offer.numerics != numerics:
+                self.stats.note = f"{self._where()} computes with {offer.numerics}, this device with {numerics}"
 
     # -- the log
 

@@ -18,6 +18,7 @@ _GLANCE_S = 0.25  # how often a waiting device looks whether the link is still u
 class Wire(Protocol):
     """A connection to a cloud that greets, stays alive and mends itself; `protocol.link.Link` is one."""
 
+    welcome: m.Welcome | None
     bytes_up: int
     bytes_down: int
 
@@ -48,6 +49,8 @@ class Link:
     def __init__(self, session: Session, wire: Wire, clock: Callable[[], float] = time.monotonic) -> None:
         self.session = session
         self._wire, self._clock = wire, clock
+        if wire.welcome is not None:
+            session.receive(wire.welcome, clock())
 
     @property
     def costs(self) -> tuple[int, int, int]:
@@ -79,6 +82,15 @@ class Link:
             if isinstance(event, Refused):
                 raise event.error
         return session.welcome
+
+    def glance(self, wait_s: float) -> bool:
+        """Whether the cloud is there after all, as far as that shows within a short time."""
+        session, until = self.session, self._clock() + wait_s
+        while not (self._wire.up and session.welcome is not None) and self._clock() < until:
+            message = self._wire.receive((until - self._clock()) * 1e3)
+            if message is not None:
+                session.receive(message, self._clock())
+        return self._wire.up and self.welcome(0.0) is not None
 
     def align(self, lane: Lane, limit: int) -> int:
         """Brings the lane to a prefix of the log of at most `limit` tokens; how many that are."""

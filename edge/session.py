@@ -96,8 +96,7 @@ class Session:
         """Asks for `Aligned`: the lane is open and holds a prefix of the log of at most `limit` tokens."""
         self._limits[lane.alias] = limit
         self._busy(now)
-        lane.check(self.log)
-        if lane.ready(limit):
+        if lane.check(self.log) and lane.ready(limit):
             self.events.append(Aligned(lane))
         elif not lane.opened:
             self._open(lane, now)
@@ -346,7 +345,7 @@ class Session:
     def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
         known, limit = lane.agreed, min(self._limits[lane.alias], len(self.log))
         agrees = lane.told(committed, prefix_hash, self.log)
-        if lane.ready(limit):
+        if agrees and lane.ready(limit):
             self.round_trips += 1
             self.events.append(Aligned(lane))
         elif agrees:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Mapping
 from typing import Any, cast
@@ -23,20 +22,28 @@ NUMERICS = Numerics("native-1")
 STEP_ROWS = 256  # rows of one native call; longer prefills are cut, which changes no bit
 _ROW = struct.Struct("8i")
 _NOTHING: NDArray[np.float32] = np.zeros((0, 0), np.float32)
-_FAILURES = {-1: "no memory for the step's scratch", -2: "a row does not fit the part", -3: "a hidden state is not finite"}
+_F32 = np.dtype(np.float32)
+_HIDDEN, _LOGITS, _SAMPLE = int(Want.HIDDEN), int(Want.LOGITS), int(Want.SAMPLE)
+_NEEDS_HEAD = _LOGITS | _SAMPLE
+_FAILURES = {
+    -1: ("no memory for the step's scratch", "use fewer rows or a shorter context"),
+    -2: ("a row does not fit the part", "check its token, hidden state, layers and what it wants"),
+    -3: ("a hidden state is not finite", "check the other side's codec and weights"),
+}
 
 
 class NativeSequence:
     """A sequence of a native part; see `engine.part.Sequence`."""
 
-    __slots__ = ("cells", "length", "part", "tables", "window")
+    __slots__ = ("high", "length", "low", "part", "slot", "tables", "window")
 
     def __init__(self, part: NativePart, window: int, tables: list[BlockTable], length: int) -> None:
         self.part: NativePart | None = part
         self.window = window
         self.tables = tables
         self.length = length
-        self.cells = [part.cell(table, window) for table in tables]
+        self.low = self.high = 0  # positions known to be writable without a look at the tables
+        self.slot = part.seat(self)
 
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on.
@@ -51,16 +58,20 @@ class NativeSequence:
         for table in self.tables:
             table.truncate(length)
         self.length = length
+        self.low = self.high = 0
 
     def fork(self) -> NativeSequence:
         """Another sequence with the same past, sharing its blocks."""
-        return NativeSequence(self._open(), self.window, [table.fork() for table in self.tables], self.length)
+        part = self._open()
+        self.low = self.high = 0
+        return NativeSequence(part, self.window, [table.fork() for table in self.tables], self.length)
 
     def close(self) -> None:
         """Gives the blocks back."""
         if self.part is not None:
             for table in self.tables:
                 table.truncate(0)
+            self.part.unseat(self)
             self.part = None
 
     def _open(self) -> NativePart:
@@ -70,11 +81,16 @@ class NativeSequence:
 
     def reserve(self, start: int, end: int) -> None:
         """Makes positions [start, end) writable, letting go of what the window no longer sees."""
-        for i, table in enumerate(self.tables):
+        moved = False
+        for table in self.tables:
             if self.window:
                 table.drop_before(start + 1 - self.window)
-            if table.writable(start, end) and self.part is not None:
-                self.cells[i] = self.part.cell(table, self.window)
+            blocks = table.blocks
+            table.writable(start, end)
+            moved |= blocks is not table.blocks
+        self.low, self.high = start, -(-end // KV_BLOCK) * KV_BLOCK
+        if moved:
+            self._open().seat(self)
 
 
 class Layers:
@@ -189,12 +205,11 @@ class NativePart:
         experts = self.config.experts
         self._needed = module.ffi.new("int32_t[]", experts.n_experts if experts else 1)
         self._parts = module.ffi.new("im_part *[]", [l.c_part for l in layers])
-        self._tables = [module.ffi.new("im_sequence[]", STEP_ROWS) for _ in layers]
-        self._table_pointers = module.ffi.new("im_sequence *[]", self._tables)
         call = self._call
         call.parts, call.n_parts, call.rows = self._parts, len(layers), self._rows_c
         call.samplings, call.tokens_out, call.need_experts = self._samplings, self._tokens, self._needed
-        call.tables = self._table_pointers
+        self._seats: list[NativeSequence | None] = []
+        self._grow_seats(16)
 
     @property
     def threads(self) -> int:
@@ -211,9 +226,33 @@ class NativePart:
         """Positions that the KV pool can still take."""
         return min(layers.pool.free_blocks for layers in self._layers) * KV_BLOCK
 
-    def cell(self, table: BlockTable, window: int) -> tuple[Any, int, NDArray[np.int32]]:
-        """A block table as C sees it, and the array that it must keep alive."""
-        return self._ffi.cast("int32_t *", table.blocks.ctypes.data), window, table.blocks
+    def _grow_seats(self, count: int) -> None:
+        new = self._ffi.new
+        self._seats += [None] * (count - len(self._seats))
+        self._tables = [new("im_sequence[]", count) for _ in self._layers]
+        self._table_pointers = new("im_sequence *[]", self._tables)
+        self._call.tables = self._table_pointers
+        for sequence in self._seats:
+            if sequence is not None:
+                self.seat(sequence)
+
+    def seat(self, sequence: NativeSequence) -> int:
+        """Shows a sequence's block tables to C, again when they moved; returns its place in C's tables."""
+        if sequence in self._seats:
+            slot = self._seats.index(sequence)
+        else:
+            if None not in self._seats:
+                self._grow_seats(2 * len(self._seats))
+            slot = self._seats.index(None)
+            self._seats[slot] = sequence
+        for cells, table in zip(self._tables, sequence.tables, strict=True):
+            cells[slot].blocks = self._ffi.cast("int32_t *", table.blocks.ctypes.data)
+            cells[slot].window = sequence.window
+        return slot
+
+    def unseat(self, sequence: NativeSequence) -> None:
+        """Frees a closed sequence's place."""
+        self._seats[sequence.slot] = None
 
     def open(self, *, window: int = 0) -> NativeSequence:
         """A new, empty sequence; see `engine.part.Part.open`."""
@@ -225,39 +264,40 @@ class NativePart:
         """Computes the rows and commits their KV; see `engine.part.Part.step`."""
         spans = rows.spans
         with self._workers.lock:
+            total = 0
             for span in spans:
                 self._check(span)
-            if len(spans) > 1 or len(spans[0]) > 1:
+                total += span.count
+            if total != 1:
                 self._admit(spans)
-            if len(spans) <= STEP_ROWS and sum(len(span) for span in spans) <= STEP_ROWS:
+            if total <= STEP_ROWS:
                 return self._run(spans)
             return self._run_pieces(spans)
 
     def _check(self, span: Span) -> None:
-        sequence, count = span.sequence, len(span)
+        sequence, count, position, leave = span.sequence, span.count, span.position, span.leave
         if not isinstance(sequence, NativeSequence) or sequence.part is not self:
             raise EngineError("a row's sequence is closed or belongs to another part", "open it on this part")
-        leave = self.end if span.leave is None else span.leave
+        if leave is None:
+            leave = self.end
         if not self.start <= span.enter <= leave <= self.end:
             raise EngineError(f"rows of layers [{span.enter}, {leave})", f"this part has [{self.start}, {self.end})")
-        if count < 1 or not 0 <= span.position <= sequence.length:
-            raise EngineError(f"{count} rows at position {span.position}", f"the sequence holds {sequence.length}")
-        if span.tokens is not None:
+        if count < 1 or not 0 <= position <= sequence.length:
+            raise EngineError(f"{count} rows at position {position}", f"the sequence holds {sequence.length}")
+        tokens = span.tokens
+        if tokens is not None:
             if span.enter or self.start:
                 raise EngineError(f"tokens cannot enter at layer {span.enter or self.start}", "give hidden states")
-            if count == 1:
-                low = high = span.tokens[0]
-            else:
-                low, high = min(span.tokens), max(span.tokens)
+            low, high = (tokens[0], tokens[0]) if count == 1 else (min(tokens), max(tokens))
             if low < 0 or high >= self.config.vocab_size:
                 raise EngineError(f"token {low if low < 0 else high}", f"the vocabulary has {self.config.vocab_size}")
         else:
             hidden = cast("NDArray[np.float32]", span.hidden_in)
-            if hidden.ndim != 2 or hidden.shape[1] != self.config.d_model or hidden.dtype != np.float32:
-                raise EngineError(f"hidden states are {hidden.dtype} {hidden.shape}", f"give float32 [n, {self.config.d_model}]")
-            if not math.isfinite(float(np.add.reduce(hidden, axis=None))):
-                raise EngineError("a hidden state is not finite", "check the other side's codec")
-        if span.want & (Want.LOGITS | Want.SAMPLE) and leave != self.config.n_layers:
+            if hidden.shape != (count, self.config.d_model) or hidden.dtype != _F32:
+                raise EngineError(
+                    f"hidden states are {hidden.dtype} {hidden.shape}", f"give float32 [n, {self.config.d_model}]"
+                )
+        if span.want & _NEEDS_HEAD and leave != self.config.n_layers:
             raise EngineError(f"logits after layer {leave}", f"only layer {self.config.n_layers} has a head")
 
     def _admit(self, spans: list[Span]) -> None:
@@ -287,68 +327,64 @@ class NativePart:
     def _run(self, spans: list[Span]) -> StepResult:
         call, row, n_hidden, n_logits, n_tokens, n_inputs, n_samplings = self._call, 0, 0, 0, 0, 0, 1
         inputs: list[NDArray[np.float32]] = []
-        sequences: list[NativeSequence] = []
-        ends: list[tuple[NativeSequence, int]] = []
         for span in spans:
-            sequence, count = cast(NativeSequence, span.sequence), len(span)
-            end = span.position + count
-            sequence.reserve(span.position, end)
-            index = len(sequences)
-            if index and sequence in sequences:
-                index = sequences.index(sequence)
-            else:
-                sequences.append(sequence)
-            ends.append((sequence, end))
-            sampling = 0
-            if span.want & Want.SAMPLE and span.sampling is not GREEDY:
+            sequence, count, start = cast(NativeSequence, span.sequence), span.count, span.position
+            end, leave, want, sampling = start + count, span.leave, span.want, 0
+            if start < sequence.low or end > sequence.high:
+                sequence.reserve(start, end)
+            if want & _SAMPLE and span.sampling is not GREEDY:
                 self._set_sampling(n_samplings, span.sampling)
-                sampling = n_samplings
-                n_samplings += 1
-            leave, want, wanting = self.end if span.leave is None else span.leave, int(span.want), count if span.want_all else 1
-            if span.tokens is None:
-                inputs.append(cast("NDArray[np.float32]", span.hidden_in))
+                sampling, n_samplings = n_samplings, n_samplings + 1
+            if leave is None:
+                leave = self.end
             if count == 1:
-                token = span.tokens[0] if span.tokens is not None else -1
-                _ROW.pack_into(self._rows_raw, 32 * row, index, span.position, token, n_inputs, span.enter, leave, want, sampling)
+                token = -1 if span.tokens is None else span.tokens[0]
+                _ROW.pack_into(
+                    self._rows_raw, 32 * row, sequence.slot, start, token, n_inputs, span.enter, leave, want, sampling
+                )
             else:
                 block = self._rows[row : row + count]
-                block[:] = (index, 0, -1, 0, span.enter, leave, want if span.want_all else 0, sampling)
-                block[:, 1] = np.arange(span.position, end)
+                block[:] = (sequence.slot, 0, -1, 0, span.enter, leave, want if span.want_all else 0, sampling)
+                block[:, 1] = np.arange(start, end)
                 if span.tokens is not None:
                     block[:, 2] = span.tokens
                 else:
                     block[:, 3] = np.arange(n_inputs, n_inputs + count)
                 block[-1, 6] = want
-            n_inputs += 0 if span.tokens is not None else count
-            n_hidden += wanting if want & Want.HIDDEN else 0
-            n_logits += wanting if want & Want.LOGITS else 0
-            n_tokens += wanting if want & Want.SAMPLE else 0
+            if span.hidden_in is not None:
+                inputs.append(span.hidden_in)
+                n_inputs += count
+            wanting = count if span.want_all else 1
+            n_hidden += wanting if want & _HIDDEN else 0
+            n_logits += wanting if want & _LOGITS else 0
+            n_tokens += wanting if want & _SAMPLE else 0
             row += count
-        for i, sequence in enumerate(sequences):
-            for cells, target in zip(sequence.cells, self._tables, strict=True):
-                target[i].blocks, target[i].window = cells[0], cells[1]
-        hidden = np.empty((n_hidden, self.config.d_model), np.float32) if n_hidden else _NOTHING
-        logits = np.empty((n_logits, self.config.vocab_size), np.float32) if n_logits else _NOTHING
-        cast_to = self._ffi.cast
+        hidden = logits = _NOTHING
+        pointer = self._ffi.from_buffer
         if inputs:
-            stacked = np.ascontiguousarray(inputs[0] if len(inputs) == 1 else np.concatenate(inputs))
-            call.hidden_in = cast_to("float *", stacked.ctypes.data)
+            stacked = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+            if not stacked.flags.c_contiguous:
+                stacked = np.ascontiguousarray(stacked)
+            call.hidden_in, call.n_hidden = pointer("float[]", stacked), n_inputs
         if n_hidden:
-            call.hidden_out = cast_to("float *", hidden.ctypes.data)
+            hidden = np.empty((n_hidden, self.config.d_model), np.float32)
+            call.hidden_out = pointer("float[]", hidden)
         if n_logits:
-            call.logits_out = cast_to("float *", logits.ctypes.data)
+            logits = np.empty((n_logits, self.config.vocab_size), np.float32)
+            call.logits_out = pointer("float[]", logits)
         call.n_rows = row
         status = self._lib.im_step(self._workers.engine, call)
         while status == 1:
             self._bring()
             status = self._lib.im_step_resume(self._workers.engine, call)
         if status:
-            raise EngineError(_FAILURES.get(status, f"the native step failed ({status})"))
-        for sequence, end in ends:
+            raise EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
+        for span in spans:
+            end = span.position + span.count
+            sequence = cast(NativeSequence, span.sequence)
             if end > sequence.length:
                 sequence.length = end
-        tokens = [self._tokens[0]] if n_tokens == 1 else list(self._tokens[0:n_tokens])
-        return StepResult(tokens, hidden, logits)
+        return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits)
 
     def _bring(self) -> None:
         layer, missing = self._call.need_layer, list(self._needed[0 : self._call.n_need])
@@ -361,6 +397,9 @@ class NativePart:
 
     def close(self) -> None:
         """Frees KV and weights; sequences of this part can no longer be stepped."""
+        for sequence in self._seats:
+            if sequence is not None:
+                sequence.close()
         self._layers = []
         self._call = None
 
@@ -376,9 +415,12 @@ def pieces(spans: list[Span], limit: int) -> list[list[Span]]:
             last = at + n == count
             tokens = span.tokens[at : at + n] if span.tokens is not None else None
             hidden = span.hidden_in[at : at + n] if span.hidden_in is not None else None
-            want = span.want if last or span.want_all else Want.NONE
+            want = span.want if last or span.want_all else 0
             steps[-1].append(
-                Span(span.sequence, span.position + at, tokens, hidden, span.enter, span.leave, want, span.want_all, span.sampling)
+                Span(
+                    span.sequence, span.position + at, n, tokens, hidden, span.enter, span.leave, want, span.want_all,
+                    span.sampling,
+                )
             )
             at, room = at + n, room - n
             if not room:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +137,7 @@ class Rows:
             leave: the layer before which the rows stop; None is the part's end.
             want: what the last row (every row with `want_all`) gives. HIDDEN is the state before layer `leave`.
         """
-        self.spans.append(Span(sequence, position, tokens, None, 0, leave, want, want_all, sampling))
+        self.spans.append(Span(sequence, position, len(tokens), tokens, None, 0, leave, int(want), want_all, sampling))
         return self
 
     def hidden(
@@ -153,11 +153,13 @@ class Rows:
         sampling: Sampling = GREEDY,
     ) -> Rows:
         """Adds rows for hidden states [n, d_model] f32 entering before layer `enter`."""
-        self.spans.append(Span(sequence, position, None, hidden, enter, leave, want, want_all, sampling))
+        self.spans.append(
+            Span(sequence, position, len(hidden), None, hidden, enter, leave, int(want), want_all, sampling)
+        )
         return self
 
     def __len__(self) -> int:
-        return sum(len(span) for span in self.spans)
+        return sum(span.count for span in self.spans)
 
 
 @dataclass(slots=True)
@@ -166,20 +168,20 @@ class Span:
 
     sequence: Sequence
     position: int
+    count: int
     tokens: list[int] | None
     hidden_in: NDArray[np.float32] | None  # [n, d_model] f32
     enter: int
     leave: int | None
-    want: Want
+    want: int  # of Want, as a plain number: enum operations would cost as much as the rest of a step's bookkeeping
     want_all: bool
     sampling: Sampling
 
     def __len__(self) -> int:
-        return len(self.tokens) if self.tokens is not None else len(self.hidden_in)  # type: ignore[arg-type]
+        return self.count
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What the rows gave, each list in row order, only of the rows that wanted it.
 
     Attributes:

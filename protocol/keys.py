@@ -49,6 +49,8 @@ def new_pair() -> KeyPair:
     import zmq
 
     public, secret = zmq.curve_keypair()
+    while public.startswith(b"-"):  # a command line would take it for an option
+        public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
 
 
@@ -104,7 +106,28 @@ def read_device(folder: Path, name: str = "device", cloud: str = "server") -> De
     Raises:
         ProtocolError: as `read_pair` and `read_public`.
     """
-    return DeviceKeys(read_pair(folder, name), read_public(folder / f"{cloud}.pub"))
+    pair = read_pair(folder, name)
+    if not (folder / f"{cloud}.pub").exists():
+        raise ProtocolError(
+            f"there is no key of the cloud in {folder}", "run: isthmus keys trust KEY, as `isthmus serve` prints it"
+        )
+    return DeviceKeys(pair, read_public(folder / f"{cloud}.pub"))
+
+
+def write_trusted(folder: Path, key: str, cloud: str = "server") -> None:
+    """Remembers a cloud's public key for the devices whose keys are in `folder`.
+
+    Raises:
+        ProtocolError: no key, or the folder holds the cloud's own pair.
+    """
+    check_key(key)
+    if (folder / f"{cloud}.key").exists():
+        raise ProtocolError(f"{folder} holds a cloud's own keys", "choose another folder with --keys")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(folder / f"{cloud}.pub", key + "\n", 0o644)
+    except OSError as error:
+        raise ProtocolError(f"cannot write keys to {folder}: {error.strerror}", "choose a folder of yours") from error
 
 
 def check_key(key: str) -> str:

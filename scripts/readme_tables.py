@@ -17,11 +17,11 @@ SECTION = re.compile(r"(<!-- table: (?P<benchmark>[\w-]+)\.(?P<table>[\w-]+) -->
 
 
 def cell(value: object) -> str:
-    """A number with three to four significant digits, text as it is."""
+    """A number with three to four significant digits, text as it is; shares and cosines show what lacks to one."""
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) > 2 else f"{value:.4f}"
     return str(value)
 
 

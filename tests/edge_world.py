@@ -92,10 +92,10 @@ class ToyPart:
             for i in range(len(span)):
                 position = span.position + i
                 if span.tokens is not None:
-                    row = (np.arange(D_MODEL) * 7 + span.tokens[i]) % 61
+                    row = ((np.arange(D_MODEL) * 7 + span.tokens[i]) % 61).astype(np.float32)
                 else:
-                    row = span.hidden_in[i]  # type: ignore[index]
-                row = np.asarray(row, np.float32)
+                    assert span.hidden_in is not None
+                    row = np.asarray(span.hidden_in[i])
                 self.rows += 1
                 for layer in range(span.enter, leave):
                     row = self._layer(sequence, layer, position, row)
@@ -180,7 +180,7 @@ class ToyCloud:
         self.files: Mapping[str, bytes] = {}
         self.manifest = b""
         self.computed = 0
-        self.codecs = ("f32", "f16", "int8")
+        self.codecs: tuple[str, ...] = ("f32", "f16", "int8")
         self.version = (1, 1)
 
     def receive(self, message: Any) -> list[tuple[float, Any]]:
@@ -341,6 +341,7 @@ class LossyWire:
         self._drop, self._repeat, self._delay_s = drop, repeat, delay_s
         self.reconnect_every = 1 << 60  # messages from the device
         self.greeted = False
+        self.welcome: m.Welcome | None = None
         self.bytes_up = self.bytes_down = 0
         self._air: list[tuple[float, int, bool, list[bytes]]] = []
         self._count = itertools.count()

@@ -171,7 +171,7 @@ class FakePart:
         return state
 
     def _unpack(self, state: NDArray[np.float32], layer: int) -> bytes:
-        nibbles = [int(round(float(value))) for value in state[2:34]]
+        nibbles = [round(float(value)) for value in state[2:34]]
         if int(state[1]) != layer or not all(0 <= nibble <= 15 for nibble in nibbles):
             raise EngineError(f"this hidden state is not one before layer {layer}")
         return bytes(high << 4 | low for high, low in zip(nibbles[::2], nibbles[1::2], strict=True))

@@ -18,6 +18,7 @@ MODES = (
     ("stream", "the cloud computes everything: the prompt goes up, tokens come down"),
     ("split", "the device computes layers [0, {cut}), the cloud the rest: a hidden state up for every token"),
 )
+COLOR_NAMES = {"device": "green", "cloud": "blue", "split": "magenta"}  # as in tokens.COLORS
 START_S = 60.0
 
 
@@ -37,7 +38,7 @@ def command(
 
     from rich.console import Console
 
-    from isthmus.edge import Device
+    from isthmus.edge import Device, Timeouts
     from isthmus.protocol.keys import AllowList, write_pair
 
     console = Console(highlight=False, soft_wrap=True)
@@ -48,7 +49,16 @@ def command(
         AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "demo")
         with (
             _Cloud(folder, keys, threads) as cloud,
-            Device(folder, cloud.address, keys=keys, mode="split", cut=cut, threads=threads, codec="f32") as device,
+            Device(
+                folder,
+                cloud.address,
+                keys=keys,
+                mode="split",
+                cut=cut,
+                threads=threads,
+                codec="f32",
+                timeouts=Timeouts(connect_ms=int(START_S * 1e3)),
+            ) as device,
         ):
             console.print(f"[bold]{question}[/bold]  ({device.name}; device process and cloud process, CURVE on)")
             rows = [_ask(console, device, mode, about, question, max_tokens) for mode, about in MODES]
@@ -168,27 +178,31 @@ def _ask(console: Console, device: Device, mode: str, about: str, question: str,
 
 
 def _table(console: Console, rows: list[tuple[str, Stats]]) -> None:
+    from rich import box
     from rich.table import Table
 
-    from isthmus.apps.cli.tokens import COLORS
-
-    names = {"32": "green", "34": "blue", "35": "magenta"}
-    table = Table(title="the same model, computed in three places", title_style="")
-    for column in ("mode", "computed on", "first token", "tokens/s", "bytes up", "bytes down", "round trips"):
-        table.add_column(column, justify="left" if column in ("mode", "computed on") else "right")
-    table.add_column("same text")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title="one model, three ways (first: time to the first token)",
+        title_justify="left",
+        title_style="bold",
+    )
+    columns = ("mode", "where", "first", "tokens/s", "bytes up", "bytes down", "trips", "same")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if 2 <= index <= 6 else "left", no_wrap=True)
     first = rows[0][1]
     for mode, stats in rows:
         place = stats.sources[0]
         table.add_row(
             mode,
-            f"[{names[COLORS[place]]}]{'device + cloud' if place == 'split' else place}[/]",
+            f"[{COLOR_NAMES[place]}]{'both' if place == 'split' else place}[/]",
             f"{stats.ttft_ms:.0f} ms",
             f"{stats.tok_s:.1f}",
             f"{stats.bytes_up:,}",
             f"{stats.bytes_down:,}",
             f"{stats.round_trips}",
-            "-" if stats is first else "yes" if stats.tokens == first.tokens else "no",
+            "" if stats is first else "yes" if stats.tokens == first.tokens else "no",
         )
     console.print()
     console.print(table)

@@ -29,9 +29,9 @@ def command(
     keys: Annotated[
         Path | None, typer.Option(help="Folder with this device's key and the cloud's public key [default: your own]")
     ] = None,
-    encrypted: Annotated[
-        bool, typer.Option("--encrypted/--clear", help="--clear talks to a cloud on this machine without keys")
-    ] = True,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="Talk in the clear, to a cloud on this machine only")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability")] = 0.95,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens, 0 for all")] = 0,
@@ -71,7 +71,7 @@ def command(
             bundle,
             cloud,
             keys=keys,
-            encrypted=encrypted,
+            encrypted=not no_keys,
             mode="local" if cloud is None and mode == "auto" else mode,
             cut=cut,
             codec=codec,

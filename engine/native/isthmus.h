@@ -9,64 +9,76 @@ enum { IM_F32, IM_F16, IM_BF16, IM_Q8, IM_Q8X, IM_Q4, IM_Q4M, IM_Q4X, IM_N2, IM_
 enum { IM_WANT_HIDDEN = 1, IM_WANT_LOGITS = 2, IM_WANT_SAMPLE = 4 };
 enum { IM_DONE = 0, IM_NEED = 1, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3 };
 
-typedef struct {            // a weight matrix, rows and cols before padding to 16 and 32
+typedef struct {  // a weight matrix, rows and cols before padding to 16 and 32
   int32_t format, rows, cols;
   const void *codes, *p1, *p2, *scales, *mins;
 } im_matrix;
 
-typedef struct { im_matrix gate, up, down; int32_t resident; } im_expert;
+typedef struct {
+  im_matrix gate, up, down;
+  int32_t resident;
+} im_expert;
 
-typedef struct {            // NULL or format -1: the layer has none
+typedef struct {  // NULL or format -1: the layer has none
   const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias;
   im_matrix q, k, v, o, gate, up, down, router;
-  im_expert *experts;       // [n_experts]; the pinned table of what is resident
-  int32_t window;           // positions that attention sees, 0 for all
+  im_expert *experts;  // [n_experts]; the pinned table of what is resident
+  int32_t window;      // positions that attention sees, 0 for all
 } im_layer;
 
-typedef struct {            // layers [start, end)
+typedef struct {  // layers [start, end)
   int32_t d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, start, end;
   int32_t n_experts, top_k, renormalize, d_expert;
   float norm_eps, rope_scale;
-  const float *inv_freq;    // [head_dim / 2]
+  const float *inv_freq;  // [head_dim / 2]
   int32_t has_embedding, has_head;
   im_matrix embedding, head;
   const float *final_norm;
-  im_layer *layers;         // [end - start]
-  int32_t kv_f32;           // KV in float32 instead of float16
-  uint8_t *kv;              // blocks of 16 positions
+  im_layer *layers;  // [end - start]
+  int32_t kv_f32;    // KV in float32 instead of float16
+  uint8_t *kv;       // blocks of 16 positions
   size_t kv_block_bytes;
 } im_part;
 
-typedef struct { const int32_t *blocks; int32_t window; } im_sequence;  // blocks[p / 16] of position p
+typedef struct {
+  const int32_t *blocks;
+  int32_t window;
+} im_sequence;  // blocks[p / 16] of position p
 
 typedef struct {
   int32_t sequence, position, token, hidden;  // token >= 0, or else row `hidden` of hidden_in
   int32_t enter, leave, want, sampling;
 } im_row;
 
-typedef struct { float temperature; int32_t top_k; double top_p; uint64_t seed; uint32_t stream; } im_sampling;
+typedef struct {
+  float temperature;
+  int32_t top_k;
+  double top_p;
+  uint64_t seed;
+  uint32_t stream;
+} im_sampling;
 
 typedef struct {
-  const im_part *const *parts;      // [n_parts], each one's end is the next one's start
-  const im_sequence *const *tables; // [n_parts][sequences]
+  const im_part *const *parts;       // [n_parts], each one's end is the next one's start
+  const im_sequence *const *tables;  // [n_parts][sequences]
   const im_row *rows;
   const im_sampling *samplings;
-  const float *hidden_in;           // [.][d_model]
-  float *hidden_out, *logits_out;   // of the rows that want them, in order
+  const float *hidden_in;          // [n_hidden][d_model]
+  float *hidden_out, *logits_out;  // of the rows that want them, in order
   int32_t *tokens_out;
-  int32_t n_parts, n_rows;
-  int32_t need_layer, n_need;       // after IM_NEED: the layer, and how many experts are missing
-  int32_t *need_experts;            // [n_experts] room
+  int32_t n_parts, n_rows, n_hidden;
+  int32_t need_layer, n_need;  // after IM_NEED: the layer, and how many experts are missing
+  int32_t *need_experts;       // [n_experts] room
 } im_step_call;
 
 typedef struct im_engine im_engine;
 // END SHARED WITH PYTHON
 
-typedef struct {              // one KV head of one layer for a sequence
-  const uint8_t *base;        // block 0's data of this layer and head
+typedef struct {        // one KV head of one layer for a sequence
+  const uint8_t *base;  // block 0's data of this layer and head
   const int32_t *blocks;
   size_t block_bytes;
-  int32_t head_dim, f32;      // head_dim padded to 16
+  int32_t head_dim, f32;  // head_dim padded to 16
   float scale;
 } im_kv_view;
 

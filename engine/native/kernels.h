@@ -4,12 +4,12 @@
 
 // Activations quantized to int8 in groups of 32, and as floats for the float formats.
 typedef struct {
-  const float *x;        // [rows][stride] f32, zero in the padding
-  const int8_t *q;       // [rows][stride]
-  const int8_t *low;     // NULL, or [rows][stride]: then an activation is scale (254 q + low), 16 bits in two halves
-  const float *scale;    // [rows][stride / 32]
-  const int32_t *sums;   // [rows][stride / 32][2]: sums of q (of 254 q + low) over the halves of a group
-  int32_t stride;        // columns, a multiple of 32
+  const float *x;       // [rows][stride] f32, zero in the padding
+  const int8_t *q;      // [rows][stride]
+  const int8_t *low;    // NULL, or [rows][stride]: then an activation is scale (254 q + low), 16 bits in two halves
+  const float *scale;   // [rows][stride / 32]
+  const int32_t *sums;  // [rows][stride / 32][2]: sums of q (of 254 q + low) over the halves of a group
+  int32_t stride;       // columns, a multiple of 32
 } im_acts;
 
 typedef struct {
@@ -24,8 +24,8 @@ typedef struct {
   void (*add)(float *x, const float *y, int n);                             // x += y, n a multiple of 16
   // `heads` query heads of one KV head over positions [first, last]; see im_attend in kernels_body.h
   void (*attend)(const im_kv_view *kv, const float *q, int heads, int first, int last, float *scores, float *out);
-  void (*store_half)(uint16_t *out, const float *x, int n);                 // n a multiple of 16
-  int (*argmax)(const float *x, int n, float *max);                         // the lowest index of the largest
+  void (*store_half)(uint16_t *out, const float *x, int n);  // n a multiple of 16
+  int (*argmax)(const float *x, int n, float *max);          // the lowest index of the largest
 } im_kernels;
 
 extern const im_kernels im_kernels_plain;

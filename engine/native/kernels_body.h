@@ -52,21 +52,25 @@ static void quantize(const float *x, int n, int8_t *q, int8_t *low, float *scale
 }
 
 // init + the dot of `count` vecs with the activations at `at`, 16 bits of them when `fine`
-INLINE vi activations_dot(const int format, const int fine, const codes_t *k, const int8_t *q, const int8_t *low, size_t at,
-                          const int from, const int count, vi init) {
+INLINE vi activations_dot(const int format, const int fine, const codes_t *k, const int8_t *q, const int8_t *low,
+                          size_t at, const int from, const int count, vi init) {
   if (!fine) return codes_dot(format, k, q + at, from, count, init);
   vi high = codes_dot(format, k, q + at, from, count, vi_set1(0));
   return vi_add(vi_times254(high), codes_dot(format, k, low + at, from, count, init));
 }
 
 // y[m][16 b ..] for `batch` rows of one weight block in a quantized format; both are constants where it is inlined
-INLINE void block_quantized(const int format, const int fine, const int batch, const im_matrix *w, const im_acts *acts, int m0,
-                            float *y, size_t ldy, int b) {
+INLINE void block_quantized(const int format, const int fine, const int batch, const im_matrix *w, const im_acts *acts,
+                            int m0, float *y, size_t ldy, int b) {
   const int groups = acts->stride / 32;
-  const int line = format == IM_Q8 || format == IM_Q8X ? 512 : format == IM_N2 || format == IM_N4 || format == IM_N8 ? 128 : 256;
+  const int line = format == IM_Q8 || format == IM_Q8X                     ? 512
+                   : format == IM_N2 || format == IM_N4 || format == IM_N8 ? 128
+                                                                           : 256;
   const uint8_t *c = (const uint8_t *)w->codes + (size_t)b * groups * line;
-  const uint8_t *p1 = (const uint8_t *)w->p1 + (size_t)b * groups * 128, *p2 = (const uint8_t *)w->p2 + (size_t)b * groups * 256;
-  const uint16_t *sh = (const uint16_t *)w->scales + (size_t)b * groups * 16, *mh = (const uint16_t *)w->mins + (size_t)b * groups * 16;
+  const uint8_t *p1 = (const uint8_t *)w->p1 + (size_t)b * groups * 128,
+                *p2 = (const uint8_t *)w->p2 + (size_t)b * groups * 256;
+  const uint16_t *sh = (const uint16_t *)w->scales + (size_t)b * groups * 16,
+                 *mh = (const uint16_t *)w->mins + (size_t)b * groups * 16;
   const float *sf = (const float *)w->scales + (size_t)b * groups * (format == IM_Q8X ? 32 : 16);
   const float *mf = (const float *)w->mins + (size_t)b * groups * 16;
   const float *xs = acts->scale + (size_t)m0 * groups;
@@ -81,9 +85,14 @@ INLINE void block_quantized(const int format, const int fine, const int batch, c
     if (format == IM_N8) p2 += 256;
     if (batch <= 2) {
       for (int i = 0; i < line && i < 256; i += 64) __builtin_prefetch(c + 1536 - 64 + i);
-      if (format == IM_N4 || format == IM_N8) { __builtin_prefetch(p1 + 1536); __builtin_prefetch(p1 + 1600); }
+      if (format == IM_N4 || format == IM_N8) {
+        __builtin_prefetch(p1 + 1536);
+        __builtin_prefetch(p1 + 1600);
+      }
     }
-    const vf s = format == IM_Q4X ? vf_load(sf + 16 * g) : format == IM_Q8X ? vf_load(sf + 32 * g) : vf_load_half(sh + 16 * g);
+    const vf s = format == IM_Q4X   ? vf_load(sf + 16 * g)
+                 : format == IM_Q8X ? vf_load(sf + 32 * g)
+                                    : vf_load_half(sh + 16 * g);
     const vf s1 = format == IM_Q8X ? vf_load(sf + 32 * g + 16) : s;
     const vf mn = format == IM_Q4X ? vf_load(mf + 16 * g) : format == IM_Q4M ? vf_load_half(mh + 16 * g) : s;
 #pragma GCC unroll 8
@@ -92,7 +101,8 @@ INLINE void block_quantized(const int format, const int fine, const int batch, c
       const float d = xs[m * groups + g];
       const int32_t t0 = xt[2 * (m * groups + g)], t1 = xt[2 * (m * groups + g) + 1], t = t0 + t1;
       if (format == IM_Q8X) {
-        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 4, vi_set1(-128 * t0)), e = activations_dot(format, fine, &k, acts->q, acts->low, x, 4, 4, vi_set1(-128 * t1));
+        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 4, vi_set1(-128 * t0)),
+           e = activations_dot(format, fine, &k, acts->q, acts->low, x, 4, 4, vi_set1(-128 * t1));
         acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
         acc[m] = vf_fma(vf_from_vi(e), vf_mul(vf_set1(d), s1), acc[m]);
       } else if (format == IM_Q4M || format == IM_Q4X) {
@@ -100,13 +110,16 @@ INLINE void block_quantized(const int format, const int fine, const int batch, c
         acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
         acc[m] = vf_fma(vf_set1(d * (float)t), mn, acc[m]);
       } else if (format == IM_N2) {  // 8 (q - 1.625) = 8 q - 13
-        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 3), vi_set1(-13 * t));
+        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 3),
+                      vi_set1(-13 * t));
         acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
       } else if (format == IM_N8) {  // 2 (q - 135.5) = 2 q - 271
-        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 1), vi_set1(-271 * t));
+        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 1),
+                      vi_set1(-271 * t));
         acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
       } else {
-        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1((format == IM_Q8 ? -128 : -8) * t));
+        vi a =
+            activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1((format == IM_Q8 ? -128 : -8) * t));
         acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
       }
     }
@@ -138,8 +151,7 @@ INLINE void block_float(const int format, const int batch, const im_matrix *w, c
     }
 #pragma GCC unroll 2
   for (int m = 0; m < batch; m++)
-    vf_store(y + (size_t)(m0 + m) * ldy + 16 * b,
-             vf_add(vf_add(acc[m][0], acc[m][2]), vf_add(acc[m][1], acc[m][3])));
+    vf_store(y + (size_t)(m0 + m) * ldy + 16 * b, vf_add(vf_add(acc[m][0], acc[m][2]), vf_add(acc[m][1], acc[m][3])));
 }
 
 #define ROWS_QUANTIZED(format, fine, batch) \
@@ -147,31 +159,31 @@ INLINE void block_float(const int format, const int batch, const im_matrix *w, c
 #define ROWS_FLOAT(format, batch) \
   for (; m + batch <= rows; m += batch) block_float(format, batch, w, acts, m, y, ldy, b)
 
-#define DEFINE_QUANTIZED(name, format)                                                                            \
-  static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) {     \
-    if (acts->low) {                                                                                              \
-      for (int b = b0; b < b1; b++) {                                                                             \
-        int m = 0;                                                                                                \
-        if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 1, (MAX_BATCH >= 4 ? 4 : 1));                                  \
-        ROWS_QUANTIZED(format, 1, 1);                                                                             \
-      }                                                                                                           \
-      return;                                                                                                     \
-    }                                                                                                             \
-    for (int b = b0; b < b1; b++) {                                                                               \
-      int m = 0;                                                                                                  \
-      if (MAX_BATCH >= 8) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 8 ? 8 : 1));                                    \
-      if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 4 ? 4 : 1));                                    \
-      ROWS_QUANTIZED(format, 0, 2);                                                                               \
-      ROWS_QUANTIZED(format, 0, 1);                                                                               \
-    }                                                                                                             \
+#define DEFINE_QUANTIZED(name, format)                                                                        \
+  static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) { \
+    if (acts->low) {                                                                                          \
+      for (int b = b0; b < b1; b++) {                                                                         \
+        int m = 0;                                                                                            \
+        if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 1, (MAX_BATCH >= 4 ? 4 : 1));                              \
+        ROWS_QUANTIZED(format, 1, 1);                                                                         \
+      }                                                                                                       \
+      return;                                                                                                 \
+    }                                                                                                         \
+    for (int b = b0; b < b1; b++) {                                                                           \
+      int m = 0;                                                                                              \
+      if (MAX_BATCH >= 8) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 8 ? 8 : 1));                                \
+      if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 4 ? 4 : 1));                                \
+      ROWS_QUANTIZED(format, 0, 2);                                                                           \
+      ROWS_QUANTIZED(format, 0, 1);                                                                           \
+    }                                                                                                         \
   }
-#define DEFINE_FLOAT(name, format)                                                                                \
-  static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) {     \
-    for (int b = b0; b < b1; b++) {                                                                               \
-      int m = 0;                                                                                                  \
-      ROWS_FLOAT(format, 2);                                                                                      \
-      ROWS_FLOAT(format, 1);                                                                                      \
-    }                                                                                                             \
+#define DEFINE_FLOAT(name, format)                                                                            \
+  static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) { \
+    for (int b = b0; b < b1; b++) {                                                                           \
+      int m = 0;                                                                                              \
+      ROWS_FLOAT(format, 2);                                                                                  \
+      ROWS_FLOAT(format, 1);                                                                                  \
+    }                                                                                                         \
   }
 DEFINE_FLOAT(linear_f32, IM_F32)
 DEFINE_FLOAT(linear_f16, IM_F16)
@@ -187,13 +199,17 @@ DEFINE_QUANTIZED(linear_n8, IM_N8)
 
 static void linear(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) {
   static void (*const by_format[])(const im_matrix *, const im_acts *, int, float *, size_t, int, int) = {
-      linear_f32, linear_f16, linear_bf16, linear_q8, linear_q8x, linear_q4, linear_q4m, linear_q4x, linear_n2, linear_n4, linear_n8};
+      linear_f32, linear_f16, linear_bf16, linear_q8, linear_q8x, linear_q4,
+      linear_q4m, linear_q4x, linear_n2,   linear_n4, linear_n8};
   by_format[w->format](w, acts, rows, y, ldy, b0, b1);
 }
 
 static void rms_norm(const float *x, const float *w, float *out, int n, float eps) {
   vf s = vf_zero();
-  for (int i = 0; i < n; i += 16) { vf a = vf_load(x + i); s = vf_fma(a, a, s); }
+  for (int i = 0; i < n; i += 16) {
+    vf a = vf_load(x + i);
+    s = vf_fma(a, a, s);
+  }
   vf r = vf_set1(1.f / sqrtf(vf_sum(s) / (float)n + eps));
   for (int i = 0; i < n; i += 16) vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), r), vf_load(w + i)));
 }
@@ -222,7 +238,10 @@ static int argmax(const float *x, int n, float *max) {
     for (; j + 16 <= end; j += 16) m = vf_max(m, vf_load(x + j));
     float c = vf_maxall(m);
     for (; j < end; j++) c = x[j] > c ? x[j] : c;
-    if (c > best) { best = c; chunk = i; }
+    if (c > best) {
+      best = c;
+      chunk = i;
+    }
   }
   *max = best;
   for (int j = chunk; j < n; j++)
@@ -239,8 +258,8 @@ INLINE vf kv_load(const int f32, const uint8_t *base, size_t element) {
 }
 
 // scores of `tile` blocks from block `index` for `heads` query heads
-INLINE void score_blocks(const int f32, const int heads, const int tile, const im_kv_view *kv, const float *q, int index,
-                         float *scores, size_t lds) {
+INLINE void score_blocks(const int f32, const int heads, const int tile, const im_kv_view *kv, const float *q,
+                         int index, float *scores, size_t lds) {
   vf acc[4][8];
   const uint8_t *k[8];
 #pragma GCC unroll 8
@@ -328,7 +347,8 @@ INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, c
     norm[h] = 1.f / vf_sum(sum);
   }
   int d = 0;
-  for (; d + 16 * V_TILE <= kv->head_dim; d += 16 * V_TILE) mix_values(f32, heads, V_TILE, kv, scores, lds, first, last, d, norm, out);
+  for (; d + 16 * V_TILE <= kv->head_dim; d += 16 * V_TILE)
+    mix_values(f32, heads, V_TILE, kv, scores, lds, first, last, d, norm, out);
   for (; d < kv->head_dim; d += 16) mix_values(f32, heads, 1, kv, scores, lds, first, last, d, norm, out);
 }
 
@@ -338,7 +358,9 @@ static void attend(const im_kv_view *kv, const float *q, int heads, int first, i
     const int n = heads - h < 4 ? heads - h : heads - h == 5 ? 3 : 4;
     const float *qh = q + (size_t)h * kv->head_dim;
     float *oh = out + (size_t)h * kv->head_dim;
-#define CASE(f32, n) attend_heads(f32, n, kv, qh, first, last, scores, oh); break
+#define CASE(f32, n)                                     \
+  attend_heads(f32, n, kv, qh, first, last, scores, oh); \
+  break
     switch (kv->f32 * 4 + n - 1) {
       case 0: CASE(0, 1);
       case 1: CASE(0, 2);

@@ -2,6 +2,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -40,8 +41,12 @@ static void wake_all(_Atomic uint32_t *word) {
 #endif
 
 #define SPIN_NS 50000
+#define YIELDS 50000  // tens of milliseconds when nobody else wants the core: longer than a time slice of others
 
-typedef struct { _Atomic uint32_t word, sleepers; char pad[56]; } event;  // a counter that threads wait to change
+typedef struct {
+  _Atomic uint32_t word, sleepers;
+  char pad[56];
+} event;  // a counter that threads wait to change
 
 struct im_pool {
   event job, gate;
@@ -55,7 +60,10 @@ struct im_pool {
   pthread_t *handles;
 };
 
-typedef struct { im_pool *pool; int thread; } seat;
+typedef struct {
+  im_pool *pool;
+  int thread;
+} seat;
 
 static uint64_t now_ns(void) {
   struct timespec t;
@@ -63,10 +71,13 @@ static uint64_t now_ns(void) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static void wait_change(event *e, uint32_t seen, int spins) {
-  for (int i = 0; i < spins; i++) {
+// Spins, then yields, then sleeps. Inside a step a thread yields before it sleeps: two threads that wake each other are
+// never runnable together, so the scheduler may leave both on one core for good (seen: a fifth of the speed).
+static void wait_change(event *e, uint32_t seen, int spins, int yields) {
+  for (int i = 0; i < spins + yields; i++) {
     if (atomic_load_explicit(&e->word, memory_order_acquire) != seen) return;
-    RELAX();
+    if (i < spins) RELAX();
+    else sched_yield();
   }
   atomic_fetch_add(&e->sleepers, 1);
   while (atomic_load(&e->word) == seen) sleep_while(&e->word, seen);
@@ -85,7 +96,7 @@ void im_pool_barrier(im_pool *p) {
     atomic_store(&p->arrived, 0);
     change(&p->gate);
   } else {
-    wait_change(&p->gate, gate, p->spins);
+    wait_change(&p->gate, gate, p->spins, YIELDS);
   }
 }
 
@@ -99,7 +110,7 @@ static void *worker(void *argument) {
   free(argument);
   uint32_t seen = 0;
   for (;;) {
-    wait_change(&p->job, seen, p->spins);
+    wait_change(&p->job, seen, p->spins, 0);
     seen++;
     if (p->closing) return NULL;
     p->work(p->argument, s.thread);
@@ -119,7 +130,10 @@ im_pool *im_pool_new(int threads) {
   im_pool *p = calloc(1, sizeof *p);
   if (!p) return NULL;
   p->handles = calloc((size_t)threads, sizeof *p->handles);
-  if (!p->handles) { free(p); return NULL; }
+  if (!p->handles) {
+    free(p);
+    return NULL;
+  }
   uint64_t start = now_ns();
   for (int i = 0; i < 1000; i++) RELAX();
   uint64_t spent = now_ns() - start;

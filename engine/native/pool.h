@@ -1,5 +1,5 @@
-// A pool of threads that run one function together, with a barrier. Waiting spins for at most 50 us and then sleeps,
-// so that idle engines leave their cores to others.
+// A pool of threads that run one function together, with a barrier. Waiting spins for at most 50 us; inside a step
+// it then yields, between steps it sleeps, so that engines leave their cores to others.
 #pragma once
 
 typedef struct im_pool im_pool;
@@ -8,6 +8,6 @@ im_pool *im_pool_new(int threads);  // NULL when threads cannot be made; the cal
 void im_pool_free(im_pool *pool);
 int im_pool_threads(const im_pool *pool);
 void im_pool_run(im_pool *pool, void (*work)(void *argument, int thread), void *argument);
-void im_pool_barrier(im_pool *pool);       // of all threads, inside `work`
+void im_pool_barrier(im_pool *pool);         // of all threads, inside `work`
 int im_pool_take(im_pool *pool, int count);  // the next `count` of a shared counter; for uneven work
-void im_pool_rewind(im_pool *pool);        // sets the counter to 0; one thread, with a barrier on both sides
+void im_pool_rewind(im_pool *pool);          // sets the counter to 0; one thread, with a barrier on both sides

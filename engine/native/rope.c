@@ -21,9 +21,18 @@ static void sine_cosine(double x, double *sine, double *cosine) {
   c = c * r2 - 0.5;
   c = 1.0 + c * r2;
   switch ((int64_t)n & 3) {
-    case 0: *sine = s; *cosine = c; break;
-    case 1: *sine = c; *cosine = -s; break;
-    case 2: *sine = -s; *cosine = -c; break;
+    case 0:
+      *sine = s;
+      *cosine = c;
+      break;
+    case 1:
+      *sine = c;
+      *cosine = -s;
+      break;
+    case 2:
+      *sine = -s;
+      *cosine = -c;
+      break;
     default: *sine = -c; *cosine = s;
   }
 }

@@ -7,14 +7,18 @@
 static double log64(double x) {
   int e;
   double m = frexp(x, &e);
-  if (m < 0.70710678118654752440) { m = 2 * m; e -= 1; }
+  if (m < 0.70710678118654752440) {
+    m = 2 * m;
+    e -= 1;
+  }
   double s = (m - 1) / (m + 1), s2 = s * s, p = 1.0 / 21;
   for (int j = 9; j >= 0; j--) p = p * s2 + 1.0 / (2 * j + 1);
   return 2.0 * s * p + (double)e * 0.693147180559945309417232121458;
 }
 
 static double exp64(double x) {
-  static const double factorial[14] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+  static const double factorial[14] = {1,    1,     2,      6,       24,       120,       720,
+                                       5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
   if (x < -700) return 0;
   double n = rint(x * 1.4426950408889634074), r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
   double p = 1.0 / factorial[13];
@@ -50,12 +54,17 @@ static void select_first(im_candidate *c, int32_t n, int32_t k) {
     im_candidate pivot = c[lo + (hi - lo) / 2];
     int32_t i = lo - 1, j = hi + 1;
     for (;;) {
-      do i++; while (canonical(&c[i], &pivot) < 0 && c[i].id != pivot.id);
-      do j--; while (canonical(&pivot, &c[j]) < 0 && c[j].id != pivot.id);
+      do i++;
+      while (canonical(&c[i], &pivot) < 0 && c[i].id != pivot.id);
+      do j--;
+      while (canonical(&pivot, &c[j]) < 0 && c[j].id != pivot.id);
       if (i >= j) break;
-      im_candidate t = c[i]; c[i] = c[j]; c[j] = t;
+      im_candidate t = c[i];
+      c[i] = c[j];
+      c[j] = t;
     }
-    if (k - 1 <= j) hi = j; else lo = j + 1;
+    if (k - 1 <= j) hi = j;
+    else lo = j + 1;
   }
 }
 
@@ -63,7 +72,9 @@ static void sift_down(im_candidate *c, int32_t i, int32_t n) {
   for (int32_t child; (child = 2 * i + 1) < n; i = child) {
     if (child + 1 < n && canonical(&c[child + 1], &c[child]) < 0) child++;
     if (canonical(&c[i], &c[child]) < 0) return;
-    im_candidate t = c[i]; c[i] = c[child]; c[child] = t;
+    im_candidate t = c[i];
+    c[i] = c[child];
+    c[child] = t;
   }
 }
 
@@ -92,7 +103,12 @@ static int by_id(const void *a, const void *b) {
   return ((const im_candidate *)a)->id < ((const im_candidate *)b)->id ? -1 : 1;
 }
 
-typedef struct { double best; int32_t id; uint32_t word[4]; int32_t quad; } race;
+typedef struct {
+  double best;
+  int32_t id;
+  uint32_t word[4];
+  int32_t quad;
+} race;
 
 static void run(race *r, int32_t id, float z, const im_sampling *s, uint32_t position) {
   if (id >> 2 != r->quad) {
@@ -102,7 +118,10 @@ static void run(race *r, int32_t id, float z, const im_sampling *s, uint32_t pos
     r->quad = id >> 2;
   }
   double score = (double)z + gumbel(r->word[id & 3]);
-  if (score > r->best || (score == r->best && id < r->id)) { r->best = score; r->id = id; }
+  if (score > r->best || (score == r->best && id < r->id)) {
+    r->best = score;
+    r->id = id;
+  }
 }
 
 int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const im_sampling *s, uint32_t position,

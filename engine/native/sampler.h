@@ -2,7 +2,10 @@
 #pragma once
 #include "isthmus.h"
 
-typedef struct { float logit; int32_t id; } im_candidate;
+typedef struct {
+  float logit;
+  int32_t id;
+} im_candidate;
 
 // scratch: room for n candidates
 int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const im_sampling *sampling, uint32_t position,

@@ -46,15 +46,36 @@ static im_matrix matrix(int format, int rows, int cols) {
     case IM_BF16: {
       float *f = floats(n * 512, n * 512, -s, s);
       uint16_t *h = take(n * 1024);
-      for (size_t i = 0; i < n * 512; i++) { uint32_t u; memcpy(&u, &f[i], 4); h[i] = (uint16_t)(u >> 16); }
+      for (size_t i = 0; i < n * 512; i++) {
+        uint32_t u;
+        memcpy(&u, &f[i], 4);
+        h[i] = (uint16_t)(u >> 16);
+      }
       m.codes = h;
       break;
     }
-    case IM_Q8: m.codes = codes(n * 512); m.scales = halves(n * 16, 0, s / 64); break;
-    case IM_Q8X: m.codes = codes(n * 512); m.scales = floats(n * 32, n * 32, 0, s / 64); break;
-    case IM_Q4: m.codes = codes(n * 256); m.scales = halves(n * 16, 0, s / 4); break;
-    case IM_Q4M: m.codes = codes(n * 256); m.scales = halves(n * 16, 0, s / 4); m.mins = halves(n * 16, -s, s / 8); break;
-    case IM_Q4X: m.codes = codes(n * 256); m.scales = floats(n * 16, n * 16, 0, s / 4); m.mins = floats(n * 16, n * 16, -s, s / 8); break;
+    case IM_Q8:
+      m.codes = codes(n * 512);
+      m.scales = halves(n * 16, 0, s / 64);
+      break;
+    case IM_Q8X:
+      m.codes = codes(n * 512);
+      m.scales = floats(n * 32, n * 32, 0, s / 64);
+      break;
+    case IM_Q4:
+      m.codes = codes(n * 256);
+      m.scales = halves(n * 16, 0, s / 4);
+      break;
+    case IM_Q4M:
+      m.codes = codes(n * 256);
+      m.scales = halves(n * 16, 0, s / 4);
+      m.mins = halves(n * 16, -s, s / 8);
+      break;
+    case IM_Q4X:
+      m.codes = codes(n * 256);
+      m.scales = floats(n * 16, n * 16, 0, s / 4);
+      m.mins = floats(n * 16, n * 16, -s, s / 8);
+      break;
     default:
       m.codes = codes(n * 128);
       if (format != IM_N2) m.p1 = codes(n * 128);
@@ -70,15 +91,30 @@ static uint64_t fnv(uint64_t h, const void *data, size_t bytes) {
   return h;
 }
 
-typedef struct { im_part part; im_layer layers[LAYERS]; size_t kv_bytes; } model;
+typedef struct {
+  im_part part;
+  im_layer layers[LAYERS];
+  size_t kv_bytes;
+} model;
 
 static void build(model *m, int format) {
   memset(m, 0, sizeof *m);
   state = 12345u + (uint32_t)format;
   im_part *p = &m->part;
-  p->d_model = D; p->n_heads = HEADS; p->n_kv_heads = KV; p->head_dim = HEAD; p->d_ff = FF; p->vocab_size = VOCAB;
-  p->start = 0; p->end = LAYERS; p->norm_eps = 1e-5f; p->rope_scale = 1.f;
-  p->n_experts = EXPERTS; p->top_k = 2; p->renormalize = 1; p->d_expert = FF;
+  p->d_model = D;
+  p->n_heads = HEADS;
+  p->n_kv_heads = KV;
+  p->head_dim = HEAD;
+  p->d_ff = FF;
+  p->vocab_size = VOCAB;
+  p->start = 0;
+  p->end = LAYERS;
+  p->norm_eps = 1e-5f;
+  p->rope_scale = 1.f;
+  p->n_experts = EXPERTS;
+  p->top_k = 2;
+  p->renormalize = 1;
+  p->d_expert = FF;
   float *freq = take(HEAD / 2 * 4);
   for (int i = 0; i < HEAD / 2; i++) freq[i] = 1.f / (float)(1 << i);
   p->inv_freq = freq;
@@ -90,16 +126,28 @@ static void build(model *m, int format) {
     im_layer *l = &m->layers[i];
     l->attn_norm = floats(im_pad(D, 32), D, 0.5f, 1.5f);
     l->ffn_norm = floats(im_pad(D, 32), D, 0.5f, 1.5f);
-    if (i != 1) { l->q_norm = floats(32, HEAD, 0.5f, 1.5f); l->k_norm = floats(32, HEAD, 0.5f, 1.5f); }
-    if (i != 2) { l->q_bias = floats(HEADS * HEAD, HEADS * HEAD, -1, 1); l->k_bias = floats(KV * HEAD, KV * HEAD, -1, 1); l->v_bias = floats(KV * HEAD, KV * HEAD, -1, 1); }
-    l->q = matrix(format, HEADS * HEAD, D); l->k = matrix(format, KV * HEAD, D); l->v = matrix(format, KV * HEAD, D);
+    if (i != 1) {
+      l->q_norm = floats(32, HEAD, 0.5f, 1.5f);
+      l->k_norm = floats(32, HEAD, 0.5f, 1.5f);
+    }
+    if (i != 2) {
+      l->q_bias = floats(HEADS * HEAD, HEADS * HEAD, -1, 1);
+      l->k_bias = floats(KV * HEAD, KV * HEAD, -1, 1);
+      l->v_bias = floats(KV * HEAD, KV * HEAD, -1, 1);
+    }
+    l->q = matrix(format, HEADS * HEAD, D);
+    l->k = matrix(format, KV * HEAD, D);
+    l->v = matrix(format, KV * HEAD, D);
     l->o = matrix(format, D, HEADS * HEAD);
     if (i == 1) {
       l->router = matrix(IM_F32, EXPERTS, D);
       l->experts = calloc(EXPERTS, sizeof *l->experts);
-      for (int e = 0; e < EXPERTS; e++) l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), 1};
+      for (int e = 0; e < EXPERTS; e++)
+        l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), 1};
     } else {
-      l->gate = matrix(format, FF, D); l->up = matrix(format, FF, D); l->down = matrix(format, D, FF);
+      l->gate = matrix(format, FF, D);
+      l->up = matrix(format, FF, D);
+      l->down = matrix(format, D, FF);
     }
     l->window = i == 2 ? 9 : 0;
   }
@@ -128,8 +176,10 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
     int n = 0;
     for (int q = 0; q < 2; q++)
       for (int i = from; i < to; i++)
-        rows[n++] = (im_row){q, i, (i * 37 + q * 101 + 5) % VOCAB, 0, 0, LAYERS, IM_WANT_HIDDEN | IM_WANT_LOGITS | IM_WANT_SAMPLE, i % 3};
-    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, need};
+        rows[n++] = (im_row){
+            q,    i, (i * 37 + q * 101 + 5) % VOCAB, 0, 0, LAYERS, IM_WANT_HIDDEN | IM_WANT_LOGITS | IM_WANT_SAMPLE,
+            i % 3};
+    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, 0, need};
     if (im_step(e, &c) != IM_DONE) exit(5);
     for (int i = 0; i < n; i++) {
       uint64_t o = fnv(14695981039346656037ull, logits + (size_t)i * VOCAB, VOCAB * 4);
@@ -141,7 +191,11 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
   h = fnv(h, outs, 2 * TOKENS * sizeof *outs);
   h = fnv(h, p->kv, m->kv_bytes);
   im_engine_free(e);
-  free(p->kv); free(logits); free(hidden); free(rows); free(outs);
+  free(p->kv);
+  free(logits);
+  free(hidden);
+  free(rows);
+  free(outs);
   return h;
 }
 
@@ -164,7 +218,8 @@ int main(void) {
             if (!first) first = h;
             if (h != first) {
               wrong++;
-              printf("DIFFERS %s kv-%s %s chunking %d threads %d %016llx\n", names[f], kv_f32 ? "f32" : "f16", cpus[c], s, threads, (unsigned long long)h);
+              printf("DIFFERS %s kv-%s %s chunking %d threads %d %016llx\n", names[f], kv_f32 ? "f32" : "f16", cpus[c],
+                     s, threads, (unsigned long long)h);
             }
           }
       }
@@ -172,7 +227,8 @@ int main(void) {
     }
   }
   printf("families");
-  for (int c = 0; c < 5; c++) if (im_cpu_supported(cpus[c])) printf(" %s", cpus[c]);
+  for (int c = 0; c < 5; c++)
+    if (im_cpu_supported(cpus[c])) printf(" %s", cpus[c]);
   printf("\n");
   return wrong != 0;
 }

@@ -8,13 +8,23 @@
 #define V_TILE 1
 #define K_TILE 1
 
-typedef struct { __m256 a, b; } vf;
-typedef struct { __m256i a, b; } vi;
+typedef struct {
+  __m256 a, b;
+} vf;
+typedef struct {
+  __m256i a, b;
+} vi;
 
 static inline vf vf_zero(void) { return (vf){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-static inline vf vf_set1(float x) { __m256 v = _mm256_set1_ps(x); return (vf){v, v}; }
+static inline vf vf_set1(float x) {
+  __m256 v = _mm256_set1_ps(x);
+  return (vf){v, v};
+}
 static inline vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-static inline void vf_store(float *p, vf x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+static inline void vf_store(float *p, vf x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
 static inline vf vf_add(vf x, vf y) { return (vf){_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 static inline vf vf_sub(vf x, vf y) { return (vf){_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 static inline vf vf_mul(vf x, vf y) { return (vf){_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
@@ -70,7 +80,10 @@ static inline float vf_maxall(vf x) {
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 static inline vf vf_from_vi(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-static inline vi vi_set1(int32_t x) { __m256i v = _mm256_set1_epi32(x); return (vi){v, v}; }
+static inline vi vi_set1(int32_t x) {
+  __m256i v = _mm256_set1_epi32(x);
+  return (vi){v, v};
+}
 static inline vi vi_add(vi x, vi y) { return (vi){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 static inline vi vi_sub(vi x, vi y) { return (vi){_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 static inline vi vi_shl(vi x, int n) { return (vi){_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
@@ -88,17 +101,19 @@ static inline vi vf_store_int8(int8_t *p, vf x) {
 }
 
 // ---- integer dots: the codes stay packed until a half (8 rows) of a vec is needed
-typedef struct { const uint8_t *c, *p1, *p2; } codes_t;
+typedef struct {
+  const uint8_t *c, *p1, *p2;
+} codes_t;
 
 static inline __attribute__((always_inline)) codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1,
-                                                                 const uint8_t *p2) {
+                                                                const uint8_t *p2) {
   (void)format;
   return (codes_t){c, p1, p2};
 }
 #define HALF(p, j, h) _mm256_loadu_si256((const __m256i *)((p) + 64 * (j) + 32 * (h)))
 // the low 4 (or 2) bits of vec j, rows 8 h .. 8 h + 7, and with `high` the upper nibble of an 8-bit code
 static inline __attribute__((always_inline)) __m256i vec_low(const int format, const codes_t *k, const int j,
-                                                              const int h) {
+                                                             const int h) {
   const __m256i m3 = _mm256_set1_epi8(3), m15 = _mm256_set1_epi8(15);
   if (format == IM_Q8 || format == IM_Q8X) return _mm256_and_si256(HALF(k->c, j, h), m15);
   if (format == IM_N2) return _mm256_and_si256(_mm256_srli_epi16(HALF(k->c, j / 4, h), 2 * (j % 4)), m3);
@@ -111,13 +126,13 @@ static inline __attribute__((always_inline)) __m256i vec_low(const int format, c
   return _mm256_and_si256(_mm256_srli_epi16(HALF(k->c, j / 2, h), 4 * (j % 2)), m15);
 }
 static inline __attribute__((always_inline)) __m256i vec_high(const int format, const codes_t *k, const int j,
-                                                               const int h) {
+                                                              const int h) {
   if (format == IM_N8) return vec_low(IM_N4, k, j, h);
   return _mm256_and_si256(_mm256_srli_epi16(HALF(k->c, j, h), 4), _mm256_set1_epi8(15));
 }
 #undef HALF
 static inline __attribute__((always_inline)) __m256i half_dot(const int format, const codes_t *k, const int32_t *x4,
-                                                               const int from, const int count, const int h) {
+                                                              const int from, const int count, const int h) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
   const int wide = format == IM_Q8 || format == IM_Q8X || format == IM_N8;
@@ -130,7 +145,7 @@ static inline __attribute__((always_inline)) __m256i half_dot(const int format, 
   return wide ? _mm256_add_epi32(d, _mm256_madd_epi16(high, _mm256_set1_epi16(16))) : d;
 }
 static inline __attribute__((always_inline)) vi codes_dot(const int format, const codes_t *k, const int8_t *x,
-                                                           const int from, const int count, vi init) {
+                                                          const int from, const int count, vi init) {
   const int32_t *x4 = (const int32_t *)x;
   return (vi){_mm256_add_epi32(init.a, half_dot(format, k, x4, from, count, 0)),
               _mm256_add_epi32(init.b, half_dot(format, k, x4, from, count, 1))};

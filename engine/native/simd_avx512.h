@@ -3,9 +3,9 @@
 #include <immintrin.h>
 
 #define SIMD_NAME "avx512-vnni"
-#define MAX_BATCH 8    // rows of activations that one pass over a weight block serves
-#define V_TILE 4       // 16-lane vectors of the value head that attention accumulates at once
-#define K_TILE 4       // KV blocks that attention scores at once
+#define MAX_BATCH 8  // rows of activations that one pass over a weight block serves
+#define V_TILE 4     // 16-lane vectors of the value head that attention accumulates at once
+#define K_TILE 4     // KV blocks that attention scores at once
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -97,7 +97,7 @@ static inline __attribute__((always_inline)) void unpack_nested4(const uint8_t *
   }
 }
 static inline __attribute__((always_inline)) void unpack_nested8(const uint8_t *p0, const uint8_t *p1,
-                                                                  const uint8_t *p2, vi v[8]) {
+                                                                 const uint8_t *p2, vi v[8]) {
   const vi m15 = _mm512_set1_epi8(15);
   unpack_nested4(p0, p1, v);
   for (int j = 0; j < 4; j++) {
@@ -111,10 +111,12 @@ static inline __attribute__((always_inline)) void unpack_nested8(const uint8_t *
 #undef SHR
 #undef LINE
 
-typedef struct { vi v[8]; } codes_t;
+typedef struct {
+  vi v[8];
+} codes_t;
 
 static inline __attribute__((always_inline)) codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1,
-                                                                 const uint8_t *p2) {
+                                                                const uint8_t *p2) {
   codes_t k;
   if (format == IM_N2) unpack_pairs(c, k.v);
   else if (format == IM_N4) unpack_nested4(c, p1, k.v);
@@ -125,7 +127,7 @@ static inline __attribute__((always_inline)) codes_t codes_load(const int format
 }
 // init + dot of vecs [from, from + 4 or 8) with the activations x of the group (int8, 4 a vec)
 static inline __attribute__((always_inline)) vi codes_dot(const int format, const codes_t *k, const int8_t *x,
-                                                           const int from, const int count, vi init) {
+                                                          const int from, const int count, vi init) {
   const int32_t *x4 = (const int32_t *)x;
   (void)format;
   vi a = init, b = _mm512_setzero_si512();

@@ -7,23 +7,62 @@
 #define V_TILE 2
 #define K_TILE 1
 
-typedef struct { float32x4_t v[4]; } vf;
-typedef struct { int32x4_t v[4]; } vi;
+typedef struct {
+  float32x4_t v[4];
+} vf;
+typedef struct {
+  int32x4_t v[4];
+} vi;
 #define EACH for (int i = 0; i < 4; i++)
 
-static inline vf vf_set1(float x) { vf r; EACH r.v[i] = vdupq_n_f32(x); return r; }
+static inline vf vf_set1(float x) {
+  vf r;
+  EACH r.v[i] = vdupq_n_f32(x);
+  return r;
+}
 static inline vf vf_zero(void) { return vf_set1(0.f); }
-static inline vf vf_load(const float *p) { vf r; EACH r.v[i] = vld1q_f32(p + 4 * i); return r; }
+static inline vf vf_load(const float *p) {
+  vf r;
+  EACH r.v[i] = vld1q_f32(p + 4 * i);
+  return r;
+}
 static inline void vf_store(float *p, vf x) { EACH vst1q_f32(p + 4 * i, x.v[i]); }
-static inline vf vf_add(vf a, vf b) { EACH a.v[i] = vaddq_f32(a.v[i], b.v[i]); return a; }
-static inline vf vf_sub(vf a, vf b) { EACH a.v[i] = vsubq_f32(a.v[i], b.v[i]); return a; }
-static inline vf vf_mul(vf a, vf b) { EACH a.v[i] = vmulq_f32(a.v[i], b.v[i]); return a; }
-static inline vf vf_div(vf a, vf b) { EACH a.v[i] = vdivq_f32(a.v[i], b.v[i]); return a; }
-static inline vf vf_max(vf a, vf b) { EACH a.v[i] = vmaxq_f32(a.v[i], b.v[i]); return a; }
-static inline vf vf_min(vf a, vf b) { EACH a.v[i] = vminq_f32(a.v[i], b.v[i]); return a; }
-static inline vf vf_fma(vf a, vf b, vf c) { EACH c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]); return c; }
-static inline vf vf_abs(vf a) { EACH a.v[i] = vabsq_f32(a.v[i]); return a; }
-static inline vf vf_round(vf a) { EACH a.v[i] = vrndnq_f32(a.v[i]); return a; }
+static inline vf vf_add(vf a, vf b) {
+  EACH a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf vf_sub(vf a, vf b) {
+  EACH a.v[i] = vsubq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf vf_mul(vf a, vf b) {
+  EACH a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf vf_div(vf a, vf b) {
+  EACH a.v[i] = vdivq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf vf_max(vf a, vf b) {
+  EACH a.v[i] = vmaxq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf vf_min(vf a, vf b) {
+  EACH a.v[i] = vminq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vf vf_fma(vf a, vf b, vf c) {
+  EACH c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+  return c;
+}
+static inline vf vf_abs(vf a) {
+  EACH a.v[i] = vabsq_f32(a.v[i]);
+  return a;
+}
+static inline vf vf_round(vf a) {
+  EACH a.v[i] = vrndnq_f32(a.v[i]);
+  return a;
+}
 static inline vf vf_load_half(const uint16_t *p) {
   vf r;
   EACH r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
@@ -55,31 +94,55 @@ static inline float vf_sum(vf x) {
   float32x2_t h = vadd_f32(vget_low_f32(s), vget_high_f32(s));
   return vget_lane_f32(h, 0) + vget_lane_f32(h, 1);
 }
-static inline float vf_maxall(vf x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3]))); }
-static inline vf vf_from_vi(vi x) { vf r; EACH r.v[i] = vcvtq_f32_s32(x.v[i]); return r; }
-static inline vi vi_set1(int32_t x) { vi r; EACH r.v[i] = vdupq_n_s32(x); return r; }
-static inline vi vi_add(vi a, vi b) { EACH a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
-static inline vi vi_sub(vi a, vi b) { EACH a.v[i] = vsubq_s32(a.v[i], b.v[i]); return a; }
-static inline vi vi_shl(vi a, int n) { EACH a.v[i] = vshlq_s32(a.v[i], vdupq_n_s32(n)); return a; }
-static inline int32_t vi_sum(vi a) { return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3]))); }
+static inline float vf_maxall(vf x) {
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
+}
+static inline vf vf_from_vi(vi x) {
+  vf r;
+  EACH r.v[i] = vcvtq_f32_s32(x.v[i]);
+  return r;
+}
+static inline vi vi_set1(int32_t x) {
+  vi r;
+  EACH r.v[i] = vdupq_n_s32(x);
+  return r;
+}
+static inline vi vi_add(vi a, vi b) {
+  EACH a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vi vi_sub(vi a, vi b) {
+  EACH a.v[i] = vsubq_s32(a.v[i], b.v[i]);
+  return a;
+}
+static inline vi vi_shl(vi a, int n) {
+  EACH a.v[i] = vshlq_s32(a.v[i], vdupq_n_s32(n));
+  return a;
+}
+static inline int32_t vi_sum(vi a) {
+  return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
+}
 static inline vi vf_store_int8(int8_t *p, vf x) {
   vi r;
   EACH r.v[i] = vcvtnq_s32_f32(x.v[i]);
-  int16x8_t a = vcombine_s16(vmovn_s32(r.v[0]), vmovn_s32(r.v[1])), b = vcombine_s16(vmovn_s32(r.v[2]), vmovn_s32(r.v[3]));
+  int16x8_t a = vcombine_s16(vmovn_s32(r.v[0]), vmovn_s32(r.v[1])),
+            b = vcombine_s16(vmovn_s32(r.v[2]), vmovn_s32(r.v[3]));
   vst1q_s8(p, vcombine_s8(vmovn_s16(a), vmovn_s16(b)));
   return r;
 }
 
 // ---- integer dots: quarter i of vec j holds rows 4 i .. 4 i + 3
-typedef struct { const uint8_t *c, *p1, *p2; } codes_t;
+typedef struct {
+  const uint8_t *c, *p1, *p2;
+} codes_t;
 
 static inline __attribute__((always_inline)) codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1,
-                                                                 const uint8_t *p2) {
+                                                                const uint8_t *p2) {
   (void)format;
   return (codes_t){c, p1, p2};
 }
 static inline __attribute__((always_inline)) uint8x16_t bits(const uint8_t *p, int line, int quarter, int shift,
-                                                              uint8_t mask) {
+                                                             uint8_t mask) {
   uint8x16_t t = vshlq_u8(vld1q_u8(p + 64 * line + 16 * quarter), vdupq_n_s8((int8_t)-shift));
   return vandq_u8(t, vdupq_n_u8(mask));
 }
@@ -95,7 +158,7 @@ static inline __attribute__((always_inline)) uint8x16_t code(const int format, c
   return bits(k->c, j / 2, i, 4 * (j % 2), 15);
 }
 static inline __attribute__((always_inline)) vi codes_dot(const int format, const codes_t *k, const int8_t *x,
-                                                           const int from, const int count, vi init) {
+                                                          const int from, const int count, vi init) {
   const int wide = format == IM_Q8 || format == IM_Q8X || format == IM_N8;
 #ifdef IM_DOTPROD
   if (wide) {  // q = (q - 128) + 128: the second part is 128 times the activations' sum

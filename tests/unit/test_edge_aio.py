@@ -50,7 +50,7 @@ def test_two_devices_run_beside_each_other() -> None:
             return [token.id async for token in device.generate("hello", max_tokens=12)]
 
     async def run() -> list[list[int]]:
-        return await asyncio.gather(one("stream"), one("split"), one("local"))
+        return list(await asyncio.gather(one("stream"), one("split"), one("local")))
 
     assert asyncio.run(run()) == [expected(12)] * 3
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from isthmus.edge import budget
 from isthmus.edge.device import Device
 from isthmus.engine.part import KvConfig
 from isthmus.protocol.errors import DeviceError
+from isthmus.split.bundle import Bundle
 from tests.edge_world import CONFIG, ToyBundle
 
 SIZES = budget.PartSizes(5_000_000, 1_000_000, (10_000_000,) * CONFIG.n_layers)
@@ -40,9 +43,10 @@ def test_sizes_come_from_file_names() -> None:
 
 def test_the_refusal_names_what_fits() -> None:
     room = budget.OVERHEAD_BYTES / budget.MB + 5 + 31
+    bundle = cast(Bundle, ToyBundle())
     with pytest.raises(DeviceError, match=r"whole model.*136 MB.*3 of 6 layers fit: .*cut up to 3"):
-        Device(ToyBundle(), mode="local", memory_mb=room)
+        Device(bundle, mode="local", memory_mb=room)
     with pytest.raises(DeviceError, match=r"layers \[0, 4\) need"):
-        Device(ToyBundle(), "tcp://127.0.0.1:1", encrypted=False, mode="split", cut=4, memory_mb=room)
+        Device(bundle, "tcp://127.0.0.1:1", encrypted=False, mode="split", cut=4, memory_mb=room)
     with pytest.raises(DeviceError, match="no layer fits"):
-        Device(ToyBundle(), mode="local", memory_mb=20)
+        Device(bundle, mode="local", memory_mb=20)

@@ -174,6 +174,22 @@ def test_a_dead_cloud_is_replaced_by_the_whole_model() -> None:
             assert "went on by itself" in one.stats.note
 
 
+def test_auto_looks_only_shortly_for_a_cloud_that_went_away() -> None:
+    cloud, wire = ToyCloud(), LossyWire(ToyCloud())
+    wire.die_after = 8
+    with device(wire, timeouts=Timeouts()) as one:
+        tokens = ids(one.generate(PROMPT, max_tokens=20))
+        before = wire.now
+        tokens += ids(one.generate(max_tokens=4))
+        assert set(one.stats.sources) == {"device"}
+        assert wire.now - before < 0.2
+        wire.cloud, wire.die_after = cloud, 1 << 60
+        wire.reconnect()
+        tokens += ids(one.generate(max_tokens=4))
+        assert set(one.stats.sources) == {"cloud"}
+    assert tokens == local(max_tokens=28)
+
+
 def test_a_dead_cloud_is_an_error_without_the_whole_model() -> None:
     wire = LossyWire(ToyCloud())
     wire.die_after = 8
@@ -263,12 +279,13 @@ def test_bad_options_are_refused_before_anything_is_computed(options: dict[str, 
 
 
 def test_bad_settings_are_refused() -> None:
-    for options, problem in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"kv_tokens": 1000}, "1..512"),
         ({"overflow": "wrap"}, "error or slide"),
         ({"threads": -1}, "0 .one per core. or more"),
         ({"mode": "split", "cut": 9}, "1..5"),
-    ]:
+    ]
+    for options, problem in cases:
         with pytest.raises(DeviceError, match=problem):
             device(LossyWire(ToyCloud()), **options)
     with device(mode="local") as one:

@@ -1,0 +1,92 @@
+"""`isthmus serve`: the cloud."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from isthmus.cloud.models import Model
+    from isthmus.protocol.keys import AllowList, KeyPair
+
+
+def command(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders made by `isthmus split`")],
+    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="Where devices connect")] = "tcp://127.0.0.1:5757",
+    threads: Annotated[int, typer.Option(min=0, help="Threads of the engine, 0 for one per core")] = 0,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of keys and of the list; by default $ISTHMUS_KEYS or ~/.config/isthmus/keys"
+        ),
+    ] = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="Speak in the clear, to this machine only")] = False,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Answer /metrics (Prometheus) and /health there")
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at once; idle ones give way")] = 256,
+    kv_tokens: Annotated[int, typer.Option(min=16, help="Positions of all sessions that each model's KV holds")] = 8192,
+    kv_format: Annotated[str, typer.Option(help="f16 or f32")] = "f16",
+) -> None:
+    """Serve models to devices, many sessions in one batch, until interrupted.
+
+    The first start makes the cloud's own key pair. Devices on the list (`isthmus keys`) are let in, nobody else.
+    """
+    import gc
+    import signal
+    import sys
+
+    from isthmus.cloud.admission import ServiceLimits
+    from isthmus.cloud.http import StatusServer
+    from isthmus.cloud.models import load
+    from isthmus.cloud.service import Service
+    from isthmus.engine.part import KvConfig
+    from isthmus.protocol.transport import RouterTransport
+
+    limits = ServiceLimits(max_sessions=max_sessions, max_sessions_per_principal=max_sessions)
+    pair, allowed = (None, None) if no_keys else _keys(keys)
+    models: list[Model] = []
+    transport = status = None
+    try:
+        for bundle in bundles:
+            models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens)))
+        # Only now: a device that connects earlier would wait for a handshake that nobody answers.
+        transport = RouterTransport(listen, pair, allowed)
+        service = Service(models, transport, allowed, limits=limits)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: service.stop())
+        if http is not None:
+            status = StatusServer(http, service.metrics.text, service.health)
+        for model in models:
+            print(f"serving {model.offer.name}: {model.offer.n_layers} layers, KV for {kv_tokens} positions")
+        print(f"on {service.address}", "in the clear" if pair is None else f"with the key {pair.public}")
+        if allowed is not None:
+            print(f"{len(allowed.entries())} device keys are allowed")
+        if status is not None:
+            print(f"status at http://{status.address}/metrics and /health")
+        sys.stdout.flush()
+        # What lives as long as the service need not be looked at by each collection.
+        gc.collect()
+        gc.freeze()
+        service.run()
+    finally:
+        for closing in (status, transport, *models):
+            if closing is not None:
+                closing.close()
+    print("stopped")
+
+
+def _keys(folder: Path | None) -> tuple[KeyPair, AllowList]:
+    """The cloud's pair, made when there is none, and the list of devices, which must not be empty."""
+    from isthmus.protocol.errors import ServiceError
+    from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, read_pair, write_pair
+
+    folder = folder or default_folder()
+    allowed = AllowList(folder / ALLOWED)
+    if not allowed.entries():
+        raise ServiceError(f"no device is allowed in by {folder / ALLOWED}", "run: isthmus keys new")
+    if not (folder / "server.key").exists() and not (folder / "server.pub").exists():
+        return write_pair(folder, "server"), allowed
+    return read_pair(folder, "server"), allowed

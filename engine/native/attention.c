@@ -1,0 +1,134 @@
+// Attention: rotary positions, KV into its blocks, and query heads over them.
+#include <math.h>
+
+#include "step.h"
+
+static void rotate(const im_engine *e, const im_part *p, float *head, const float *norm, int row) {
+  const int half = p->head_dim / 2;
+  const float *cs = e->rope + (size_t)row * p->head_dim, *sn = cs + half;
+  if (norm) {  // the head stands in a buffer of whole lanes, zero in the padding
+    e->k->rms_norm(head, norm, head, p->head_dim, p->norm_eps);
+  }
+  for (int i = 0; i < half; i++) {
+    float a = head[i], b = head[i + half];
+    head[i] = a * cs[i] - b * sn[i];
+    head[i + half] = b * cs[i] + a * sn[i];
+  }
+}
+
+static uint8_t *kv_head(const im_part *p, int layer, int head, size_t *bytes) {
+  const size_t element = p->kv_f32 ? 4 : 2, size = (size_t)im_pad(p->head_dim, 16) * 32 * element;
+  *bytes = size;
+  return p->kv + ((size_t)(layer - p->start) * (size_t)p->n_kv_heads + (size_t)head) * size;
+}
+
+static void store_kv(const im_engine *e, const im_part *p, const im_layer *l, int layer, int head, const im_row *row,
+                     const im_sequence *table, int slot, float *k, float *v) {
+  const int hd = p->head_dim, pad = im_pad(hd, 16);
+  float buffer[pad] __attribute__((aligned(64)));
+  size_t bytes;
+  uint8_t *block = kv_head(p, layer, head, &bytes) + (size_t)table->blocks[row->position / 16] * p->kv_block_bytes;
+  const int at = row->position % 16;
+  if (l->k_bias)
+    for (int i = 0; i < hd; i++) k[i] += l->k_bias[head * hd + i];
+  if (l->v_bias)
+    for (int i = 0; i < hd; i++) v[i] += l->v_bias[head * hd + i];
+  memset(buffer, 0, sizeof buffer);
+  memcpy(buffer, k, (size_t)hd * 4);
+  rotate(e, p, buffer, l->k_norm, slot);
+  if (p->kv_f32) {
+    float *to = (float *)block;
+    for (int i = 0; i < pad; i++) to[i * 16 + at] = buffer[i];
+    memset(to + (16 + at) * pad, 0, (size_t)pad * 4);
+    memcpy(to + (16 + at) * pad, v, (size_t)hd * 4);
+  } else {
+    uint16_t *to = (uint16_t *)block, half[pad];
+    e->k->store_half(half, buffer, pad);
+    for (int i = 0; i < pad; i++) to[i * 16 + at] = half[i];
+    memset(buffer, 0, sizeof buffer);
+    memcpy(buffer, v, (size_t)hd * 4);
+    e->k->store_half(to + (16 + at) * pad, buffer, pad);
+  }
+}
+
+// query heads [h0, h1), all of one KV head
+static void attend_heads(im_engine *e, const im_part *p, const im_layer *l, int layer, int h0, int h1,
+                         const im_row *row, const im_sequence *table, int slot, const float *q, float *out,
+                         int thread) {
+  const int hd = p->head_dim, pad = im_pad(hd, 16), n = h1 - h0, kv_index = h0 / (p->n_heads / p->n_kv_heads);
+  float qs[n * pad] __attribute__((aligned(64))), os[n * pad] __attribute__((aligned(64)));
+  memset(qs, 0, sizeof qs);
+  for (int h = 0; h < n; h++) {
+    const float *from = q + (size_t)(h0 + h) * hd;
+    for (int i = 0; i < hd; i++) qs[h * pad + i] = l->q_bias ? from[i] + l->q_bias[(h0 + h) * hd + i] : from[i];
+    rotate(e, p, qs + h * pad, l->q_norm, slot);
+  }
+  size_t bytes;
+  im_kv_view view = {
+      kv_head(p, layer, kv_index, &bytes), table->blocks, p->kv_block_bytes, pad, p->kv_f32, 1.f / sqrtf((float)hd)};
+  int window = l->window, first = 0;
+  if (table->window && (!window || table->window < window)) window = table->window;
+  if (window && row->position + 1 > window) first = row->position + 1 - window;
+  e->k->attend(&view, qs, n, first, row->position, e->scores[thread], os);
+  for (int h = 0; h < n; h++) memcpy(out + (size_t)(h0 + h) * hd, os + h * pad, (size_t)hd * 4);
+}
+
+void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count) {
+  im_engine *e = w->e;
+  const im_layer *l = &p->layers[layer - p->start];
+  const int d_pad = e->w.d_pad, att_pad = e->w.att_pad;
+  int from, to;
+  own_rows(w, count, &from, &to);
+  for (int i = from; i < to; i++) {
+    e->k->rms_norm(w->l->x + (size_t)active[i] * d_pad, l->attn_norm, w->l->normed + (size_t)i * d_pad, p->d_model,
+                   p->norm_eps);
+    if (is_quantized(&l->q) || is_quantized(&l->k) || is_quantized(&l->v))
+      quantize_row(e, w->l, 1, w->l->normed, i, d_pad);
+  }
+  if (!w->single) meet(w);
+  // q, k and v see 16-bit activations: a third of the whole error for a sixth of the products (k and v are remembered)
+  im_acts acts = acts_of(w->l, w->l->normed, d_pad);
+  acts.low = w->l->low;
+  const int ldy = e->w.qkv;
+  float *q = e->qkv, *k = q + e->w.q_rows, *v = k + e->w.kv_rows;
+  im_linear_targets(e, (target[]){{&l->q, q, ldy}, {&l->k, k, ldy}, {&l->v, v, ldy}}, 3, &acts, count, w->thread);
+  meet(w);
+  const int pairs = count * p->n_kv_heads, hd = p->head_dim;
+  for (int j = pairs * w->thread / e->threads; j < pairs * (w->thread + 1) / e->threads; j++) {
+    const int i = j / p->n_kv_heads, h = j % p->n_kv_heads;
+    const im_row *row = &w->c->rows[active[i]];
+    store_kv(e, p, l, layer, h, row, table_of(w, part, row), active[i], k + (size_t)i * ldy + h * hd,
+             v + (size_t)i * ldy + h * hd);
+  }
+  if (w->thread == 0) im_pool_rewind(e->pool);
+  meet(w);
+  const int share = p->n_heads / p->n_kv_heads;
+  float *out = e->shared.attention;
+  if (count == 1) {  // whole query heads: finer than KV heads, so that two threads balance
+    const im_row *row = &w->c->rows[active[0]];
+    const int h1 = p->n_heads * (w->thread + 1) / e->threads;
+    for (int h = p->n_heads * w->thread / e->threads; h < h1;) {
+      const int end = (h / share + 1) * share < h1 ? (h / share + 1) * share : h1;
+      attend_heads(e, p, l, layer, h, end, row, table_of(w, part, row), active[0], q, out, w->thread);
+      h = end;
+    }
+  } else {  // KV heads outside, rows inside, so that a head's blocks stay in the cache
+    for (int j; (j = im_pool_take(e->pool, 2)) < pairs;)
+      for (int n = j; n < j + 2 && n < pairs; n++) {
+        const int h = n / count, i = n % count;
+        const im_row *row = &w->c->rows[active[i]];
+        attend_heads(e, p, l, layer, h * share, (h + 1) * share, row, table_of(w, part, row), active[i],
+                     q + (size_t)i * ldy, out + (size_t)i * att_pad, w->thread);
+      }
+  }
+  meet(w);
+  if (is_quantized(&l->o)) {
+    for (int i = from; i < to; i++) quantize_row(e, w->l, 0, out, i, att_pad);
+    if (!w->single) meet(w);
+  }
+  acts = acts_of(w->l, out, att_pad);
+  im_linear_targets(e, (target[]){{&l->o, e->shared.delta, d_pad}}, 1, &acts, count, w->thread);
+  meet(w);
+  for (int i = from; i < to; i++)
+    e->k->add(w->l->x + (size_t)active[i] * d_pad, e->shared.delta + (size_t)i * d_pad, im_pad(p->d_model, 16));
+}

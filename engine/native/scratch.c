@@ -1,0 +1,153 @@
+// Memory and bookkeeping of one call.
+#include <math.h>
+#include <stdlib.h>
+
+#include "step.h"
+
+static int max_int(int a, int b) { return a > b ? a : b; }
+
+static void measure(im_engine *e, const im_step_call *c, int *context, size_t *logits) {
+  widths w = {0};
+  int far = 0;
+  for (int i = 0; i < c->n_parts; i++) {
+    const im_part *p = c->parts[i];
+    w.d = p->d_model;
+    w.d_pad = im_pad(p->d_model, 32);
+    w.att_pad = im_pad(p->n_heads * p->head_dim, 32);
+    w.q_rows = im_pad(p->n_heads * p->head_dim, 16);
+    w.kv_rows = im_pad(p->n_kv_heads * p->head_dim, 16);
+    w.qkv = w.q_rows + 2 * w.kv_rows;
+    w.ff_pad = im_pad(max_int(p->d_ff, p->d_expert), 32);
+    w.vocab_pad = im_pad(p->vocab_size, 16);
+    w.max_experts = max_int(w.max_experts, p->n_experts);
+    w.top_k = max_int(w.top_k, p->top_k);
+  }
+  w.widest = max_int(max_int(w.d_pad, w.att_pad), w.ff_pad);
+  *logits = 0;
+  for (int i = 0; i < c->n_rows; i++) {
+    far = max_int(far, c->rows[i].position);
+    *logits += (c->rows[i].want & (IM_WANT_LOGITS | IM_WANT_SAMPLE)) != 0;
+  }
+  *context = im_pad(far + 1, 16) + 16;
+  e->w = w;
+}
+
+typedef struct {
+  char *at;
+  size_t used;
+} arena;
+static void *carve(arena *a, size_t bytes) {
+  void *p = a->at ? a->at + a->used : NULL;
+  a->used += (bytes + 127) / 64 * 64;
+  return p;
+}
+
+static void carve_lane(arena *a, lane *l, const widths *w, int rows) {
+  l->x = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
+  l->normed = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
+  l->attention = carve(a, (size_t)rows * (size_t)w->widest * 4);
+  l->gate = carve(a, (size_t)rows * (size_t)w->ff_pad * 4);
+  l->delta = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
+  l->q = carve(a, (size_t)rows * (size_t)w->widest);
+  l->low = carve(a, (size_t)rows * (size_t)w->d_pad);
+  l->scale = carve(a, (size_t)rows * (size_t)(w->widest / 32) * 4);
+  l->sums = carve(a, (size_t)rows * (size_t)(w->widest / 32) * 8);
+}
+
+static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context, size_t logits) {
+  const widths *w = &e->w;
+  const size_t rows = (size_t)c->n_rows, head_rows = logits < HEAD_ROWS ? logits : HEAD_ROWS;
+  carve_lane(a, &e->shared, w, c->n_rows > HEAD_ROWS ? c->n_rows : HEAD_ROWS);
+  for (int t = 0; t < e->threads; t++) carve_lane(a, &e->own[t], w, 1);
+  if (w->max_experts) carve_lane(a, &e->own[e->threads], w, c->n_rows * 1);
+  e->qkv = carve(a, rows * (size_t)w->qkv * 4);
+  e->up = carve(a, rows * (size_t)w->ff_pad * 4);
+  for (int t = 0; t < e->threads; t++) {
+    e->scores[t] = carve(a, (size_t)context * 16);
+    e->candidates[t] = carve(a, head_rows ? (size_t)w->vocab_pad * sizeof(im_candidate) : 0);
+  }
+  e->logits = carve(a, head_rows * (size_t)w->vocab_pad * 4);
+  e->rope = carve(a, rows * (size_t)c->parts[0]->head_dim * 4);
+  e->router = carve(a, rows * (size_t)im_pad(w->max_experts, 16) * 4);
+  e->chosen = carve(a, rows * (size_t)w->top_k * 4);
+  e->weights = carve(a, rows * (size_t)w->top_k * 4);
+  e->kept = carve(a, rows * (size_t)w->top_k * (size_t)w->d_pad * 4);
+  e->logit_rows = carve(a, rows * 4);
+  e->active = carve(a, (2 * rows + 1) * rows * 4);
+  e->segments = carve(a, (2 * rows + 1) * sizeof(segment));
+}
+
+int im_prepare(im_engine *e, im_step_call *c) {
+  int context;
+  size_t logits;
+  measure(e, c, &context, &logits);
+  arena a = {NULL, 0};
+  carve_all(e, &a, c, context, logits);
+  if (a.used > e->capacity) {
+    free(e->memory);
+    e->capacity = 0;
+    e->memory = aligned_alloc(64, (a.used + a.used / 4 + 4095) / 4096 * 4096);
+    if (!e->memory) return IM_NO_MEMORY;
+    e->capacity = (a.used + a.used / 4 + 4095) / 4096 * 4096;
+  }
+  a = (arena){e->memory, 0};
+  carve_all(e, &a, c, context, logits);
+  // padding that no kernel writes must be zero where a linear map reads it
+  const widths *w = &e->w;
+  const int att = c->parts[0]->n_heads * c->parts[0]->head_dim;
+  if (att < w->att_pad)
+    for (int i = 0; i < c->n_rows; i++)
+      memset(e->shared.attention + (size_t)i * w->att_pad + att, 0, (size_t)(w->att_pad - att) * 4);
+  if (w->d_pad > im_pad(w->d, 16)) {
+    memset(e->shared.normed, 0, (size_t)max_int(c->n_rows, HEAD_ROWS) * (size_t)w->d_pad * 4);
+    for (int t = 0; t < e->threads; t++) memset(e->own[t].normed, 0, (size_t)w->d_pad * 4);
+  }
+  e->n_logit_rows = 0;
+  const im_part *last = c->parts[c->n_parts - 1];
+  for (int i = 0; i < c->n_rows; i++)
+    if (c->rows[i].want & (IM_WANT_LOGITS | IM_WANT_SAMPLE)) {
+      if (!last->has_head || c->rows[i].leave != last->end) return IM_BAD_ROW;
+      e->logit_rows[e->n_logit_rows++] = i;
+    }
+  return IM_DONE;
+}
+
+static int ascending(const void *a, const void *b) { return *(const int32_t *)a - *(const int32_t *)b; }
+
+int im_plan_segments(im_engine *e, const im_step_call *c) {
+  const int start = c->parts[0]->start, end = c->parts[c->n_parts - 1]->end;
+  int32_t *bounds = (int32_t *)e->shared.delta, n = 0, first = 0;  // a buffer that is free until the first layer
+  int same = 1, inputs = 0;
+  for (int i = 0; i < c->n_rows; i++) {
+    const im_row *r = &c->rows[i];
+    if (r->enter < start || r->leave > end || r->enter > r->leave || r->position < 0) return IM_BAD_ROW;
+    if (r->token >= 0 ? (r->enter || !c->parts[0]->has_embedding || r->token >= c->parts[0]->vocab_size)
+                      : (!c->hidden_in || r->hidden < 0 || r->hidden >= c->n_hidden))
+      return IM_BAD_ROW;
+    inputs += r->token < 0;
+    same &= r->enter == c->rows[0].enter && r->leave == c->rows[0].leave;
+  }
+  const size_t values = inputs ? (size_t)c->n_hidden * (size_t)c->parts[0]->d_model : 0;
+  for (size_t i = 0; i < values; i++)
+    if (!isfinite(c->hidden_in[i])) return IM_NOT_FINITE;
+  e->n_segments = 0;
+  if (same) {
+    for (int i = 0; i < c->n_rows; i++) e->active[i] = i;
+    e->segments[e->n_segments++] = (segment){c->rows[0].enter, c->rows[0].leave, 0, c->n_rows};
+    return IM_DONE;
+  }
+  for (int i = 0; i < c->n_rows; i++) {
+    bounds[n++] = c->rows[i].enter;
+    bounds[n++] = c->rows[i].leave;
+  }
+  qsort(bounds, (size_t)n, sizeof *bounds, ascending);
+  for (int b = 0; b + 1 < n; b++) {
+    if (bounds[b] == bounds[b + 1]) continue;
+    segment g = {bounds[b], bounds[b + 1], first, 0};
+    for (int i = 0; i < c->n_rows; i++)
+      if (c->rows[i].enter <= g.first_layer && c->rows[i].leave >= g.last_layer) e->active[g.first + g.count++] = i;
+    if (g.count) e->segments[e->n_segments++] = g;
+    first += g.count;
+  }
+  return IM_DONE;
+}

@@ -1,0 +1,101 @@
+// What the files of the step share: scratch memory, the walk of one thread, and the blocks of a layer.
+//
+// The step runs layers over rows on all threads at once. Between two barriers each thread writes only what it owns:
+// blocks of 16 output channels in a linear map, rows in a norm, pairs of (row, KV head) in attention. With a single
+// row every thread repeats norms and quantization on its own copy, which costs less than a barrier.
+#pragma once
+#include <string.h>
+
+#include "decoder.h"
+#include "kernels.h"
+#include "pool.h"
+#include "sampler.h"
+
+enum { HEAD_ROWS = 32 };  // rows that go through the output head together
+
+typedef struct {
+  int first_layer, last_layer, first, count;
+} segment;  // layers with the same active rows
+
+typedef struct {  // what one thread (or all of them together) needs for some rows
+  float *x, *normed, *attention, *gate, *delta;
+  int8_t *q, *low;
+  float *scale;
+  int32_t *sums;
+} lane;
+
+typedef struct {
+  int d, d_pad, heads_pad, att_pad, q_rows, kv_rows, qkv, ff, ff_pad, widest, vocab_pad, max_experts, top_k;
+} widths;
+
+struct im_engine {
+  im_pool *pool;
+  const im_kernels *k;
+  int threads;
+  widths w;
+  char *memory;
+  size_t capacity;
+  lane shared, *own;  // own[thread] for the single row
+  float *qkv, *up, **scores, *logits, *rope, *kept, *router;
+  im_candidate **candidates;
+  int32_t *active, *chosen;  // active rows of all segments; [row][top_k] experts
+  float *weights;            // [row][top_k] weights of the chosen experts
+  segment *segments;
+  int n_segments, n_logit_rows;
+  int32_t *logit_rows;
+  // where to go on after IM_NEED
+  im_step_call *call;
+  int segment, layer, resumed, need;
+};
+
+// ---- linear maps that share their activations
+typedef struct {
+  const im_matrix *w;
+  float *y;
+  size_t ldy;
+} target;
+
+// The rows of `t`'s matrices times the activations, this thread's share of their blocks.
+void im_linear_targets(im_engine *e, const target *t, int n, const im_acts *acts, int rows, int thread);
+
+static inline int is_quantized(const im_matrix *w) { return w->format >= IM_Q8; }
+
+static inline im_acts acts_of(const lane *l, const float *x, int stride) {
+  return (im_acts){x, l->q, NULL, l->scale, l->sums, stride};
+}
+
+static inline void quantize_row(const im_engine *e, lane *l, int fine, const float *x, int row, int stride) {
+  const size_t at = (size_t)row * (size_t)stride, group = (size_t)row * (size_t)(stride / 32);
+  e->k->quantize(x + at, stride, l->q + at, fine ? l->low + at : NULL, l->scale + group, l->sums + 2 * group);
+}
+
+typedef struct {
+  im_engine *e;
+  im_step_call *c;
+  int thread, single;
+  lane *l;
+} walker;
+
+static inline void meet(const walker *w) { im_pool_barrier(w->e->pool); }
+
+// The rows of an active set that this thread owns in norms: all of them when it works on a copy of its own.
+static inline void own_rows(const walker *w, int count, int *from, int *to) {
+  *from = w->single ? 0 : (int)((int64_t)count * w->thread / w->e->threads);
+  *to = w->single ? count : (int)((int64_t)count * (w->thread + 1) / w->e->threads);
+}
+
+static inline const im_sequence *table_of(const walker *w, int part, const im_row *row) {
+  return w->c->tables[part] + row->sequence;
+}
+
+// scratch.c: memory for a call, zeroed where kernels read padding; and which rows are active in which layers
+int im_prepare(im_engine *e, im_step_call *c);
+int im_plan_segments(im_engine *e, const im_step_call *c);
+// attention.c and feed_forward.c: the two halves of a layer over its active rows. experts gives 0 to pause.
+void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count);
+void im_dense(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count);
+int im_experts(walker *w, const im_part *p, const im_layer *l, int layer, const int32_t *active, int count,
+               int resumed);
+void im_ffn_norm(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count, int quantized);
+void im_gated_mlp(walker *w, const im_matrix *gate, const im_matrix *up, const im_matrix *down, const im_acts *acts,
+                  int count, float *delta);

@@ -1,0 +1,99 @@
+"""`isthmus run` as people call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.edge_bundle import write_tiny
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "isthmus.apps.cli", "run", *arguments]
+    environment = {**os.environ, "NO_COLOR": "1"}
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_json_has_all_that_an_answer_cost(bundle: Path) -> None:
+    arguments = (str(bundle), "--prompt", "hello", "--greedy", "--max-tokens", "5", "--json", "--threads", "1")
+    chat, raw = run(*arguments), run(*arguments, "--raw")
+    assert chat.returncode == raw.returncode == 0
+    answer = json.loads(raw.stdout)
+    keys = {"tokens", "text", "sources", "ttft_ms", "tok_s", "bytes_up", "bytes_down", "round_trips"}
+    assert keys <= set(answer)
+    assert len(answer["tokens"]) == len(answer["sources"]) <= 5
+    assert set(answer["sources"]) == {"device"}
+    assert answer["prompt_tokens"] == 5 < json.loads(chat.stdout)["prompt_tokens"]
+
+
+def test_the_prompt_comes_from_standard_input_and_a_seed_fixes_the_text(bundle: Path) -> None:
+    arguments = (str(bundle), "--prompt", "-", "--max-tokens", "20", "--temperature", "1")
+    first, second, other = (run(*arguments, "--seed", seed, stdin="hello\n") for seed in ("1", "1", "2"))
+    assert first.returncode == 0
+    assert first.stdout == second.stdout != other.stdout
+    assert "\x1b" not in first.stdout
+
+
+def test_a_chat_without_a_terminal(bundle: Path) -> None:
+    lines = "hello\n/mode\n/mode stream\nhi\n/mode magic\n/mode local\n/new\n/what\nhi\n/stats\n/quit\nnever\n"
+    done = run(str(bundle), "--max-tokens", "4", "--greedy", stdin=lines)
+    assert done.returncode == 0
+    assert "mode: local" in done.stdout and "there is no command /what" in done.stdout
+    assert "stream mode needs a cloud" in done.stderr and "mode is 'magic'" in done.stderr
+    assert "tokens on device" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--mode", "stream"], "stream mode needs a cloud"),
+        (["--mode", "magic"], "mode is 'magic'"),
+        (["--mode", "split", "--cut", "4"], "cut is 4 and the model has 4 layers; choose one in 1..3"),
+        (["--codec", "f8"], "codec is 'f8'"),
+        (["--memory-mb", "50"], "the budget is 50 MB"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--kv-tokens", "9999"], "kv_tokens is 9999"),
+        (["--kv-tokens", "4"], "room for 4"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--stop", ""], "stop word is empty"),
+        (["--cloud", "tcp://127.0.0.1:9", "--keys", "nowhere"], "isthmus keys"),
+        (["--cloud", "tcp://127.0.0.1:9", "--no-keys", "--mode", "stream"], "nothing answers at tcp://127.0.0.1:9"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(bundle: Path, arguments: list[str], problem: str) -> None:
+    done = run(str(bundle), "--prompt", "hello there", *arguments)
+    assert done.returncode == 2
+    assert problem in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_other_bad_input(bundle: Path, tmp_path: Path) -> None:
+    for arguments, problem in [
+        ([str(tmp_path / "none"), "--prompt", "x"], "holds no bundle"),
+        ([str(bundle), "--json"], "--json needs a prompt"),
+        ([str(bundle), "--prompt", " "], "the prompt is empty"),
+    ]:
+        done = run(*arguments)
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+        assert problem in done.stderr
+
+
+def test_the_demo_answers_from_two_processes_and_cleans_up(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "isthmus.apps.cli", "demo", "--bundle", str(bundle), "--max-tokens", "6"]
+    environment = {**os.environ, "NO_COLOR": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.split()[1:] and " ms " in line}
+    assert {mode: row[1] for mode, row in rows.items()} == {"local": "device", "stream": "cloud", "split": "both"}
+    assert rows["stream"][-1] == rows["split"][-1] == "yes"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,86 @@
+"""A bundle of a tiny random model with a tokenizer of bytes, as `isthmus split` would write it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from isthmus.engine.config import DecoderConfig
+from isthmus.quant.groups import quantize
+from isthmus.quant.packed import PackedMatrix
+from isthmus.split.manifest import TokenizerEntry
+from isthmus.split.writer import write_bundle
+
+CONFIG = DecoderConfig(
+    family="llama",
+    n_layers=4,
+    d_model=64,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    d_ff=96,
+    vocab_size=258,
+    context_length=512,
+    norm_eps=1e-5,
+    rope_inv_freq=tuple(10_000.0 ** (-i / 8) for i in range(8)),
+    tied=True,
+)
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+class Weights:
+    """Random weights, the same for a seed."""
+
+    config = CONFIG
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def _matrix(self, name: str, rows: int, cols: int) -> PackedMatrix:
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:4], "little")
+        values = np.random.default_rng(seed).standard_normal((rows, cols), np.float32) / np.float32(cols**0.5)
+        return quantize(values * np.float32(2.0), "f32")
+
+    def embedding(self) -> PackedMatrix:
+        return self._matrix("embed", CONFIG.vocab_size, CONFIG.d_model)
+
+    def head(self) -> PackedMatrix:
+        return self.embedding()
+
+    def final_norm(self) -> NDArray[np.float32]:
+        return np.ones(CONFIG.d_model, np.float32)
+
+    def layer(self, index: int) -> dict[str, Any]:
+        d, q, kv, ff = (
+            CONFIG.d_model,
+            CONFIG.n_heads * CONFIG.head_dim,
+            CONFIG.n_kv_heads * CONFIG.head_dim,
+            CONFIG.d_ff,
+        )
+        shapes = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q), "gate": (ff, d), "up": (ff, d), "down": (d, ff)}
+        made: dict[str, Any] = {name: self._matrix(f"{index} {name}", *shape) for name, shape in shapes.items()}
+        return made | {"attn_norm": np.ones(d, np.float32), "ffn_norm": np.ones(d, np.float32)}
+
+
+def tokenizer_json() -> bytes:
+    """A token a byte, and two special ones."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<e>", "<a>"])
+    return str(backend.to_str()).encode()
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    entry = TokenizerEntry("tokenizer.json", TEMPLATE, None, (256,), False)
+    write_bundle(folder, Weights(seed), name="tiny", weights="f32", tokenizer=tokenizer_json(), entry=entry)
+    return folder
