@@ -5,7 +5,8 @@ usage: python benchmarks/decode.py [--reference DIR] [--turns 6]
 llama.cpp is measured when its environment is there:
 
     python -m venv ~/.cache/isthmus/peers/llama
-    CMAKE_ARGS=-DGGML_NATIVE=ON ~/.cache/isthmus/peers/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    CMAKE_ARGS=-DGGML_NATIVE=ON ~/.cache/isthmus/peers/llama/bin/pip install \\
+        --no-binary llama-cpp-python llama-cpp-python==0.3.36
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,9 @@ FORMATS = (("4-bit", "q4", 0, "q4"), ("nested 2+2", "nested", 4, "n4"), ("4-bit 
 GREEDY_TOKENS = 40
 
 
-def greedy_logits(part: Part, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None) -> list[NDArray[np.float32]]:
+def greedy_logits(
+    part: Part, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None
+) -> list[NDArray[np.float32]]:
     """Logits [40, vocab_size] of each prompt's answer: its own greedy one, or teacher-forced on `answers`."""
     found = []
     for i, prompt in enumerate(prompts):
@@ -59,9 +63,7 @@ class Quality:
     def __init__(self) -> None:
         source = bundle("f32")
         tokenizer = source.tokenizer()
-        self._prompts = [
-            tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS
-        ]
+        self._prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS]
         part = open_part(source, 0, source.config.n_layers, kv=KvConfig("f32", 2 * MAX_CONTEXT))
         self._truth = greedy_logits(part, self._prompts, None)
         self._answers = [[int(t) for t in logits.argmax(axis=1)] for logits in self._truth]
@@ -70,7 +72,9 @@ class Quality:
     def cosine(self, part: Part) -> float:
         """Mean cosine of logits on the float32 model's greedy answers, teacher-forced."""
         pairs = zip(greedy_logits(part, self._prompts, self._answers), self._truth, strict=True)
-        return float(np.mean([(a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in pairs]))
+        return float(
+            np.mean([(a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in pairs])
+        )
 
 
 def native(name: str, format: str, bits: int, threads: int, cpu: str | None = None) -> Engine:
@@ -105,9 +109,10 @@ def onnxruntime(threads: int) -> Contender:
 def contenders(threads: int, reference: Path | None, record: Record) -> list[Contender]:
     """All that can be measured with that many threads."""
     found: list[Contender] = [native(f"isthmus {name}", format, bits, threads) for name, format, bits, _ in FORMATS]
-    for name, format, bits, kind in FORMATS:
+    for name, format, _, kind in FORMATS:
         if reference and kind:
-            made = quietly(lambda f=format, k=kind, n=name: Prototype(f"prototype {n}", reference, bundle(f), k, threads), "the prototype")  # type: ignore[misc]
+            make = partial(Prototype, f"prototype {name}", reference, bundle(format), kind, threads)
+            made = quietly(make, "the prototype")
             found += [made] if made else []
     if not reference:
         record.skip("the reference prototype", "no --reference folder was named")
@@ -132,7 +137,9 @@ def compare(record: Record, threads: int, speeds: dict[Case, dict[str, Speed]]) 
             if of not in by_name:
                 of = target = None
             key = f"{{}}/{case}/{threads} threads"
-            record.figure(key.format(name), by_name[name].median, "tok/s", target=target, of=key.format(of) if of else None)
+            record.figure(
+                key.format(name), by_name[name].median, "tok/s", target=target, of=key.format(of) if of else None
+            )
         if "llama.cpp Q4_0" in by_name and case.batch == 1:
             ratio = by_name["isthmus 4-bit"].median / by_name["llama.cpp Q4_0"].median
             record.figure(f"isthmus 4-bit over llama.cpp Q4_0/{case}/{threads} threads", ratio, "ratio", target=1.5)
@@ -148,7 +155,7 @@ def main() -> int:
     counts = [int(n) for n in options.threads.split(",")]
     record = Record("decode", {"turns": options.turns, "steps a turn": 20, "cases": [str(c) for c in CASES]})
     quality, cosines = Quality(), {}
-    rows: dict[str, list[float | str | None]] = {}
+    rows: list[list[float | str | None]] = []
     speeds: dict[int, dict[Case, dict[str, Speed]]] = {}
     for threads in counts:
         running = contenders(threads, options.reference, record)
@@ -167,12 +174,14 @@ def main() -> int:
                 contender.part.close()
             elif isinstance(contender, Elsewhere):
                 contender.close()
+    shown = [(case, t) for case in CASES for t in counts if t == counts[-1] or case == CASES[0]]
     for name in speeds[counts[0]][CASES[0]]:
-        rows[name] = [name] + [speeds[t][case][name].median for case in CASES for t in counts] + [cosines.get(name)]
-    rows["roof"] = ["memory roofline"] + [record.figures[f"memory roofline/{t} threads"]["value"] for t in counts]
-    columns = ["engine, tok/s"] + [f"{case}, {t} thr." for case in CASES for t in counts] + ["cosine to float32"]
-    rows["roof"] += [None] * (len(columns) - len(rows["roof"]))
-    record.table("decode", columns, list(rows.values()), note="Medians of contenders taking turns in one run.")
+        if not name.startswith("prototype"):
+            rows.append([name, *(speeds[t][case][name].median for case, t in shown), cosines.get(name)])
+    roofs = [float(record.figures[f"memory roofline/{t} threads"]["value"]) for t in counts]
+    rows.append(["memory roofline", *roofs, *[None] * (len(shown) + 1 - len(roofs))])
+    columns = ["tok/s", *(f"{case}, {t} thread{'s' * (t > 1)}" for case, t in shown), "cosine to float32"]
+    record.table("decode", columns, rows, note="Medians of contenders taking turns in one run.")
     others = []
     for cpu in [name for name in cpu_names() if name != cpu_names()[0]]:
         part = native(f"isthmus 4-bit {cpu}", "q4", 0, counts[-1], cpu)
@@ -183,7 +192,9 @@ def main() -> int:
         others.append([cpu, *got.values()])
     record.table("families", ["kernels", *(f"{c}, {counts[-1]} thr." for c in CASES[:1] + CASES[-1:])], others)
     for name, cosine in cosines.items():
-        record.figure(f"cosine/{name}", cosine, "ratio", target=0.9995 if name == "isthmus 4-bit with minimum" else None)
+        record.figure(
+            f"cosine/{name}", cosine, "ratio", target=0.9995 if name == "isthmus 4-bit with minimum" else None
+        )
     record.write()
     return 0
 

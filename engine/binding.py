@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from isthmus.protocol.errors import EngineError
 from isthmus.quant.packed import GROUP, LANES, PackedMatrix
 
-FORMAT_IDS = {name: i for i, name in enumerate(("f32", "f16", "bf16", "q8", "q8x", "q4", "q4m", "q4x", "n2", "n4", "n8"))}
+FORMAT_IDS = {
+    name: i for i, name in enumerate(("f32", "f16", "bf16", "q8", "q8x", "q4", "q4m", "q4x", "n2", "n4", "n8"))
+}
 _CODES = {"n2": "p0", "n4": "p0", "n8": "p0", "f32": "w", "f16": "w", "bf16": "w"}
 _SCALES = {"n2": "s2", "n4": "s4", "n8": "s4"}
 
@@ -40,7 +42,9 @@ def cpu_names() -> tuple[str, ...]:
         lib = native().lib
     except EngineError:
         return ()
-    return tuple(n for n in ("avx512-vnni", "avx2", "neon-dotprod", "neon", "plain") if lib.im_cpu_supported(n.encode()))
+    return tuple(
+        n for n in ("avx512-vnni", "avx2", "neon-dotprod", "neon", "plain") if lib.im_cpu_supported(n.encode())
+    )
 
 
 def default_threads() -> int:
@@ -137,7 +141,9 @@ def check(matrix: PackedMatrix) -> None:
     for key, expected in expected_bytes(matrix.format, blocks, groups).items():
         have = matrix.arrays[key].nbytes if key in matrix.arrays else 0
         if have != expected:
-            raise EngineError(f"{key} of a {matrix.format} matrix {matrix.rows} x {matrix.cols} has {have} bytes, not {expected}")
+            raise EngineError(
+                f"{key} of a {matrix.format} matrix {matrix.rows} x {matrix.cols} has {have} bytes, not {expected}"
+            )
 
 
 def expected_bytes(format: str, blocks: int, groups: int) -> Mapping[str, int]:
@@ -151,5 +157,7 @@ def expected_bytes(format: str, blocks: int, groups: int) -> Mapping[str, int]:
         scales = n * (64 if format == "q4x" else 32)
         return {"codes": n * 256, "scales": scales} | ({} if format == "q4" else {"mins": scales})
     return {"p0": n * 128} | (
-        {"s2": n * 32} if format == "n2" else {"p1": n * 128, "s4": n * 32} | ({"p2": n * 256} if format == "n8" else {})
+        {"s2": n * 32}
+        if format == "n2"
+        else {"p1": n * 128, "s4": n * 32} | ({"p2": n * 256} if format == "n8" else {})
     )

@@ -69,7 +69,16 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "context_length"):
+        for name in (
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_ff",
+            "vocab_size",
+            "context_length",
+        ):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name} is {getattr(self, name)}", "it must be positive")
         if self.n_heads % self.n_kv_heads:

@@ -98,7 +98,8 @@ class BlockTable:
     def lacking(self, start: int, end: int) -> int:
         """Blocks that must be taken before positions [start, end) can be written."""
         first, last = start // KV_BLOCK, (end - 1) // KV_BLOCK
-        shared = sum(self.pool.users[self.blocks[i]] > 1 for i in range(first, min(last + 1, self.count)))
+        held = range(first, min(last + 1, self.count))
+        shared = sum(self.pool.users[int(self.blocks[i])] > 1 for i in held)
         return max(0, last + 1 - self.count) + shared
 
     def writable(self, start: int, end: int) -> bool:

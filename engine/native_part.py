@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from typing import Any, cast
+from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.binding import Memory, Workers, native
+from isthmus.engine.binding import Workers, native
 from isthmus.engine.config import DecoderConfig
-from isthmus.engine.experts import Expert, ExpertSource
-from isthmus.engine.kv import BlockTable, KvPool
+from isthmus.engine.experts import ExpertSource
+from isthmus.engine.kv import BlockTable
+from isthmus.engine.native_layers import Layers
 from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.errors import EngineError, OutOfBlocks
-from isthmus.quant.packed import PackedMatrix
 
 NUMERICS = Numerics("native-1")
 STEP_ROWS = 256  # rows of one native call; longer prefills are cut, which changes no bit
@@ -93,108 +93,21 @@ class NativeSequence:
             self._open().seat(self)
 
 
-class Layers:
-    """Loaded layers [start, end) as C structs, with the KV pool of their own."""
-
-    def __init__(self, source: WeightSource, start: int, end: int, kv: KvConfig, experts: ExpertSource | None) -> None:
-        config = source.config
-        if not 0 <= start < end <= config.n_layers:
-            raise EngineError(f"layers [{start}, {end}) of {config.n_layers}", "choose 0 <= start < end <= n_layers")
-        self.config, self.start, self.end, self.experts = config, start, end, experts
-        self.pool = KvPool(config, end - start, kv)
-        module, self._memory = native(), Memory()
-        memory, ffi = self._memory, module.ffi
-        part = memory.keep(ffi.new("im_part *"))
-        for name in ("d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "norm_eps", "rope_scale"):
-            setattr(part, name, getattr(config, name))
-        part.start, part.end = start, end
-        part.inv_freq = memory.vector(np.asarray(config.rope_inv_freq, np.float32))
-        if config.experts:
-            part.n_experts, part.top_k = config.experts.n_experts, config.experts.top_k
-            part.renormalize, part.d_expert = config.experts.renormalize, config.experts.d_expert
-        part.kv_f32 = kv.format == "f32"
-        part.kv = memory.pointer(self.pool.memory, "uint8_t *")
-        part.kv_block_bytes = self.pool.memory.shape[1]
-        if start == 0:
-            part.has_embedding = 1
-            memory.matrix(part.embedding, source.embedding())
-        if end == config.n_layers:
-            part.has_head = 1
-            memory.matrix(part.head, source.head())
-            part.final_norm = memory.vector(source.final_norm())
-        part.layers = memory.keep(ffi.new("im_layer[]", end - start))
-        for i in range(start, end):
-            self._layer(part.layers[i - start], source.layer(i), i)
-        self.c_part = part
-
-    def _layer(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
-        config, memory = self.config, self._memory
-        shapes = {
-            "q": (config.n_heads * config.head_dim, config.d_model),
-            "k": (config.n_kv_heads * config.head_dim, config.d_model),
-            "v": (config.n_kv_heads * config.head_dim, config.d_model),
-            "o": (config.d_model, config.n_heads * config.head_dim),
-            "gate": (config.d_ff, config.d_model),
-            "up": (config.d_ff, config.d_model),
-            "down": (config.d_model, config.d_ff),
-        }
-        for name, shape in shapes.items():
-            matrix = cast(PackedMatrix | None, weights.get(name))
-            if matrix is None and not (config.experts and name in ("gate", "up", "down")):
-                raise EngineError(f"layer {index} has no {name!r}", "the bundle is incomplete: split the model again")
-            if matrix is not None and (matrix.rows, matrix.cols) != shape:
-                raise EngineError(f"{name!r} of layer {index} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
-            memory.matrix(getattr(layer, name), matrix)
-        for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias"):
-            setattr(layer, name, memory.vector(cast("NDArray[np.float32] | None", weights.get(name))))
-        layer.window = config.window(index)
-        memory.matrix(layer.router, None)
-        if config.experts:
-            self._experts(layer, weights)
-
-    def _experts(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]]) -> None:
-        from isthmus.quant.groups import quantize
-
-        assert self.config.experts is not None
-        self._memory.matrix(layer.router, quantize(cast("NDArray[np.float32]", weights["router"]), "f32"))
-        layer.experts = self._memory.keep(native().ffi.new("im_expert[]", self.config.experts.n_experts))
-        if self.experts is None:
-            for e in range(self.config.experts.n_experts):
-                names = ("gate", "up", "down")
-                gate, up, down = (cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in names)
-                self.place(layer, e, Expert(gate, up, down))
-
-    def place(self, layer: Any, index: int, expert: Expert) -> None:
-        """Puts an expert into the pinned table."""
-        cell = layer.experts[index]
-        for name in ("gate", "up", "down"):
-            self._memory.matrix(getattr(cell, name), getattr(expert, name))
-        cell.resident = 1
-
-    def bring(self, layer: int, missing: list[int]) -> None:
-        """Has the expert source load what a paused step needs."""
-        if self.experts is None:
-            raise EngineError(f"experts {missing} of layer {layer} are missing", "give the part an ExpertSource")
-        brought = self.experts.bring(layer, missing)
-        for other, index in brought.evicted:
-            self.c_part.layers[other - self.start].experts[index].resident = 0
-        for index, expert in brought.experts.items():
-            self.place(self.c_part.layers[layer - self.start], index, expert)
-
-
 class NativePart:
     """Layers run natively; see `engine.part.Part`. Several `Layers` that follow each other run in one call."""
 
     numerics = NUMERICS
 
     def __init__(self, layers: list[Layers], workers: Workers) -> None:
-        if any(a.end != b.start for a, b in zip(layers, layers[1:], strict=False)):
-            raise EngineError("the parts of a chain do not follow each other", "let each start where the one before ends")
+        if any(a.end != b.start for a, b in pairwise(layers)):
+            raise EngineError(
+                "the parts of a chain do not follow each other", "let each start where the one before ends"
+            )
         module = native()
         self._ffi, self._lib, self._workers, self._layers = module.ffi, module.lib, workers, layers
         self.config: DecoderConfig = layers[0].config
         self.start, self.end = layers[0].start, layers[-1].end
-        self.kv_bytes_per_token = sum(l.pool.memory.shape[1] for l in layers) // KV_BLOCK
+        self.kv_bytes_per_token = sum(piece.pool.memory.shape[1] for piece in layers) // KV_BLOCK
         self._call = module.ffi.new("im_step_call *")
         self._rows_c = module.ffi.new("im_row[]", STEP_ROWS)
         self._rows_raw = module.ffi.buffer(self._rows_c)
@@ -204,7 +117,7 @@ class NativePart:
         self._tokens = module.ffi.new("int32_t[]", STEP_ROWS)
         experts = self.config.experts
         self._needed = module.ffi.new("int32_t[]", experts.n_experts if experts else 1)
-        self._parts = module.ffi.new("im_part *[]", [l.c_part for l in layers])
+        self._parts = module.ffi.new("im_part *[]", [piece.c_part for piece in layers])
         call = self._call
         call.parts, call.n_parts, call.rows = self._parts, len(layers), self._rows_c
         call.samplings, call.tokens_out, call.need_experts = self._samplings, self._tokens, self._needed
@@ -309,7 +222,7 @@ class NativePart:
                     lacking += sequence.tables[i].lacking(span.position, span.position + len(span))
             if lacking > layers.pool.free_blocks:
                 raise OutOfBlocks(
-                    f"{lacking * KV_BLOCK} more tokens of KV are needed and {layers.pool.free_blocks * KV_BLOCK} are free",
+                    f"{lacking * KV_BLOCK} more tokens of KV are needed, {layers.pool.free_blocks * KV_BLOCK} are free",
                     "close a session, shorten the prompt, raise kv_tokens, or choose a sliding window",
                 )
 
@@ -418,7 +331,15 @@ def pieces(spans: list[Span], limit: int) -> list[list[Span]]:
             want = span.want if last or span.want_all else 0
             steps[-1].append(
                 Span(
-                    span.sequence, span.position + at, n, tokens, hidden, span.enter, span.leave, want, span.want_all,
+                    span.sequence,
+                    span.position + at,
+                    n,
+                    tokens,
+                    hidden,
+                    span.enter,
+                    span.leave,
+                    want,
+                    span.want_all,
                     span.sampling,
                 )
             )

@@ -123,8 +123,7 @@ def _small(hidden: NDArray[np.float32], limit: float) -> bool:
     """Whether a small tensor's values surely lie within +-limit; one dot product is the cheapest proof."""
     if hidden.size > _DOT_VALUES:
         return False
-    flat = hidden.ravel()
-    return float(flat.dot(flat)) < limit * limit
+    return float(np.vdot(hidden, hidden)) < limit * limit  # unlike dot, vdot overflows without a warning
 
 
 def _check(hidden: NDArray[np.float32]) -> None:

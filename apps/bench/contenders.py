@@ -137,7 +137,9 @@ def weights_of(source: WeightSource) -> dict[str, Any]:
     names |= {"down": "ffn_down", "attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
     found = {"token_embd.weight": dense(source.embedding()), "output_norm.weight": dense(source.final_norm())}
     for i in range(source.config.n_layers):
-        found |= {f"blk.{i}.{names[key]}.weight": dense(value) for key, value in source.layer(i).items() if key in names}
+        found |= {
+            f"blk.{i}.{names[key]}.weight": dense(value) for key, value in source.layer(i).items() if key in names
+        }
     return found
 
 
@@ -147,7 +149,9 @@ class Elsewhere:
     def __init__(self, name: str, python: Path, script: Path, arguments: Sequence[str]) -> None:
         self.name = name
         command = [str(python), str(script), *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         if self._ask({"do": "ready"}) != "ready":
             raise EngineError(f"{name} did not start", f"try it by hand: {' '.join(command)}")
 

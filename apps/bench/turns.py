@@ -24,7 +24,7 @@ class Case:
     batch: int
 
     def __str__(self) -> str:
-        return f"prefill {self.context}" if not self.batch else f"batch {self.batch}, context {self.context}"
+        return f"prefill of {self.context}" if not self.batch else f"{self.batch} at context {self.context}"
 
     @property
     def tokens(self) -> int:

@@ -30,6 +30,8 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Measure decode and prefill in tokens per second, alternating with a reference where there is one."""
+    from functools import partial
+
     from rich.console import Console
     from rich.table import Table
 
@@ -53,27 +55,44 @@ def decode(
         part = open_part(source, 0, source.config.n_layers, threads=n, kv=kv_for(max(batches)), cpu=cpu, bits=bits)
         contenders: list[Contender] = [Engine("isthmus", part)]
         if reference:
-            other = quietly(lambda n=n: Prototype("reference", reference, source, "n4" if bits else "q4", n), "the reference")  # type: ignore[misc]
+            kind = "n4" if bits else "q4"
+            other = quietly(partial(Prototype, "reference", reference, source, kind, n), "the reference")
             contenders += [other] if other else []
         roof = read_bandwidth(n, buffer_bytes=weight_bytes) / weight_bytes
         for case in cases:
             speeds = measure(contenders, case, turns=turns)
-            entry = {"case": str(case), "threads": n, "tok_s": speeds["isthmus"].median, "best_tok_s": speeds["isthmus"].best}
+            entry = {
+                "case": str(case),
+                "threads": n,
+                "tok_s": speeds["isthmus"].median,
+                "best_tok_s": speeds["isthmus"].best,
+            }
             if case.batch == 1 and not bits:
                 entry |= {"roofline_share": speeds["isthmus"].median / roof}
             if "reference" in speeds:
-                entry |= {"reference_tok_s": speeds["reference"].median, "ratio": speeds["isthmus"].median / speeds["reference"].median}
+                entry |= {
+                    "reference_tok_s": speeds["reference"].median,
+                    "ratio": speeds["isthmus"].median / speeds["reference"].median,
+                }
             found.append(entry)
         part.close()
     if as_json:
         print(json.dumps({"bundle": source.name, "weight_bytes": weight_bytes, "bits": bits, "rows": found}))
         return
     table = Table(title=f"{source.name}: {weight_bytes / 1e6:.1f} MB of weights a token")
-    for column in ("case", "threads", "tok/s", "best tenth", "of the memory's limit") + (("reference", "ratio") if reference else ()):
+    for column in ("case", "threads", "tok/s", "best tenth", "of the memory's limit") + (
+        ("reference", "ratio") if reference else ()
+    ):
         table.add_column(column, justify="left" if column == "case" else "right")
     for entry in found:
-        share = f"{entry['roofline_share']:.0%}" if "roofline_share" in entry else ""  # type: ignore[str-format]
-        cells = [str(entry["case"]), str(entry["threads"]), f"{entry['tok_s']:.0f}", f"{entry['best_tok_s']:.0f}", share]
+        share = f"{entry['roofline_share']:.0%}" if "roofline_share" in entry else ""
+        cells = [
+            str(entry["case"]),
+            str(entry["threads"]),
+            f"{entry['tok_s']:.0f}",
+            f"{entry['best_tok_s']:.0f}",
+            share,
+        ]
         if reference:
             cells += [f"{entry['reference_tok_s']:.0f}", f"{entry['ratio']:.2f}"] if "ratio" in entry else ["", ""]
         table.add_row(*cells)
