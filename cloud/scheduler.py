@@ -7,6 +7,8 @@ Varghese, 1995) in layer-rows, so that one owner's many sessions do not push ano
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,37 +80,34 @@ def step(state: State, demands: Sequence[Demand], limits: ServiceLimits) -> tupl
 
 def _share(state: State, demands: list[Demand], room: int, picks: list[Pick], *, whole: bool) -> State:
     """Adds picks for up to `room` rows; `whole` takes a demand entirely or not at all."""
-    queues: dict[str, list[Demand]] = {}
+    queues: dict[str, deque[Demand]] = {}
     for demand in demands:
-        queues.setdefault(demand.principal, []).append(demand)
-    ring = sorted(queues)
-    later = [name for name in ring if name >= state.turn]
-    ring = later + ring[: len(ring) - len(later)]
-    quantum = max(1, room // len(ring)) * max(demand.layers for demand in demands)
+        queues.setdefault(demand.principal, deque()).append(demand)
+    names = sorted(queues)
+    first = bisect_left(names, state.turn)
+    ring = deque(names[first:] + names[:first])
+    quantum = max(demand.layers for demand in demands)  # one row at least in each round
     deficits = {name: state.deficits.get(name, 0) for name in ring}
-    turn = ""
+    taken: dict[int, int] = {}
     while room > 0 and ring:
-        name = ring.pop(0)
+        name = ring.popleft()
         queue = queues[name]
         deficits[name] += quantum
         while queue and room > 0:
             demand = queue[0]
-            rows = min(demand.rows, room, deficits[name] // demand.layers)
-            if rows < 1 or (whole and rows < demand.rows):
+            left = demand.rows - taken.get(demand.session, 0)
+            rows = min(left, room, deficits[name] // demand.layers)
+            if rows < (left if whole else 1):
                 break
-            picks.append(Pick(demand.session, rows))
+            taken[demand.session] = taken.get(demand.session, 0) + rows
             deficits[name] -= rows * demand.layers
             room -= rows
-            queue.pop(0)
+            if rows == left:
+                queue.popleft()
         if not queue:
             del deficits[name]
-        elif whole and queue[0].rows > room:
-            turn = turn or name
-            continue
-        else:
+        elif not whole or queue[0].rows <= room:
             ring.append(name)
-            turn = turn or name
-    if ring:
-        turn = ring[0]
-    # A principal that could not use its share keeps no more than one round of it.
-    return State({name: min(deficit, quantum) for name, deficit in deficits.items() if deficit}, turn)
+    picks += [Pick(session, rows) for session, rows in taken.items()]
+    most = quantum * max(demand.rows if whole else 1 for demand in demands)
+    return State({name: min(deficit, most) for name, deficit in deficits.items() if deficit}, ring[0] if ring else "")

@@ -1,18 +1,25 @@
-"""A fake part of a model: next token and hidden states are hashes of the prefix, alike whichever way it is split."""
+"""Fakes: a part of a model whose tokens and hidden states are hashes of the prefix, alike whichever way it is split;
+a link that loses, repeats and reorders; a service's transport without sockets."""
 
 from __future__ import annotations
 
+import random
 import struct
 import time
+from collections import deque
+from collections.abc import Sequence
 from hashlib import blake2b
 
+import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, Span, StepResult, Want
 from isthmus.engine.sampling import Sampling
-from isthmus.protocol.errors import EngineError, OutOfBlocks
+from isthmus.protocol.errors import EngineError, LinkError, OutOfBlocks
+from isthmus.protocol.messages import Hello, Message, Welcome, decode, encode
+from isthmus.protocol.transport import Incoming, Transport
 
 _ROOT = bytes(16)
 
@@ -185,3 +192,131 @@ def fake_text(prompt: list[int], count: int, sampling: Sampling | None = None) -
         feed = part.step(Rows().tokens(sequence, sequence.length, feed, sampling=sampling or Sampling())).tokens
         out += feed
     return out
+
+
+class FaultyTransport:
+    """A `protocol.transport.Transport` that loses, repeats, delays and reorders messages both ways.
+
+    Args:
+        inner: the transport in question.
+        drop, repeat, delay: probability of each for a message.
+        delay_s: how long a delayed message is held back; later ones overtake it.
+    """
+
+    def __init__(
+        self,
+        inner: Transport,
+        seed: int,
+        *,
+        drop: float = 0.0,
+        repeat: float = 0.0,
+        delay: float = 0.0,
+        delay_s: float = 0.02,
+    ) -> None:
+        self.inner = inner
+        self.faults = 0
+        self._random = random.Random(seed)
+        self._drop, self._repeat, self._delay, self._delay_s = drop, repeat, delay, delay_s
+        self._up: list[tuple[float, list[bytes]]] = []
+        self._down: list[tuple[float, list[bytes]]] = []
+        self._ready: deque[list[bytes]] = deque()
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        self._move()
+        # The greeting goes through, so that what is tested is the sessions.
+        if msgpack.unpackb(frames[0])[0] == Hello.__struct_config__.tag:
+            return self.inner.send(frames)
+        for copy in self._fate(list(frames), self._up):
+            self.inner.send(copy)
+        return True
+
+    def poll(self, timeout_ms: float, *, sending: bool = False) -> bool:
+        until = time.monotonic() + timeout_ms * 1e-3
+        while True:
+            self._move()
+            if self._ready:
+                return True
+            left_ms = (until - time.monotonic()) * 1e3
+            if left_ms <= 0.0:
+                return False
+            if self.inner.poll(min(left_ms, 5.0), sending=sending) and sending:
+                return True
+
+    def recv(self) -> list[bytes] | None:
+        self._move()
+        return self._ready.popleft() if self._ready else None
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _fate(self, frames: list[bytes], held: list[tuple[float, list[bytes]]]) -> list[list[bytes]]:
+        chance = self._random.random()
+        if chance < self._drop:
+            self.faults += 1
+            return []
+        if chance < self._drop + self._repeat:
+            self.faults += 1
+            return [frames, frames]
+        if chance < self._drop + self._repeat + self._delay:
+            self.faults += 1
+            held.append((time.monotonic() + self._random.random() * self._delay_s, frames))
+            return []
+        return [frames]
+
+    def _move(self) -> None:
+        now = time.monotonic()
+        for held in (self._up, self._down):
+            due = [entry for entry in held if entry[0] <= now]
+            for entry in due:
+                held.remove(entry)
+                if held is self._up:
+                    self.inner.send(entry[1])
+                else:
+                    self._ready.append(entry[1])
+        while (frames := self.inner.recv()) is not None:
+            if msgpack.unpackb(frames[0])[0] == Welcome.__struct_config__.tag:
+                self._ready.append(frames)
+            else:
+                self._ready.extend(self._fate(frames, self._down))
+
+
+class MemoryServer:
+    """A `cloud.peers.ServerTransport` without sockets: tests put messages in and take answers out.
+
+    Attributes:
+        sent: answers by route.
+        gone: routes that cannot be reached.
+        full: routes whose queue takes nothing.
+    """
+
+    address = "memory"
+
+    def __init__(self) -> None:
+        self.waiting: deque[Incoming] = deque()
+        self.sent: dict[bytes, list[Message]] = {}
+        self.gone: set[bytes] = set()
+        self.full: set[bytes] = set()
+        self.closed = False
+
+    def put(self, message: Message, route: bytes = b"a", key: str = "") -> None:
+        self.waiting.append(Incoming(route, key, encode(message)))
+
+    def take(self, route: bytes = b"a") -> list[Message]:
+        return self.sent.pop(route, [])
+
+    def poll(self, timeout_ms: float) -> bool:
+        return bool(self.waiting)
+
+    def recv(self) -> Incoming | None:
+        return self.waiting.popleft() if self.waiting else None
+
+    def send(self, route: bytes, frames: list[bytes]) -> bool:
+        if route in self.gone:
+            raise LinkError("the device is gone")
+        if route in self.full:
+            return False
+        self.sent.setdefault(route, []).append(decode(frames))
+        return True
+
+    def close(self) -> None:
+        self.closed = True

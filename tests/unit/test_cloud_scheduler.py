@@ -1,0 +1,115 @@
+"""The scheduler and admission: pure functions, so every rule is checked without a clock or a socket."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.cloud.admission import Load, ServiceLimits, refusal
+from isthmus.cloud.scheduler import Demand, Pick, State, step
+from isthmus.protocol.errors import ServiceError
+
+LIMITS = ServiceLimits(max_step_rows=64, decode_rows=4, prefill_rows=32, prefill_rows_beside_decode=8)
+
+
+@st.composite
+def demands(draw: st.DrawFn) -> list[Demand]:
+    rows = draw(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 200), st.integers(1, 30)), max_size=100))
+    return [Demand(number, *fields) for number, fields in enumerate(rows)]
+
+
+@given(demands(), st.dictionaries(st.sampled_from("abc"), st.integers(0, 500)), st.sampled_from(["", "a", "b", "c"]))
+def test_every_step_keeps_the_limits(waiting: list[Demand], deficits: dict[str, int], turn: str) -> None:
+    _, picks = step(State(deficits, turn), waiting, LIMITS)
+    by_number = {demand.session: demand for demand in waiting}
+    assert len({pick.session for pick in picks}) == len(picks)
+    assert bool(picks) == bool(waiting)
+    assert all(1 <= pick.rows <= by_number[pick.session].rows for pick in picks)
+    assert sum(pick.rows for pick in picks) <= LIMITS.max_step_rows
+    decode = [pick for pick in picks if by_number[pick.session].rows <= LIMITS.decode_rows]
+    prefill = sum(pick.rows for pick in picks) - sum(pick.rows for pick in decode)
+    assert all(pick.rows == by_number[pick.session].rows for pick in decode)
+    assert prefill <= (LIMITS.prefill_rows_beside_decode if decode else LIMITS.prefill_rows)
+
+
+def test_decode_goes_first_and_all_of_it() -> None:
+    waiting = [Demand(0, "a", 200), *(Demand(number, "a", 1) for number in range(1, 20))]
+    _, picks = step(State(), waiting, LIMITS)
+    assert picks == [*(Pick(number, 1) for number in range(1, 20)), Pick(0, 8)]
+
+
+def test_prefill_alone_takes_large_chunks() -> None:
+    assert step(State(), [Demand(0, "a", 200)], LIMITS)[1] == [Pick(0, 32)]
+    assert step(State(), [Demand(0, "a", 33)], LIMITS)[1] == [Pick(0, 32)]
+
+
+def _served(waiting: list[Demand], steps: int) -> dict[str, int]:
+    """Layer-rows that each principal got when its demands never end."""
+    state, served = State(), dict.fromkeys((demand.principal for demand in waiting), 0)
+    for _ in range(steps):
+        state, picks = step(state, waiting, LIMITS)
+        for pick in picks:
+            demand = waiting[pick.session]
+            served[demand.principal] += pick.rows * demand.layers
+    return served
+
+
+def test_principals_share_prefill_whatever_their_number_of_sessions() -> None:
+    served = _served([Demand(0, "few", 500), *(Demand(number, "many", 500) for number in range(1, 20))], 200)
+    assert served["few"] == pytest.approx(served["many"], rel=0.05)
+
+
+def test_principals_share_layer_rows_not_rows() -> None:
+    served = _served([Demand(0, "deep", 500, 30), Demand(1, "shallow", 500, 10)], 400)
+    assert served["deep"] == pytest.approx(served["shallow"], rel=0.1)
+
+
+def test_principals_share_decode_when_it_does_not_all_fit() -> None:
+    served = _served([*(Demand(n, "few", 4) for n in range(10)), *(Demand(n, "many", 4) for n in range(10, 100))], 300)
+    assert served["few"] == pytest.approx(served["many"], rel=0.3)
+
+
+@given(demands().filter(bool))
+def test_nobody_starves(waiting: list[Demand]) -> None:
+    state, left = State(), {demand.session: demand for demand in waiting}
+    for _ in range(sum(demand.rows for demand in waiting) + 1):
+        if not left:
+            break
+        state, picks = step(state, list(left.values()), LIMITS)
+        for pick in picks:
+            demand = left.pop(pick.session)
+            if demand.rows > pick.rows:
+                left[pick.session] = Demand(pick.session, demand.principal, demand.rows - pick.rows, demand.layers)
+    assert not left
+
+
+EMPTY = Load(0, 0, 0, 1000, 1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("load", "positions", "window", "waiting_helps"),
+    [
+        (EMPTY, 0, 0, None),
+        (EMPTY, 1000, 0, None),
+        (EMPTY, 1001, 0, False),
+        (EMPTY, 5000, 500, None),
+        (Load(2, 2, 0, 1000, 1000, 0), 0, 0, True),
+        (Load(3, 0, 0, 1000, 1000, 0), 0, 0, True),
+        (Load(3, 0, 1, 1000, 1000, 0), 0, 0, None),
+        (Load(1, 0, 0, 0, 1000, 0), 0, 0, True),
+        (Load(1, 0, 0, 100, 1000, 0), 200, 0, True),
+        (Load(1, 0, 1, 100, 1000, 100), 200, 0, None),
+    ],
+)
+def test_admission(load: Load, positions: int, window: int, waiting_helps: bool | None) -> None:
+    limits = ServiceLimits(max_sessions=3, max_sessions_per_principal=2)
+    why = refusal(load, limits, positions, window)
+    assert (why[1] if why else None) is waiting_helps
+
+
+def test_limits_check_themselves() -> None:
+    with pytest.raises(ServiceError, match="max_sessions is 0"):
+        ServiceLimits(max_sessions=0)
+    with pytest.raises(ServiceError, match="max_step_rows"):
+        ServiceLimits(max_step_rows=16)
