@@ -56,7 +56,9 @@ def main() -> int:
     help_s = statistics.median(run("--help")[0] for _ in range(options.runs))
     record.figure("weights", weights_mb, "MB")
     record.figure("KV of the run", kv_mb, "MB")
-    record.figure("resident memory beyond weights and KV", peak_mb - weights_mb - kv_mb, "MB", target=ALLOWANCE_MB, at_most=True)
+    record.figure(
+        "resident memory beyond weights and KV", peak_mb - weights_mb - kv_mb, "MB", target=ALLOWANCE_MB, at_most=True
+    )
     record.figure("process start to first token, and exit", first_s, "s", target=1.0, at_most=True)
     record.figure("isthmus --help", help_s, "s", target=0.2, at_most=True)
     rows = [[name, round(float(entry["value"]), 3), entry["unit"]] for name, entry in record.figures.items()]

@@ -17,7 +17,7 @@ from pathlib import Path
 from models import BENCH, bundle
 from record import Record
 
-from isthmus.apps.cli.demo import Cloud
+from isthmus.apps.cli.cloud_process import CloudProcess
 from isthmus.edge import Device
 from isthmus.protocol.keys import AllowList, write_pair
 
@@ -40,7 +40,13 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--cut", type=int, default=15)
     options = parser.parse_args()
-    settings = {"turns": options.turns, "cut": options.cut, "tokens an answer": TOKENS, "format": "q4", "link": "loopback"}
+    settings = {
+        "turns": options.turns,
+        "cut": options.cut,
+        "tokens an answer": TOKENS,
+        "format": "q4",
+        "link": "loopback",
+    }
     record = Record("loopback", settings)
     bundle("q4")
     folder = BENCH / "smollm2-q4"
@@ -51,7 +57,7 @@ def main() -> int:
             keys = Path(temporary)
             write_pair(keys, "server")
             AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "bench")
-            with Cloud(folder, keys, threads) as cloud:
+            with CloudProcess(folder, keys, threads) as cloud:
                 measured = alternate(folder, cloud.address, keys, threads, options.cut, options.turns, ways)
         local = f"local/{threads} threads"
         for (mode, codec), (tok_s, up, same) in measured.items():

@@ -156,8 +156,7 @@ def expected_bytes(format: str, blocks: int, groups: int) -> Mapping[str, int]:
     if format in ("q4", "q4m", "q4x"):
         scales = n * (64 if format == "q4x" else 32)
         return {"codes": n * 256, "scales": scales} | ({} if format == "q4" else {"mins": scales})
-    return {"p0": n * 128} | (
-        {"s2": n * 32}
-        if format == "n2"
-        else {"p1": n * 128, "s4": n * 32} | ({"p2": n * 256} if format == "n8" else {})
-    )
+    planes = {"p0": n * 128, "s2": n * 32}
+    if format in ("n4", "n8"):
+        planes |= {"p1": n * 128, "s4": n * 32}
+    return planes | ({"p2": n * 256} if format == "n8" else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,6 @@ MODES = (
     ("split", "the device computes layers [0, {cut}), the cloud the rest: a hidden state up for every token"),
 )
 COLOR_NAMES = {"device": "green", "cloud": "blue", "split": "magenta"}  # as in tokens.COLORS
-START_S = 60.0
 
 
 def command(
@@ -38,6 +37,7 @@ def command(
 
     from rich.console import Console
 
+    from isthmus.apps.cli.cloud_process import START_S, CloudProcess
     from isthmus.edge import Device, Timeouts
     from isthmus.protocol.keys import AllowList, write_pair
 
@@ -48,7 +48,7 @@ def command(
         write_pair(keys, "server")
         AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "demo")
         with (
-            _Cloud(folder, keys, threads) as cloud,
+            CloudProcess(folder, keys, threads) as cloud,
             Device(
                 folder,
                 cloud.address,
@@ -94,73 +94,6 @@ def _bundle(console: Console) -> Path:
             force=True,
         )
     return folder
-
-
-class _Cloud:
-    """`isthmus serve` in a process of its own."""
-
-    def __init__(self, bundle: Path, keys: Path, threads: int) -> None:
-        self._bundle, self._keys, self._threads = bundle, keys, threads
-        self._process: Any = None
-        self.address = ""
-
-    def __enter__(self) -> _Cloud:
-        import subprocess
-        import sys
-
-        port = _free_port()
-        self.address = f"tcp://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "isthmus.apps.cli", "serve", str(self._bundle), "--listen", self.address]
-        command += ["--keys", str(self._keys), "--threads", str(self._threads)]
-        self._log = (self._keys / "cloud.log").open("w+")
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
-        try:
-            self._wait(port)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import subprocess
-
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def _wait(self, port: int) -> None:
-        """Until the cloud listens.
-
-        Raises:
-            ServiceError: it ended, or took too long.
-        """
-        import socket
-        import time
-
-        from isthmus.protocol.errors import ServiceError
-
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with socket.socket() as probe:
-                probe.settimeout(1.0)
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.02)
-        self._log.seek(0)
-        said = self._log.read().strip().splitlines()
-        raise ServiceError(f"the cloud process did not start: {said[-1] if said else 'it said nothing'}", "try again")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _ask(console: Console, device: Device, mode: str, about: str, question: str, max_tokens: int) -> tuple[str, Stats]:

@@ -1,0 +1,69 @@
+"""`isthmus serve` in a process of its own, for demos and measurements on one machine."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from isthmus.protocol.errors import ServiceError
+
+START_S = 60.0
+
+
+class CloudProcess:
+    """`isthmus serve` in a process of its own."""
+
+    def __init__(self, bundle: Path, keys: Path, threads: int) -> None:
+        self._bundle, self._keys, self._threads = bundle, keys, threads
+        self._process: Any = None
+        self.address = ""
+
+    def __enter__(self) -> CloudProcess:
+        port = _free_port()
+        self.address = f"tcp://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "isthmus.apps.cli", "serve", str(self._bundle), "--listen", self.address]
+        command += ["--keys", str(self._keys), "--threads", str(self._threads)]
+        self._log = (self._keys / "cloud.log").open("w+")
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
+        try:
+            self._wait(port)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _wait(self, port: int) -> None:
+        """Until the cloud listens.
+
+        Raises:
+            ServiceError: it ended, or took too long.
+        """
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with socket.socket() as probe:
+                probe.settimeout(1.0)
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.02)
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()
+        raise ServiceError(f"the cloud process did not start: {said[-1] if said else 'it said nothing'}", "try again")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
