@@ -110,7 +110,7 @@ def main() -> int:
         name = f"{variant.name}/{variant.threads} threads/{place}"
         for key in ("steps/s", "step ms", "overhead us", "share", "requests/s"):
             record.figure(f"{name}/{key}", median[key], key.split(" ")[-1])
-        rows.append([variant.name, variant.threads, place, *(median.get(key) for key in columns[3:])])
+        rows.append([variant.name, variant.threads, place, *[median.get(key) for key in columns[3:]]])
     record.table("steps", columns, rows, note="")
     record.write()
     for row in [columns, *rows]:

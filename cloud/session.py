@@ -468,7 +468,7 @@ class Session:
                 reason = "stop"
             elif len(work.tokens) >= work.max_tokens:
                 reason = "length"
-        return self._tokens(work, work.tokens, reason)
+        return self._tokens(work, work.tokens.copy(), reason)
 
     def _room(self) -> None:
         if len(self.work) >= self.shape.max_waiting:

@@ -14,7 +14,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.engine.experts import ExpertSource
 from isthmus.engine.kv import BlockTable
 from isthmus.engine.native_layers import Layers
-from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
+from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.errors import EngineError, OutOfBlocks
 
@@ -52,9 +52,10 @@ class NativeSequence:
             EngineError: `length` lies outside of what is held.
         """
         self._open()
-        oldest = max(table.dropped for table in self.tables) * KV_BLOCK
-        if not 0 <= length <= self.length or (length < oldest and oldest):
-            raise EngineError(f"cannot go back to {length} of {self.length} positions", f"keep at least {oldest}")
+        dropped = max(table.dropped for table in self.tables) * KV_BLOCK
+        least = dropped + self.window - 1 if dropped else 0  # the next row must still see a whole window
+        if not least <= length <= self.length:
+            raise EngineError(f"cannot go back to {length} of {self.length} positions", f"keep at least {least}")
         for table in self.tables:
             table.truncate(length)
         self.length = length
@@ -84,7 +85,7 @@ class NativeSequence:
         moved = False
         for table in self.tables:
             if self.window:
-                table.drop_before(start + 1 - self.window)
+                table.drop_before(start + 1 - self.window - KV_SLACK)
             blocks = table.blocks
             table.writable(start, end)
             moved |= blocks is not table.blocks

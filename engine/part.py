@@ -15,6 +15,7 @@ from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.quant.packed import PackedMatrix
 
 KV_BLOCK = 16  # positions in one KV block
+KV_SLACK = 32  # positions that a sliding window keeps beyond its own, so that as many can be taken back
 
 
 class WeightSource(Protocol):
@@ -96,7 +97,7 @@ class Sequence(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forgets the positions from `length` on."""
+        """Forgets the positions from `length` on; under a sliding window the last `KV_SLACK` at most."""
         ...
 
     def fork(self) -> Sequence:

@@ -79,7 +79,7 @@ def read_machine(root: Path = Path("/")) -> Machine:
     name = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", cpuinfo, re.M)
     cores = set(re.findall(r"^physical id\s*:\s*(\d+)$.*?^core id\s*:\s*(\d+)$", cpuinfo, re.M | re.S))
     return Machine(
-        system=f"{platform.system()} {platform.release()}",
+        system=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         architecture=platform.machine(),
         python=platform.python_version(),
         processor=name[1].strip() if name else platform.processor() or "unknown processor",

@@ -271,7 +271,7 @@ def test_a_stream_begun_again_goes_on_from_the_log(steps: int, more: int, chunk:
     replies = [*([reply] if reply is not None else []), *run(one, chunk)]
     assert all(isinstance(reply, Tokens) for reply in replies)
     assert [token for reply in replies for token in reply.tokens] == TEXT[:more]
-    assert [reply.position for reply in replies if reply.tokens][0] == 8
+    assert next(reply.position for reply in replies if reply.tokens) == 8
     assert replies[-1].done
     assert replies[-1].reason == "length"
 

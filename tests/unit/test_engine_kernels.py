@@ -140,6 +140,8 @@ def test_arrays_of_another_size_are_refused(format: str) -> None:
     matrix = random_matrix(format, 20, 40, np.random.default_rng(0))
     check(matrix)
     for name, array in matrix.arrays.items():
+        if name == "s2" and format != "n2":
+            continue  # the scales of the narrower view, which this width never reads
         wrong: dict[str, Any] = {**matrix.arrays, name: array[:1]}
         with pytest.raises(EngineError, match=f"{name} of a {format} matrix"):
             check(PackedMatrix(format, 20, 40, wrong))
