@@ -50,7 +50,7 @@ _MESSAGES_A_TURN = 64
 _RANGES_A_TURN = 8
 _CHORES_S = 0.05
 _REFRESH_S = 1.0
-_MAX_REFUSED = 20
+_BYE_S = 0.1
 _LOCAL = "local"  # principal of connections in the clear, which only this machine can make
 
 
@@ -91,7 +91,7 @@ class Service:
         self._runner = Runner(self._registry, self.limits, self.metrics, clock)
         self._bulk: deque[Peer] = deque()
         self._stop_asked = False
-        self._stop_by_s: float | None = None
+        self._stop_s = self.limits.stop_ms * 1e-3
         self._closed = False
         self._chores_at_s = self._refresh_at_s = 0.0
         self._handlers: dict[type, Callable[[Peer, Any, str, int, float], None]] = {
@@ -116,7 +116,9 @@ class Service:
             while not self._stop_asked:
                 self.turn(100.0)
             self._say_bye()
-            while self._stop_by_s is not None and self._clock() < self._stop_by_s and self._busy():
+            began_s = self._clock()
+            # A connection that closes takes unread messages with it, so devices get a moment to read the Bye.
+            while (passed_s := self._clock() - began_s) < _BYE_S or (self._busy() and passed_s < self._stop_s):
                 self.turn(10.0)
         finally:
             self.close()
@@ -355,7 +357,6 @@ class Service:
         peer.send(Range(model.offer.model_id, message.name, message.offset, found[1], found[0]))
 
     def _say_bye(self) -> None:
-        self._stop_by_s = self._clock() + self.limits.stop_ms * 1e-3
         for peer in self._peers.values():
             peer.send(Bye(self.limits.stop_ms, "this cloud is stopping"))
 
@@ -380,7 +381,7 @@ class Service:
         if self._allowed is not None:
             try:
                 if self._allowed.refresh():
-                    _log.info("%d keys are allowed now", len(self._allowed.entries()))
+                    self._expel({name for _, name in self._allowed.entries()})
             except ProtocolError as error:
                 _log.warning("%s", error)
         self.metrics.gauges = {
@@ -390,3 +391,10 @@ class Service:
             "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
             "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
         }
+
+    def _expel(self, principals: set[str]) -> None:
+        """The list changed: sessions of those who are not on it any more end, streams included."""
+        _log.info("%d principals are allowed now", len(principals))
+        for session, _ in self._registry:
+            if session.principal not in principals:
+                self._registry.forget(session)

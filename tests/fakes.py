@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -293,7 +294,7 @@ class MemoryServer:
 
     def __init__(self) -> None:
         self.waiting: deque[Incoming] = deque()
-        self.sent: dict[bytes, list[Message]] = {}
+        self.sent: dict[bytes, list[Any]] = {}
         self.gone: set[bytes] = set()
         self.full: set[bytes] = set()
         self.closed = False
@@ -301,7 +302,7 @@ class MemoryServer:
     def put(self, message: Message, route: bytes = b"a", key: str = "") -> None:
         self.waiting.append(Incoming(route, key, encode(message)))
 
-    def take(self, route: bytes = b"a") -> list[Message]:
+    def take(self, route: bytes = b"a") -> list[Any]:
         return self.sent.pop(route, [])
 
     def poll(self, timeout_ms: float) -> bool:

@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from isthmus.cloud.admission import ServiceLimits
-from isthmus.cloud.files import BundleFiles
-from isthmus.cloud.models import Model, serve_part
-from isthmus.cloud.service import Service
+from isthmus.cloud.models import serve_part
 from isthmus.engine.part import KvConfig
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import BundleError, EngineError, ServiceError
+from isthmus.protocol.errors import EngineError, ServiceError
 from isthmus.protocol.keys import AllowList
 from isthmus.protocol.limits import LinkLimits
-from isthmus.protocol.transport import Incoming
-from tests.fakes import FakePart, MemoryServer, fake_text
-
-ANNA, BERT = "A" * 40, "B" * 40
-PROMPT = [3, 1, 4, 1, 5]
-TEXT = fake_text(PROMPT, 20)
-SESSION = bytes(range(16))
-
-
-class World:
-    """A service with one thread of time."""
-
-    def __init__(self, *models: Model, allowed: AllowList | None = None, link: LinkLimits | None = None, **limits: Any):
-        self.now = 1000.0
-        self.wire = MemoryServer()
-        self.service = Service(
-            models or (serve_part(FakePart(), "aa", "fake"),),
-            self.wire,
-            allowed,
-            limits=ServiceLimits(**limits),
-            link_limits=link or LinkLimits(),
-            clock=lambda: self.now,
-        )
-
-    def ask(self, *messages: m.Message, route: bytes = b"a", key: str = "", turns: int = 1) -> list[Any]:
-        """What comes back when these messages arrive together."""
-        for message in messages:
-            self.wire.put(message, route, key)
-        for _ in range(turns):
-            self.service.turn(0.0)
-        return self.wire.take(route)
-
-    def open(self, route: bytes = b"a", key: str = "", **fields: Any) -> Any:
-        """The answer to Hello and Open."""
-        fields = {"session": SESSION, "alias": 1, "epoch": 1, "model_id": "aa", **fields}
-        return self.ask(m.Hello(1, 1), m.Open(**fields), route=route, key=key)[-1]
-
-    def later(self, seconds: float) -> None:
-        self.now += seconds
-        self.service.turn(0.0)
-
-
-def rows(log: list[int], count: int, **fields: Any) -> m.Rows:
-    at = len(log) - count
-    return m.Rows(fields.pop("alias", 1), fields.pop("epoch", 1), at, Chain(log[:at]).head, log[at:], **fields)
-
-
-def code(message: Any) -> m.Code:
-    assert isinstance(message, m.Fault), message
-    assert message.problem
-    return message.code
+from tests.cloud_world import ANNA, BERT, PROMPT, TEXT, World, code, rows
+from tests.fakes import FakePart, fake_text
 
 
 def test_hello_tells_what_is_served() -> None:
@@ -208,11 +152,16 @@ def test_sessions_belong_to_principals_not_to_keys_or_connections(tmp_path: Path
 def test_a_revoked_key_is_out_at_once(tmp_path: Path) -> None:
     allowed = AllowList(tmp_path / "allowed")
     allowed.allow(ANNA, "anna")
-    world = World(allowed=allowed)
+    part = FakePart()
+    world = World(serve_part(part, "aa", "fake"), allowed=allowed)
     world.open(key=ANNA)
+    world.ask(m.Generate(1, 1, 0, Chain().head, PROMPT, 1000), key=ANNA, turns=3)
     AllowList(tmp_path / "allowed").revoke("anna")
     world.later(1.1)
-    assert code(world.ask(rows(PROMPT, 5), key=ANNA)[0]) == m.Code.NOT_ALLOWED
+    world.wire.take()
+    assert part.sequences == []
+    assert code(world.ask(rows(PROMPT, 5), key=ANNA, turns=3)[0]) == m.Code.NOT_ALLOWED
+    assert world.wire.take() == []
 
 
 def test_a_stream_is_sent_token_by_token_and_can_be_cancelled() -> None:
@@ -322,7 +271,7 @@ def test_kv_that_one_session_fills_is_full() -> None:
     assert world.ask(rows(PROMPT, 5))[0].tokens == TEXT[:1]
 
 
-def test_one_sessions_failure_does_not_touch_the_others() -> None:
+def test_one_sessions_failure_does_not_touch_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     part = FakePart()
     world = World(serve_part(part, "aa", "fake"))
     for route in (b"a", b"b", b"c"):
@@ -336,7 +285,7 @@ def test_one_sessions_failure_does_not_touch_the_others() -> None:
             raise EngineError("the fake engine broke")
         return step(engine_rows)
 
-    part.step = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(part, "step", broken)
     log = PROMPT + TEXT[:1]
     for route in (b"a", b"b", b"c"):
         world.wire.put(rows(log, 1), route)
@@ -392,77 +341,6 @@ def test_credit_comes_back_and_overdrawing_is_refused() -> None:
     assert m.Code.BAD_MESSAGE in {answer.code for answer in answers if isinstance(answer, m.Fault)}
 
 
-def test_ranges_wait_for_decode(tmp_path: Path) -> None:
-    world = World(serve_part(FakePart(), "aa", "fake", files=bundle(tmp_path)))
-    world.open()
-    world.open(b"b", session=b"b" * 16)
-    world.wire.put(m.Generate(1, 1, 0, Chain().head, PROMPT, 10))
-    digest = hashlib.sha256(DATA).hexdigest()
-    for offset in range(0, 20000, 1000):
-        world.wire.put(m.GetRange("aa", "weights/one.bin", digest, offset, 1000), b"b")
-    world.service.turn(0.0)
-    assert len(world.wire.take(b"b")) == 1
-    for _ in range(25):
-        world.service.turn(0.0)
-    assert b"".join(answer.data for answer in world.wire.take(b"b") if isinstance(answer, m.Range)) == DATA[1000:20000]
-    assert len(world.wire.take()) == 10
-
-
-DATA = bytes(range(256)) * 300
-
-
-def bundle(folder: Path) -> BundleFiles:
-    (folder / "weights").mkdir()
-    (folder / "weights" / "one.bin").write_bytes(DATA)
-    (folder.parent / "secret").write_text("secret")
-    entries = {
-        "weights/one.bin": {"bytes": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest()},
-        "../secret": {"bytes": 6, "sha256": "0" * 64},
-        "absent": {"bytes": 6, "sha256": "0" * 64},
-        "weights": {"bytes": 6, "sha256": "0" * 64},
-    }
-    (folder / "bundle.json").write_text(json.dumps({"files": entries}))
-    (folder / "private.key").write_text("secret")
-    return BundleFiles(folder)
-
-
-def test_a_bundle_is_given_out_in_ranges_and_nothing_else(tmp_path: Path) -> None:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    files = bundle(folder)
-    world = World(serve_part(FakePart(), "aa", "fake", files=files))
-    (_, manifest) = world.ask(m.Hello(1, 1), m.GetManifest(""))
-    assert manifest.data == (folder / "bundle.json").read_bytes()
-    digest = hashlib.sha256(DATA).hexdigest()
-    whole = b""
-    while True:
-        (answer,) = world.ask(m.GetRange("aa", "weights/one.bin", digest, len(whole), 65536))
-        assert answer.total_bytes == len(DATA)
-        assert answer.offset == len(whole)
-        if not answer.data:
-            break
-        whole += answer.data
-    assert whole == DATA
-    for name in ("../secret", "absent", "weights", "private.key", "bundle.json", "/etc/passwd", ""):
-        (fault,) = world.ask(m.GetRange("aa", name, "0" * 64, 0, 100))
-        assert code(fault) == m.Code.NOT_FOUND
-    (fault,) = world.ask(m.GetRange("aa", "weights/one.bin", "1" * 64, 0, 100))
-    assert code(fault) == m.Code.NOT_FOUND
-
-
-def test_a_cloud_may_keep_its_bundle() -> None:
-    world = World()
-    _, fault = world.ask(m.Hello(1, 1), m.GetManifest("aa"))
-    assert code(fault) == m.Code.NOT_FOUND
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": []}', '{"files": {"a": {}}}'])
-def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "bundle.json").write_text(text)
-    with pytest.raises(BundleError):
-        BundleFiles(tmp_path)
-
-
 def test_stopping_finishes_what_is_under_way() -> None:
     world = World()
     world.open()
@@ -471,6 +349,7 @@ def test_stopping_finishes_what_is_under_way() -> None:
     world.service.stop()
     assert world.service.health()["status"] == "stopping"
     world.wire.put(m.Open(b"n" * 16, 2, 1, "aa"))
+    world.tick = 0.001
     world.service.run()
     answers = world.wire.take()
     assert sum(isinstance(answer, m.Bye) for answer in answers) == 1
@@ -492,55 +371,3 @@ def test_metrics_are_prometheus_text() -> None:
     assert values['isthmus_faults_total{code="gap"}'] == "1"
     assert values["isthmus_sessions"] == "1"
     assert values["isthmus_step_ms_count"] == values['isthmus_step_ms_bucket{le="+Inf"}'] == "1"
-
-
-FRAMES = [
-    m.encode(message)[0]
-    for message in (
-        m.Hello(1, 1),
-        m.Open(SESSION, 1, 1, "aa"),
-        m.Open(b"z" * 16, 2, 3, "aa", 2),
-        rows(PROMPT, 5),
-        rows(PROMPT, 2),
-        m.Generate(1, 1, 0, Chain().head, PROMPT, 3),
-        m.Truncate(1, 2, 1),
-        m.Cancel(1, 1),
-        m.Close(1, 1),
-        m.GetRange("aa", "x", "0" * 64, 0, 1),
-        m.GetManifest(""),
-        m.Ping(1),
-        m.Credit(5),
-    )
-]
-
-
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(FRAMES), st.integers(0, 100), st.integers(0, 255), st.booleans(), st.binary(max_size=30)
-        ),
-        max_size=40,
-    )
-)
-def test_an_honest_session_is_served_whatever_others_send(noise: list[tuple[bytes, int, int, bool, bytes]]) -> None:
-    part = FakePart()
-    world = World(serve_part(part, "aa", "fake"))
-    world.open(b"honest", session=b"h" * 16)
-    log, said = list(PROMPT), list(PROMPT)
-    for frame, at, byte, mutate, extra in noise:
-        changed = bytearray(frame)
-        if mutate:
-            changed[at % len(changed)] = byte
-        world.wire.waiting.append(Incoming(b"bad", "", [bytes(changed), extra] if extra else [bytes(changed)]))
-        world.wire.put(rows(log, len(said)), b"honest")
-        world.service.turn(0.0)
-        (result,) = [answer for answer in world.wire.take(b"honest") if isinstance(answer, m.Result)]
-        said = result.tokens
-        log += said
-    assert log == PROMPT + fake_text(PROMPT, len(noise))
-    for model in world.service.models.values():
-        for session in model.sessions:
-            assert session.sequence.length == session.committed <= len(session.chain)
-    world.service.close()
-    assert part.sequences == []

@@ -74,7 +74,8 @@ def refused(code: Code, call: Any, *arguments: Any) -> Refusal:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_decode_by_rows_gives_the_models_text(chunk: int) -> None:
-    one, log, said = session(), list(PROMPT), []
+    one, log = session(), list(PROMPT)
+    said: list[int] = []
     one.rows(ask(log, len(PROMPT)), 0.0)
     while len(said) < 10:
         (result,) = run(one, chunk)
