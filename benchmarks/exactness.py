@@ -76,7 +76,8 @@ def compare(everywhere: dict[str, Found]) -> tuple[list[list[str]], int, int]:
     first = next(iter(everywhere.values()))
     rows, hashed, differ = [], 0, 0
     for case, golden in first.hashes.items():
-        agree, other = [], []
+        agree: list[str] = []
+        other: list[str] = []
         for architecture, found in everywhere.items():
             same = found.hashes.get(case) == golden
             for family in found.families:

@@ -74,6 +74,17 @@ def measure(library: Path, work: int, variant: Variant, beside: bool, seconds: f
             other.join()
 
 
+def verdict(medians: list[dict[str, float]]) -> str:
+    """One sentence on the medians, in the order of the table."""
+    own, half = medians[0], len(VARIANTS)
+    pool, openmp, passive = (medians[half + i]["steps/s"] for i in (2, 3, 4))
+    return (
+        f"With 1 thread the service spends {own['share']:.0%} of its time in steps and {own['overhead us']:.0f} us "
+        f"a step on {own['requests/s'] / own['steps/s']:.0f} requests; with 2 threads beside a second engine "
+        f"the own pool makes {pool:.0f} steps/s, OpenMP {openmp:.0f} and passive OpenMP {passive:.0f}."
+    )
+
+
 def main() -> int:
     """Measures in turns and writes results/steps.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,16 +115,20 @@ def main() -> int:
     ]
     columns.append("neighbour ms")
     rows: list[list[str | float | None]] = []
+    medians: list[dict[str, float]] = []
     for (variant, beside), found in runs.items():
         median = {key: statistics.median(run[key] for run in found) for key in found[0]}
+        medians.append(median)
         place = "second engine" if beside else "nothing"
         name = f"{variant.name}/{variant.threads} threads/{place}"
         for key in ("steps/s", "step ms", "overhead us", "share", "requests/s"):
             record.figure(f"{name}/{key}", median[key], key.split(" ")[-1])
         rows.append([variant.name, variant.threads, place, *[median.get(key) for key in columns[3:]]])
-    record.table("steps", columns, rows, note="")
+    record.table("steps", columns, rows, note=verdict(medians))
+    record.settings = {**record.settings, "load after": round(os.getloadavg()[0], 2)}
     record.write()
-    for row in [columns, *rows]:
+    everything: list[list[str | float | None]] = [[*columns], *rows]
+    for row in everything:
         print("  ".join(f"{f'{cell:.3f}' if isinstance(cell, float) else cell or '':>15}" for cell in row))
     return 0
 

@@ -38,7 +38,7 @@ class Device:
 
     Args:
         bundle: a bundle's folder, or an open bundle. A folder that is not there yet is fetched from the cloud.
-        cloud: the cloud's address, such as "tcp://host:7420".
+        cloud: the cloud's address, such as "tcp://host:5757".
         keys: folder of this device's key and the cloud's public key, or the keys; None for the user's own folder.
         encrypted: off speaks in the clear, which is possible with a cloud on this machine only.
         mode: "auto" (the cloud while it answers, else this device), "local", "stream" or "split".
@@ -325,7 +325,7 @@ class Device:
         if mode == "local":
             return self._local_runner(options)
         if self._link is None:
-            raise DeviceError(f"{mode} mode needs a cloud", "name one, such as tcp://host:7420")
+            raise DeviceError(f"{mode} mode needs a cloud", "name one, such as tcp://host:5757")
         if mode == "stream":
             self._link.welcome()
             return StreamRunner(self._link, self._log, options.sampling, self._eos)

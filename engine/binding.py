@@ -68,7 +68,7 @@ class Workers:
         self.engine = module.ffi.gc(engine, module.lib.im_engine_free)
         self.threads = threads
         self.cpu: str = module.ffi.string(module.lib.im_engine_cpu(engine)).decode()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     _shared: dict[tuple[int, str], Workers] = {}
     _shared_lock = threading.Lock()
@@ -82,6 +82,16 @@ class Workers:
             if key not in cls._shared:
                 cls._shared[key] = cls(threads, cpu)
             return cls._shared[key]
+
+    @classmethod
+    def forget(cls) -> None:
+        """Forgets the shared pools; a forked child has none of their threads."""
+        cls._shared = {}
+        cls._shared_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Workers.forget)
 
 
 class Memory:

@@ -95,13 +95,6 @@ class BlockTable:
         self.count = 0
         self.dropped = 0
 
-    def lacking(self, start: int, end: int) -> int:
-        """Blocks that must be taken before positions [start, end) can be written."""
-        first, last = start // KV_BLOCK, (end - 1) // KV_BLOCK
-        held = range(first, min(last + 1, self.count))
-        shared = sum(self.pool.users[int(self.blocks[i])] > 1 for i in held)
-        return max(0, last + 1 - self.count) + shared
-
     def writable(self, start: int, end: int) -> bool:
         """Takes or copies blocks so that positions [start, end) belong to this table alone; True if any changed."""
         first, last = start // KV_BLOCK, (end - 1) // KV_BLOCK
@@ -147,3 +140,41 @@ class BlockTable:
         for block in self.blocks[self.dropped : self.count]:
             self.pool.share(int(block))
         return other
+
+
+class Forecast:
+    """What tables will take from a pool, span after span, foreseen without touching anything.
+
+    Attributes:
+        least: the fewest free blocks on the way; below 0 the pool is too small.
+    """
+
+    def __init__(self, pool: KvPool) -> None:
+        self._pool = pool
+        self._free = self.least = pool.free_blocks
+        self._users: dict[int, int] = {}  # of blocks that lose some
+        self._tables: dict[int, tuple[int, int, set[int]]] = {}  # count, dropped, entries that are new or copied
+
+    def take(self, table: BlockTable, start: int, end: int, keep: int) -> None:
+        """Foresees `drop_before(keep)` and then `writable(start, end)`."""
+        count, dropped, own = self._tables.get(id(table), (table.count, table.dropped, set()))
+        while (dropped + 1) * KV_BLOCK <= keep and dropped < count:
+            if dropped in own:
+                self._free += 1
+            else:
+                self._give(int(table.blocks[dropped]))
+            dropped += 1
+        for i in range(start // KV_BLOCK, (end - 1) // KV_BLOCK + 1):
+            if i < count:
+                block = int(table.blocks[i])
+                if i in own or self._users.get(block, self._pool.users[block]) == 1:
+                    continue
+                self._give(block)
+            self._free -= 1
+            own.add(i)
+        self._tables[id(table)] = max(count, (end - 1) // KV_BLOCK + 1), dropped, own
+        self.least = min(self.least, self._free)
+
+    def _give(self, block: int) -> None:
+        self._users[block] = self._users.get(block, self._pool.users[block]) - 1
+        self._free += not self._users[block]

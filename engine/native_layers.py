@@ -25,6 +25,7 @@ class Layers:
             raise EngineError(f"layers [{start}, {end}) of {config.n_layers}", "choose 0 <= start < end <= n_layers")
         self.config, self.start, self.end, self.experts = config, start, end, experts
         self.pool = KvPool(config, end - start, kv)
+        self._held: dict[tuple[int, int], Memory] = {}  # (layer, expert) -> what its cell points to
         module, self._memory = native(), Memory()
         memory, ffi = self._memory, module.ffi
         part = memory.keep(ffi.new("im_part *"))
@@ -40,15 +41,21 @@ class Layers:
         part.kv_block_bytes = self.pool.memory.shape[1]
         if start == 0:
             part.has_embedding = 1
-            memory.matrix(part.embedding, source.embedding())
+            memory.matrix(part.embedding, self._table(source.embedding(), "embedding"))
         if end == config.n_layers:
             part.has_head = 1
-            memory.matrix(part.head, source.head())
-            part.final_norm = memory.vector(source.final_norm())
+            memory.matrix(part.head, self._table(source.head(), "output head"))
+            part.final_norm = memory.vector(sized(source.final_norm(), config.d_model, "the final norm"))
         part.layers = memory.keep(ffi.new("im_layer[]", end - start))
+        self.c_part = part
         for i in range(start, end):
             self._layer(part.layers[i - start], source.layer(i), i)
-        self.c_part = part
+
+    def _table(self, matrix: PackedMatrix, name: str) -> PackedMatrix:
+        shape = self.config.vocab_size, self.config.d_model
+        if (matrix.rows, matrix.cols) != shape:
+            raise EngineError(f"the {name} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
+        return matrix
 
     def _layer(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
         config, memory = self.config, self._memory
@@ -70,14 +77,20 @@ class Layers:
                     f"{name!r} of layer {index} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}"
                 )
             memory.matrix(getattr(layer, name), matrix)
-        for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias"):
-            setattr(layer, name, memory.vector(cast("NDArray[np.float32] | None", weights.get(name))))
+        vectors = {"attn_norm": config.d_model, "ffn_norm": config.d_model}
+        if config.qk_norm:
+            vectors |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+        if config.qkv_bias:
+            vectors |= {f"{name}_bias": shapes[name][0] for name in ("q", "k", "v")}
+        for name, size in vectors.items():
+            vector = cast("NDArray[np.float32] | None", weights.get(name))
+            setattr(layer, name, memory.vector(sized(vector, size, f"{name!r} of layer {index}")))
         layer.window = config.window(index)
         memory.matrix(layer.router, None)
         if config.experts:
-            self._experts(layer, weights)
+            self._experts(layer, weights, index)
 
-    def _experts(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]]) -> None:
+    def _experts(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
         from isthmus.quant.groups import quantize
 
         assert self.config.experts is not None
@@ -87,21 +100,69 @@ class Layers:
             for e in range(self.config.experts.n_experts):
                 names = ("gate", "up", "down")
                 gate, up, down = (cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in names)
-                self.place(layer, e, Expert(gate, up, down))
+                self.place(index, e, Expert(gate, up, down))
 
-    def place(self, layer: Any, index: int, expert: Expert) -> None:
-        """Puts an expert into the pinned table."""
-        cell = layer.experts[index]
-        for name in ("gate", "up", "down"):
-            self._memory.matrix(getattr(cell, name), getattr(expert, name))
+    def place(self, layer: int, index: int, expert: Expert) -> None:
+        """Puts an expert into the pinned table; its memory is held until it is evicted.
+
+        Raises:
+            EngineError: no such expert, or a matrix of another shape.
+        """
+        experts, d = self.config.experts, self.config.d_model
+        if experts is None or not 0 <= index < experts.n_experts:
+            raise EngineError(f"layer {layer} has no expert {index}", "check the expert source")
+        cell, memory = self.c_part.layers[layer - self.start].experts[index], Memory()
+        for name, shape in (
+            ("gate", (experts.d_expert, d)),
+            ("up", (experts.d_expert, d)),
+            ("down", (d, experts.d_expert)),
+        ):
+            matrix: PackedMatrix = getattr(expert, name)
+            if (matrix.rows, matrix.cols) != shape:
+                raise EngineError(
+                    f"{name!r} of expert {index} in layer {layer} is {matrix.rows} x {matrix.cols}, "
+                    f"not {shape[0]} x {shape[1]}"
+                )
+            memory.matrix(getattr(cell, name), matrix)
         cell.resident = 1
+        self._held[layer, index] = memory
 
-    def bring(self, layer: int, missing: list[int]) -> None:
-        """Has the expert source load what a paused step needs."""
+    def evict(self, layer: int, index: int) -> None:
+        """Takes an expert out of the table and lets go of its memory."""
+        if self._held.pop((layer, index), None) is None:
+            raise EngineError(f"expert {index} of layer {layer} is not held, so it cannot be evicted")
+        self.c_part.layers[layer - self.start].experts[index].resident = 0
+
+    def bring(self, layer: int, missing: list[int]) -> list[tuple[int, int]]:
+        """Has the expert source load what a paused step needs; returns what it evicted for that.
+
+        Raises:
+            EngineError: the source did not bring all of `missing`, or evicted from the same layer.
+        """
         if self.experts is None:
             raise EngineError(f"experts {missing} of layer {layer} are missing", "give the part an ExpertSource")
         brought = self.experts.bring(layer, missing)
-        for other, index in brought.evicted:
-            self.c_part.layers[other - self.start].experts[index].resident = 0
+        absent = [index for index in missing if index not in brought.experts]
+        if absent:
+            raise EngineError(f"the expert source did not bring experts {absent} of layer {layer}", "check its memory")
+        same = [index for other, index in brought.evicted if other == layer]
+        if same:
+            raise EngineError(
+                f"the expert source evicted experts {same} of layer {layer} while it is computed",
+                "give it room for all experts of one layer, or use smaller steps",
+            )
         for index, expert in brought.experts.items():
-            self.place(self.c_part.layers[layer - self.start], index, expert)
+            self.place(layer, index, expert)
+        return list(brought.evicted)
+
+
+def sized(vector: NDArray[np.float32] | None, size: int, name: str) -> NDArray[np.float32]:
+    """The vector, which must have `size` numbers.
+
+    Raises:
+        EngineError: it is missing or has another size.
+    """
+    if vector is None or vector.shape != (size,):
+        found = "missing" if vector is None else f"of shape {vector.shape}"
+        raise EngineError(f"{name} is {found}, not of {size} numbers", "the bundle is broken: split the model again")
+    return vector

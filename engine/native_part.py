@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from isthmus.engine.binding import Workers, native
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.experts import ExpertSource
-from isthmus.engine.kv import BlockTable
+from isthmus.engine.kv import BlockTable, Forecast
 from isthmus.engine.native_layers import Layers
 from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
 from isthmus.engine.sampling import GREEDY, Sampling
@@ -35,13 +35,14 @@ _FAILURES = {
 class NativeSequence:
     """A sequence of a native part; see `engine.part.Sequence`."""
 
-    __slots__ = ("high", "length", "low", "part", "slot", "tables", "window")
+    __slots__ = ("filled", "high", "length", "low", "part", "slot", "tables", "window")
 
-    def __init__(self, part: NativePart, window: int, tables: list[BlockTable], length: int) -> None:
+    def __init__(self, part: NativePart, window: int, tables: list[BlockTable], filled: list[int]) -> None:
         self.part: NativePart | None = part
         self.window = window
         self.tables = tables
-        self.length = length
+        self.filled = filled  # of each layer: positions whose KV it holds
+        self.length = max(filled)
         self.low = self.high = 0  # positions known to be writable without a look at the tables
         self.slot = part.seat(self)
 
@@ -51,41 +52,66 @@ class NativeSequence:
         Raises:
             EngineError: `length` lies outside of what is held.
         """
-        self._open()
-        dropped = max(table.dropped for table in self.tables) * KV_BLOCK
-        least = dropped + self.window - 1 if dropped else 0  # the next row must still see a whole window
-        if not least <= length <= self.length:
-            raise EngineError(f"cannot go back to {length} of {self.length} positions", f"keep at least {least}")
+        with self._open().lock:
+            least = self.least if self.window else 0
+            if length != 0 and not least <= length <= self.length:  # nothing is needed to start anew
+                raise EngineError(f"cannot go back to {length} of {self.length} positions", f"keep at least {least}")
+            self.length = length
+            self.filled = [min(held, length) for held in self.filled]
+            self.give_back()
+
+    def fill(self, first: int, last: int, start: int, end: int) -> None:
+        """Notes that layers [first, last) of the part now hold positions up to `end`, anew from `start`.
+
+        What layers behind them held from `start` on came from the past that was overwritten: it is forgotten.
+        """
+        filled = self.filled
+        filled[first:last] = [end] * (last - first)
+        if start < self.length:
+            filled[last:] = [min(held, start) for held in filled[last:]]
+            self.length = max(filled)
+        else:
+            self.length = end
+
+    def give_back(self) -> None:
+        """Gives back the blocks that only hold positions beyond the length."""
         for table in self.tables:
-            table.truncate(length)
-        self.length = length
+            table.truncate(self.length)
         self.low = self.high = 0
+
+    @property
+    def least(self) -> int:
+        """The first position whose whole window is still held."""
+        dropped = max(table.dropped for table in self.tables) * KV_BLOCK
+        return dropped + self.window - 1 if dropped else 0
 
     def fork(self) -> NativeSequence:
         """Another sequence with the same past, sharing its blocks."""
         part = self._open()
-        self.low = self.high = 0
-        return NativeSequence(part, self.window, [table.fork() for table in self.tables], self.length)
+        with part.lock:
+            self.low = self.high = 0
+            return NativeSequence(part, self.window, [table.fork() for table in self.tables], list(self.filled))
 
     def close(self) -> None:
         """Gives the blocks back."""
-        if self.part is not None:
-            for table in self.tables:
-                table.truncate(0)
-            self.part.unseat(self)
-            self.part = None
+        if (part := self.part) is not None:
+            with part.lock:
+                for table in self.tables:
+                    table.truncate(0)
+                part.unseat(self)
+                self.part = None
 
     def _open(self) -> NativePart:
         if self.part is None:
             raise EngineError("the sequence is closed", "open another one")
         return self.part
 
-    def reserve(self, start: int, end: int) -> None:
-        """Makes positions [start, end) writable, letting go of what the window no longer sees."""
+    def reserve(self, start: int, end: int, first: int) -> None:
+        """Makes positions [start, end) writable, letting go of what the window of position `first` does not see."""
         moved = False
         for table in self.tables:
             if self.window:
-                table.drop_before(start + 1 - self.window - KV_SLACK)
+                table.drop_before(first + 1 - self.window - KV_SLACK)
             blocks = table.blocks
             table.writable(start, end)
             moved |= blocks is not table.blocks
@@ -106,6 +132,7 @@ class NativePart:
             )
         module = native()
         self._ffi, self._lib, self._workers, self._layers = module.ffi, module.lib, workers, layers
+        self.lock = workers.lock  # of the threads that a step, and whatever changes its tables, must have to itself
         self.config: DecoderConfig = layers[0].config
         self.start, self.end = layers[0].start, layers[-1].end
         self.kv_bytes_per_token = sum(piece.pool.memory.shape[1] for piece in layers) // KV_BLOCK
@@ -170,25 +197,48 @@ class NativePart:
 
     def open(self, *, window: int = 0) -> NativeSequence:
         """A new, empty sequence; see `engine.part.Part.open`."""
+        if self._call is None:
+            raise EngineError("the part is closed", "open another one")
         if window < 0:
             raise EngineError(f"the attention window is {window}", "choose 0 (none) or more")
-        return NativeSequence(self, window, [BlockTable(layers.pool) for layers in self._layers], 0)
+        with self.lock:
+            tables = [BlockTable(layers.pool) for layers in self._layers]
+            return NativeSequence(self, window, tables, [0] * (self.end - self.start))
 
     def step(self, rows: Rows) -> StepResult:
         """Computes the rows and commits their KV; see `engine.part.Part.step`."""
         spans = rows.spans
-        with self._workers.lock:
-            total = 0
+        with self.lock:
+            if len(spans) == 1 and spans[0].count == 1:
+                self._check(span := spans[0], None, -1)
+                if not span.sequence.low <= span.position < span.sequence.high:  # type: ignore[attr-defined]
+                    self._admit([spans])
+                return self._run(spans)
+            if not spans:
+                raise EngineError("a step without rows", "give it at least one")
+            total, ends, fills = 0, dict[int, int](), dict[int, list[int]]()
             for span in spans:
-                self._check(span)
+                key = id(span.sequence)
+                first, last = self._check(span, fills.get(key), ends.get(key, -1))
+                ends[key] = span.position + span.count
+                filled = fills.setdefault(key, list(cast(NativeSequence, span.sequence).filled))
+                filled[first:last] = [ends[key]] * (last - first)
                 total += span.count
-            if total != 1:
-                self._admit(spans)
+            steps = [spans] if total <= STEP_ROWS else pieces(spans, STEP_ROWS)
+            self._admit(steps)
             if total <= STEP_ROWS:
                 return self._run(spans)
-            return self._run_pieces(spans)
+            if any(span.hidden_in is not None and not np.isfinite(span.hidden_in).all() for span in spans):
+                raise EngineError(*_FAILURES[-3])  # before the first piece is committed
+            return self._run_pieces(steps)
 
-    def _check(self, span: Span) -> None:
+    def _check(self, span: Span, filled: list[int] | None, before: int) -> tuple[int, int]:
+        """Refuses a span that does not fit; gives its layers, counted from the part's first.
+
+        Args:
+            filled: what the sequence's layers hold after the spans before it, None for what they hold now.
+            before: the end of the sequence's span before it, -1 if none.
+        """
         sequence, count, position, leave = span.sequence, span.count, span.position, span.leave
         if not isinstance(sequence, NativeSequence) or sequence.part is not self:
             raise EngineError("a row's sequence is closed or belongs to another part", "open it on this part")
@@ -196,8 +246,15 @@ class NativePart:
             leave = self.end
         if not self.start <= span.enter <= leave <= self.end:
             raise EngineError(f"rows of layers [{span.enter}, {leave})", f"this part has [{self.start}, {self.end})")
-        if count < 1 or not 0 <= position <= sequence.length:
-            raise EngineError(f"{count} rows at position {position}", f"the sequence holds {sequence.length}")
+        first, last = span.enter - self.start, leave - self.start
+        held = min((filled or sequence.filled)[first:last], default=sequence.length)
+        if count < 1 or not 0 <= position <= held:
+            layers = f"layers [{span.enter}, {leave}) of the sequence hold {held}"
+            raise EngineError(f"{count} rows at position {position}", f"{layers}: give the positions before it first")
+        if position < before:
+            raise EngineError(f"position {position} after {before - 1} of a sequence", "let the rows of a step ascend")
+        if sequence.window and position < sequence.least:
+            raise EngineError(f"position {position} is behind the window", f"start at {sequence.least} or later")
         tokens = span.tokens
         if tokens is not None:
             if span.enter or self.start:
@@ -213,26 +270,35 @@ class NativePart:
                 )
         if span.want & _NEEDS_HEAD and leave != self.config.n_layers:
             raise EngineError(f"logits after layer {leave}", f"only layer {self.config.n_layers} has a head")
+        return first, last
 
-    def _admit(self, spans: list[Span]) -> None:
+    def _admit(self, steps: list[list[Span]]) -> None:
         for i, layers in enumerate(self._layers):
-            lacking = 0
-            for span in spans:
-                sequence = cast(NativeSequence, span.sequence)
-                if not sequence.window:
-                    lacking += sequence.tables[i].lacking(span.position, span.position + len(span))
-            if lacking > layers.pool.free_blocks:
+            forecast, ready = Forecast(layers.pool), dict[int, tuple[int, int]]()
+            for step in steps:
+                firsts: dict[int, int] = {}
+                for span in step:
+                    sequence, start = cast(NativeSequence, span.sequence), span.position
+                    key, end = id(sequence), start + span.count
+                    first = firsts.setdefault(key, start)
+                    low, high = ready.get(key, (sequence.low, sequence.high))
+                    if start < low or end > high:
+                        keep = first + 1 - sequence.window - KV_SLACK if sequence.window else 0
+                        forecast.take(sequence.tables[i], start, end, keep)
+                        ready[key] = start, -(-end // KV_BLOCK) * KV_BLOCK
+            if forecast.least < 0:
+                free = layers.pool.free_blocks
                 raise OutOfBlocks(
-                    f"{lacking * KV_BLOCK} more tokens of KV are needed, {layers.pool.free_blocks * KV_BLOCK} are free",
+                    f"{(free - forecast.least) * KV_BLOCK} more tokens of KV are needed, {free * KV_BLOCK} are free",
                     "close a session, shorten the prompt, raise kv_tokens, or choose a sliding window",
                 )
 
-    def _run_pieces(self, spans: list[Span]) -> StepResult:
+    def _run_pieces(self, steps: list[list[Span]]) -> StepResult:
         tokens: list[int] = []
         hidden: list[NDArray[np.float32]] = []
         logits: list[NDArray[np.float32]] = []
-        for piece in pieces(spans, STEP_ROWS):
-            result = self._run(piece)
+        for step in steps:
+            result = self._run(step)
             tokens += result.tokens
             hidden += [result.hidden] if len(result.hidden) else []
             logits += [result.logits] if len(result.logits) else []
@@ -241,11 +307,14 @@ class NativePart:
     def _run(self, spans: list[Span]) -> StepResult:
         call, row, n_hidden, n_logits, n_tokens, n_inputs, n_samplings = self._call, 0, 0, 0, 0, 0, 1
         inputs: list[NDArray[np.float32]] = []
+        firsts: dict[int, int] = {}  # the first position of each sequence in this call
         for span in spans:
             sequence, count, start = cast(NativeSequence, span.sequence), span.count, span.position
             end, leave, want, sampling = start + count, span.leave, span.want, 0
             if start < sequence.low or end > sequence.high:
-                sequence.reserve(start, end)
+                sequence.reserve(start, end, firsts.setdefault(id(sequence), start))
+            elif sequence.window:
+                firsts.setdefault(id(sequence), start)
             if want & _SAMPLE and span.sampling is not GREEDY:
                 self._set_sampling(n_samplings, span.sampling)
                 sampling, n_samplings = n_samplings, n_samplings + 1
@@ -287,22 +356,33 @@ class NativePart:
             logits = np.empty((n_logits, self.config.vocab_size), np.float32)
             call.logits_out = pointer("float[]", logits)
         call.n_rows = row
-        status = self._lib.im_step(self._workers.engine, call)
-        while status == 1:
-            self._bring()
-            status = self._lib.im_step_resume(self._workers.engine, call)
-        if status:
-            raise EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
+        try:
+            status = self._lib.im_step(self._workers.engine, call)
+            while status == 1:
+                self._bring()
+                status = self._lib.im_step_resume(self._workers.engine, call)
+            if status:
+                raise EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
+        except BaseException:
+            for span in spans:
+                cast(NativeSequence, span.sequence).give_back()
+            raise
         for span in spans:
-            end = span.position + span.count
-            sequence = cast(NativeSequence, span.sequence)
-            if end > sequence.length:
-                sequence.length = end
+            leave = self.end if span.leave is None else span.leave
+            first, last, position = span.enter - self.start, leave - self.start, span.position
+            cast(NativeSequence, span.sequence).fill(first, last, position, position + span.count)
         return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits)
 
     def _bring(self) -> None:
         layer, missing = self._call.need_layer, list(self._needed[0 : self._call.n_need])
-        next(layers for layers in self._layers if layers.start <= layer < layers.end).bring(layer, missing)
+        for other, index in self._holding(layer).bring(layer, missing):
+            self._holding(other).evict(other, index)
+
+    def _holding(self, layer: int) -> Layers:
+        for layers in self._layers:
+            if layers.start <= layer < layers.end:
+                return layers
+        raise EngineError(f"the expert source evicted from layer {layer}", f"this part has [{self.start}, {self.end})")
 
     def _set_sampling(self, index: int, sampling: Sampling) -> None:
         cell = self._samplings[index]
@@ -311,11 +391,12 @@ class NativePart:
 
     def close(self) -> None:
         """Frees KV and weights; sequences of this part can no longer be stepped."""
-        for sequence in self._seats:
-            if sequence is not None:
-                sequence.close()
-        self._layers = []
-        self._call = None
+        with self.lock:
+            for sequence in self._seats:
+                if sequence is not None:
+                    sequence.close()
+            self._layers = []
+            self._call = None
 
 
 def pieces(spans: list[Span], limit: int) -> list[list[Span]]:

@@ -50,9 +50,7 @@ def run_tokens(
     """Appends tokens in steps of the given sizes; logits and hidden states [n, .] and samples of all of them."""
     logits, hidden, samples, at = [], [], [], 0
     for n in steps:
-        rows = Rows().tokens(
-            sequence, sequence.length, tokens[at : at + n], want=ALL, want_all=True, sampling=sampling
-        )
+        rows = Rows().tokens(sequence, sequence.length, tokens[at : at + n], want=ALL, want_all=True, sampling=sampling)
         result = part.step(rows)
         logits.append(result.logits)
         hidden.append(result.hidden)

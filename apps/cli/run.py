@@ -35,7 +35,9 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability")] = 0.95,
     top_k: Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens, 0 for all")] = 0,
-    seed: Annotated[int, typer.Option(help="Fixes the text at a temperature, wherever it is computed")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Fixes the text at a temperature (with --codec f32 wherever it is computed)")
+    ] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="A word that ends the answer; may be repeated")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer at most")] = 512,
@@ -55,7 +57,8 @@ def command(
     """Ask a model, or chat with it when there is no --prompt.
 
     Without --cloud everything is computed on this device. With it, auto lets the cloud answer while it can be reached
-    and goes on alone when it cannot. The text does not depend on where its tokens are computed.
+    and goes on alone when it cannot. With the codec f32 the text does not depend on where its tokens are
+    computed; f16 and int8 send less and may change it.
     """
     from isthmus.edge import Device
     from isthmus.engine.sampling import Sampling

@@ -45,7 +45,7 @@ def command(
     from isthmus.engine.part import KvConfig
     from isthmus.protocol.transport import RouterTransport
 
-    limits = ServiceLimits(max_sessions=max_sessions, max_sessions_per_principal=max_sessions)
+    limits = ServiceLimits(max_sessions=max_sessions, max_sessions_per_principal=max(1, max_sessions // 4))
     pair, allowed = (None, None) if no_keys else _keys(keys)
     models: list[Model] = []
     transport = status = None

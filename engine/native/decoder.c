@@ -108,7 +108,8 @@ static void walk(void *argument, int thread) {
   w.l = w.single ? &e->own[thread] : &e->shared;
   int resumed = e->resumed, s = e->segment, layer = e->layer, part;
   if (!resumed) start_rows(&w);
-  for (; s < e->n_segments; s++, layer = -1) {
+  for (int moved = 0; s < e->n_segments; s++, layer = -1, moved = 1) {
+    if (moved) meet(&w);  // rows change their threads between segments
     const segment *g = &e->segments[s];
     const int32_t *active = e->active + g->first;
     if (layer < 0) layer = g->first_layer;

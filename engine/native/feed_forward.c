@@ -5,10 +5,9 @@
 void im_gated_mlp(walker *w, const im_matrix *gate, const im_matrix *up, const im_matrix *down, const im_acts *acts,
                   int count, float *delta) {
   im_engine *e = w->e;
-  const int ff = e->w.ff_pad, stride = im_pad(down->cols, 32), width = im_pad(gate->rows, 16);
+  const int stride = im_pad(down->cols, 32), width = im_pad(gate->rows, 16);
   float *g = e->shared.gate, *u = e->up;
   const int blocks = width / 16, b0 = blocks * w->thread / e->threads, b1 = blocks * (w->thread + 1) / e->threads;
-  (void)ff;
   if (b0 < b1) {
     e->k->linear(gate, acts, count, g, (size_t)stride, b0, b1);
     e->k->linear(up, acts, count, u, (size_t)stride, b0, b1);

@@ -102,7 +102,6 @@ void im_pool_barrier(im_pool *p) {
 
 int im_pool_take(im_pool *p, int count) { return atomic_fetch_add_explicit(&p->counter, count, memory_order_relaxed); }
 void im_pool_rewind(im_pool *p) { atomic_store(&p->counter, 0); }
-int im_pool_threads(const im_pool *p) { return p->threads; }
 
 static void *worker(void *argument) {
   seat s = *(seat *)argument;

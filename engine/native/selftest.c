@@ -1,5 +1,6 @@
 // Prints one hash of logits, hidden states, KV and samples for each weight format and kernel family that this CPU has,
-// over a small synthetic decoder run with several chunkings and thread counts. All lines of a format must agree.
+// over a small synthetic decoder run with several chunkings and thread counts. All runs of a line must agree.
+// usage: selftest [--quick] [FORMAT...]; quick leaves runs out (for emulators) and changes no hash.
 //   cc -O2 -std=gnu11 -ffp-contract=off -pthread selftest.c [the engine's sources] -lm && ./a.out
 #include <math.h>
 #include <stdio.h>
@@ -199,21 +200,32 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
   return h;
 }
 
-int main(void) {
+static int chosen(const char *name, int argc, char **argv) {
+  for (int i = 0; i < argc; i++)
+    if (!strcmp(argv[i], name)) return 1;
+  return argc == 0;
+}
+
+int main(int argc, char **argv) {
   static const char *const names[] = {"f32", "f16", "bf16", "q8", "q8x", "q4", "q4m", "q4x", "n2", "n4", "n8"};
   static const char *const cpus[] = {"plain", "avx2", "avx512-vnni", "neon", "neon-dotprod"};
   static const int whole[] = {TOKENS, 0}, single[] = {1, 0}, mixed[] = {5, 1, 16, 2, 0};
-  static const int *const chunkings[] = {whole, single, mixed};
+  static const int *const chunkings[] = {whole, mixed, single};
+  const int quick = argc > 1 && !strcmp(argv[1], "--quick");
+  argc -= 1 + quick;
+  argv += 1 + quick;
   int wrong = 0;
   for (int f = 0; f < 11; f++) {
+    if (!chosen(names[f], argc, argv)) continue;
     model m;
     build(&m, f);
-    for (int kv_f32 = 0; kv_f32 < 2; kv_f32++) {
+    for (int kv_f32 = 0; kv_f32 < (quick && f != IM_Q4 ? 1 : 2); kv_f32++) {
       uint64_t first = 0;
       for (int c = 0; c < 5; c++) {
         if (!im_cpu_supported(cpus[c])) continue;
-        for (int s = 0; s < 3; s++)
+        for (int s = 0; s < (quick ? 2 : 3); s++)
           for (int threads = 1; threads < 4; threads++) {
+            if (quick && threads != s + 1) continue;  // whole on one thread, mixed on two
             uint64_t h = run(&m, cpus[c], threads, kv_f32, chunkings[s]);
             if (!first) first = h;
             if (h != first) {

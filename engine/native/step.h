@@ -25,7 +25,7 @@ typedef struct {  // what one thread (or all of them together) needs for some ro
 } lane;
 
 typedef struct {
-  int d, d_pad, heads_pad, att_pad, q_rows, kv_rows, qkv, ff, ff_pad, widest, vocab_pad, max_experts, top_k;
+  int d, d_pad, heads_pad, att_pad, q_rows, kv_rows, qkv, ff_pad, widest, vocab_pad, max_experts, top_k;
 } widths;
 
 struct im_engine {

@@ -232,12 +232,13 @@ def test_truncate_and_redo(case: tuple[RandomModel, str]) -> None:
     assert sequence.length == LENGTH
 
 
+@pytest.fixture(scope="module")
+def model() -> RandomModel:
+    return RandomModel("q4")
+
+
 class TestBadRows:
     """Each is one error with words, and leaves the sequence as it was."""
-
-    @pytest.fixture(scope="class")
-    def model(self) -> RandomModel:
-        return RandomModel("q4")
 
     def refuse(self, part: Any, rows: Rows, match: str) -> None:
         with pytest.raises(EngineError, match=match) as caught:
@@ -265,7 +266,7 @@ class TestBadRows:
         self.refuse(part, Rows().tokens(held, 3, [1]).tokens(held, 5, [1]), "position 5")
         self.refuse(part, Rows().tokens(held, 3, [1], leave=2, want=Want.LOGITS), "head")
         self.refuse(lower, Rows().tokens(lower.open(), 0, [1], want=Want.SAMPLE), "head")
-        self.refuse(upper, Rows().tokens(upper.open(), 0, [1]), "hidden states")
+        self.refuse(upper, Rows().tokens(upper.open(), 0, [1]), r"layers \[0, 3\)")
         for enter, leave in ((-1, 2), (2, 1), (0, 4), (4, 4)):
             rows = Rows().hidden(held, 3, state, enter=enter, leave=leave, want=Want.HIDDEN)
             self.refuse(part, rows, "layers")

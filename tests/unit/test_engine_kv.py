@@ -1,0 +1,285 @@
+"""Paged KV: sharing, copying on write, running out, and sliding windows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from isthmus.engine.binding import cpu_names
+from isthmus.engine.kv import BlockTable, Forecast, KvPool, block_bytes
+from isthmus.engine.native_part import chain
+from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvConfig, Rows, Want
+from isthmus.protocol.errors import EngineError, OutOfBlocks
+from tests.native_tools import kv_bytes, open_part, run_tokens, some_tokens
+from tests.random_model import RandomModel, random_config
+
+native = pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
+WINDOW = 21
+
+
+@pytest.fixture(scope="module")
+def model() -> RandomModel:
+    return RandomModel("q4")
+
+
+def small_pool(blocks: int) -> KvPool:
+    return KvPool(random_config(), 1, KvConfig("f16", blocks * KV_BLOCK))
+
+
+def test_blocks_are_as_large_as_the_layout_says() -> None:
+    config = random_config(head_dim=20, n_kv_heads=2)  # 20 is padded to 32
+    assert block_bytes(config, 3, KvConfig("f16")) == 3 * 2 * 2 * 16 * 32 * 2
+    assert block_bytes(config, 3, KvConfig("f32")) == 3 * 2 * 2 * 16 * 32 * 4
+    pool = KvPool(config, 3, KvConfig("f16", 33))
+    assert pool.n_blocks == pool.free_blocks == 3
+    assert pool.memory.ctypes.data % 64 == 0 and pool.memory.shape == (3, block_bytes(config, 3, KvConfig("f16")))
+    with pytest.raises(EngineError, match="int8"):
+        KvPool(config, 3, KvConfig("int8"))
+    with pytest.raises(EngineError, match="at least one"):
+        KvPool(config, 3, KvConfig("f16", 0))
+
+
+def test_the_table_copies_only_what_it_writes() -> None:
+    pool = small_pool(8)
+    a = BlockTable(pool, 1)
+    a.writable(0, 40)
+    assert a.count == 3 and pool.free_blocks == 5 and len(set(a.blocks[:3].tolist())) == 3
+    pool.memory[a.blocks[:3]] = np.array([[1], [2], [3]], np.uint8)
+    b = a.fork()
+    assert pool.free_blocks == 5 and b.blocks[:3].tolist() == a.blocks[:3].tolist()
+    b.writable(20, 50)
+    assert pool.free_blocks == 2  # two copies, one new
+    assert b.blocks[0] == a.blocks[0] and set(b.blocks[1:4].tolist()).isdisjoint(a.blocks[:3].tolist())
+    assert [int(pool.memory[i, 0]) for i in b.blocks[:3]] == [1, 2, 3]
+    before = a.blocks.tolist()
+    a.writable(20, 40)
+    assert a.blocks.tolist() == before  # the last user writes in place
+    a.truncate(0)
+    assert pool.free_blocks == 4
+    b.truncate(0)
+    assert pool.free_blocks == 8 and not any(pool.users)
+
+
+def test_the_forecast_is_what_happens() -> None:
+    """Random tables, forks, windows and truncations: foreseen and real free blocks agree at every step."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        pool = small_pool(40)
+        tables = [BlockTable(pool)]
+        for _ in range(12):
+            action = rng.integers(4)
+            if action == 0 and len(tables) < 5:
+                tables.append(tables[int(rng.integers(len(tables)))].fork())
+            elif action == 1:
+                table = tables[int(rng.integers(len(tables)))]
+                table.truncate(int(rng.integers(table.dropped * 16, table.count * 16 + 1)))
+            else:
+                forecast = Forecast(pool)
+                plan = []
+                for table in (tables[int(i)] for i in rng.permutation(len(tables))[:3]):
+                    start = int(rng.integers(table.dropped * 16, table.count * 16 + 1))
+                    plan.append((table, start, start + int(rng.integers(1, 70)), start - int(rng.integers(0, 60))))
+                    forecast.take(*plan[-1])
+                if forecast.least < 0:
+                    continue
+                least = pool.free_blocks
+                for table, start, end, keep in plan:
+                    table.drop_before(keep)
+                    table.writable(start, end)
+                    least = min(least, pool.free_blocks)
+                assert forecast.least == least
+        for table in tables:
+            table.truncate(0)
+        assert pool.free_blocks == 40 and not any(pool.users)
+
+
+@native
+def test_a_fork_shares_until_one_writes(model: RandomModel) -> None:
+    part, text = open_part(model), some_tokens(60)
+    trunk = part.open()
+    expected, _, _ = run_tokens(part, trunk, text, [60])
+    trunk.truncate(40)
+    free = part.free_tokens
+    branch, third = trunk.fork(), trunk.fork()
+    assert part.free_tokens == free  # nothing was copied
+    other = some_tokens(20, 5)
+    run_tokens(part, branch, other, [1, 19])
+    assert part.free_tokens == free - 2 * KV_BLOCK  # the half-filled block, and one behind it
+    assert trunk.tables[0].blocks[:2].tolist() == branch.tables[0].blocks[:2].tolist()
+    again, _, _ = run_tokens(part, trunk, text[40:], [20])
+    assert again.tobytes() == expected[40:].tobytes()
+    alone = part.open()
+    run_tokens(part, alone, text[:40] + other, [60])
+    assert kv_bytes(alone) == kv_bytes(branch)
+    memory = kv_bytes(third)
+    trunk.close()
+    branch.close()
+    assert kv_bytes(third) == memory
+    last, _, _ = run_tokens(part, third, text[40:], [20])
+    assert last.tobytes() == expected[40:].tobytes()
+    third.close()
+    alone.close()
+    assert part.free_tokens == 1024
+
+
+@native
+def test_forks_write_in_one_step(model: RandomModel) -> None:
+    part, text = open_part(model), some_tokens(21)
+    trunk = part.open()
+    part.step(Rows().tokens(trunk, 0, text[:20], want=Want.NONE))
+    branches = [trunk.fork() for _ in range(3)]
+    rows = Rows()
+    for i, branch in enumerate(branches):
+        rows.tokens(branch, 20, [i], want=Want.LOGITS)
+    logits = part.step(rows).logits
+    for i, branch in enumerate(branches):
+        alone = part.open()
+        found, _, _ = run_tokens(part, alone, [*text[:20], i], [21])
+        assert found[-1].tobytes() == logits[i].tobytes() and kv_bytes(alone) == kv_bytes(branch)
+        alone.close()
+
+
+@native
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_running_out_changes_nothing(model: RandomModel, pieces: int) -> None:
+    """In one part, and in a chain whose pools differ."""
+    text = some_tokens(400)
+    if pieces == 1:
+        part, room = open_part(model, max_tokens=320), 320
+    else:
+        part = chain([open_part(model, i, i + 1, max_tokens=tokens) for i, tokens in enumerate((480, 320, 400))])
+        room = 320
+    assert part.free_tokens == room
+    a, b = part.open(), part.open()
+    logits, _, _ = run_tokens(part, a, text[:64], [64])
+    run_tokens(part, b, text[:32], [32])
+    free = [layers.pool.free_blocks for layers in part._layers]
+    memory = kv_bytes(a), kv_bytes(b)
+    fork = a.fork()
+    attempts = [
+        Rows().tokens(a, 64, text[64:300]),
+        Rows().tokens(a, 64, text[64:400]),  # more than one native call
+        Rows().tokens(a, 64, text[64:200]).tokens(b, 32, text[32:200]),
+        Rows().tokens(fork, 0, text[:64]).tokens(a, 64, text[64:250]),  # copies need room too
+    ]
+    for rows in attempts:
+        with pytest.raises(OutOfBlocks, match="are free"):
+            part.step(rows)
+        assert (a.length, b.length, fork.length) == (64, 32, 64)
+        assert [layers.pool.free_blocks for layers in part._layers] == free
+        assert (kv_bytes(a), kv_bytes(b)) == memory
+    fork.close()
+    part.step(Rows().tokens(a, 64, text[64:288], want=Want.NONE))  # exactly what is left
+    assert part.free_tokens == 0
+    free = [layers.pool.free_blocks for layers in part._layers]
+    for sequence in (a, b):
+        with pytest.raises(OutOfBlocks):
+            part.step(Rows().tokens(sequence, sequence.length, [1]))
+    assert [layers.pool.free_blocks for layers in part._layers] == free
+    b.close()
+    part.step(Rows().tokens(a, 288, [1]))
+    a.truncate(0)
+    again, _, _ = run_tokens(part, a, text[:64], [64])
+    assert again.tobytes() == logits.tobytes()
+
+
+@native
+def test_spans_that_share_a_block_need_it_once(model: RandomModel) -> None:
+    part = open_part(model, max_tokens=16)
+    sequence = part.open()
+    part.step(Rows().tokens(sequence, 0, [1, 2], want=Want.NONE).tokens(sequence, 2, [3]))
+    assert sequence.length == 3 and part.free_tokens == 0
+
+
+@native
+def test_a_failed_step_gives_its_blocks_back(model: RandomModel) -> None:
+    part = open_part(model)
+    sequence = part.open()
+    hidden = np.zeros((300, model.config.d_model), np.float32)
+    hidden[299] = np.nan
+    for n in (100, 300):
+        with pytest.raises(EngineError, match="not finite"):
+            part.step(Rows().hidden(sequence, 0, hidden[-n:], enter=1))
+        assert sequence.length == 0 and part.free_tokens == 1024
+
+
+@native
+@pytest.mark.parametrize("steps", [[1] * 150, [150], [50, 1, 1, 60, 38], [149, 1]], ids=len)
+def test_a_window_is_the_mask_from_the_start(steps: list[int]) -> None:
+    """Against the same weights with that window in every layer, where no block is let go."""
+    config, text = random_config(windows=(0, 9, 0)), some_tokens(150)
+    reference = open_part(RandomModel("q4", replace(config, windows=(WINDOW, 9, WINDOW))))
+    expected, hidden, _ = run_tokens(reference, reference.open(), text, [150])
+    part = open_part(RandomModel("q4", config), threads=2)
+    sequence = part.open(window=WINDOW)
+    found, states, _ = run_tokens(part, sequence, text, steps)
+    assert found.tobytes() == expected.tobytes() and states.tobytes() == hidden.tobytes()
+    full = part.open()
+    other, _, _ = run_tokens(part, full, text, [150])
+    assert other.tobytes() != expected.tobytes()  # so the window does something
+
+
+@native
+def test_a_window_runs_forever_in_few_blocks() -> None:
+    model = RandomModel("q4", random_config(n_layers=1))
+    part, text = open_part(model, max_tokens=96), some_tokens(700)
+    sequence = part.open(window=WINDOW)
+    with pytest.raises(OutOfBlocks):
+        part.step(Rows().tokens(sequence, 0, text[:97]))
+    assert sequence.length == 0 and part.free_tokens == 96
+    for at in (*range(100), *range(100, 380, 20)):
+        part.step(Rows().tokens(sequence, at, text[at : at + (20 if at >= 100 else 1)], want=Want.NONE))
+    assert sequence.length == 380
+    held = 96 - part.free_tokens
+    assert held <= WINDOW + KV_SLACK + 20 + 2 * KV_BLOCK
+    wide = open_part(model, max_tokens=400)  # whose piece of 256 rows and window fit, but not all positions
+    long = wide.open(window=WINDOW)
+    wide.step(Rows().tokens(long, 0, text, want=Want.NONE))
+    assert long.length == 700 and wide.free_tokens >= 400 - 256 - WINDOW - KV_SLACK - 2 * KV_BLOCK
+    fork = long.fork()
+    long.close()
+    fork.close()
+    sequence.close()
+    assert wide.free_tokens == 400 and part.free_tokens == 96
+
+
+@native
+def test_a_window_can_be_taken_back_a_little() -> None:
+    config, text = random_config(windows=(WINDOW,) * 3), some_tokens(200)
+    reference = open_part(RandomModel("q4", config))
+    expected, _, _ = run_tokens(reference, reference.open(), text, [200])
+    part = open_part(RandomModel("q4", replace(config, windows=())))
+    for length in range(100, 130):
+        sequence = part.open(window=WINDOW)
+        run_tokens(part, sequence, text[:length], [1] * length)
+        sequence.truncate(length - KV_SLACK)
+        found, _, _ = run_tokens(part, sequence, text[length - KV_SLACK :], [200 - length + KV_SLACK])
+        assert found.tobytes() == expected[length - KV_SLACK :].tobytes()
+        for back in (0, 35):
+            if back:
+                with pytest.raises(EngineError, match="go back"):
+                    sequence.truncate(back)
+            with pytest.raises(EngineError, match="behind the window"):
+                part.step(Rows().tokens(sequence, back, [1]))
+        assert sequence.length == 200
+        sequence.truncate(0)
+        assert part.free_tokens == 1024
+        sequence.close()
+
+
+@native
+def test_several_spans_of_a_windowed_sequence() -> None:
+    """The second span of a call must not let go of what the first one still sees."""
+    config, text = random_config(windows=(WINDOW,) * 3), some_tokens(240)
+    reference = open_part(RandomModel("q4", config))
+    expected, _, _ = run_tokens(reference, reference.open(), text, [240])
+    part = open_part(RandomModel("q4", replace(config, windows=())))
+    sequence = part.open(window=WINDOW)
+    rows = Rows()
+    for at in range(0, 240, 60):
+        rows.tokens(sequence, at, text[at : at + 60], want=Want.LOGITS, want_all=True)
+    assert part.step(rows).logits.tobytes() == expected.tobytes()
+    with pytest.raises(EngineError, match="window"):
+        part.open(window=-1)
