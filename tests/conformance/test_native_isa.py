@@ -37,7 +37,7 @@ sys.exit(status)
 
 def run(command: list[str]) -> str:
     """What a command printed; its errors when it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{command[:3]} gave {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -65,10 +65,9 @@ def test_this_machine(tmp_path: Path) -> None:
     assert sorted(families) == sorted(cpu_names())
     assert found == {name: HASHES[name] for name in found}
     assert len(found) == 12
-    # every format and KV that the quick run leaves out, for one of them all runs
-    printed = run([sys.executable, "-c", INSIDE, native().__file__, str(library), "n8", "q4m"])
+    printed = run([sys.executable, "-c", INSIDE, native().__file__, str(library), "n8"])  # with nothing left out
     found, _ = hashes_of(printed)
-    assert found == {name: HASHES[name] for name in found} and len(found) == 4
+    assert found == {name: HASHES[name] for name in ("n8 kv-f16", "n8 kv-f32")}
 
 
 def arm_binary(folder: Path) -> Path:
@@ -101,6 +100,7 @@ def arm_binary(folder: Path) -> Path:
 
 @pytest.mark.skipif(shutil.which(ARM) is None, reason=f"no {ARM} to compile the NEON kernels with")
 @pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="no qemu-aarch64 (qemu-user) to run the NEON kernels")
+@pytest.mark.timeout(900)  # a minute to compile the first time, half of one to run; more on a busy machine
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is ARM: test_this_machine ran its kernels")
 def test_arm_under_emulation(request: pytest.FixtureRequest) -> None:
     cache = request.config.cache
