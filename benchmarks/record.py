@@ -149,7 +149,7 @@ def commit() -> str | None:
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+            "+" if git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results", ":!README.md") else ""
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -112,7 +114,8 @@ class Device:
             self._holding.prefetch()
         self._log = Chain()
         self._link: Link | None = None
-        self._active: Iterator[Token] | None = None
+        self._active: Generator[Token] | None = None
+        self._owner = 0  # the thread of `_active`
         self._counted = (0, 0, 0)
         self._cloud_failed = False
         if wire is not None:
@@ -257,12 +260,13 @@ class Device:
         self._check_room(len(self._log))
         self.stats = Stats(prompt_tokens=len(self._log))
         runner = self._runner(options)
+        self._owner = threading.get_ident()
         self._active = self._run(options, runner, self.stats, started, asked)
         return self._active
 
     def _run(
         self, options: GenerateOptions, runner: Runner, stats: Stats, started: float, asked: list[Message] | None
-    ) -> Iterator[Token]:
+    ) -> Generator[Token]:
         log, eos, limit = self._log, self._eos, options.max_tokens
         text = Text(self._tokenizer.stream(), options.stop)
         pieces: list[str] = []
@@ -411,9 +415,12 @@ class Device:
         return wanted if self._slides else min(wanted, self._kv_tokens + 1 - len(self._log))
 
     def _stop_active(self) -> None:
-        if self._active is not None:
-            self._active.close()  # type: ignore[attr-defined]
-            self._active = None
+        if (active := self._active) is None:
+            return
+        if inspect.getgeneratorstate(active) != inspect.GEN_CLOSED and self._owner != threading.get_ident():
+            raise DeviceError("another thread is generating with this device", "give each thread a Device of its own")
+        active.close()
+        self._active = None
 
     def _default_cut(self) -> int:
         middle = max(1, self.config.n_layers // 2)

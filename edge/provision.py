@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isthmus.edge.link import Link, Restart
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import BundleError, LinkError
+from isthmus.protocol.errors import BundleError, DeviceError, LinkError
 from isthmus.split.manifest import EMBEDDING, Manifest
 
 PARTIAL = ".part"
@@ -33,6 +33,7 @@ def fetch_part(
     Raises:
         LinkError: the cloud is gone; calling again goes on where this ended.
         BundleError: what the cloud sends does not fit its hashes.
+        DeviceError: the folder cannot be written.
     """
     link.welcome()
     answer = _ask(link, m.GetManifest(model_id))
@@ -40,10 +41,16 @@ def fetch_part(
     manifest = Manifest.parse(answer.data)
     if model_id and manifest.model_id != model_id:
         raise BundleError(f"the cloud sent the bundle {manifest.model_id} for {model_id}", "ask another cloud")
-    _write(path / "bundle.json.part", answer.data)
-    for name in part_files(manifest, layers):
-        _fetch(link, manifest, path, name, progress)
-    (path / "bundle.json.part").replace(path / "bundle.json")
+    part = path / "bundle.json.part"
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(answer.data)
+        for name in part_files(manifest, layers):
+            _fetch(link, manifest, path, name, progress)
+        part.replace(path / "bundle.json")
+    except OSError as error:
+        remedy = "make room or choose another folder; fetching again goes on where this ended"
+        raise DeviceError(f"cannot write the bundle to {path}: {error.strerror}", remedy) from error
     return manifest
 
 
@@ -119,8 +126,3 @@ def _hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)

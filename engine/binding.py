@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +70,10 @@ class Workers:
         self.threads = threads
         self.cpu: str = module.ffi.string(module.lib.im_engine_cpu(engine)).decode()
         self.lock = threading.RLock()
+        self.lost = False  # in a forked child, which has none of these threads
+        self._alive.add(self)
 
+    _alive: weakref.WeakSet[Workers] = weakref.WeakSet()
     _shared: dict[tuple[int, str], Workers] = {}
     _shared_lock = threading.Lock()
 
@@ -85,7 +89,9 @@ class Workers:
 
     @classmethod
     def forget(cls) -> None:
-        """Forgets the shared pools; a forked child has none of their threads."""
+        """Forgets the shared pools and marks all as lost; a forked child has none of their threads."""
+        for workers in cls._alive:
+            workers.lost = workers.threads > 1
         cls._shared = {}
         cls._shared_lock = threading.Lock()
 

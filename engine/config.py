@@ -79,8 +79,13 @@ class DecoderConfig:
             "vocab_size",
             "context_length",
         ):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < 2**31:
+                raise EngineError(f"{name} is {getattr(self, name)}", "it must lie in 1..2^31-1")
+        for name in ("norm_eps", "rope_scale"):
+            if not 0 < getattr(self, name) < 1e6:
                 raise EngineError(f"{name} is {getattr(self, name)}", "it must be positive")
+        if not all(0 <= f <= 1e6 for f in self.rope_inv_freq):
+            raise EngineError("a rotary frequency is negative or not finite", "split the model again")
         if self.n_heads % self.n_kv_heads:
             raise EngineError(f"{self.n_heads} query heads do not share {self.n_kv_heads} KV heads evenly")
         if self.head_dim % 2:

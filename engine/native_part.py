@@ -208,6 +208,8 @@ class NativePart:
     def step(self, rows: Rows) -> StepResult:
         """Computes the rows and commits their KV; see `engine.part.Part.step`."""
         spans = rows.spans
+        if self._workers.lost:
+            raise EngineError("the part was opened before this process was forked", "open it in the child")
         with self.lock:
             if len(spans) == 1 and spans[0].count == 1:
                 self._check(span := spans[0], None, -1)

@@ -87,6 +87,9 @@ class DealerTransport:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        if fault := address_fault(address):
+            self.close()
+            raise LinkError(fault, "write tcp://HOST:PORT")
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
@@ -191,6 +194,8 @@ class RouterTransport:
                 f"{address} can be reached from outside and there are no keys",
                 "run `isthmus keys new` first, or listen on 127.0.0.1",
             )
+        if fault := address_fault(address):
+            raise ServiceError(fault, "listen on tcp://HOST:PORT")
         self._allowed = allowed
         self._curve = keys is not None
         self._spin_s = limits.spin_us * 1e-6
@@ -292,6 +297,16 @@ class RouterTransport:
             self._zap.send_multipart(
                 [b"1.0", request[1] if len(request) > 1 else b"", status, text, key.encode() if known else b"", b""]
             )
+
+
+def address_fault(address: str) -> str:
+    """What is wrong with a TCP address, empty if nothing: ZeroMQ would take part of a bad port for a port."""
+    try:
+        if not address.startswith("tcp://") or urlsplit(address).port:
+            return ""
+    except ValueError:
+        pass
+    return f"{address!r} has no port in 1..65535"
 
 
 def is_local(address: str) -> bool:

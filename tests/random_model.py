@@ -73,7 +73,8 @@ class RandomModel:
         c = self._config
         heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         shapes = {"q": (heads, c.d_model), "k": (kv, c.d_model), "v": (kv, c.d_model), "o": (c.d_model, heads)}
-        names, width = ("",), c.d_ff
+        names: tuple[str, ...] = ("",)
+        width = c.d_ff
         if c.experts:
             names, width = tuple(f"experts.{e}." for e in range(c.experts.n_experts)), c.experts.d_expert
         for name in names:

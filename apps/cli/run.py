@@ -98,7 +98,11 @@ def _read(prompt: str) -> str:
 
     from isthmus.protocol.errors import DeviceError
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except (UnicodeError, AttributeError, OSError) as error:  # a closed standard input is None
+        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
     if not text.strip():
         raise DeviceError("the prompt is empty", "write what the model shall answer or go on from")
     return text

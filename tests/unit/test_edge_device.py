@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -351,3 +352,13 @@ def test_the_model_is_asked_for_by_its_id() -> None:
     opened = next(x for x in wire.sent if isinstance(x, m.Open))
     assert (opened.model_id, opened.enter) == (MODEL_ID, 0)
     assert isinstance(wire.sent[-1], m.Close)
+
+
+def test_two_threads_do_not_share_an_answer() -> None:
+    with device(mode="local") as one, ThreadPoolExecutor(1) as other:
+        answer = one.generate(PROMPT, max_tokens=5)
+        next(answer)
+        with pytest.raises(DeviceError, match="another thread"):
+            other.submit(one.generate, PROMPT).result()
+        rest = ids(answer)  # a finished answer binds nobody
+        assert ids(other.submit(lambda: list(one.generate(PROMPT, max_tokens=5))).result())[1:] == rest

@@ -15,7 +15,7 @@ from isthmus.edge.provision import PARTIAL, part_files
 from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import BundleError, LinkError
+from isthmus.protocol.errors import BundleError, DeviceError, LinkError
 from isthmus.split.bundle import Bundle
 from isthmus.split.manifest import FileEntry, Manifest, TokenizerEntry, model_id
 from tests.edge_world import CONFIG, LossyWire, ToyCloud
@@ -117,3 +117,10 @@ def test_layers_out_of_range() -> None:
         part_files(manifest, 7)
     assert "weights/head.safetensors" in part_files(manifest, None)
     assert "weights/head.safetensors" not in part_files(manifest, 5)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    cloud, _ = served()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DeviceError, match="cannot write the bundle"):
+        fetch_part(link(LossyWire(cloud)), tmp_path / "file" / "bundle")
