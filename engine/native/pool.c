@@ -42,6 +42,7 @@ static void wake_all(_Atomic uint32_t *word) {
 
 #define SPIN_NS 50000
 #define YIELDS 50000  // tens of milliseconds when nobody else wants the core: longer than a time slice of others
+#define IDLE_YIELDS 300  // about 100 us: the next call from Python finds the threads awake
 
 typedef struct {
   _Atomic uint32_t word, sleepers;
@@ -109,7 +110,7 @@ static void *worker(void *argument) {
   free(argument);
   uint32_t seen = 0;
   for (;;) {
-    wait_change(&p->job, seen, p->spins, 0);
+    wait_change(&p->job, seen, p->spins, IDLE_YIELDS);
     seen++;
     if (p->closing) return NULL;
     p->work(p->argument, s.thread);

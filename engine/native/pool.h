@@ -1,5 +1,6 @@
-// A pool of threads that run one function together, with a barrier. Waiting spins for at most 50 us; inside a step
-// it then yields, between steps it sleeps, so that engines leave their cores to others.
+// A pool of threads that run one function together, with a barrier. Waiting spins for at most 50 us and then yields:
+// inside a step until the others arrive, between steps for about 100 us before it sleeps. So engines leave their cores
+// to others, and a call that follows at once finds the threads awake.
 #pragma once
 
 typedef struct im_pool im_pool;
