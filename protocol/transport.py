@@ -194,7 +194,7 @@ class RouterTransport:
                 f"{address} can be reached from outside and there are no keys",
                 "run `isthmus keys new` first, or listen on 127.0.0.1",
             )
-        if fault := address_fault(address):
+        if fault := address_fault(address, listening=True):
             raise ServiceError(fault, "listen on tcp://HOST:PORT")
         self._allowed = allowed
         self._curve = keys is not None
@@ -299,10 +299,14 @@ class RouterTransport:
             )
 
 
-def address_fault(address: str) -> str:
-    """What is wrong with a TCP address, empty if nothing: ZeroMQ would take part of a bad port for a port."""
+def address_fault(address: str, *, listening: bool = False) -> str:
+    """What is wrong with a TCP address, empty if nothing: ZeroMQ would take part of a bad port for a port.
+
+    Port 0 is any free one for who listens, and none for who connects.
+    """
     try:
-        if not address.startswith("tcp://") or urlsplit(address).port:
+        port = urlsplit(address).port if address.startswith("tcp://") else 1
+        if port or (listening and port is not None):
             return ""
     except ValueError:
         pass
