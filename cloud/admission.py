@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.engine.part import KV_SLACK
+from isthmus.engine.part import KV_SINKS, KV_SLACK
 from isthmus.protocol.errors import ServiceError
 
 
@@ -82,7 +82,7 @@ def refusal(load: Load, limits: ServiceLimits, max_positions: int, window: int) 
         max_positions: what the device expects to need, 0 for unknown.
         window: attention window of the session in positions, 0 for none.
     """
-    need = min(max_positions, window + KV_SLACK) if window else max_positions
+    need = min(max_positions, window + KV_SINKS + KV_SLACK) if window else max_positions
     if need > load.pool_tokens:
         return f"{need} positions are wanted and the cloud's KV holds {load.pool_tokens}", False
     if load.own_sessions >= limits.max_sessions_per_principal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from isthmus.edge import budget
 from isthmus.edge.local import CHUNK, LocalPart
-from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvConfig
+from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
@@ -24,7 +24,7 @@ class Holding:
     ) -> None:
         self._bundle, self._memory_mb, self._window = bundle, memory_mb, window
         self._backend, self._threads = backend, threads
-        self.kv = KvConfig(max_tokens=kv_tokens + (CHUNK + KV_SLACK + 2 * KV_BLOCK if window else KV_BLOCK))
+        self.kv = KvConfig(max_tokens=kv_tokens + (CHUNK + KV_SLACK + KV_SINKS + 3 * KV_BLOCK if window else KV_BLOCK))
         self.part: LocalPart | None = None
 
     @property

@@ -85,12 +85,15 @@ class BlockTable:
     Attributes:
         blocks: [capacity] i32, block of positions 16 i .. 16 i + 15; -1 where a sliding window let go.
         count: entries in use.
+        sinks: the first so many blocks are never let go.
+        dropped: entries [sinks, dropped) were let go.
     """
 
-    __slots__ = ("blocks", "count", "dropped", "pool")
+    __slots__ = ("blocks", "count", "dropped", "pool", "sinks")
 
-    def __init__(self, pool: KvPool, capacity: int = 64) -> None:
+    def __init__(self, pool: KvPool, capacity: int = 64, sinks: int = 0) -> None:
         self.pool = pool
+        self.sinks = sinks
         self.blocks: NDArray[np.int32] = np.full(capacity, -1, np.int32)
         self.count = 0
         self.dropped = 0
@@ -115,10 +118,11 @@ class BlockTable:
         return True
 
     def drop_before(self, position: int) -> None:
-        """Gives back the blocks whose positions all lie before `position`."""
+        """Gives back the blocks whose positions all lie before `position`, but for the sinks."""
         while (self.dropped + 1) * KV_BLOCK <= position and self.dropped < self.count:
-            self.pool.give(int(self.blocks[self.dropped]))
-            self.blocks[self.dropped] = -1
+            if self.dropped >= self.sinks:
+                self.pool.give(int(self.blocks[self.dropped]))
+                self.blocks[self.dropped] = -1
             self.dropped += 1
 
     def truncate(self, length: int) -> None:
@@ -134,11 +138,12 @@ class BlockTable:
 
     def fork(self) -> BlockTable:
         """Another table of the same blocks."""
-        other = BlockTable(self.pool, len(self.blocks))
+        other = BlockTable(self.pool, len(self.blocks), self.sinks)
         other.blocks[:] = self.blocks
         other.count, other.dropped = self.count, self.dropped
-        for block in self.blocks[self.dropped : self.count]:
-            self.pool.share(int(block))
+        for block in self.blocks[: self.count].tolist():
+            if block >= 0:
+                self.pool.share(block)
         return other
 
 
@@ -160,8 +165,8 @@ class Forecast:
         count, dropped, own = self._tables.get(id(table), (table.count, table.dropped, set()))
         while (dropped + 1) * KV_BLOCK <= keep and dropped < count:
             if dropped in own:
-                self._free += 1
-            else:
+                self._free += dropped >= table.sinks
+            elif dropped >= table.sinks:
                 self._give(int(table.blocks[dropped]))
             dropped += 1
         for i in range(start // KV_BLOCK, (end - 1) // KV_BLOCK + 1):

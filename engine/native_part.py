@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import struct
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +12,26 @@ from isthmus.engine.binding import Workers, native
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.experts import ExpertSource
 from isthmus.engine.kv import BlockTable, Forecast
+from isthmus.engine.native_decode import NOTHING, ROW, DecodeRow
 from isthmus.engine.native_layers import Layers
-from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
+from isthmus.engine.native_sequence import NativeSequence
+from isthmus.engine.part import (
+    KV_BLOCK,
+    KV_SINKS,
+    KV_SLACK,
+    KvConfig,
+    Numerics,
+    Rows,
+    Span,
+    StepResult,
+    Want,
+    WeightSource,
+)
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.errors import EngineError, OutOfBlocks
 
 NUMERICS = Numerics("native-1")
 STEP_ROWS = 256  # rows of one native call; longer prefills are cut, which changes no bit
-_ROW = struct.Struct("8i")
-_NOTHING: NDArray[np.float32] = np.zeros((0, 0), np.float32)
 _F32 = np.dtype(np.float32)
 _HIDDEN, _LOGITS, _SAMPLE = int(Want.HIDDEN), int(Want.LOGITS), int(Want.SAMPLE)
 _NEEDS_HEAD = _LOGITS | _SAMPLE
@@ -30,94 +40,6 @@ _FAILURES = {
     -2: ("a row does not fit the part", "check its token, hidden state, layers and what it wants"),
     -3: ("a hidden state is not finite", "check the other side's codec and weights"),
 }
-
-
-class NativeSequence:
-    """A sequence of a native part; see `engine.part.Sequence`."""
-
-    __slots__ = ("filled", "high", "length", "low", "part", "slot", "tables", "window")
-
-    def __init__(self, part: NativePart, window: int, tables: list[BlockTable], filled: list[int]) -> None:
-        self.part: NativePart | None = part
-        self.window = window
-        self.tables = tables
-        self.filled = filled  # of each layer: positions whose KV it holds
-        self.length = max(filled)
-        self.low = self.high = 0  # positions known to be writable without a look at the tables
-        self.slot = part.seat(self)
-
-    def truncate(self, length: int) -> None:
-        """Forgets the positions from `length` on.
-
-        Raises:
-            EngineError: `length` lies outside of what is held.
-        """
-        with self._open().lock:
-            least = self.least if self.window else 0
-            if length != 0 and not least <= length <= self.length:  # nothing is needed to start anew
-                raise EngineError(f"cannot go back to {length} of {self.length} positions", f"keep at least {least}")
-            self.length = length
-            self.filled = [min(held, length) for held in self.filled]
-            self.give_back()
-
-    def fill(self, first: int, last: int, start: int, end: int) -> None:
-        """Notes that layers [first, last) of the part now hold positions up to `end`, anew from `start`.
-
-        What layers behind them held from `start` on came from the past that was overwritten: it is forgotten.
-        """
-        filled = self.filled
-        filled[first:last] = [end] * (last - first)
-        if start < self.length:
-            filled[last:] = [min(held, start) for held in filled[last:]]
-            self.length = max(filled)
-        else:
-            self.length = end
-
-    def give_back(self) -> None:
-        """Gives back the blocks that only hold positions beyond the length."""
-        for table in self.tables:
-            table.truncate(self.length)
-        self.low = self.high = 0
-
-    @property
-    def least(self) -> int:
-        """The first position whose whole window is still held."""
-        dropped = max(table.dropped for table in self.tables) * KV_BLOCK
-        return dropped + self.window - 1 if dropped else 0
-
-    def fork(self) -> NativeSequence:
-        """Another sequence with the same past, sharing its blocks."""
-        part = self._open()
-        with part.lock:
-            self.low = self.high = 0
-            return NativeSequence(part, self.window, [table.fork() for table in self.tables], list(self.filled))
-
-    def close(self) -> None:
-        """Gives the blocks back."""
-        if (part := self.part) is not None:
-            with part.lock:
-                for table in self.tables:
-                    table.truncate(0)
-                part.unseat(self)
-                self.part = None
-
-    def _open(self) -> NativePart:
-        if self.part is None:
-            raise EngineError("the sequence is closed", "open another one")
-        return self.part
-
-    def reserve(self, start: int, end: int, first: int) -> None:
-        """Makes positions [start, end) writable, letting go of what the window of position `first` does not see."""
-        moved = False
-        for table in self.tables:
-            if self.window:
-                table.drop_before(first + 1 - self.window - KV_SLACK)
-            blocks = table.blocks
-            table.writable(start, end)
-            moved |= blocks is not table.blocks
-        self.low, self.high = start, -(-end // KV_BLOCK) * KV_BLOCK
-        if moved:
-            self._open().seat(self)
 
 
 class NativePart:
@@ -132,6 +54,7 @@ class NativePart:
             )
         module = native()
         self._ffi, self._lib, self._workers, self._layers = module.ffi, module.lib, workers, layers
+        self._im_step, self._engine = module.lib.im_step, workers.engine
         self.lock = workers.lock  # of the threads that a step, and whatever changes its tables, must have to itself
         self.config: DecoderConfig = layers[0].config
         self.start, self.end = layers[0].start, layers[-1].end
@@ -149,6 +72,7 @@ class NativePart:
         call = self._call
         call.parts, call.n_parts, call.rows = self._parts, len(layers), self._rows_c
         call.samplings, call.tokens_out, call.need_experts = self._samplings, self._tokens, self._needed
+        self._decode = DecodeRow(module.ffi, call, self.config.vocab_size, self.config.d_model, self.end)
         self._seats: list[NativeSequence | None] = []
         self._grow_seats(16)
 
@@ -172,7 +96,7 @@ class NativePart:
         self._seats += [None] * (count - len(self._seats))
         self._tables = [new("im_sequence[]", count) for _ in self._layers]
         self._table_pointers = new("im_sequence *[]", self._tables)
-        self._call.tables = self._table_pointers
+        self._call.tables = self._decode.call.tables = self._table_pointers
         for sequence in self._seats:
             if sequence is not None:
                 self.seat(sequence)
@@ -188,21 +112,23 @@ class NativePart:
             self._seats[slot] = sequence
         for cells, table in zip(self._tables, sequence.tables, strict=True):
             cells[slot].blocks = self._ffi.cast("int32_t *", table.blocks.ctypes.data)
-            cells[slot].window = sequence.window
+            cells[slot].window, cells[slot].sinks = sequence.window, table.sinks
         return slot
 
     def unseat(self, sequence: NativeSequence) -> None:
         """Frees a closed sequence's place."""
         self._seats[sequence.slot] = None
 
-    def open(self, *, window: int = 0) -> NativeSequence:
+    def open(self, *, window: int = 0, sinks: int | None = None) -> NativeSequence:
         """A new, empty sequence; see `engine.part.Part.open`."""
         if self._call is None:
             raise EngineError("the part is closed", "open another one")
-        if window < 0:
-            raise EngineError(f"the attention window is {window}", "choose 0 (none) or more")
+        if sinks is None:
+            sinks = KV_SINKS if window else 0
+        if min(window, sinks) < 0 or (sinks and not window):
+            raise EngineError(f"the attention window is {window}, its sinks {sinks}", "choose 0 (none) or more of both")
         with self.lock:
-            tables = [BlockTable(layers.pool) for layers in self._layers]
+            tables = [BlockTable(layers.pool, sinks=-(-sinks // KV_BLOCK)) for layers in self._layers]
             return NativeSequence(self, window, tables, [0] * (self.end - self.start))
 
     def step(self, rows: Rows) -> StepResult:
@@ -211,11 +137,8 @@ class NativePart:
         if self._workers.lost:
             raise EngineError("the part was opened before this process was forked", "open it in the child")
         with self.lock:
-            if len(spans) == 1 and spans[0].count == 1:
-                self._check(span := spans[0], None, -1)
-                if not span.sequence.low <= span.position < span.sequence.high:  # type: ignore[attr-defined]
-                    self._admit([spans])
-                return self._run(spans)
+            if len(spans) == 1 and (span := spans[0]).count == 1:
+                return self._step_one(span)
             if not spans:
                 raise EngineError("a step without rows", "give it at least one")
             total, ends, fills = 0, dict[int, int](), dict[int, list[int]]()
@@ -233,6 +156,30 @@ class NativePart:
             if any(span.hidden_in is not None and not np.isfinite(span.hidden_in).all() for span in spans):
                 raise EngineError(*_FAILURES[-3])  # before the first piece is committed
             return self._run_pieces(steps)
+
+    def _step_one(self, span: Span) -> StepResult:
+        sequence, position, want, sampling = cast(NativeSequence, span.sequence), span.position, span.want, 0
+        if (
+            isinstance(sequence, NativeSequence)
+            and sequence.going == (position, span.enter, span.leave, want)
+            and position < sequence.high
+            and sequence.part is self
+        ):
+            if span.sampling is not GREEDY and want & _SAMPLE:
+                self._set_sampling(sampling := 1, span.sampling)
+            if self._decode.put(span, sequence.slot, sampling):
+                if status := self._im_step(self._engine, self._decode.call):
+                    self._finish(self._decode.call, status, [span])
+                sequence.fill(span)
+                sequence.going = position + 1, span.enter, span.leave, want
+                return self._decode.result(want)
+        self._check(span, None, -1)
+        if not sequence.low <= position < sequence.high:
+            self._admit([[span]])
+        result = self._run([span])
+        if not want & _LOGITS:  # from here on, one row after the other needs no more checks
+            sequence.going = position + 1, span.enter, span.leave, want
+        return result
 
     def _check(self, span: Span, filled: list[int] | None, before: int) -> tuple[int, int]:
         """Refuses a span that does not fit; gives its layers, counted from the part's first.
@@ -324,7 +271,7 @@ class NativePart:
                 leave = self.end
             if count == 1:
                 token = -1 if span.tokens is None else span.tokens[0]
-                _ROW.pack_into(
+                ROW.pack_into(
                     self._rows_raw, 32 * row, sequence.slot, start, token, n_inputs, span.enter, leave, want, sampling
                 )
             else:
@@ -344,7 +291,7 @@ class NativePart:
             n_logits += wanting if want & _LOGITS else 0
             n_tokens += wanting if want & _SAMPLE else 0
             row += count
-        hidden = logits = _NOTHING
+        hidden = logits = NOTHING
         pointer = self._ffi.from_buffer
         if inputs:
             stacked = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
@@ -358,25 +305,27 @@ class NativePart:
             logits = np.empty((n_logits, self.config.vocab_size), np.float32)
             call.logits_out = pointer("float[]", logits)
         call.n_rows = row
+        if status := self._im_step(self._engine, call):
+            self._finish(call, status, spans)
+        for span in spans:
+            cast(NativeSequence, span.sequence).fill(span)
+        return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits)
+
+    def _finish(self, call: Any, status: int, spans: list[Span]) -> None:
+        """Goes on with a call that paused for experts; where it failed, gives back what was reserved for it."""
         try:
-            status = self._lib.im_step(self._workers.engine, call)
             while status == 1:
-                self._bring()
-                status = self._lib.im_step_resume(self._workers.engine, call)
+                self._bring(call)
+                status = self._lib.im_step_resume(self._engine, call)
             if status:
                 raise EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
         except BaseException:
             for span in spans:
                 cast(NativeSequence, span.sequence).give_back()
             raise
-        for span in spans:
-            leave = self.end if span.leave is None else span.leave
-            first, last, position = span.enter - self.start, leave - self.start, span.position
-            cast(NativeSequence, span.sequence).fill(first, last, position, position + span.count)
-        return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits)
 
-    def _bring(self) -> None:
-        layer, missing = self._call.need_layer, list(self._needed[0 : self._call.n_need])
+    def _bring(self, call: Any) -> None:
+        layer, missing = call.need_layer, list(self._needed[0 : call.n_need])
         for other, index in self._holding(layer).bring(layer, missing):
             self._holding(other).evict(other, index)
 
@@ -436,7 +385,7 @@ def pieces(spans: list[Span], limit: int) -> list[list[Span]]:
 
 def join(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     """The arrays one below the other."""
-    return np.concatenate(arrays) if arrays else _NOTHING
+    return np.concatenate(arrays) if arrays else NOTHING
 
 
 def open_native(

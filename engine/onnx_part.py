@@ -100,15 +100,17 @@ class OnnxPart:
         """Positions that the KV can still take, in whole blocks."""
         return (self._max_blocks - sum(s.n_blocks for s in self._sequences)) * KV_BLOCK
 
-    def open(self, *, window: int = 0) -> OnnxSequence:
-        """A new, empty sequence; with `window` > 0 attention sees only that many last positions.
+    def open(self, *, window: int = 0, sinks: int | None = None) -> OnnxSequence:
+        """A new, empty sequence; see `engine.part.Part.open`. There are no sinks here.
 
         Raises:
-            EngineError: a negative window, or the part is closed.
+            EngineError: a negative window, sinks, or the part is closed.
         """
         self._open_source()
         if window < 0:
             raise EngineError(f"window is {window}", "choose 0 (all positions) or more")
+        if sinks:
+            raise EngineError("ONNX Runtime cannot keep attention sinks", "open with sinks=0, or use the native engine")
         sequence = OnnxSequence(self, self._end - self._start, window)
         self._sequences.append(sequence)
         return sequence

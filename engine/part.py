@@ -16,6 +16,7 @@ from isthmus.quant.packed import PackedMatrix
 
 KV_BLOCK = 16  # positions in one KV block
 KV_SLACK = 32  # positions that a sliding window keeps beyond its own, so that as many can be taken back
+KV_SINKS = 16  # positions at the front that a sliding window keeps in sight
 
 
 class WeightSource(Protocol):
@@ -216,9 +217,20 @@ class Part(Protocol):
         """Positions that the KV pool can still take."""
         ...
 
-    def open(self, *, window: int = 0) -> Sequence:
-        """A new, empty sequence. With `window` > 0, attention sees only that many last positions and older blocks
-        are given back; else running out of KV raises OutOfBlocks."""
+    def open(self, *, window: int = 0, sinks: int | None = None) -> Sequence:
+        """A new, empty sequence.
+
+        Args:
+            window: positions that attention sees, the last ones; older blocks are given back. With 0 it sees all,
+                and running out of KV raises OutOfBlocks.
+            sinks: positions at the front, rounded up to blocks of 16, that a window keeps and sees as if they stood
+                just before it; without them a model writes nonsense once its first tokens are out of sight
+                (attention sinks, Xiao et al., 2309.17453). The window then begins with a whole block. None is
+                `KV_SINKS` where the back end can keep them, else none.
+
+        Raises:
+            EngineError: a negative number, sinks without a window, or sinks that the back end cannot keep.
+        """
         ...
 
     def step(self, rows: Rows) -> StepResult:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.native_part import NativePart, NativeSequence, open_native
+from isthmus.engine.native_part import NativePart, open_native
+from isthmus.engine.native_sequence import NativeSequence
 from isthmus.engine.part import KV_BLOCK, KvConfig, Rows, Want
 from isthmus.engine.sampling import GREEDY, Sampling
 from tests.random_model import RandomModel

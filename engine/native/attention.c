@@ -3,9 +3,10 @@
 
 #include "step.h"
 
-static void rotate(const im_engine *e, const im_part *p, float *head, const float *norm, int row) {
+// rope: cosines, then sines, of one position
+static void rotate(const im_engine *e, const im_part *p, float *head, const float *norm, const float *rope) {
   const int half = p->head_dim / 2;
-  const float *cs = e->rope + (size_t)row * p->head_dim, *sn = cs + half;
+  const float *cs = rope, *sn = cs + half;
   if (norm) {  // the head stands in a buffer of whole lanes, zero in the padding
     e->k->rms_norm(head, norm, head, p->head_dim, p->norm_eps);
   }
@@ -35,7 +36,7 @@ static void store_kv(const im_engine *e, const im_part *p, const im_layer *l, in
     for (int i = 0; i < hd; i++) v[i] += l->v_bias[head * hd + i];
   memset(buffer, 0, sizeof buffer);
   memcpy(buffer, k, (size_t)hd * 4);
-  rotate(e, p, buffer, l->k_norm, slot);
+  rotate(e, p, buffer, l->k_norm, e->rope + (size_t)slot * p->head_dim);
   if (p->kv_f32) {
     float *to = (float *)block;
     for (int i = 0; i < pad; i++) to[i * 16 + at] = buffer[i];
@@ -57,19 +58,42 @@ static void attend_heads(im_engine *e, const im_part *p, const im_layer *l, int 
                          int thread) {
   const int hd = p->head_dim, pad = im_pad(hd, 16), n = h1 - h0, kv_index = h0 / (p->n_heads / p->n_kv_heads);
   float qs[n * pad] __attribute__((aligned(64))), os[n * pad] __attribute__((aligned(64)));
+  float sink_qs[n * pad] __attribute__((aligned(64)));
+  size_t bytes;
+  im_kv_view view = {kv_head(p, layer, kv_index, &bytes),
+                     table->blocks,
+                     p->kv_block_bytes,
+                     pad,
+                     p->kv_f32,
+                     1.f / sqrtf((float)hd),
+                     0,
+                     sink_qs};
+  int first = window_start(table, row->position), last = row->position;
+  if (l->window && last + 1 - l->window >= first) {
+    first = last + 1 - l->window;  // the model's own window is the narrower one, and has no sinks
+  } else if (first && table->sinks) {
+    int32_t *blocks = e->gathered[thread];
+    memcpy(blocks, table->blocks, (size_t)table->sinks * 4);
+    memcpy(blocks + table->sinks, table->blocks + first / 16, (size_t)(last / 16 - first / 16 + 1) * 4);
+    view.blocks = blocks;
+    view.sinks = table->sinks;
+    last += 16 * table->sinks - first;
+    first = 0;
+  }
   memset(qs, 0, sizeof qs);
+  if (view.sinks) memset(sink_qs, 0, sizeof sink_qs);
+  const size_t at = (size_t)slot * p->head_dim;
   for (int h = 0; h < n; h++) {
     const float *from = q + (size_t)(h0 + h) * hd;
-    for (int i = 0; i < hd; i++) qs[h * pad + i] = l->q_bias ? from[i] + l->q_bias[(h0 + h) * hd + i] : from[i];
-    rotate(e, p, qs + h * pad, l->q_norm, slot);
+    float *to = qs + h * pad, *sink_to = sink_qs + h * pad;
+    for (int i = 0; i < hd; i++) to[i] = l->q_bias ? from[i] + l->q_bias[(h0 + h) * hd + i] : from[i];
+    if (view.sinks) {
+      memcpy(sink_to, to, (size_t)hd * 4);
+      rotate(e, p, sink_to, l->q_norm, e->sink_rope + at);
+    }
+    rotate(e, p, to, l->q_norm, e->rope + at);
   }
-  size_t bytes;
-  im_kv_view view = {
-      kv_head(p, layer, kv_index, &bytes), table->blocks, p->kv_block_bytes, pad, p->kv_f32, 1.f / sqrtf((float)hd)};
-  int window = l->window, first = 0;
-  if (table->window && (!window || table->window < window)) window = table->window;
-  if (window && row->position + 1 > window) first = row->position + 1 - window;
-  e->k->attend(&view, qs, n, first, row->position, e->scores[thread], os);
+  e->k->attend(&view, qs, n, first, last, e->scores[thread], os);
   for (int h = 0; h < n; h++) memcpy(out + (size_t)(h0 + h) * hd, os + h * pad, (size_t)hd * 4);
 }
 

@@ -95,10 +95,16 @@ static void start_rows(walker *w) {
       memcpy(x, c->hidden_in + (size_t)row->hidden * p->d_model, (size_t)p->d_model * 4);
       memset(x + p->d_model, 0, (size_t)(e->w.d_pad - p->d_model) * 4);
     }
-    if (!w->single || w->thread == 0)
-      im_rope(p->inv_freq, p->head_dim / 2, row->position, p->rope_scale, e->rope + (size_t)i * p->head_dim);
+    if (!w->single || w->thread == 0) {
+      const int half = p->head_dim / 2, first = window_start(table_of(w, 0, row), row->position);
+      const size_t at = (size_t)i * (size_t)p->head_dim;
+      im_rope(p->inv_freq, half, row->position, p->rope_scale, e->rope + at);
+      if (first && table_of(w, 0, row)->sinks)
+        im_rope(p->inv_freq, half, row->position - first + 16 * table_of(w, 0, row)->sinks, p->rope_scale,
+                e->sink_rope + at);
+    }
   }
-  meet(w);
+  if (!w->single) meet(w);  // a single row's angles are needed after the first linear map, which ends in a barrier
 }
 
 static void walk(void *argument, int thread) {
@@ -171,8 +177,9 @@ im_engine *im_engine_new(int threads, const char *cpu) {
   e->own = calloc((size_t)threads + 1, sizeof *e->own);
   e->scores = calloc((size_t)threads, sizeof *e->scores);
   e->candidates = calloc((size_t)threads, sizeof *e->candidates);
+  e->gathered = calloc((size_t)threads, sizeof *e->gathered);
   e->pool = im_pool_new(threads);
-  if (!e->own || !e->scores || !e->candidates || !e->pool) {
+  if (!e->own || !e->scores || !e->candidates || !e->gathered || !e->pool) {
     im_engine_free(e);
     return NULL;
   }
@@ -186,6 +193,7 @@ void im_engine_free(im_engine *e) {
   free(e->own);
   free(e->scores);
   free(e->candidates);
+  free(e->gathered);
   free(e);
 }
 

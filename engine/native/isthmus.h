@@ -41,9 +41,10 @@ typedef struct {  // layers [start, end)
 } im_part;
 
 typedef struct {
-  const int32_t *blocks;
-  int32_t window;
-} im_sequence;  // blocks[p / 16] of position p
+  const int32_t *blocks;  // blocks[p / 16] of position p
+  int32_t window;         // positions that rows see, 0 for all
+  int32_t sinks;          // whole blocks at the front that rows see as well, as if they stood just before the window
+} im_sequence;
 
 typedef struct {
   int32_t sequence, position, token, hidden;  // token >= 0, or else row `hidden` of hidden_in
@@ -80,6 +81,8 @@ typedef struct {        // one KV head of one layer for a sequence
   size_t block_bytes;
   int32_t head_dim, f32;  // head_dim padded to 16
   float scale;
+  int32_t sinks;        // the first so many blocks are scored with sink_q instead of q
+  const float *sink_q;  // [heads][head_dim], as q
 } im_kv_view;
 
 static inline int32_t im_pad(int32_t n, int32_t to) { return (n + to - 1) / to * to; }

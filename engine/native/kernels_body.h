@@ -318,13 +318,14 @@ INLINE void mix_values(const int f32, const int heads, const int tile, const im_
       vf_store(out + (size_t)h * kv->head_dim + d0 + 16 * i, vf_mul(acc[h][i], vf_set1(norm[h])));
 }
 
-INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, const float *q, int first, int last,
-                         float *scores, float *out) {
+INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, const float *q, const float *sink_q,
+                         int first, int last, float *scores, float *out) {
   const int tile = heads == 1 ? (2 * K_TILE > 8 ? 8 : 2 * K_TILE) : heads < 4 ? K_TILE : (K_TILE + 1) / 2;
   const int b0 = first / 16, b1 = last / 16 + 1;
   const size_t lds = (size_t)(b1 - b0) * 16;
   float norm[4];
   int b = b0;
+  for (; b < kv->sinks; b++) score_blocks(f32, heads, 1, kv, sink_q, b, scores + 16 * (b - b0), lds);
   for (; b + tile <= b1; b += tile) score_blocks(f32, heads, tile, kv, q, b, scores + 16 * (b - b0), lds);
   for (; b < b1; b++) score_blocks(f32, heads, 1, kv, q, b, scores + 16 * (b - b0), lds);
   for (int h = 0; h < heads; h++) {
@@ -357,9 +358,10 @@ static void attend(const im_kv_view *kv, const float *q, int heads, int first, i
   for (int h = 0; h < heads;) {
     const int n = heads - h < 4 ? heads - h : heads - h == 5 ? 3 : 4;
     const float *qh = q + (size_t)h * kv->head_dim;
+    const float *sh = kv->sinks ? kv->sink_q + (size_t)h * kv->head_dim : NULL;
     float *oh = out + (size_t)h * kv->head_dim;
-#define CASE(f32, n)                                     \
-  attend_heads(f32, n, kv, qh, first, last, scores, oh); \
+#define CASE(f32, n)                                         \
+  attend_heads(f32, n, kv, qh, sh, first, last, scores, oh); \
   break
     switch (kv->f32 * 4 + n - 1) {
       case 0: CASE(0, 1);

@@ -41,7 +41,7 @@ static void wake_all(_Atomic uint32_t *word) {
 #endif
 
 #define SPIN_NS 50000
-#define YIELDS 50000  // tens of milliseconds when nobody else wants the core: longer than a time slice of others
+#define YIELDS 50000     // tens of milliseconds when nobody else wants the core: longer than a time slice of others
 #define IDLE_YIELDS 300  // about 100 us: the next call from Python finds the threads awake
 
 typedef struct {

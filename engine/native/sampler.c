@@ -129,7 +129,7 @@ int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const im_sampl
   if (s->temperature == 0 || s->top_k == 1) return argmax;
   const float inverse = 1.f / s->temperature, zmax = logits[argmax] * inverse;
   if (!isfinite(inverse) || !isfinite(zmax)) return argmax;  // a temperature that float32 cannot divide by
-  const double highest = 17.4;  // above the largest value of the noise
+  const double highest = 17.4;                               // above the largest value of the noise
   race r = {-INFINITY, argmax, {0}, -1};
   run(&r, argmax, zmax, s, position);
   if ((s->top_k == 0 || s->top_k >= n) && s->top_p >= 1) {

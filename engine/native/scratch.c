@@ -1,5 +1,4 @@
 // Memory and bookkeeping of one call.
-#include <math.h>
 #include <stdlib.h>
 
 #include "step.h"
@@ -64,10 +63,12 @@ static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context
   e->up = carve(a, rows * (size_t)w->ff_pad * 4);
   for (int t = 0; t < e->threads; t++) {
     e->scores[t] = carve(a, (size_t)context * 16);
+    e->gathered[t] = carve(a, (size_t)context / 4);
     e->candidates[t] = carve(a, head_rows ? (size_t)w->vocab_pad * sizeof(im_candidate) : 0);
   }
   e->logits = carve(a, head_rows * (size_t)w->vocab_pad * 4);
   e->rope = carve(a, rows * (size_t)c->parts[0]->head_dim * 4);
+  e->sink_rope = carve(a, rows * (size_t)c->parts[0]->head_dim * 4);
   e->router = carve(a, rows * (size_t)im_pad(w->max_experts, 16) * 4);
   e->chosen = carve(a, rows * (size_t)w->top_k * 4);
   e->weights = carve(a, rows * (size_t)w->top_k * 4);
@@ -114,6 +115,17 @@ int im_prepare(im_engine *e, im_step_call *c) {
 
 static int ascending(const void *a, const void *b) { return *(const int32_t *)a - *(const int32_t *)b; }
 
+// By exponents, which compilers turn into vectors.
+static int finite(const float *x, size_t n) {
+  uint32_t bad = 0;
+  for (size_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    bad |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  return !bad;
+}
+
 int im_plan_segments(im_engine *e, const im_step_call *c) {
   const int start = c->parts[0]->start, end = c->parts[c->n_parts - 1]->end;
   int32_t *bounds = (int32_t *)e->shared.delta, n = 0, first = 0;  // a buffer that is free until the first layer
@@ -128,8 +140,7 @@ int im_plan_segments(im_engine *e, const im_step_call *c) {
     same &= r->enter == c->rows[0].enter && r->leave == c->rows[0].leave;
   }
   const size_t values = inputs ? (size_t)c->n_hidden * (size_t)c->parts[0]->d_model : 0;
-  for (size_t i = 0; i < values; i++)
-    if (!isfinite(c->hidden_in[i])) return IM_NOT_FINITE;
+  if (!finite(c->hidden_in, values)) return IM_NOT_FINITE;
   e->n_segments = 0;
   if (same) {
     for (int i = 0; i < c->n_rows; i++) e->active[i] = i;

@@ -36,8 +36,9 @@ struct im_engine {
   char *memory;
   size_t capacity;
   lane shared, *own;  // own[thread] for the single row
-  float *qkv, *up, **scores, *logits, *rope, *kept, *router;
+  float *qkv, *up, **scores, *logits, *rope, *sink_rope, *kept, *router;
   im_candidate **candidates;
+  int32_t **gathered;        // [thread]: the blocks that a row sees, where there is a hole between sinks and window
   int32_t *active, *chosen;  // active rows of all segments; [row][top_k] experts
   float *weights;            // [row][top_k] weights of the chosen experts
   segment *segments;
@@ -86,6 +87,13 @@ static inline void own_rows(const walker *w, int count, int *from, int *to) {
 
 static inline const im_sequence *table_of(const walker *w, int part, const im_row *row) {
   return w->c->tables[part] + row->sequence;
+}
+
+// The first position that `row` sees under its sequence's window. With sinks the window begins with a whole block, so
+// that what is seen is a list of whole blocks.
+static inline int window_start(const im_sequence *table, int position) {
+  const int first = table->window && position + 1 > table->window ? position + 1 - table->window : 0;
+  return !table->sinks ? first : first / 16 <= table->sinks ? 0 : first / 16 * 16;
 }
 
 // scratch.c: memory for a call, zeroed where kernels read padding; and which rows are active in which layers

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.kv import BlockTable, Forecast, KvPool, block_bytes
 from isthmus.engine.native_part import chain
-from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvConfig, Rows, Want
+from isthmus.engine.part import KV_BLOCK, KvConfig, Rows, Want
 from isthmus.protocol.errors import EngineError, OutOfBlocks
 from tests.native_tools import kv_bytes, open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
@@ -203,83 +201,3 @@ def test_a_failed_step_gives_its_blocks_back(model: RandomModel) -> None:
         with pytest.raises(EngineError, match="not finite"):
             part.step(Rows().hidden(sequence, 0, hidden[-n:], enter=1))
         assert sequence.length == 0 and part.free_tokens == 1024
-
-
-@native
-@pytest.mark.parametrize("steps", [[1] * 150, [150], [50, 1, 1, 60, 38], [149, 1]], ids=len)
-def test_a_window_is_the_mask_from_the_start(steps: list[int]) -> None:
-    """Against the same weights with that window in every layer, where no block is let go."""
-    config, text = random_config(windows=(0, 9, 0)), some_tokens(150)
-    reference = open_part(RandomModel("q4", replace(config, windows=(WINDOW, 9, WINDOW))))
-    expected, hidden, _ = run_tokens(reference, reference.open(), text, [150])
-    part = open_part(RandomModel("q4", config), threads=2)
-    sequence = part.open(window=WINDOW)
-    found, states, _ = run_tokens(part, sequence, text, steps)
-    assert found.tobytes() == expected.tobytes() and states.tobytes() == hidden.tobytes()
-    full = part.open()
-    other, _, _ = run_tokens(part, full, text, [150])
-    assert other.tobytes() != expected.tobytes()  # so the window does something
-
-
-@native
-def test_a_window_runs_forever_in_few_blocks() -> None:
-    model = RandomModel("q4", random_config(n_layers=1))
-    part, text = open_part(model, max_tokens=96), some_tokens(700)
-    sequence = part.open(window=WINDOW)
-    with pytest.raises(OutOfBlocks):
-        part.step(Rows().tokens(sequence, 0, text[:97]))
-    assert sequence.length == 0 and part.free_tokens == 96
-    for at in (*range(100), *range(100, 380, 20)):
-        part.step(Rows().tokens(sequence, at, text[at : at + (20 if at >= 100 else 1)], want=Want.NONE))
-    assert sequence.length == 380
-    held = 96 - part.free_tokens
-    assert held <= WINDOW + KV_SLACK + 20 + 2 * KV_BLOCK
-    wide = open_part(model, max_tokens=400)  # whose piece of 256 rows and window fit, but not all positions
-    long = wide.open(window=WINDOW)
-    wide.step(Rows().tokens(long, 0, text, want=Want.NONE))
-    assert long.length == 700 and wide.free_tokens >= 400 - 256 - WINDOW - KV_SLACK - 2 * KV_BLOCK
-    fork = long.fork()
-    long.close()
-    fork.close()
-    sequence.close()
-    assert wide.free_tokens == 400 and part.free_tokens == 96
-
-
-@native
-def test_a_window_can_be_taken_back_a_little() -> None:
-    config, text = random_config(windows=(WINDOW,) * 3), some_tokens(200)
-    reference = open_part(RandomModel("q4", config))
-    expected, _, _ = run_tokens(reference, reference.open(), text, [200])
-    part = open_part(RandomModel("q4", replace(config, windows=())))
-    for length in range(100, 130):
-        sequence = part.open(window=WINDOW)
-        run_tokens(part, sequence, text[:length], [1] * length)
-        sequence.truncate(length - KV_SLACK)
-        found, _, _ = run_tokens(part, sequence, text[length - KV_SLACK :], [200 - length + KV_SLACK])
-        assert found.tobytes() == expected[length - KV_SLACK :].tobytes()
-        for back in (0, 35):
-            if back:
-                with pytest.raises(EngineError, match="go back"):
-                    sequence.truncate(back)
-            with pytest.raises(EngineError, match="behind the window"):
-                part.step(Rows().tokens(sequence, back, [1]))
-        assert sequence.length == 200
-        sequence.truncate(0)
-        assert part.free_tokens == 1024
-        sequence.close()
-
-
-@native
-def test_several_spans_of_a_windowed_sequence() -> None:
-    """The second span of a call must not let go of what the first one still sees."""
-    config, text = random_config(windows=(WINDOW,) * 3), some_tokens(240)
-    reference = open_part(RandomModel("q4", config))
-    expected, _, _ = run_tokens(reference, reference.open(), text, [240])
-    part = open_part(RandomModel("q4", replace(config, windows=())))
-    sequence = part.open(window=WINDOW)
-    rows = Rows()
-    for at in range(0, 240, 60):
-        rows.tokens(sequence, at, text[at : at + 60], want=Want.LOGITS, want_all=True)
-    assert part.step(rows).logits.tobytes() == expected.tobytes()
-    with pytest.raises(EngineError, match="window"):
-        part.open(window=-1)
