@@ -14,67 +14,23 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from models import BENCH, QUESTIONS, bundle, gguf, peer_python
-from numpy.typing import NDArray
+from models import BENCH, bundle, gguf, peer_python
 from record import Record
 
-from isthmus.apps.bench.contenders import MAX_CONTEXT, Contender, Elsewhere, Engine, Prototype, kv_for, quietly
+from isthmus.apps.bench.contenders import Contender, Elsewhere, Engine, Prototype, kv_for, quietly
+from isthmus.apps.bench.quality import QUESTIONS, Quality
 from isthmus.apps.bench.turns import CASES, Case, Speed, measure
 from isthmus.apps.cli.roofline import read_bandwidth
-from isthmus.engine import KvConfig, Part, Rows, Want, cpu_names, open_part
+from isthmus.engine import cpu_names, open_part
 from isthmus.protocol.errors import EngineError
 
 HERE = Path(__file__).resolve().parent
 BATCH = 8
 # name, bundle, bits of the nested weights, format of the prototype
 FORMATS = (("4-bit", "q4", 0, "q4"), ("nested 2+2", "nested", 4, "n4"), ("4-bit with minimum", "keep", 0, None))
-GREEDY_TOKENS = 40
-
-
-def greedy_logits(
-    part: Part, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None
-) -> list[NDArray[np.float32]]:
-    """Logits [40, vocab_size] of each prompt's answer: its own greedy one, or teacher-forced on `answers`."""
-    found = []
-    for i, prompt in enumerate(prompts):
-        sequence = part.open()
-        if answers is None:
-            rows = [part.step(Rows().tokens(sequence, 0, prompt, want=Want.LOGITS)).logits]
-            while len(rows) < GREEDY_TOKENS:
-                token = int(rows[-1][0].argmax())
-                rows.append(part.step(Rows().tokens(sequence, sequence.length, [token], want=Want.LOGITS)).logits)
-            found.append(np.concatenate(rows))
-        else:
-            ids = prompt + answers[i][:-1]
-            logits = part.step(Rows().tokens(sequence, 0, ids, want=Want.LOGITS, want_all=True)).logits
-            found.append(logits[len(prompt) - 1 :])
-        sequence.close()
-    return found
-
-
-class Quality:
-    """How near a format's logits come to float32 on the file's own weights."""
-
-    def __init__(self) -> None:
-        source = bundle("f32")
-        tokenizer = source.tokenizer()
-        self._prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS]
-        part = open_part(source, 0, source.config.n_layers, kv=KvConfig("f32", 2 * MAX_CONTEXT))
-        self._truth = greedy_logits(part, self._prompts, None)
-        self._answers = [[int(t) for t in logits.argmax(axis=1)] for logits in self._truth]
-        part.close()
-
-    def cosine(self, part: Part) -> float:
-        """Mean cosine of logits on the float32 model's greedy answers, teacher-forced."""
-        pairs = zip(greedy_logits(part, self._prompts, self._answers), self._truth, strict=True)
-        return float(
-            np.mean([(a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in pairs])
-        )
 
 
 def native(name: str, format: str, bits: int, threads: int, cpu: str | None = None) -> Engine:
@@ -154,14 +110,16 @@ def main() -> int:
     options = parser.parse_args()
     counts = [int(n) for n in options.threads.split(",")]
     record = Record("decode", {"turns": options.turns, "steps a turn": 20, "cases": [str(c) for c in CASES]})
-    quality, cosines = Quality(), {}
+    tokenizer, cosines = bundle("keep").tokenizer(), dict[str, float]()
+    prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+    quality = Quality(bundle("f32"), prompts)
     rows: list[list[float | str | None]] = []
     speeds: dict[int, dict[Case, dict[str, Speed]]] = {}
     for threads in counts:
         running = contenders(threads, options.reference, record)
         for contender in running:
-            if isinstance(contender, Engine) and contender.name not in cosines:
-                cosines[contender.name] = quality.cosine(contender.part)
+            if contender.name not in cosines:
+                cosines[contender.name] = quality.cosine(contender)
         speeds[threads] = {case: measure(running, case, turns=options.turns) for case in CASES}
         compare(record, threads, speeds[threads])
         weights = sum(w.nbytes for i in range(30) for w in bundle("q4").layer(i).values()) + bundle("q4").head().nbytes
@@ -179,7 +137,9 @@ def main() -> int:
         if not name.startswith("prototype"):
             rows.append([name, *(speeds[t][case][name].median for case, t in shown), cosines.get(name)])
     roofs = [float(record.figures[f"memory roofline/{t} threads"]["value"]) for t in counts]
-    rows.append(["memory roofline", *roofs, *[None] * (len(shown) + 1 - len(roofs))])
+    shares = [float(record.figures[f"share of the memory roofline/{t} threads"]["value"]) for t in counts]
+    for name, values in (("memory roofline", roofs), ("share of it, 4-bit", shares)):
+        rows.append([name, *values, *[None] * (len(shown) + 1 - len(values))])
     columns = ["tok/s", *(f"{case}, {t} thread{'s' * (t > 1)}" for case, t in shown), "cosine to float32"]
     record.table("decode", columns, rows, note="Medians of contenders taking turns in one run.")
     others = []

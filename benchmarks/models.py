@@ -11,13 +11,6 @@ from isthmus.split.fetch import cache_folder, fetch
 from isthmus.split.writer import write_bundle
 
 BENCH = cache_folder().parent / "bench"
-QUESTIONS = (
-    "What is the capital of Italy?",
-    "Write a short poem about the sea.",
-    "Explain how a bicycle stays upright.",
-    "Why is the sky blue?",
-    "How do I boil an egg?",
-)
 
 
 def gguf() -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.protocol.errors import QuantError
 from isthmus.quant.packed import GROUP
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[Any]]
 
 
 def round_to(w: NDArray[np.float32], format: str) -> NDArray[np.generic]:

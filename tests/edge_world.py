@@ -76,7 +76,7 @@ class ToyPart:
     def free_tokens(self) -> int:
         return self.max_tokens
 
-    def open(self, *, window: int = 0) -> ToySequence:
+    def open(self, *, window: int = 0, sinks: int | None = None) -> ToySequence:
         return ToySequence(self, window)
 
     def step(self, rows: Rows) -> StepResult:

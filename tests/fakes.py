@@ -116,7 +116,7 @@ class FakePart:
     def free_tokens(self) -> int:
         return self.kv.max_tokens - sum(sequence.held for sequence in self.sequences)
 
-    def open(self, *, window: int = 0) -> FakeSequence:
+    def open(self, *, window: int = 0, sinks: int | None = None) -> FakeSequence:
         return FakeSequence(self, window)
 
     def step(self, rows: Rows) -> StepResult:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.engine.part import KvConfig, Part, Rows, Want, WeightSource
 from isthmus.protocol.errors import EngineError
@@ -35,6 +37,10 @@ class Contender(Protocol):
 
     def prefill(self, tokens: int) -> float:
         """Seconds to take in a prompt."""
+        ...
+
+    def logits(self, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+        """Logits [len(answer), vocab_size] for each token of an answer, given the prompt and the tokens before it."""
         ...
 
 
@@ -77,6 +83,23 @@ class Engine:
         sequence.close()
         return seconds
 
+    def logits(self, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+        """See `Contender.logits`."""
+        return logits_along(self.part, prompt, answer)
+
+
+def logits_along(part: Part, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+    """Logits [len(answer), vocab_size] of a whole model for each token of an answer; see `Contender.logits`."""
+    sequence = part.open()
+    rows = Rows().tokens(sequence, 0, prompt, want=Want.LOGITS)
+    first = part.step(rows).logits
+    if len(answer) == 1:
+        others = first[:0]
+    else:
+        others = part.step(Rows().tokens(sequence, len(prompt), answer[:-1], want=Want.LOGITS, want_all=True)).logits
+    sequence.close()
+    return np.concatenate([first, others])
+
 
 def kv_for(batch: int) -> KvConfig:
     """Room for every contender's longest run."""
@@ -106,6 +129,11 @@ class Prototype:
     def prefill(self, tokens: int) -> float:
         """See `Contender.prefill`."""
         return float(self._engine.prefill(tokens)) / 1e6
+
+    def logits(self, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+        """See `Contender.logits`."""
+        self._engine.pos = 0
+        return np.stack([self._engine.step(ids).copy() for ids in (prompt, *([token] for token in answer[:-1]))])
 
 
 def load(folder: Path) -> ModuleType:
@@ -174,6 +202,12 @@ class Elsewhere:
     def prefill(self, tokens: int) -> float:
         """See `Contender.prefill`."""
         return float(self._ask({"do": "prefill", "tokens": tokens}))
+
+    def logits(self, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+        """See `Contender.logits`; the other process hands them over in a file."""
+        with tempfile.NamedTemporaryFile(suffix=".f32") as file:
+            self._ask({"do": "logits", "prompt": prompt, "answer": answer, "path": file.name})
+            return np.fromfile(file.name, np.float32).reshape(len(answer), -1)
 
     def close(self) -> None:
         """Ends the other process."""

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from isthmus.apps.bench.quality import Quality
+    from isthmus.split.bundle import Bundle
+
+COLUMNS = (  # key of a row in --json, title, format
+    ("case", "case", ""),
+    ("threads", "threads", "d"),
+    ("tok_s", "tok/s", ".0f"),
+    ("best_tok_s", "best tenth", ".0f"),
+    ("roofline_share", "of roofline", ".0%"),
+    ("cosine", "cosine", ".4f"),
+    ("reference_tok_s", "reference", ".0f"),
+    ("ratio", "ratio", ".2f"),
+    ("reference_cosine", "its cosine", ".4f"),
+)
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -27,9 +43,14 @@ def decode(
     cpu: Annotated[str | None, typer.Option(help="Force a kernel family, as avx2 or plain.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of a reference prototype, measured in turns.")] = None,
     turns: Annotated[int, typer.Option(help="Turns that each contender takes.")] = 6,
+    cosine: Annotated[bool, typer.Option(help="Also compare logits with float32 on the same weights.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Measure decode and prefill in tokens per second, alternating with a reference where there is one."""
+    """Measure decode and prefill in tokens per second, beside the memory's limit and the logits' exactness.
+
+    The cosine is that of the logits with float32 on the bundle's own weights, over greedy answers. A reference takes
+    turns with isthmus.
+    """
     from functools import partial
 
     from rich.console import Console
@@ -50,14 +71,18 @@ def decode(
     cases += [Case(prefill, 0)] if prefill else []
     source = Bundle.open(bundle)
     weight_bytes = token_bytes(Manifest.parse((bundle / "bundle.json").read_bytes()))
+    counts, quality = numbers("--threads", threads), yardstick(source) if cosine else None
+    cosines: dict[str, float] = {}
     found = []
-    for n in numbers("--threads", threads):
+    for n in counts:
         part = open_part(source, 0, source.config.n_layers, threads=n, kv=kv_for(max(batches)), cpu=cpu, bits=bits)
         contenders: list[Contender] = [Engine("isthmus", part)]
         if reference:
             kind = "n4" if bits else "q4"
             other = quietly(partial(Prototype, "reference", reference, source, kind, n), "the reference")
             contenders += [other] if other else []
+        if quality:
+            cosines |= {c.name: quality.cosine(c) for c in contenders if c.name not in cosines}
         roof = read_bandwidth(n, buffer_bytes=weight_bytes) / weight_bytes
         for case in cases:
             speeds = measure(contenders, case, turns=turns)
@@ -69,34 +94,47 @@ def decode(
             }
             if case.batch == 1 and not bits:
                 entry |= {"roofline_share": speeds["isthmus"].median / roof}
+            if quality:
+                entry |= {"cosine": cosines["isthmus"]}
             if "reference" in speeds:
                 entry |= {
                     "reference_tok_s": speeds["reference"].median,
                     "ratio": speeds["isthmus"].median / speeds["reference"].median,
                 }
+                if quality:
+                    entry |= {"reference_cosine": cosines["reference"]}
             found.append(entry)
         part.close()
     if as_json:
         print(json.dumps({"bundle": source.name, "weight_bytes": weight_bytes, "bits": bits, "rows": found}))
         return
     table = Table(title=f"{source.name}: {weight_bytes / 1e6:.1f} MB of weights a token")
-    for column in ("case", "threads", "tok/s", "best tenth", "of the memory's limit") + (
-        ("reference", "ratio") if reference else ()
-    ):
-        table.add_column(column, justify="left" if column == "case" else "right")
+    columns = [column for column in COLUMNS if any(column[0] in entry for entry in found)]
+    for _, title, form in columns:
+        table.add_column(title, justify="right" if form else "left", no_wrap=not form)
     for entry in found:
-        share = f"{entry['roofline_share']:.0%}" if "roofline_share" in entry else ""
-        cells = [
-            str(entry["case"]),
-            str(entry["threads"]),
-            f"{entry['tok_s']:.0f}",
-            f"{entry['best_tok_s']:.0f}",
-            share,
-        ]
-        if reference:
-            cells += [f"{entry['reference_tok_s']:.0f}", f"{entry['ratio']:.2f}"] if "ratio" in entry else ["", ""]
-        table.add_row(*cells)
+        table.add_row(*(format(entry[key], form) if key in entry else "" for key, _, form in columns))
     Console().print(table)
+
+
+def yardstick(source: Bundle) -> Quality | None:
+    """The bundle's model in float32, which answers a few questions; None and a line on stderr when it would not fit."""
+    import sys
+
+    from isthmus.apps.bench.quality import QUESTIONS, Quality, float_bytes
+    from isthmus.apps.cli.machine import read_machine
+
+    need, free = float_bytes(source.config), read_machine().memory.available_bytes
+    if need > free // 2:
+        print(f"no cosine: the model in float32 takes {need / 1e9:.1f} of {free / 1e9:.1f} GB", file=sys.stderr)
+        return None
+    tokenizer = source.tokenizer()
+    chats = bool(tokenizer.entry.chat_template)
+    prompts = [
+        tokenizer.chat([{"role": "user", "content": question}]) if chats else tokenizer.encode(question)
+        for question in QUESTIONS[:3]
+    ]
+    return Quality(source, prompts, 24)
 
 
 def numbers(option: str, text: str) -> list[int]:

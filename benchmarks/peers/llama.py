@@ -10,6 +10,7 @@ import ctypes
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as lc
@@ -67,6 +68,16 @@ class Model:
         begin = time.perf_counter()
         self.step([(100 + i * 37 % 40000, i, 0, i == tokens - 1) for i in range(tokens)])
         return time.perf_counter() - begin
+
+    def logits(self, prompt: list[int], answer: list[int], path: str) -> None:
+        """Writes logits [len(answer), vocab_size] float32 to a file; see Contender.logits."""
+        lc.llama_memory_clear(self._memory, True)
+        ids, last = prompt + answer[:-1], len(prompt) - 1
+        self.step([(token, i, 0, i >= last) for i, token in enumerate(ids)])
+        vocab = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(self._model))
+        with Path(path).open("wb") as file:
+            for i in range(last, len(ids)):
+                file.write(ctypes.string_at(lc.llama_get_logits_ith(self._context, i), 4 * vocab))
 
 
 def main() -> int:

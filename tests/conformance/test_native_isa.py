@@ -1,4 +1,4 @@
-"""One set of hashes for every instruction set: of this machine's kernels, and of ARM's under emulation."""
+"""One set of hashes for every instruction set: of this machine's kernels, of ARM's under emulation, of WebAssembly."""
 
 from __future__ import annotations
 
@@ -70,28 +70,29 @@ def test_this_machine(tmp_path: Path) -> None:
     assert found == {name: HASHES[name] for name in ("n8 kv-f16", "n8 kv-f32")}
 
 
-def arm_binary(folder: Path) -> Path:
-    """The self-test for 64-bit ARM, compiled once for these sources and this compiler."""
-    digest = hashlib.blake2b(run([ARM, "--version"]).encode(), digest_size=8)
+def self_test(folder: Path, compiler: str, flags: list[str], linking: list[str], suffix: str = "") -> Path:
+    """The self-test built by a cross compiler, once for these sources and this compiler."""
+    digest = hashlib.blake2b(run([compiler, "--version"]).encode(), digest_size=8)
+    digest.update(repr((flags, linking)).encode())
     for path in sorted([*NATIVE.glob("*.[ch]")]):
         digest.update(path.name.encode() + path.read_bytes())
-    binary = folder / f"selftest-{digest.hexdigest()}"
+    binary = folder / f"selftest-{digest.hexdigest()}{suffix}"
     if binary.exists():
         return binary
     for old in folder.iterdir():
         old.unlink()
-    flags = [flag for flag in FLAGS if not flag.startswith("-O")] + ["-O2"]
+    flags = [flag for flag in FLAGS if not flag.startswith("-O")] + ["-O2", *flags]
 
     def compile_one(name: str) -> str:
         target = folder / f"{name}.{os.getpid()}.o"
-        run([ARM, *flags, "-c", "-o", str(target), str(NATIVE / name)])
+        run([compiler, *flags, "-c", "-o", str(target), str(NATIVE / name)])
         return str(target)
 
     names = sorted(["selftest.c", *SOURCES], key=lambda name: "kernels_" not in name)  # the slow ones first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, names))
-    made = folder / f"linked.{os.getpid()}"
-    run([ARM, "-static", "-pthread", "-o", str(made), *objects, "-lm"])
+    made = folder / f"linked.{os.getpid()}{suffix}"
+    run([compiler, *linking, "-pthread", "-o", str(made), *objects, "-lm"])
     made.replace(binary)
     for name in objects:
         Path(name).unlink()
@@ -105,7 +106,7 @@ def arm_binary(folder: Path) -> Path:
 def test_arm_under_emulation(request: pytest.FixtureRequest) -> None:
     cache = request.config.cache
     assert cache is not None
-    binary = arm_binary(cache.mkdir("isthmus-arm"))
+    binary = self_test(cache.mkdir("isthmus-arm"), ARM, [], ["-static"])
     found, families = hashes_of(run(["qemu-aarch64", str(binary), "--quick"]))
     assert families == ["plain", "neon", "neon-dotprod"]
     assert found == {name: HASHES[name] for name in found}
@@ -114,3 +115,17 @@ def test_arm_under_emulation(request: pytest.FixtureRequest) -> None:
     found, families = hashes_of(run(oldest))
     assert families == ["plain", "neon"]
     assert found == {name: HASHES[name] for name in found} and len(found) == 3
+
+
+@pytest.mark.skipif(shutil.which("emcc") is None, reason="no emcc (emscripten) to compile the plain kernels with")
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run WebAssembly in")
+@pytest.mark.timeout(900)
+def test_webassembly(request: pytest.FixtureRequest) -> None:
+    """The plain kernels with threads, as a browser would run them."""
+    cache = request.config.cache
+    assert cache is not None
+    linking = ["-O0", "-g", "-sPTHREAD_POOL_SIZE=4", "-sEXIT_RUNTIME", "-sINITIAL_MEMORY=268435456", "-sSINGLE_FILE"]
+    script = self_test(cache.mkdir("isthmus-wasm"), "emcc", ["-msimd128"], linking, ".js")
+    found, families = hashes_of(run(["node", str(script), "--quick"]))
+    assert families == ["plain"]
+    assert found == {name: HASHES[name] for name in found} and len(found) == 12

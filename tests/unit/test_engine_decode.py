@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -60,7 +62,8 @@ def test_what_does_not_fit_is_refused_in_the_middle() -> None:
     for token in (-1, 101):
         with pytest.raises(EngineError, match="vocabulary"):
             part.step(Rows().tokens(sequence, 5, [token]))
-    for wrong in (state[:, :5], state.astype(np.float64), np.ones(state.shape, ">f4")):
+    wrongs: list[Any] = [state[:, :5], state.astype(np.float64), np.ones(state.shape, ">f4")]
+    for wrong in wrongs:
         with pytest.raises(EngineError, match="hidden states"):
             tail.step(Rows().hidden(other, 5, wrong, enter=1))
     with pytest.raises(EngineError, match="not finite"):

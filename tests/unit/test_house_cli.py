@@ -25,7 +25,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], No
         module = types.ModuleType("isthmus_said")
         module.command = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "isthmus_said", module)
-        monkeypatch.setitem(COMMANDS["Measure"], "doctor", Entry("isthmus_said", "says"))  # type: ignore[arg-type]
+        monkeypatch.setitem(COMMANDS["Measure"], "doctor", Entry("isthmus_said", "says"))
 
     return put
 
