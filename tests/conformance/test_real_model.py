@@ -5,7 +5,7 @@ The reference has the file's own dequantized weights, so what differs is the eng
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,10 @@ torch = pytest.importorskip("torch", reason="torch is what the engine is held ag
 transformers = pytest.importorskip("transformers", reason="transformers is what the engine is held against")
 gguf = pytest.importorskip("gguf", reason="gguf reads the file for the reference; pip install gguf")
 
+from isthmus.apps.bench.quality import InFloat  # noqa: E402
 from isthmus.engine.binding import cpu_names  # noqa: E402
-from isthmus.engine.config import DecoderConfig  # noqa: E402
 from isthmus.engine.native_part import NativePart, open_native  # noqa: E402
 from isthmus.engine.part import KvConfig, Rows, Want  # noqa: E402
-from isthmus.quant.groups import dequantize, quantize  # noqa: E402
-from isthmus.quant.packed import PackedMatrix  # noqa: E402
 from isthmus.split.bundle import Bundle  # noqa: E402
 from isthmus.split.checkpoints import open_checkpoint  # noqa: E402
 from isthmus.split.fetch import find  # noqa: E402
@@ -204,37 +202,35 @@ def test_the_reference_itself_makes_sense(bundle: Bundle, part: NativePart, refe
     assert part.step(Rows().tokens(part.open(), 0, tokens)).tokens == tokenizer.encode(" Rome")
 
 
-class Exact:
-    """A bundle's weights in float32."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-
-    @property
-    def config(self) -> DecoderConfig:
-        return self._bundle.config
-
-    def embedding(self) -> PackedMatrix:
-        return quantize(dequantize(self._bundle.embedding()), "f32")
-
-    def head(self) -> PackedMatrix:
-        return quantize(dequantize(self._bundle.head()), "f32")
-
-    def final_norm(self) -> NDArray[np.float32]:
-        return self._bundle.final_norm()
-
-    def layer(self, index: int) -> Mapping[str, PackedMatrix | NDArray[np.float32]]:
-        weights = self._bundle.layer(index)
-        return {
-            name: quantize(dequantize(w), "f32") if isinstance(w, PackedMatrix) else w for name, w in weights.items()
-        }
-
-
 def test_in_float32_nothing_is_lost(answers: list[Answer], bundle: Bundle) -> None:
     answer = answers[0]
-    part = open_native(Exact(bundle), 0, bundle.config.n_layers, kv=KvConfig("f32", 256))
+    part = open_native(InFloat(bundle), 0, bundle.config.n_layers, kv=KvConfig("f32", 256))
     found = native_logits(part, answer.prompt + answer.tokens[:-1], TOKENS)
     error = np.abs(found - answer.logits).max(axis=1) / np.abs(answer.logits).max(axis=1)
     assert error.max() < 2e-4, error
     assert found.argmax(axis=1).tolist() == answer.tokens
     part.close()
+
+
+def surprise(part: NativePart, text: list[int], first: int, **window: int) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens from `first` on."""
+    sequence, found = part.open(**window), []
+    for at in range(0, len(text) - 1, 64):
+        ids = text[at : min(at + 64, len(text) - 1)]
+        logits = part.step(Rows().tokens(sequence, at, ids, want=Want.LOGITS, want_all=True)).logits.astype(np.float64)
+        top = logits.max(axis=1)
+        total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+        found.append(total - logits[np.arange(len(ids)), text[at + 1 : at + 1 + len(ids)]])
+    sequence.close()
+    return float(np.concatenate(found)[first:].mean())
+
+
+def test_sinks_save_a_sliding_window(bundle: Bundle, part: NativePart) -> None:
+    """What a text is worth to a model that sees all of it, the last 128 tokens, and the first 16 as well."""
+    licence = (Path(__file__).resolve().parents[2] / "LICENSE").read_text()
+    text = bundle.tokenizer().encode(licence)[:700]
+    whole, blind, sinks = (
+        surprise(part, text, 300, **window) for window in ({}, {"window": 128, "sinks": 0}, {"window": 128})
+    )
+    print(f"nats a token: all {whole:.3f}, window {blind:.3f}, window and sinks {sinks:.3f}")
+    assert whole < sinks < whole + 0.35 < blind
