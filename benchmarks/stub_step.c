@@ -1,5 +1,6 @@
-// A step in the engine's rhythm that computes nothing: phases of equal work on every thread, a barrier after each;
-// once on the engine's own pool and once on OpenMP. The work is counted, not timed, so that waiting for a core shows.
+// A step in the engine's rhythm that computes nothing: phases of equal work on
+// every thread, a barrier after each; once on the engine's own pool and once on
+// OpenMP. The work is counted, not timed, so that waiting for a core shows.
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <time.h>
@@ -20,7 +21,8 @@ static double now_s(void) {
   return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-// Work that takes a thread that long when it has a core to itself; the fastest of many tries.
+// Work that takes a thread that long when it has a core to itself; the fastest
+// of many tries.
 long stub_work(double seconds) {
   const long count = 1000000;
   double best = 1e9;
@@ -28,19 +30,23 @@ long stub_work(double seconds) {
     const double begin = now_s();
     toil(count);
     const double spent = now_s() - begin;
-    if (spent < best) best = spent;
+    if (spent < best)
+      best = spent;
   }
   return (long)(seconds / best * (double)count);
 }
 
-typedef struct { im_pool *pool; int phases; long work; } plan;
+typedef struct {
+  im_pool *pool;
+  int phases;
+  long work;
+} plan;
 
 static void phases(void *argument, int thread) {
   const plan *p = argument;
-  (void)thread;
   for (int i = 0; i < p->phases; i++) {
     toil(p->work);
-    im_pool_barrier(p->pool);
+    im_pool_barrier(p->pool, thread);
   }
 }
 

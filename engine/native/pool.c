@@ -41,13 +41,19 @@ static void wake_all(_Atomic uint32_t *word) {
 #endif
 
 #define SPIN_NS 50000
-#define YIELDS 50000     // tens of milliseconds when nobody else wants the core: longer than a time slice of others
+#define SHORT 100        // a hurried thread spins for this part of it: less than going to sleep costs
+#define PROBES 64        // one in so many waits of a hurried thread is a long one
 #define IDLE_YIELDS 300  // about 100 us: the next call from Python finds the threads awake
 
 typedef struct {
   _Atomic uint32_t word, sleepers;
   char pad[56];
 } event;  // a counter that threads wait to change
+
+typedef struct {
+  int hurried;  // barriers since spinning was not long enough, 0 where it is
+  char pad[60];
+} waiter;  // what a thread knows about waiting
 
 struct im_pool {
   event job, gate;
@@ -56,6 +62,7 @@ struct im_pool {
   _Atomic int counter;
   char pad2[60];
   int threads, spins, closing;
+  waiter *waiters;  // [threads]
   void (*work)(void *, int);
   void *argument;
   pthread_t *handles;
@@ -72,14 +79,15 @@ static uint64_t now_ns(void) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-// Spins, then yields, then sleeps. Inside a step a thread yields before it sleeps: two threads that wake each other are
-// never runnable together, so the scheduler may leave both on one core for good (seen: a fifth of the speed).
-static void wait_change(event *e, uint32_t seen, int spins, int yields) {
-  for (int i = 0; i < spins + yields; i++) {
-    if (atomic_load_explicit(&e->word, memory_order_acquire) != seen) return;
-    if (i < spins) RELAX();
-    else sched_yield();
+static int spin_until(event *e, uint32_t seen, int spins) {
+  for (int i = 0; i < spins; i++) {
+    if (atomic_load_explicit(&e->word, memory_order_acquire) != seen) return 1;
+    RELAX();
   }
+  return 0;
+}
+
+static void sleep_until(event *e, uint32_t seen) {
   atomic_fetch_add(&e->sleepers, 1);
   while (atomic_load(&e->word) == seen) sleep_while(&e->word, seen);
   atomic_fetch_sub(&e->sleepers, 1);
@@ -90,15 +98,23 @@ static void change(event *e) {
   if (atomic_load(&e->sleepers)) wake_all(&e->word);
 }
 
-void im_pool_barrier(im_pool *p) {
+// A thread spins for as long as the others need when each has a core of its own. Where that was not enough, somebody
+// else wants the cores and two threads of this pool may be on one: whoever spins there keeps the other from what it is
+// waited for, at every barrier anew (seen: a third of the speed). So after a wait in vain it goes to sleep at once, and
+// only now and then looks whether spinning pays again.
+void im_pool_barrier(im_pool *p, int thread) {
   if (p->threads == 1) return;
   uint32_t gate = atomic_load_explicit(&p->gate.word, memory_order_relaxed);
   if (atomic_fetch_add(&p->arrived, 1) + 1 == (uint32_t)p->threads) {
     atomic_store(&p->arrived, 0);
     change(&p->gate);
-  } else {
-    wait_change(&p->gate, gate, p->spins, YIELDS);
+    return;
   }
+  waiter *w = &p->waiters[thread];
+  const int patient = w->hurried % PROBES == 0;
+  const int short_enough = spin_until(&p->gate, gate, patient ? p->spins : p->spins / SHORT);
+  w->hurried = patient && short_enough ? 0 : w->hurried + 1;
+  if (!short_enough) sleep_until(&p->gate, gate);
 }
 
 int im_pool_take(im_pool *p, int count) { return atomic_fetch_add_explicit(&p->counter, count, memory_order_relaxed); }
@@ -110,11 +126,16 @@ static void *worker(void *argument) {
   free(argument);
   uint32_t seen = 0;
   for (;;) {
-    wait_change(&p->job, seen, p->spins, IDLE_YIELDS);
+    int awake = spin_until(&p->job, seen, p->spins);
+    for (int i = 0; i < IDLE_YIELDS && !awake; i++) {
+      sched_yield();
+      awake = atomic_load_explicit(&p->job.word, memory_order_acquire) != seen;
+    }
+    if (!awake) sleep_until(&p->job, seen);
     seen++;
     if (p->closing) return NULL;
     p->work(p->argument, s.thread);
-    im_pool_barrier(p);
+    im_pool_barrier(p, s.thread);
   }
 }
 
@@ -123,14 +144,17 @@ void im_pool_run(im_pool *p, void (*work)(void *, int), void *argument) {
   p->argument = argument;
   if (p->threads > 1) change(&p->job);
   work(argument, 0);
-  im_pool_barrier(p);
+  im_pool_barrier(p, 0);
 }
 
 im_pool *im_pool_new(int threads) {
   im_pool *p = calloc(1, sizeof *p);
   if (!p) return NULL;
   p->handles = calloc((size_t)threads, sizeof *p->handles);
-  if (!p->handles) {
+  p->waiters = calloc((size_t)threads, sizeof *p->waiters);
+  if (!p->handles || !p->waiters) {
+    free(p->handles);
+    free(p->waiters);
     free(p);
     return NULL;
   }
@@ -159,5 +183,6 @@ void im_pool_free(im_pool *p) {
   if (p->threads > 1) change(&p->job);
   for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
   free(p->handles);
+  free(p->waiters);
   free(p);
 }

@@ -8,6 +8,6 @@ typedef struct im_pool im_pool;
 im_pool *im_pool_new(int threads);  // NULL when threads cannot be made; the caller is thread 0
 void im_pool_free(im_pool *pool);
 void im_pool_run(im_pool *pool, void (*work)(void *argument, int thread), void *argument);
-void im_pool_barrier(im_pool *pool);         // of all threads, inside `work`
-int im_pool_take(im_pool *pool, int count);  // the next `count` of a shared counter; for uneven work
-void im_pool_rewind(im_pool *pool);          // sets the counter to 0; one thread, with a barrier on both sides
+void im_pool_barrier(im_pool *pool, int thread);  // of all threads, inside `work`
+int im_pool_take(im_pool *pool, int count);       // the next `count` of a shared counter; for uneven work
+void im_pool_rewind(im_pool *pool);               // sets the counter to 0; one thread, with a barrier on both sides

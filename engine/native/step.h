@@ -77,7 +77,7 @@ typedef struct {
   lane *l;
 } walker;
 
-static inline void meet(const walker *w) { im_pool_barrier(w->e->pool); }
+static inline void meet(const walker *w) { im_pool_barrier(w->e->pool, w->thread); }
 
 // The rows of an active set that this thread owns in norms: all of them when it works on a copy of its own.
 static inline void own_rows(const walker *w, int count, int *from, int *to) {
