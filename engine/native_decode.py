@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from sys import getrefcount
 from typing import Any, cast
 
 import numpy as np
@@ -28,21 +29,26 @@ class DecodeRow:
         call: the `im_step_call *`.
     """
 
-    __slots__ = ("_alive", "_end", "_hidden_in", "_hidden_out", "_row", "_shape", "_tokens", "_vocab", "call")
+    __slots__ = ("_alive", "_end", "_ffi", "_hidden_in", "_hidden_out", "_row", "_shape", "_tokens", "_vocab", "call")
 
     def __init__(self, ffi: Any, common: Any, vocab_size: int, d_model: int, end: int) -> None:
-        self._vocab, self._shape, self._end = vocab_size, (1, d_model), end
-        self._hidden_in, self._hidden_out = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
-        row = ffi.new("im_row *")
+        self._ffi, self._vocab, self._shape, self._end = ffi, vocab_size, (1, d_model), end
+        self._hidden_in = np.zeros(self._shape, np.float32)
+        row, hidden = ffi.new("im_row *"), ffi.from_buffer("float[]", self._hidden_in)
         self._row, self._tokens = ffi.buffer(row), common.tokens_out
         self.call = ffi.new("im_step_call *", common[0])
-        pointers = ffi.from_buffer("float[]", self._hidden_in), ffi.from_buffer("float[]", self._hidden_out)
-        self._alive = row, pointers
-        self.call.rows, self.call.n_rows = row, 1
-        (self.call.hidden_in, self.call.hidden_out), self.call.n_hidden = pointers, 1
+        self.call.rows, self.call.n_rows, self.call.hidden_in, self.call.n_hidden = row, 1, hidden, 1
+        self._alive = row, hidden
+        self._renew()
+
+    def _renew(self) -> None:
+        self._hidden_out = np.empty(self._shape, np.float32)
+        self.call.hidden_out = self._ffi.from_buffer("float[]", self._hidden_out)
 
     def put(self, span: Span, slot: int, sampling: int) -> bool:
         """Writes the row down; False when its token or hidden state is none of this model."""
+        if getrefcount(self._hidden_out) > 2:  # somebody holds the state before this one: it stays as it is
+            self._renew()
         tokens, leave = span.tokens, span.leave
         if tokens is not None:
             token = tokens[0]
@@ -59,6 +65,6 @@ class DecodeRow:
         return True
 
     def result(self, want: int) -> StepResult:
-        """What the row gave, copied."""
-        hidden = self._hidden_out.copy() if want & _HIDDEN else NOTHING
+        """What the row gave; the hidden state is the caller's."""
+        hidden = self._hidden_out if want & _HIDDEN else NOTHING
         return StepResult([self._tokens[0]] if want & _SAMPLE else [], hidden, NOTHING)

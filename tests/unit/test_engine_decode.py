@@ -51,6 +51,20 @@ def test_states_are_copies_and_may_be_strided() -> None:
         assert np.concatenate(got).tobytes() == expected.tobytes()
 
 
+def test_a_state_that_is_held_is_never_written_again() -> None:
+    model = RandomModel("q4")
+    part = open_part(model, 1, 2)
+    states = np.random.default_rng(0).standard_normal((30, model.config.d_model)).astype(np.float32)
+    sequence, held, copies = part.open(), [], []
+    for at in range(30):
+        got = part.step(Rows().hidden(sequence, at, states[at : at + 1], enter=1, want=Want.HIDDEN)).hidden
+        copies.append(got.tobytes())
+        held.append([got, got[:, 3:], got.ravel(), memoryview(got)][at % 4])  # views keep it alive too
+        del got
+    for at, (kept, copy) in enumerate(zip(held, copies, strict=True)):
+        assert bytes(kept) == (copy[12:] if at % 4 == 1 else copy)
+
+
 def test_what_does_not_fit_is_refused_in_the_middle() -> None:
     model = RandomModel("q4")
     part, tail = open_part(model), open_part(model, 1)
