@@ -60,8 +60,9 @@ def test_a_state_that_is_held_is_never_written_again() -> None:
     for at in range(30):
         got = part.step(Rows().hidden(sequence, at, states[at : at + 1], enter=1, want=Want.HIDDEN)).hidden
         copies.append(got.tobytes())
-        held.append([got, got[:, 3:], got.ravel(), memoryview(got)][at % 4]  # type: ignore[arg-type])  # views keep it alive too
-        del got
+        views: list[Any] = [got, got[:, 3:], got.ravel(), memoryview(got)]  # type: ignore[arg-type]
+        held.append(views[at % 4])  # views keep it alive too
+        del got, views
     for at, (kept, copy) in enumerate(zip(held, copies, strict=True)):
         assert bytes(kept) == (copy[12:] if at % 4 == 1 else copy)
 
