@@ -22,8 +22,8 @@ from record import Record
 
 from isthmus.apps.bench.contenders import Contender, Elsewhere, Engine, Prototype, kv_for, quietly
 from isthmus.apps.bench.quality import QUESTIONS, Quality
+from isthmus.apps.bench.roofline import read_bandwidth
 from isthmus.apps.bench.turns import CASES, Case, Speed, measure
-from isthmus.apps.cli.roofline import read_bandwidth
 from isthmus.engine import cpu_names, open_part
 from isthmus.protocol.errors import EngineError
 

@@ -18,7 +18,7 @@ import time
 from models import BENCH, bundle
 from record import Record
 
-from isthmus.apps.cli.roofline import token_bytes
+from isthmus.apps.bench.roofline import token_bytes
 from isthmus.engine import KvConfig
 from isthmus.engine.kv import block_bytes
 

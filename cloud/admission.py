@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from isthmus.engine.part import KV_SINKS, KV_SLACK
+from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK
 from isthmus.protocol.errors import ServiceError
 
 
@@ -24,6 +25,7 @@ class ServiceLimits:
         prefill_rows: rows of prefill in a step without decode rows.
         prefill_rows_beside_decode: the same when decode rows wait, so that they do not stall.
         idle_s: a session without messages for so long is forgotten.
+        kv_share: share of a model's KV, up to 1, that one principal may hold when several are let in.
         evict_after_s: from so long without messages on, a session's KV may be taken for another session.
         busy_retry_ms: what a full cloud tells devices to wait.
         stop_ms: how long a stopping service goes on with requests under way.
@@ -40,14 +42,17 @@ class ServiceLimits:
     prefill_rows: int = 128
     prefill_rows_beside_decode: int = 32
     idle_s: int = 600
+    kv_share: float = 0.5
     evict_after_s: float = 5.0
     busy_retry_ms: int = 250
     stop_ms: int = 2000
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ServiceError(f"{name} is {getattr(self, name)}", "it must be positive")
+        if self.kv_share > 1:
+            raise ServiceError(f"kv_share is {self.kv_share}", "it is a part of the whole, 1 at most")
         if self.max_step_rows < max(self.prefill_rows, self.decode_rows):
             raise ServiceError(
                 f"max_step_rows is {self.max_step_rows}", "it must hold prefill_rows and decode_rows at least"
@@ -65,6 +70,8 @@ class Load:
         free_tokens: KV positions free in the model's pool.
         pool_tokens: KV positions of the whole pool.
         idle_tokens: KV positions held by sessions that may be evicted.
+        share_tokens: KV positions of the pool that the principal may hold.
+        own_tokens: those that it holds in sessions that may not be evicted.
     """
 
     sessions: int
@@ -73,6 +80,8 @@ class Load:
     free_tokens: int
     pool_tokens: int
     idle_tokens: int
+    share_tokens: int
+    own_tokens: int
 
 
 def refusal(load: Load, limits: ServiceLimits, max_positions: int, window: int) -> tuple[str, bool] | None:
@@ -82,13 +91,48 @@ def refusal(load: Load, limits: ServiceLimits, max_positions: int, window: int) 
         max_positions: what the device expects to need, 0 for unknown.
         window: attention window of the session in positions, 0 for none.
     """
-    need = min(max_positions, window + KV_SINKS + KV_SLACK) if window else max_positions
+    need = held_tokens(max_positions, window)
     if need > load.pool_tokens:
-        return f"{need} positions are wanted and the cloud's KV holds {load.pool_tokens}", False
+        return f"{max_positions} positions are wanted and the cloud's KV holds {load.pool_tokens}", False
     if load.own_sessions >= limits.max_sessions_per_principal:
         return f"{load.own_sessions} sessions are open with this key already", True
     if load.sessions >= limits.max_sessions and not load.idle_sessions:
         return f"all {limits.max_sessions} sessions of this cloud are busy", True
+    if (why := share_refusal(load.own_tokens, max(need, 1), load.share_tokens)) is not None:
+        return why
     if load.free_tokens + load.idle_tokens < max(need, 1):
         return "the cloud's KV is full", True
     return None
+
+
+def share_tokens(pool_tokens: int, principals: int, limits: ServiceLimits) -> int:
+    """KV positions that one principal may hold of a pool: all of it when nobody else is let in.
+
+    Args:
+        principals: how many are let in.
+    """
+    if principals <= 1:
+        return pool_tokens
+    return max(KV_BLOCK, int(pool_tokens * limits.kv_share) // KV_BLOCK * KV_BLOCK)
+
+
+def share_refusal(held: int, wanted: int, share: int) -> tuple[str, bool] | None:
+    """Why a principal's session may not grow, and whether waiting helps; None when it may.
+
+    Args:
+        held: KV positions of the principal's other sessions.
+        wanted: KV positions that the session will have.
+        share: KV positions that the principal may hold.
+    """
+    if wanted > share:
+        return f"{wanted} KV positions are wanted and one owner of keys may hold {share} here", False
+    if held + wanted > share:
+        return f"other sessions of this key's owner hold {held} of the {share} KV positions that are its share", True
+    return None
+
+
+def held_tokens(length: int, window: int) -> int:
+    """KV positions, in whole blocks, of a session of `length` positions whose attention sees `window`, 0 for all."""
+    if window:
+        length = min(length, window + KV_SINKS + KV_SLACK)
+    return -(-length // KV_BLOCK) * KV_BLOCK

@@ -24,9 +24,7 @@ class StatusServer:
     """
 
     def __init__(self, address: str, metrics: Callable[[], str], health: Callable[[], dict[str, Any]]) -> None:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
-            raise ServiceError(f"{address!r} is no address for --http", "write HOST:PORT, such as 127.0.0.1:9090")
+        host, port = host_port(address)
 
         class Handler(BaseHTTPRequestHandler):
             timeout = 5
@@ -53,12 +51,12 @@ class StatusServer:
                 pass
 
         try:
-            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+            self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
             raise ServiceError(f"cannot listen on {address}: {error.strerror}", "choose another --http port") from error
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
-        self.address = f"{host}:{self.port}"
+        self.address = f"{address.rpartition(':')[0]}:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="status", daemon=True)
         self._thread.start()
 
@@ -67,3 +65,15 @@ class StatusServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def host_port(address: str) -> tuple[str, int]:
+    """Host and port out of "HOST:PORT".
+
+    Raises:
+        ServiceError: it is something else.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ServiceError(f"{address!r} is no address for --http", "write HOST:PORT, such as 127.0.0.1:9090")
+    return host.strip("[]"), int(port)

@@ -8,7 +8,7 @@ from pathlib import Path
 from isthmus.cloud.files import BundleFiles
 from isthmus.cloud.scheduler import State
 from isthmus.cloud.session import Session
-from isthmus.engine.part import KvConfig, Part
+from isthmus.engine.part import KV_BLOCK, KvConfig, Part
 from isthmus.protocol.errors import ServiceError
 from isthmus.protocol.messages import Offer
 from isthmus.protocol.tensors import CODECS
@@ -36,6 +36,11 @@ class Model:
     ready: dict[int, Session] = field(default_factory=dict)
     schedule: State = field(default_factory=State)
     closed: bool = False
+
+    @property
+    def pool_tokens(self) -> int:
+        """KV positions of the part's pool, in whole blocks."""
+        return -(-self.kv.max_tokens // KV_BLOCK) * KV_BLOCK
 
     @property
     def held_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from isthmus.cloud.admission import Load, ServiceLimits, refusal
+from isthmus.cloud.admission import Load, ServiceLimits, held_tokens, refusal, share_refusal, share_tokens
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer
@@ -20,6 +20,9 @@ class Registry:
     Args:
         models: by model_id.
         peers: connections by route; the service's own mapping.
+
+    Attributes:
+        principals: how many are let in; the service keeps it up to date.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Registry:
         self._sessions: dict[bytes, tuple[Session, Model]] = {}
         self._numbers: dict[Session, int] = {}
         self._count = 0
+        self.principals = 1
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -142,14 +146,59 @@ class Registry:
                 peer.send(reply)
         self.settle(session, model, peer)
 
-    def evict(self, model: Model, now_s: float) -> bool:
-        """Takes the KV of the session that was idle longest; its device sends it again when it needs it."""
-        idle = [s for s in model.sessions if self._idle(s, now_s) and s.committed]
-        if not idle:
-            return False
-        min(idle, key=lambda session: session.used_s).forget(0)
+    def evict(self, model: Model, now_s: float, asking: Session | None = None) -> int:
+        """Takes the KV of one session; its device sends it again when it needs it.
+
+        That is the session that was idle longest. Where owners have shares it is one of the same owner, and if none is
+        idle, the newest that itself waits for KV: several that want more than there is must not all wait for ever.
+
+        Args:
+            asking: the session that wants KV beyond its owner's share, None for one that wants what nobody has free.
+
+        Returns:
+            KV positions that are free now, 0 when there is no such session.
+        """
+        own = [s for s in model.sessions if s.committed and (asking is None or s.principal == asking.principal)]
+        session = min((s for s in own if self._idle(s, now_s)), key=lambda s: s.used_s, default=None)
+        if session is None and asking is not None:
+            after = self._numbers[asking]
+            stuck = (s for s in own if s.refused and not s.work and self._numbers[s] > after)
+            session = max(stuck, key=self._numbers.__getitem__, default=None)
+        if session is None:
+            return 0
+        freed = _held(session)
+        session.forget(0)
         self._metrics.sessions_evicted += 1
-        return True
+        return freed
+
+    def overdrawn(self, model: Model, now_s: float) -> list[tuple[Session, str, bool]]:
+        """Sessions whose next request would exceed their principal's share of the KV, first come, first served.
+
+        Makes room first with KV of the principal's own sessions that can spare it.
+
+        Returns:
+            each with what is wrong, and whether waiting helps.
+        """
+        share = share_tokens(model.pool_tokens, self.principals, self._limits)
+        if share == model.pool_tokens:
+            return []
+        held: dict[str, int] = {}
+        for session in model.sessions:
+            held[session.principal] = held.get(session.principal, 0) + _held(session)
+        found: list[tuple[Session, str, bool]] = []
+        for session in model.ready.values():
+            principal, mine = session.principal, _held(session)
+            wanted = held_tokens(session.work[0].end, session.window)
+            others = held[principal] - mine
+            while (why := share_refusal(others, wanted, share)) is not None and why[1]:
+                freed = self.evict(model, now_s, session)
+                if not freed:
+                    break
+                others -= freed
+            held[principal] = others + (wanted if why is None else mine)
+            if why is not None:
+                found.append((session, *why))
+        return found
 
     def busy(self, problem: str) -> Refusal:
         """The refusal of a cloud that is full for the moment."""
@@ -165,8 +214,10 @@ class Registry:
             sum(1 for s, _ in self._sessions.values() if s.principal == principal),
             len(idle),
             model.part.free_tokens,
-            model.kv.max_tokens,
-            sum(s.committed for s in idle if s in model.sessions),
+            model.pool_tokens,
+            sum(_held(s) for s in idle if s in model.sessions),
+            share_tokens(model.pool_tokens, self.principals, self._limits),
+            sum(_held(s) for s in model.sessions if s.principal == principal and not self._idle(s, now_s)),
         )
         if (why := refusal(load, self._limits, message.max_positions, message.window)) is not None:
             problem, waiting_helps = why
@@ -192,6 +243,10 @@ class Registry:
         model.sessions.add(session)
         self._metrics.sessions_opened += 1
         return session
+
+
+def _held(session: Session) -> int:
+    return held_tokens(session.committed, session.window)
 
 
 def _check_offer(message: Open, model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from isthmus.protocol.errors import EngineError, OutOfBlocks
 from isthmus.protocol.messages import Code
 
 _log = logging.getLogger("isthmus.cloud")
-_MAX_REFUSED = 20  # times that a session is told to wait for KV before it is told that there is none
+_SHORTEN = "shorten the text, or open the session with a window"
 
 
 class Runner:
@@ -33,17 +34,25 @@ class Runner:
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
+        # Times that a session is told to wait for KV before it is told that there is none: until well after idle
+        # sessions have given theirs.
+        self._max_refused = math.ceil(2e3 * limits.evict_after_s / limits.busy_retry_ms)
 
     def step(self, model: Model) -> None:
         """One step with the rows that the scheduler chooses, and the answers."""
         now_s = self._clock()
-        demands: list[Demand] = []
-        n_layers = model.offer.n_layers
-        for number, session in list(model.ready.items()):
+        for session in list(model.ready.values()):
             if late := session.expire(now_s):
                 self._registry.answer(session, model, late)
-            if session.work:
-                demands.append(Demand(number, session.principal, session.work[0].rows, n_layers - session.enter))
+        for session, problem, waiting_helps in self._registry.overdrawn(model, now_s):
+            session.refused += 1
+            refusal = self._registry.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, _SHORTEN)
+            self._registry.answer(session, model, session.fail(refusal))
+        n_layers = model.offer.n_layers
+        demands = [
+            Demand(number, session.principal, session.work[0].rows, n_layers - session.enter)
+            for number, session in model.ready.items()
+        ]
         if not demands:
             return
         model.schedule, picks = step(model.schedule, demands, self._limits)
@@ -54,6 +63,9 @@ class Runner:
                 return  # nothing was committed; the next turn tries again
             self._one_by_one(model, picks)
         except EngineError:
+            self._one_by_one(model, picks)
+        except Exception:  # a mistake in the engine must not end the service: one device's request would suffice
+            _log.exception("a step failed")
             self._one_by_one(model, picks)
 
     def _compute(self, model: Model, picks: list[Pick]) -> None:
@@ -96,7 +108,9 @@ class Runner:
     def _one_by_one(self, model: Model, picks: list[Pick]) -> None:
         """After a step failed as a whole: finds out whose rows it cannot take, and computes the others."""
         for pick in picks:
-            session = model.ready[pick.session]
+            session = model.ready.get(pick.session)
+            if session is None:
+                continue  # it was through before the step failed
             try:
                 self._compute(model, [pick])
             except OutOfBlocks:
@@ -104,11 +118,14 @@ class Runner:
             except EngineError as error:
                 _log.warning("the engine refused rows: %s", error)
                 self._registry.answer(session, model, session.fail(Refusal(Code.ENGINE, error.problem, error.remedy)))
+            except Exception:
+                _log.exception("rows failed")
+                refusal = Refusal(Code.ENGINE, "the engine failed on these rows", "the cloud's log says why")
+                self._registry.answer(session, model, session.fail(refusal))
 
     def _kv_refusal(self, model: Model, session: Session) -> Refusal:
         session.refused += 1
         alone = not any(other.committed for other in model.sessions if other is not session)
-        if alone or session.refused > _MAX_REFUSED:
-            problem = f"the cloud's KV of {model.kv.max_tokens} positions is full"
-            return Refusal(Code.KV_FULL, problem, "shorten the text, or open the session with a window")
+        if alone or session.refused > self._max_refused:
+            return Refusal(Code.KV_FULL, f"the cloud's KV of {model.kv.max_tokens} positions is full", _SHORTEN)
         return self._registry.busy("the cloud's KV is full")

@@ -88,6 +88,7 @@ class Service:
         self._clock = clock
         self._peers: dict[bytes, Peer] = {}
         self._registry = Registry(self.models, self._peers, self.limits, self.metrics)
+        self._count_principals()
         self._runner = Runner(self._registry, self.limits, self.metrics, clock)
         self._bulk: deque[Peer] = deque()
         self._stop_asked = False
@@ -217,6 +218,10 @@ class Service:
         except IsthmusError as error:
             peer.done(size)
             self._refuse(peer, message, Refusal(Code.ENGINE, error.problem, error.remedy))
+        except Exception:  # a mistake of ours is this device's bad luck, not everybody's
+            _log.exception("a %s failed", type(message).__name__)
+            peer.done(size)
+            self._refuse(peer, message, Refusal(Code.ENGINE, "the cloud failed on this", "its log says why"))
 
     def _hello(self, route: bytes, message: Hello, now_s: float) -> None:
         version = agree(message.version, message.min_version)
@@ -381,7 +386,7 @@ class Service:
         if self._allowed is not None:
             try:
                 if self._allowed.refresh():
-                    self._expel({name for _, name in self._allowed.entries()})
+                    self._expel(self._count_principals())
             except ProtocolError as error:
                 _log.warning("%s", error)
         self.metrics.gauges = {
@@ -391,6 +396,12 @@ class Service:
             "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
             "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
         }
+
+    def _count_principals(self) -> set[str]:
+        """Who is let in; each may hold a share of the KV."""
+        names = {_LOCAL} if self._allowed is None else {name for _, name in self._allowed.entries()}
+        self._registry.principals = len(names)
+        return names
 
     def _expel(self, principals: set[str]) -> None:
         """The list changed: sessions of those who are not on it any more end, streams included."""

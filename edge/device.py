@@ -15,7 +15,7 @@ from isthmus.edge.chat import Chat, Message
 from isthmus.edge.events import Timeouts
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link, Wire
-from isthmus.edge.options import GenerateOptions, Overflow, as_mode, check_cut, kv_room, stop_words
+from isthmus.edge.options import GenerateOptions, Overflow, as_mode, check_cut, check_memory, kv_room, stop_words
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
 from isthmus.edge.session import Session
 from isthmus.edge.text import Text
@@ -61,6 +61,7 @@ class Device:
 
     Raises:
         DeviceError: the settings do not fit the bundle or the memory.
+        LinkError: the cloud's address is none, or its host does not exist.
         BundleError: the bundle cannot be used.
     """
 
@@ -90,13 +91,17 @@ class Device:
             raise DeviceError(f"overflow is {overflow!r}", "choose error or slide")
         if threads < 0:
             raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
+        check_memory(memory_mb)
         self.stats = Stats()
         self._closed = False
         self._cloud, self._timeouts = cloud, timeouts or Timeouts()
         if wire is None and cloud is not None:
+            from isthmus.protocol.address import check_host
             from isthmus.protocol.link import connect
 
             wire = connect(cloud, _device_keys(keys) if encrypted else None, agent="isthmus device", wait=False)
+            if mode != "local":
+                check_host(cloud, self._timeouts.connect_ms)
         if isinstance(bundle, str | Path):
             bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut, progress)
         self._bundle = bundle
@@ -117,10 +122,11 @@ class Device:
         self._active: Generator[Token] | None = None
         self._owner = 0  # the thread of `_active`
         self._counted = (0, 0, 0)
-        self._cloud_failed = False
+        self._cloud_error: LinkError | None = None  # why the cloud did not answer when it was last looked for
         if wire is not None:
             session = Session(bundle.model_id, self._log, self._timeouts, where=self._where(), window=window)
             self._link = Link(session, wire, clock)
+            self._counted = self._link.costs  # what fetching the bundle took is no answer's cost
         self._tokenizer = bundle.tokenizer()
         self._eos = tuple(bundle.manifest.tokenizer.eos)
         self._chat = Chat(self._tokenizer, self._eos)
@@ -323,9 +329,11 @@ class Device:
         mode = options.mode
         if mode == "auto":
             link_up = self._link_up()
+            if self._cloud_error is not None and not self.holds_whole_model:
+                raise self._cloud_error
             mode = policy.choose(policy.Situation(self._link is not None, link_up, self.holds_whole_model))
-            if self._link is not None and not link_up:
-                self.stats.note = f"{self._where()} does not answer: this device goes on by itself"
+            if self._cloud_error is not None:
+                self.stats.note = f"{self._cloud_error.problem}: this device goes on by itself"
         if mode == "local":
             return self._local_runner(options)
         if self._link is None:
@@ -349,7 +357,7 @@ class Device:
         """
         if _is_final(error) or not (self._fallback and runner.source != "device" and self.holds_whole_model):
             raise error
-        self._cloud_failed = True
+        self._cloud_error = error
         stats.note = f"{error.problem}: this device went on by itself after {len(stats.tokens)} tokens"
         return self._local_runner(options)
 
@@ -357,15 +365,15 @@ class Device:
         if self._link is None:
             return False
         try:
-            if self._cloud_failed:
-                self._cloud_failed = not self._link.glance(GLANCE_S)
-            else:
+            if self._cloud_error is None:
                 self._link.welcome()
+            elif self._link.glance(GLANCE_S):
+                self._cloud_error = None
         except LinkError as error:
             if _is_final(error):
                 raise
-            self._cloud_failed = True
-        return not self._cloud_failed
+            self._cloud_error = error
+        return self._cloud_error is None
 
     def _check_offer(self, codec: str, numerics: str) -> None:
         assert self._link is not None
@@ -438,13 +446,18 @@ class Device:
         cut: int | None,
         progress: Callable[[str, int, int], None] | None,
     ) -> Bundle:
-        if wire is not None and not (path / "bundle.json").exists():
-            from isthmus.edge.provision import fetch_part
+        if wire is None:
+            return Bundle.open(path)
+        from isthmus.edge.provision import provision
 
-            session = Session("", Chain(), self._timeouts, where=self._where())
-            layers = 0 if mode == "stream" else cut if mode == "split" else None
-            fetch_part(Link(session, wire, clock), path, layers=layers, progress=progress)
-        return Bundle.open(path)
+        def link(model_id: str) -> Link:
+            return Link(Session(model_id, Chain(), self._timeouts, where=self._where()), wire, clock)
+
+        try:
+            return provision(path, link, mode, cut, progress)
+        except BaseException:
+            wire.close()
+            raise
 
 
 def _device_keys(keys: str | Path | DeviceKeys | None) -> DeviceKeys:

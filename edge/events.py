@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from isthmus.edge.lane import Lane
@@ -27,7 +28,7 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise DeviceError(f"{name} is {getattr(self, name)}", "give a positive number of milliseconds")
 
 

@@ -79,10 +79,11 @@ class Holding:
     def _refusal(self, depth: int) -> DeviceError:
         held, config = self._held(), self._bundle.config
         if held < depth:
-            what = "the whole model" if depth == config.n_layers else f"layers [0, {depth})"
+            whole = depth == config.n_layers
+            what, how = ("the whole model is", "mode local") if whole else (f"layers [0, {depth}) are", f"cut {depth}")
             return DeviceError(
-                f"{what} is wanted and the bundle holds layers [0, {held}) of {config.n_layers}",
-                "fetch more of it, choose a smaller cut, or use stream mode",
+                f"{what} wanted and the bundle holds layers [0, {held}) of {config.n_layers}",
+                f"open it with a cloud and {how} to fetch the rest, choose a smaller cut, or use stream mode",
             )
         assert self._memory_mb is not None
         return budget.refusal(self._sizes(), config, self.kv, self._memory_mb, depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from isthmus.protocol.errors import DeviceError
 
 CODECS = ("f32", "f16", "int8")
 KV_TOKENS = 4096
+MOST = 2**31 - 1  # what the engine and the protocol count to
 Overflow = Literal["error", "slide"]
 
 
@@ -37,8 +39,10 @@ class GenerateOptions:
     codec: str = "f16"
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise DeviceError(f"max_tokens is {self.max_tokens}", "ask for one or more")
+        if not 1 <= self.max_tokens <= MOST:
+            raise DeviceError(f"max_tokens is {self.max_tokens}", f"ask for one or more, and at most {MOST}")
+        if self.sampling.top_k > MOST:
+            raise DeviceError(f"top_k is {self.sampling.top_k}", f"choose 0 (all) to {MOST}")
         if self.mode not in MODES:
             raise DeviceError(f"mode is {self.mode!r}", f"choose one of {', '.join(MODES)}")
         if self.codec not in CODECS:
@@ -70,6 +74,17 @@ def check_cut(cut: int, config: DecoderConfig) -> int:
             f"cut is {cut} and the model has {config.n_layers} layers", f"choose one in 1..{config.n_layers - 1}"
         )
     return cut
+
+
+def check_memory(memory_mb: float | None) -> float | None:
+    """A memory limit in 10^6 bytes, None for none.
+
+    Raises:
+        DeviceError: no positive number.
+    """
+    if memory_mb is not None and not 0 < memory_mb < math.inf:
+        raise DeviceError(f"memory_mb is {memory_mb:g}", "give a positive number of megabytes, or none for no limit")
+    return memory_mb
 
 
 def kv_room(kv_tokens: int | None, config: DecoderConfig) -> int:

@@ -1,20 +1,48 @@
-"""A device without a bundle fetches its part from a cloud: resumable, checked by hash, whole or not at all."""
+"""A device fetches its part of a bundle, or more of it, from a cloud: resumable, and each file checked by its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.edge.link import Link, Restart
+from isthmus.edge.options import check_cut
+from isthmus.edge.token import Mode
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import BundleError, DeviceError, LinkError
+from isthmus.split.bundle import PARTIAL, Bundle, is_there, locked, open_regular
 from isthmus.split.manifest import EMBEDDING, Manifest
 
-PARTIAL = ".part"
 MAX_TRIES = 3
 Progress = Callable[[str, int, int], None]
+
+
+def provision(
+    path: Path, link: Callable[[str], Link], mode: Mode, cut: int | None, progress: Progress | None = None
+) -> Bundle:
+    """Opens a bundle's folder, having fetched what a device lacks to begin.
+
+    Args:
+        link: gives a link to the cloud for the model of that id, "" for the cloud's only one.
+        mode, cut: as in `layers_wanted`; a folder that holds nothing yet gets the whole model in "auto".
+        progress: as in `fetch_part`.
+
+    Raises:
+        BundleError, DeviceError, LinkError: as `fetch_part` and `fetch_more`.
+    """
+    if not is_there(path / "bundle.json"):
+        layers = 0 if mode == "stream" else cut if mode == "split" else None
+        fetch_part(link(""), path, layers=layers, progress=progress)
+    bundle = Bundle.open(path)
+    try:
+        fetch_more(link(bundle.model_id), bundle, layers_wanted(bundle, mode, cut), progress)
+    except LinkError:
+        if mode != "auto":  # which begins without a cloud, too
+            raise
+    return bundle
 
 
 def fetch_part(
@@ -33,7 +61,7 @@ def fetch_part(
     Raises:
         LinkError: the cloud is gone; calling again goes on where this ended.
         BundleError: what the cloud sends does not fit its hashes.
-        DeviceError: the folder cannot be written.
+        DeviceError: the folder cannot be written, or another process writes it.
     """
     link.welcome()
     answer = _ask(link, m.GetManifest(model_id))
@@ -41,17 +69,51 @@ def fetch_part(
     manifest = Manifest.parse(answer.data)
     if model_id and manifest.model_id != model_id:
         raise BundleError(f"the cloud sent the bundle {manifest.model_id} for {model_id}", "ask another cloud")
-    part = path / "bundle.json.part"
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
+        part = _partial(path / "bundle.json")
         part.write_bytes(answer.data)
         for name in part_files(manifest, layers):
             _fetch(link, manifest, path, name, progress)
         part.replace(path / "bundle.json")
-    except OSError as error:
-        remedy = "make room or choose another folder; fetching again goes on where this ended"
-        raise DeviceError(f"cannot write the bundle to {path}: {error.strerror}", remedy) from error
     return manifest
+
+
+def fetch_more(link: Link, bundle: Bundle, layers: int, progress: Progress | None = None) -> None:
+    """Fetches what a bundle's folder lacks to run layers [0, layers); each file appears there when it is whole.
+
+    Args:
+        layers, progress: as in `fetch_part`.
+
+    Raises:
+        LinkError: the cloud is gone; calling again goes on where this ended.
+        BundleError: what the cloud sends does not fit the bundle's hashes.
+        DeviceError: the cloud does not serve this model, or the folder cannot be written.
+    """
+    lacking = [name for name in part_files(bundle.manifest, layers) if not bundle.holds(name)]
+    if lacking:
+        link.welcome()
+        with _writing(bundle.path):
+            for name in lacking:
+                _fetch(link, bundle.manifest, bundle.path, name, progress)
+
+
+def layers_wanted(bundle: Bundle, mode: Mode, cut: int | None) -> int:
+    """Layers that a device which holds a part of a bundle needs at once.
+
+    Args:
+        mode: what it begins with; in "auto" the cloud answers, so nothing is needed unless a cut was named.
+        cut: the layer before which hidden states leave it, None for what it holds.
+
+    Raises:
+        DeviceError: no such cut.
+    """
+    if mode == "local":
+        return bundle.config.n_layers
+    if mode == "stream":
+        return 0
+    if cut is not None:
+        return check_cut(cut, bundle.config)
+    return max(1, bundle.config.n_layers // 2) if mode == "split" and not bundle.held_layers else 0
 
 
 def part_files(manifest: Manifest, layers: int | None) -> list[str]:
@@ -72,8 +134,7 @@ def _fetch(link: Link, manifest: Manifest, path: Path, name: str, progress: Prog
     entry, target = manifest.files[name], path / name
     if _hash(target) == entry.sha256:
         return
-    partial = target.with_name(target.name + PARTIAL)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
     for _ in range(MAX_TRIES):
         digest = hashlib.sha256()
         with partial.open("ab+") as file:
@@ -102,6 +163,29 @@ def _fetch(link: Link, manifest: Manifest, path: Path, name: str, progress: Prog
     raise BundleError(f"{name} from the cloud has another sha256 than listed", "the cloud's bundle was altered")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Keeps a folder for this process and says what hinders writing there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            yield
+    except BlockingIOError as error:
+        raise DeviceError(f"another process is fetching into {path}", "wait until it is done") from error
+    except OSError as error:
+        remedy = "make room or choose another folder; fetching again goes on where this ended"
+        raise DeviceError(f"cannot write the bundle to {path}: {error.strerror}", remedy) from error
+
+
+def _partial(target: Path) -> Path:
+    """Where a file is gathered; what is no regular file there is removed."""
+    partial = target.with_name(target.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if partial.is_symlink() or (partial.exists() and not partial.is_file()):
+        partial.unlink()
+    return partial
+
+
 def _resume(descriptor: int, digest: hashlib._Hash, size: int) -> None:
     """Takes what an earlier call left of a file into the digest; too much of it is cut off."""
     if os.fstat(descriptor).st_size > size:
@@ -122,7 +206,7 @@ def _ask(link: Link, request: m.GetManifest | m.GetRange) -> m.Manifest | m.Rang
 
 def _hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""

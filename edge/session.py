@@ -47,6 +47,7 @@ class Session:
         model_id: what the cloud must serve; empty for a device that only fetches a bundle.
         log: the token log that all lanes follow. Cut it back through `edited`.
         where: the cloud's address, for error messages.
+        kv_format: how the cloud shall keep its KV; what it offers where it has no such format.
         window: as in `messages.Open`.
     """
 
@@ -74,6 +75,7 @@ class Session:
         self._up_at = self._progress_at = 0.0
         self._closing = False
         self._setbacks = 0
+        self._put_off = ""  # why the cloud last said that it is busy
 
     # -- what the device asks for
 
@@ -188,7 +190,8 @@ class Session:
             self._fail(failure or self._silence())
         elif (now - self._progress_at) * 1e3 >= self._timeouts.progress_ms:
             took_s = now - self._progress_at
-            self._fail(LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s", "try again"))
+            why = f": {self._put_off}" if self._put_off else ""
+            self._fail(LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s{why}", "try again"))
         elif self.welcome is not None:
             for pending in self._pending.values():
                 if pending.retry_at <= now:
@@ -228,6 +231,9 @@ class Session:
                 )
             )
             return
+        formats = next((o.kv_formats for o in message.offers if o.model_id == self._model_id), ())
+        if formats and self._kv_format not in formats:
+            self._kv_format = formats[0]
         self._answered(("welcome",), now)
         self.events.append(Up())
         for pending in self._pending.values():
@@ -299,6 +305,8 @@ class Session:
     def _fault(self, fault: m.Fault, now: float) -> None:
         error = ServiceError(f"{self._where} refused: {fault.problem}", fault.remedy)
         code = fault.code
+        if code is m.Code.BUSY:
+            self._put_off = fault.problem
         if fault.alias is None:
             if code is m.Code.CLOSING:
                 self._closing = True
@@ -418,6 +426,7 @@ class Session:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
         if not self._pending:
             self._up_at = self._progress_at = now
+            self._put_off = ""
 
     def _silence(self) -> LinkError:
         if self.welcome is None:

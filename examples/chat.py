@@ -4,8 +4,15 @@ import sys
 
 from isthmus.edge import Device
 
-TURNS = (("stream", "Name a planet."), ("split", "How far away is it?"), ("local", "Say that in one word."))
+TURNS = (
+    ("stream", "Name a planet."),
+    ("split", "How far away is it?"),
+    ("local", "Say that in one word."),
+    ("stream", "Thank you."),  # the cloud still holds the first turn
+)
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 bundle, cloud, *keys = sys.argv[1:]
 with Device(bundle, cloud, keys=keys[0] if keys else None) as device:
     for mode, question in TURNS:

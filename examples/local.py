@@ -4,6 +4,8 @@ import sys
 
 from isthmus.edge import Device
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 with Device(sys.argv[1]) as device:
     for token in device.chat("Why is the sky blue?", max_tokens=60):
         print(token.text, end="", flush=True)

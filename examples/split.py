@@ -4,6 +4,8 @@ import sys
 
 from isthmus.edge import Device
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 bundle, cloud, *keys = sys.argv[1:]
 with Device(bundle, cloud, keys=keys[0] if keys else None, mode="split") as device:
     for codec in ("f32", "f16", "int8"):

@@ -37,11 +37,18 @@ class DeviceKeys:
 
 
 def default_folder() -> Path:
-    """Where keys live unless told otherwise: $ISTHMUS_KEYS, else isthmus/keys in the user's configuration."""
+    """Where keys live unless told otherwise: $ISTHMUS_KEYS, else isthmus/keys in the user's configuration.
+
+    Raises:
+        ProtocolError: the user has no home.
+    """
     if told := os.environ.get("ISTHMUS_KEYS"):
         return Path(told)
     config = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(config) if config else Path.home() / ".config") / "isthmus" / "keys"
+    try:
+        return (Path(config) if config else Path.home() / ".config") / "isthmus" / "keys"
+    except RuntimeError as error:
+        raise ProtocolError("there is no home folder to keep keys in", "set ISTHMUS_KEYS to a folder") from error
 
 
 def new_pair() -> KeyPair:
@@ -60,12 +67,12 @@ def write_pair(folder: Path, name: str, *, replace: bool = False) -> KeyPair:
     Raises:
         ProtocolError: the name is unfit, or the files exist and `replace` is off.
     """
-    check_name(name)
+    check_owner(name)
     secret, public = folder / f"{name}.key", folder / f"{name}.pub"
-    if not replace and (secret.exists() or public.exists()):
-        raise ProtocolError(f"there is a key {name!r} in {folder} already", "choose another name, or keep using it")
     pair = new_pair()
     try:
+        if not replace and (secret.exists() or public.exists()):
+            raise ProtocolError(f"there is a key {name!r} in {folder} already", "choose another name, or keep using it")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(secret, pair.secret + "\n", 0o600)
         _write(public, pair.public + "\n", 0o644)
@@ -141,7 +148,7 @@ def check_key(key: str) -> str:
     return key
 
 
-def check_name(name: str) -> str:
+def check_owner(name: str) -> str:
     """The name itself when it is fit for a key file or a principal.
 
     Raises:
@@ -185,7 +192,8 @@ class AllowList:
             changed, self._names, self._stamp = bool(self._names), {}, None
             return changed
         except (OSError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"cannot read the list of keys {self.path}: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ProtocolError(f"cannot read the list of keys {self.path}: {why}", "mend or remove it") from error
         names: dict[str, str] = {}
         for number, line in enumerate(text.splitlines(), 1):
             # A key may itself begin with '#', so a comment needs the space.
@@ -204,7 +212,7 @@ class AllowList:
         Raises:
             ProtocolError: no key, or no name.
         """
-        self._names[check_key(key)] = check_name(name)
+        self._names[check_key(key)] = check_owner(name)
         self._save()
 
     def revoke(self, key_or_name: str) -> int:
@@ -229,8 +237,11 @@ def _read_key(path: Path) -> str:
         key = path.read_text().strip()
     except FileNotFoundError as error:
         raise ProtocolError(f"there is no key file {path}", "run: isthmus keys new") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"cannot read the key file {path}: {error}") from error
+    except OSError as error:
+        remedy = "name the folder that holds it with --keys, and make sure that you may read it"
+        raise ProtocolError(f"cannot read the key file {path}: {error.strerror}", remedy) from error
+    except UnicodeDecodeError:
+        key = ""
     try:
         return check_key(key)
     except ProtocolError as error:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from isthmus.protocol.address import check_address
 from isthmus.protocol.errors import LinkError, ProtocolError
 from isthmus.protocol.keys import DeviceKeys
 from isthmus.protocol.limits import LIMITS, LinkLimits
@@ -264,9 +265,11 @@ def connect(
     """A link to the cloud at `address`, greeted already unless `wait` is off (then `receive` gives the Welcome).
 
     Raises:
-        LinkError: nothing answered within `limits.connect_ms`.
+        LinkError: the address is none, or in the clear and not on this machine; or nothing answered within
+            `limits.connect_ms`.
         Refused: the cloud does not know the key, or speaks no common version.
     """
+    check_address(address, encrypted=keys is not None)
     link = Link(lambda: DealerTransport(address, keys, limits), limits, agent=agent)
     if not wait:
         return link

@@ -29,6 +29,7 @@ U8 = Annotated[int, Meta(ge=0, le=2**8 - 1)]
 U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 U64 = Annotated[int, Meta(ge=0)]  # msgpack's own unsigned range is the upper bound
+I31 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Micros = Annotated[int, Meta(ge=0, le=2**53)]
 Name = Annotated[str, Meta(max_length=200)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=64)]
@@ -68,10 +69,10 @@ class Code(IntEnum):
 
 
 class Sampler(Struct, array_like=True, frozen=True):
-    """How a token is chosen; temperature 0 is greedy. seed is 64-bit, stream 32-bit."""
+    """How a token is chosen; temperature 0 is greedy. top_k is 31-bit, seed 64-bit, stream 32-bit."""
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
-    top_k: U32 = 0
+    top_k: I31 = 0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     seed: U64 = 0
     stream: U32 = 0

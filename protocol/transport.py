@@ -7,18 +7,18 @@ the next one. `protocol.link` makes fresh connections.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils import z85
 
+from isthmus.protocol.address import REMEDY, check_address, check_listening
 from isthmus.protocol.errors import LinkError, ServiceError
 from isthmus.protocol.keys import AllowList, DeviceKeys, KeyPair
 from isthmus.protocol.limits import LIMITS, LinkLimits
+from isthmus.protocol.watch import Watch
 
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _MAX_FRAMES = 2
@@ -69,8 +69,7 @@ class DealerTransport:
     """
 
     def __init__(self, address: str, keys: DeviceKeys | None, limits: LinkLimits = LIMITS) -> None:
-        if keys is None and not is_local(address):
-            raise LinkError(f"{address} is not on this machine and there are no keys", "run: isthmus keys new")
+        check_address(address, encrypted=keys is not None)
         self.address = address
         self._spin_s = limits.spin_us * 1e-6
         self._socket = _socket(zmq.Context.instance(), zmq.DEALER)
@@ -87,14 +86,11 @@ class DealerTransport:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        if fault := address_fault(address):
-            self.close()
-            raise LinkError(fault, "write tcp://HOST:PORT")
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
             self.close()
-            raise LinkError(f"{address!r} is no address: {error.strerror}", "write tcp://HOST:PORT") from error
+            raise LinkError(f"{address!r} is no address: {error.strerror}", REMEDY) from error
 
     def send(self, frames: Sequence[bytes]) -> bool:
         try:
@@ -189,21 +185,18 @@ class RouterTransport:
     def __init__(
         self, address: str, keys: KeyPair | None, allowed: AllowList | None, limits: LinkLimits = LIMITS
     ) -> None:
-        if (keys is None or allowed is None) and not is_local(address):
-            raise ServiceError(
-                f"{address} can be reached from outside and there are no keys",
-                "run `isthmus keys new` first, or listen on 127.0.0.1",
-            )
-        if fault := address_fault(address, listening=True):
-            raise ServiceError(fault, "listen on tcp://HOST:PORT")
+        check_listening(address, encrypted=keys is not None and allowed is not None)
         self._allowed = allowed
         self._curve = keys is not None
         self._spin_s = limits.spin_us * 1e-6
         self._context = zmq.Context()
-        self._zap = _socket(self._context, zmq.REP)
+        try:
+            self._zap, self._socket = _socket(self._context, zmq.REP), _socket(self._context, zmq.ROUTER)
+        except LinkError:
+            self._context.destroy(0)
+            raise
         self._zap.setsockopt(zmq.LINGER, 0)
         self._zap.bind(_ZAP_ADDRESS)
-        self._socket = _socket(self._context, zmq.ROUTER)
         _tune(self._socket, address, limits)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
@@ -212,18 +205,15 @@ class RouterTransport:
             self._socket.curve_server = True
             self._socket.curve_secretkey = keys.secret.encode()
             self._socket.zap_domain = b"isthmus"
+        self.watch = Watch(self._socket, limits)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._zap, zmq.POLLIN)
         try:
-            self._socket.bind(address.replace("localhost", "127.0.0.1"))
-        except zmq.ZMQError as error:
+            _bind(self._socket, address)
+        except ServiceError:
             self.close()
-            if error.errno == errno.EADDRINUSE:
-                raise ServiceError(
-                    f"{address} is taken by another program", "choose another port with --listen, or stop that program"
-                ) from error
-            raise ServiceError(f"cannot listen on {address!r}: {error.strerror}", "write tcp://HOST:PORT") from error
+            raise
         self.address: str = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
 
     def poll(self, timeout_ms: float) -> bool:
@@ -236,6 +226,7 @@ class RouterTransport:
         ready = dict(self._poller.poll(max(0, int(timeout_ms + 0.999))))
         if self._zap in ready:
             self._admit()
+        self.watch.check()
         return self._socket in ready
 
     def recv(self) -> Incoming | None:
@@ -245,15 +236,18 @@ class RouterTransport:
             return None
         route = socket.recv(zmq.NOBLOCK)
         frames: list[bytes] = []
-        key, count, more = "", 0, bool(socket.get(zmq.RCVMORE))
+        key, count, size, more = "", 0, 0, bool(socket.get(zmq.RCVMORE))
         while more:
             frame = socket.recv(zmq.NOBLOCK, copy=False)
             count += 1
+            size += len(frame)
             if count <= _MAX_FRAMES:
                 frames.append(frame.bytes)
             if count == 1 and self._curve:
                 key = frame.get("User-Id")
             more = frame.more
+        if count:
+            self.watch.delivered(frame.get(zmq.SRCFD), count, size)
         return Incoming(route, key, frames if count <= _MAX_FRAMES else [])
 
     def send(self, route: bytes, frames: Sequence[bytes]) -> bool:
@@ -278,6 +272,7 @@ class RouterTransport:
     def close(self) -> None:
         """Ends all connections; messages under way get the limits' linger time."""
         if not self._socket.closed:
+            self.watch.close()
             self._socket.close()
             self._zap.close()
             self._context.term()
@@ -299,33 +294,39 @@ class RouterTransport:
             )
 
 
-def address_fault(address: str, *, listening: bool = False) -> str:
-    """What is wrong with a TCP address, empty if nothing: ZeroMQ would take part of a bad port for a port.
+def check_free(address: str) -> None:
+    """Makes sure that one can listen at an address now.
 
-    Port 0 is any free one for who listens, and none for who connects.
+    Raises:
+        ServiceError: another program does, or the address is not this machine's.
     """
+    context = zmq.Context()
     try:
-        port = urlsplit(address).port if address.startswith("tcp://") else 1
-        if port or (listening and port is not None):
-            return ""
-    except ValueError:
-        pass
-    return f"{address!r} has no port in 1..65535"
+        probe = _socket(context, zmq.ROUTER)
+        probe.setsockopt(zmq.IPV6, int("[" in address))
+        _bind(probe, address)
+    finally:
+        context.destroy(0)
 
 
-def is_local(address: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    if address.startswith(("ipc://", "inproc://")):
-        return True
+def _bind(socket: Any, address: str) -> None:
     try:
-        host = urlsplit(address).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        socket.bind(address.replace("//localhost:", "//127.0.0.1:"))
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServiceError(
+                f"{address} is taken by another program", "choose another port with --listen, or stop that program"
+            ) from error
+        remedy = "name an address or a network interface of this machine, and a port that you may use"
+        raise ServiceError(f"cannot listen on {address!r}: {zmq.strerror(error.errno or 0)}", remedy) from error
 
 
 def _socket(context: Any, kind: int) -> Any:
-    return context.socket(kind)
+    try:
+        return context.socket(kind)
+    except zmq.ZMQError as error:
+        remedy = "close other programs, or raise the limit of open files (ulimit -n)"
+        raise LinkError(f"cannot make a socket: {zmq.strerror(error.errno or 0)}", remedy) from error
 
 
 def _tune(socket: Any, address: str, limits: LinkLimits) -> None:

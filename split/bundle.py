@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.packed import PackedMatrix
+from isthmus.split.files import PARTIAL, is_there, locked, open_regular, read_regular, regular_size
 from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, TokenizerEntry, check_name, layer_file
 from isthmus.split.roles import Weights, check_layer
 from isthmus.split.tensorfile import TensorFile
@@ -22,10 +23,22 @@ from isthmus.split.tensorfile import TensorFile
 if TYPE_CHECKING:
     from isthmus.split.tokenizer import Tokenizer
 
-__all__ = ["Bundle", "FileEntry", "Manifest", "TokenizerEntry", "check_name", "layer_file"]
+__all__ = [
+    "PARTIAL",
+    "Bundle",
+    "FileEntry",
+    "Manifest",
+    "TokenizerEntry",
+    "check_name",
+    "is_there",
+    "layer_file",
+    "locked",
+    "open_regular",
+]
 
 MANIFEST_FILE = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20
+AGAIN = "remove it, and fetch or split the model again"
 AHEAD_BYTES = 48 << 20  # hashed in the background beyond the file that was asked for
 WORKERS = 2
 
@@ -60,18 +73,17 @@ class Bundle:
         """
         folder = Path(path)
         try:
-            file = folder / MANIFEST_FILE
-            if file.stat().st_size > MAX_MANIFEST_BYTES:
-                raise BundleError(f"{file} has {file.stat().st_size} bytes", "it is no bundle.json")
-            data = file.read_bytes()
+            with open_regular(folder / MANIFEST_FILE) as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
         except OSError as error:
             remedy = f"write one with: isthmus split MODEL -o {folder}"
             raise BundleError(f"{folder} holds no bundle ({error.strerror})", remedy) from error
+        if len(data) > MAX_MANIFEST_BYTES:
+            problem = f"{folder / MANIFEST_FILE} has more than {MAX_MANIFEST_BYTES} bytes"
+            raise BundleError(problem, "it is no bundle.json")
         bundle = cls(folder, Manifest.parse(data))
-        for name, entry in bundle.manifest.files.items():
-            target = bundle._path(name)
-            if target.exists() and target.stat().st_size != entry.bytes:
-                raise _truncated(target, entry)
+        for name in bundle.manifest.files:
+            bundle.holds(name)
         return bundle
 
     @property
@@ -135,21 +147,30 @@ class Bundle:
         Raises:
             BundleError: it is not listed, absent, or was altered.
         """
-        target, entry = self._path(name), self._entry(name)
+        target, entry = self._held(name), self._entry(name)
         try:
-            data = target.read_bytes()
+            data = read_regular(target)
         except OSError as error:
-            raise self._absent(name) from error
-        if len(data) != entry.bytes:
-            raise _truncated(target, entry)
+            raise _unreadable(target, error) from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             problem = f"{target} was altered: its sha256 is not the listed one"
-            raise BundleError(problem, "fetch or split the model again")
+            raise BundleError(problem, AGAIN)
         return data
 
     def holds(self, name: str) -> bool:
-        """Whether a listed file is in the folder."""
-        return self._path(name).is_file()
+        """Whether a listed file is in the folder.
+
+        Raises:
+            BundleError: what stands there has another size, is no regular file, or lies elsewhere.
+        """
+        target, entry = self._path(name), self._entry(name)
+        try:
+            size = regular_size(target)
+        except OSError as error:
+            raise _unreadable(target, error) from error
+        if size not in (None, entry.bytes):
+            raise BundleError(f"{target} has {size} bytes instead of {entry.bytes}", AGAIN)
+        return size is not None
 
     @property
     def held_layers(self) -> int:
@@ -218,12 +239,13 @@ class Bundle:
             return self._files[name]
 
     def _checked(self, name: str) -> TensorFile:
-        target, entry = self._path(name), self._entry(name)
-        if not target.is_file():
-            raise self._absent(name)
-        if target.stat().st_size != entry.bytes:
-            raise _truncated(target, entry)
-        return TensorFile(target, sha256=entry.sha256)
+        return TensorFile(self._held(name), sha256=self._entry(name).sha256)
+
+    def _held(self, name: str) -> Path:
+        if not self.holds(name):
+            remedy = "fetch it from the cloud or split the model again"
+            raise BundleError(f"{self.path} does not hold {name}", remedy)
+        return self._path(name)
 
     def _entry(self, name: str) -> FileEntry:
         if name not in self.manifest.files:
@@ -232,14 +254,14 @@ class Bundle:
 
     def _path(self, name: str) -> Path:
         target = self._root / check_name(name)
-        if not target.resolve().is_relative_to(self._root):
+        try:
+            inside = target.resolve().is_relative_to(self._root)
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise BundleError(f"{name} in {self.path} leads nowhere", AGAIN) from error
+        if not inside:
             raise BundleError(f"{name} leads out of {self.path}", "a bundle's files must lie inside its folder")
         return target
 
-    def _absent(self, name: str) -> BundleError:
-        return BundleError(f"{self.path} does not hold {name}", "fetch it from the cloud or split the model again")
 
-
-def _truncated(path: Path, entry: FileEntry) -> BundleError:
-    size = path.stat().st_size
-    return BundleError(f"{path} has {size} bytes instead of {entry.bytes}", "fetch or split the model again")
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path} cannot be read ({error.strerror})", AGAIN)

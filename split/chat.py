@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.protocol.errors import ModelError
+from isthmus.split.sandbox import MeteredEnvironment, purse_for
+
+MAX_TEMPLATE_CHARS = 65_536
+_SHOWN_CHARS = 200  # of what a template says about itself
 
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _now(format: str) -> str:
@@ -29,12 +26,8 @@ def _now(format: str) -> str:
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
+    environment = MeteredEnvironment()
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     return environment.from_string(template)
 
 
@@ -46,11 +39,17 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], answer: bool, n
         names: `bos_token` and `eos_token` for the template.
 
     Raises:
-        ModelError: the template is damaged, unsafe, or refuses the messages.
+        ModelError: the template is damaged, unsafe, takes too much time or memory, or refuses the messages.
     """
+    if len(template) > MAX_TEMPLATE_CHARS:
+        problem = f"the chat template has {len(template)} characters, more than {MAX_TEMPLATE_CHARS}"
+        raise ModelError(problem, "send plain text (--raw)")
+    said = list(messages)
     try:
-        return _compile(template).render(
-            messages=list(messages), add_generation_prompt=answer, tools=None, documents=None, **names
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise ModelError(f"the chat template refuses the messages: {error}", "send plain text (--raw)") from error
+        with purse_for(said):
+            return _compile(template).render(
+                messages=said, add_generation_prompt=answer, tools=None, documents=None, **names
+            )
+    except Exception as error:  # a template can make Python raise anything
+        reason = " ".join(str(error)[:_SHOWN_CHARS].split()) or type(error).__name__
+        raise ModelError(f"the chat template refuses the messages: {reason}", "send plain text (--raw)") from error

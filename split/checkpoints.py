@@ -16,8 +16,10 @@ from isthmus.protocol.errors import ModelError, QuantError
 from isthmus.quant.groups import QUANTIZABLE, chunks, decode_rows, empty, encode_rows, write_rows
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split import families
+from isthmus.split.files import is_there, read_regular
 from isthmus.split.ggml_blocks import LOSSLESS
 from isthmus.split.gguf_file import GgufFile, GgufTensor
+from isthmus.split.manifest import check_tokenizer
 from isthmus.split.roles import Weights, array_shapes, check_layer, matrix_shapes
 from isthmus.split.tensorfile import TensorFile
 
@@ -104,9 +106,10 @@ class Checkpoint:
         """The checkpoint's tokenizer.
 
         Raises:
-            ModelError: there is none, or of a kind that is not supported.
+            ModelError: there is none, it is of a kind that is not supported, or it names tokens that are none.
         """
         found: Tokenizer = self._tokenizer()
+        check_tokenizer(found.entry, self.config.vocab_size, ModelError)
         return found
 
     def embedding(self) -> PackedMatrix:
@@ -205,11 +208,12 @@ class _SafetensorsStore:
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, TensorFile] = {}
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            found = set(_json(index).get("weight_map", {}).values())
+        if is_there(index):
+            weight_map = _json(index).get("weight_map")
+            found = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
             if any(not isinstance(f, str) or Path(f).name != f for f in found):
                 raise ModelError(f"{index} names files outside its folder", "fetch the model again")
-            paths = [folder / f for f in sorted(found)]
+            paths = [folder / name for name in sorted({str(f) for f in found})]
         else:
             paths = [folder / "model.safetensors"]
         for path in paths:
@@ -239,11 +243,11 @@ def open_checkpoint(path: str | Path, *, format: str = KEEP, head_format: str | 
         ModelError: it is neither, or of a family or with a setting that is not supported.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return _open_folder(path, format, head_format)
     if path.suffix == ".onnx":
         raise ModelError(f"{path} is an ONNX graph", "only GGUF files and Hugging Face folders can be split so far")
-    if not path.exists():
+    if not is_there(path):
         raise ModelError(f"{path} does not exist", "give a .gguf file, a folder with config.json, or a fetched name")
     return _open_gguf(path, format, head_format)
 
@@ -270,7 +274,7 @@ def _open_gguf(path: Path, format: str, head_format: str | None) -> Checkpoint:
 
 
 def _open_folder(path: Path, format: str, head_format: str | None) -> Checkpoint:
-    if not (path / "config.json").is_file():
+    if not is_there(path / "config.json"):
         raise ModelError(f"{path} has no config.json", "give a .gguf file or a Hugging Face folder")
     fields = _json(path / "config.json")
     families.config_from_hf(fields)  # an unknown family is told before missing files are
@@ -305,8 +309,8 @@ def _names(
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}", "fetch the model again") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds no JSON object", "fetch the model again")

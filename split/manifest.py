@@ -11,11 +11,14 @@ from typing import Any
 import msgspec
 
 from isthmus.engine.config import DecoderConfig
-from isthmus.protocol.errors import BundleError, EngineError
+from isthmus.protocol.errors import BundleError, EngineError, IsthmusError
 
 FORMAT_VERSION = 1
 KIND = "decoder"
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+MAX_NAME_CHARS = 200
+MAX_EOS = 256  # as many as a request to a cloud may name
+MAX_FILE_BYTES = 1 << 50
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -61,6 +64,33 @@ class TokenizerEntry(msgspec.Struct, frozen=True):
     add_bos: bool = False
 
 
+def check_tokenizer(entry: TokenizerEntry, vocab_size: int, error: type[IsthmusError] = BundleError) -> None:
+    """Checks the tokens that an entry names.
+
+    Raises:
+        IsthmusError: of class `error`, if one is not in the vocabulary, or there are too many.
+    """
+    named = {"bos": () if entry.bos is None else (entry.bos,), "eos": entry.eos}
+    for what, tokens in named.items():
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                problem = f"the tokenizer's {what} is token {token} and the vocabulary has {vocab_size}"
+                raise error(problem, "fetch or split the model again")
+    if len(entry.eos) > MAX_EOS:
+        raise error(f"the tokenizer has {len(entry.eos)} end tokens", f"at most {MAX_EOS} are supported")
+
+
+def check_model_name(name: str) -> None:
+    """A model's name, which is shown to people: one line of visible characters.
+
+    Raises:
+        BundleError: another name.
+    """
+    if not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable()):
+        problem = f"the model's name is {name[:MAX_NAME_CHARS]!r}"
+        raise BundleError(problem, f"choose another with --name: 1..{MAX_NAME_CHARS} printable characters")
+
+
 class _Wire(msgspec.Struct, frozen=True):
     format_version: int
     kind: str
@@ -99,7 +129,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
         Raises:
             BundleError: another version, kind or family, a field or layer that is missing, a name that leads out
-                of the bundle, or a model_id that does not follow from the files.
+                of the bundle, a token beyond the vocabulary, or a model_id that does not follow from the files.
         """
         again = "fetch or split the model again"
         try:
@@ -117,11 +147,20 @@ class Manifest(msgspec.Struct, frozen=True):
             raise BundleError(f"the bundle's family {family!r} is unknown", f"supported are {', '.join(FAMILIES)}")
         try:
             config = DecoderConfig.from_dict(wire.config)
+            msgspec.convert(wire.config, DecoderConfig)  # its types
         except EngineError as error:
             raise BundleError(f"bundle.json: {error.problem}", again) from error
+        except (msgspec.MsgspecError, ArithmeticError) as error:
+            raise BundleError(f"bundle.json: the configuration does not fit: {error}", again) from error
+        if not all(0 <= window < 2**31 for window in config.windows):
+            raise BundleError(f"bundle.json has the attention windows {config.windows[:4]}", again)
+        check_model_name(wire.name)
+        if len(wire.weights) > MAX_NAME_CHARS or not wire.weights.isprintable():
+            raise BundleError(f"bundle.json names the weight format {wire.weights[:MAX_NAME_CHARS]!r}", again)
+        check_tokenizer(wire.tokenizer, config.vocab_size)
         for name, entry in wire.files.items():
             check_name(name)
-            if entry.bytes < 0 or not _HEX.match(entry.sha256):
+            if not 0 <= entry.bytes <= MAX_FILE_BYTES or not _HEX.match(entry.sha256):
                 raise BundleError(f"bundle.json has no valid size and hash of {name}", again)
         if config.n_layers > len(wire.files):
             raise BundleError(f"bundle.json lists {len(wire.files)} files for {config.n_layers} layers", again)

@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 from isthmus.protocol.errors import BundleError, IsthmusError, QuantError
 from isthmus.quant.groups import shapes
 from isthmus.quant.packed import PackedMatrix
+from isthmus.split.files import open_regular
 from isthmus.split.roles import Weights
 
 ALIGN = 4096
 MAX_HEADER_BYTES = 64 << 20
+MAX_DIMENSIONS = 8
+# What JSON of another form than expected raises.
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError)
 DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -72,12 +76,14 @@ class TensorFile:
         self.path = path
         self._error = error
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as problem:
             raise error(f"cannot read {path}: {problem}", "check that the file is there and is not empty") from problem
         if sha256 is not None and hashlib.sha256(self.buffer).hexdigest() != sha256:
-            raise error(f"{path} was altered: its sha256 is not the listed one", "fetch or split the model again")
+            raise error(
+                f"{path} was altered: its sha256 is not the listed one", "remove it, and fetch or split the model again"
+            )
         self.tensors, metadata = self._parse()
         self.metadata: dict[str, Any] = metadata
         self.matrices = self._parse_matrices()
@@ -104,17 +110,25 @@ class TensorFile:
                 )
                 for name, e in header.items()
             }
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as problem:
+        except _MALFORMED as problem:
             raise self._damaged("its header cannot be read") from problem
         tensors = {}
         for name, (tag, shape, begin, end) in entries.items():
             if tag not in DTYPES:
-                raise self._error(f"{name} in {self.path.name} has type {tag}", f"supported are {', '.join(DTYPES)}")
+                raise self._error(
+                    f"{name[:60]} in {self.path.name} has type {tag[:60]}", f"supported are {', '.join(DTYPES)}"
+                )
             n = DTYPES[tag].itemsize
             for dimension in shape:
                 n *= dimension
-            if any(d < 0 for d in shape) or begin < 0 or end - begin != n or 8 + length + end > size:
-                raise self._damaged(f"{name} of shape {shape} stands at {begin}..{end}")
+            if (
+                len(shape) > MAX_DIMENSIONS
+                or not all(0 <= d <= size for d in shape)
+                or begin < 0
+                or end - begin != n
+                or 8 + length + end > size
+            ):
+                raise self._damaged(f"{name[:60]} of shape {str(shape)[:60]} stands at {begin}..{end}")
             tensors[name] = TensorInfo(tag, shape, 8 + length + begin)
         return tensors, metadata if isinstance(metadata, dict) else {}
 
@@ -122,7 +136,7 @@ class TensorFile:
         try:
             described = json.loads(self.metadata.get("matrices", "{}"))
             return {name: (str(m["format"]), int(m["rows"]), int(m["cols"])) for name, m in described.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        except _MALFORMED as problem:
             raise self._damaged("its matrices are not described") from problem
 
     def array(self, name: str) -> NDArray[np.generic]:

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from isthmus.protocol.errors import ModelError
+from isthmus.split.files import read_regular
 from isthmus.split.manifest import TokenizerEntry
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
@@ -43,25 +44,26 @@ class Tokenizer:
         generation_config.json; only the first must be there.
 
         Raises:
-            ModelError: tokenizer.json is missing or cannot be read.
+            ModelError: tokenizer.json is missing, or one of them cannot be read.
         """
         try:
-            backend = _parse((folder / "tokenizer.json").read_bytes())
+            backend = _parse(read_regular(folder / "tokenizer.json"))
         except OSError as error:
-            raise ModelError(f"{folder} has no tokenizer.json", "save the tokenizer in its fast form") from error
+            problem = f"{folder} has no tokenizer.json ({error.strerror})"
+            raise ModelError(problem, "save the tokenizer in its fast form") from error
         settings = _json(folder / "tokenizer_config.json")
         ids = {name: backend.token_to_id(_content(settings.get(name)) or "") for name in ("bos_token", "eos_token")}
         configs = [_json(folder / "generation_config.json"), _json(folder / "config.json")]
         bos = ids["bos_token"]
         if bos is None:
-            bos = next((c["bos_token_id"] for c in configs if isinstance(c.get("bos_token_id"), int)), None)
+            bos = next((id_ for config in configs for id_ in _ids(config, "bos_token_id")), None)
         eos: list[int] = [] if ids["eos_token"] is None else [ids["eos_token"]]
         for config in configs:
-            found = config.get("eos_token_id")
-            eos += found if isinstance(found, list) else [] if found is None else [found]
+            eos += _ids(config, "eos_token_id")
         first = backend.encode("a", add_special_tokens=True).ids[:1]
-        template = folder / "chat_template.jinja"
-        chat = template.read_text(encoding="utf-8") if template.is_file() else _default(settings.get("chat_template"))
+        chat = _text(folder / "chat_template.jinja")
+        if chat is None:
+            chat = _default(settings.get("chat_template"))
         add_bos = bos is not None and first == [bos] and backend.encode("a", add_special_tokens=False).ids[:1] != [bos]
         return cls(backend, TokenizerEntry("tokenizer.json", chat, bos, tuple(dict.fromkeys(eos)), add_bos))
 
@@ -90,10 +92,16 @@ class Tokenizer:
         Args:
             special: whether names of special tokens in the text become those tokens; else they are plain text.
             bos: whether `bos` is put first; None does what the model wants.
+
+        Raises:
+            ModelError: the tokenizer has no token for a part of the text.
         """
-        with self._lock:
-            self._backend.encode_special_tokens = not special
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            with self._lock:
+                self._backend.encode_special_tokens = not special
+                ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises bare Exception
+            raise ModelError(f"the tokenizer cannot take the text: {error}", "fetch the model again") from error
         first = self.entry.add_bos if bos is None else bos
         return [self.entry.bos, *ids] if first and self.entry.bos is not None else ids
 
@@ -176,13 +184,35 @@ def _parse(data: bytes) -> tokenizers.Tokenizer:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    text = _text(path)
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        found = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}", "fetch the model again") from error
     return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str | None:
+    """A file's text; None when there is no such file."""
+    try:
+        return read_regular(path).decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeError) as error:
+        raise ModelError(f"cannot read {path}: {error}", "fetch the model again") from error
+
+
+def _ids(config: dict[str, Any], name: str) -> list[int]:
+    """The token ids, one or several, of a config's setting.
+
+    Raises:
+        ModelError: there is something else.
+    """
+    found = config.get(name)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(id_) is int for id_ in ids):
+        raise ModelError(f"{name} is {str(found)[:60]}", "it must be a token id or several; mend the model's config")
+    return ids
 
 
 def _content(token: Any) -> str | None:
@@ -194,6 +224,6 @@ def _content(token: Any) -> str | None:
 def _default(template: Any) -> str | None:
     """The one chat template, or of several named ones that called "default"."""
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0] if named else None
     return template if isinstance(template, str) else None

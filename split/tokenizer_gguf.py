@@ -45,7 +45,7 @@ def tokenizer_from_gguf(fields: Fields) -> Tokenizer:
     """
     kind = fields.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         supported = ", ".join(builders)
         raise ModelError(f"tokenizer {kind!r} is not supported", f"supported in GGUF files are {supported}")
     try:
@@ -73,10 +73,11 @@ def _build(fields: Fields, kind: str, builder: Callable[[Fields, Sequence[str]],
     eos += [controls[token] for token in _ENDS if token in controls]
     bos = fields.get("tokenizer.ggml.bos_token_id")
     pre = fields.get("tokenizer.ggml.pre")
+    template = fields.get("tokenizer.chat_template")
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _IGNORE_MERGES))
     entry = TokenizerEntry(
         "tokenizer.json",
-        fields.get("tokenizer.chat_template"),
+        template if isinstance(template, str) else None,
         None if bos is None else int(bos),
         tuple(dict.fromkeys(eos)),
         add_bos and bos is not None,
@@ -106,6 +107,8 @@ def _sentencepiece(fields: Fields, tokens: Sequence[str]) -> Backend:
         raise ModelError("the file's SentencePiece tokenizer has no scores", "fetch the model again")
     vocab = {token: index for index, token in enumerate(tokens)}
     unknown = int(fields.get("tokenizer.ggml.unknown_token_id", 0))
+    if not 0 <= unknown < len(tokens):
+        raise ModelError(f"the file's unknown token is {unknown} of {len(tokens)}", "fetch the model again")
     backend = Backend(
         models.BPE(vocab, merges_by_score(vocab, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     )

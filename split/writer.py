@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
+from isthmus.split.files import is_there, remove_left, work_folder
 from isthmus.split.manifest import (
     EMBEDDING,
     HEAD,
@@ -20,7 +22,9 @@ from isthmus.split.manifest import (
     FileEntry,
     Manifest,
     TokenizerEntry,
+    check_model_name,
     check_name,
+    check_tokenizer,
     layer_file,
     model_id,
 )
@@ -33,38 +37,57 @@ Progress = Callable[[str, int, int], None]  # what was done, how many steps are 
 class BundleWriter:
     """A bundle being written; leave the `with` block without `finish` and nothing remains.
 
+    A process that is killed leaves its work behind, which the next writer to the same place removes.
+
     Args:
-        path: the bundle's folder to be.
+        path: the bundle's folder to be, or a link to it.
         force: whether a bundle that stands there is replaced.
 
     Raises:
         BundleError: something stands there already, or the place cannot be written.
     """
 
+    _work: Path
+
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        self.path = path.absolute()
         self.files: dict[str, FileEntry] = {}
+        self._held = ExitStack()
+        try:
+            self.path = path.resolve()
+            self._prefix = f".{self.path.name}."
+            remove_left(self.path.parent, self._prefix)
+            self._put_back()
+            occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            raise _unwritable(path, error) from error
         if self.path.exists() and not force:
             raise BundleError(f"{path} exists already", "choose another folder, or replace it with --force")
-        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
-        if occupied and not (self.path / "bundle.json").is_file():
+        if occupied and not is_there(self.path / "bundle.json"):
             raise BundleError(f"{path} is not a bundle", "choose another folder; it is not replaced")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))
-            self._work.chmod(0o777 & ~_umask())
-        except OSError as error:
-            raise BundleError(
-                f"cannot write to {self.path.parent}: {error.strerror}", "choose another folder"
-            ) from error
 
     def __enter__(self) -> BundleWriter:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._work = self._held.enter_context(work_folder(self.path.parent, self._prefix))
+            self._work.chmod(0o777 & ~_umask())
+        except OSError as error:
+            self._held.close()
+            raise _unwritable(self.path.parent, error) from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._held.close()
+
+    def _put_back(self) -> None:
+        """Undoes what a process that was killed within `finish` left: the bundle that was to be replaced."""
+        name = re.compile(re.escape(self._prefix) + r"[a-z0-9_]{8}\.old")
+        for old in [path for path in self.path.parent.glob("*.old") if name.fullmatch(path.name)]:
+            if self.path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.replace(self.path)
 
     def add(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes a file piece by piece.
@@ -98,18 +121,24 @@ class BundleWriter:
         files = dict(self.files)
         manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files)
         Manifest.parse(manifest.encode())
-        (self._work / "bundle.json").write_bytes(manifest.encode())
+        self.add("bundle.json", [manifest.encode()])
         old = self._work.with_suffix(".old")
         try:
             if self.path.exists():
                 self.path.replace(old)
             self._work.replace(self.path)
         except OSError as error:
+            raise BundleError(f"cannot rename to {self.path}: {error.strerror}", "choose another folder") from error
+        finally:
             if old.exists() and not self.path.exists():
                 old.replace(self.path)
-            raise BundleError(f"cannot rename to {self.path}: {error.strerror}", "choose another folder") from error
         shutil.rmtree(old, ignore_errors=True)
         return manifest
+
+
+def _unwritable(path: Path, error: Exception) -> BundleError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return BundleError(f"cannot write to {path}: {reason}", "choose another folder")
 
 
 def _umask() -> int:
@@ -138,9 +167,11 @@ def write_bundle(
         entry: what tokenizer.json cannot say.
 
     Raises:
-        BundleError: the place is taken or cannot be written.
+        BundleError: the place is taken or cannot be written, or `name` or `entry` does not fit.
     """
     config = source.config
+    check_model_name(name)
+    check_tokenizer(entry, config.vocab_size)
     total = config.n_layers + 2
     with BundleWriter(path, force=force) as writer:
         writer.add(entry.file, [tokenizer])

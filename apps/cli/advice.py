@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from isthmus.apps.cli.machine import Machine
+from isthmus.apps.bench.machine import Machine
 
 MIB = 1 << 20
 
@@ -23,6 +23,7 @@ def findings(
     *,
     native: bool,
     kernels: str,
+    available: Sequence[str] = (),
     steal: float = 0.0,
     bundle_bytes: int = 0,
     environment: Mapping[str, str] | None = None,
@@ -32,6 +33,7 @@ def findings(
     Args:
         native: whether the native engine is built.
         kernels: name of the kernels that the engine chose.
+        available: names of all that it can run here.
         steal: share of processor time that the host took away while measuring, 0..1.
         bundle_bytes: bytes of the weights that are to be run, 0 when no bundle was named.
         environment: environment variables; `ISTHMUS_CPU` forces kernels.
@@ -79,7 +81,10 @@ def findings(
             Finding(f"the frequency governor is {machine.governor}", "cpupower frequency-set --governor performance")
         )
     forced = (environment or {}).get("ISTHMUS_CPU")
-    if forced:
+    if forced and available and forced not in available:
+        problem = f"ISTHMUS_CPU={forced} names no kernels that this machine runs, so nothing will run"
+        found.append(Finding(problem, f"unset it, or choose among {', '.join(available)}"))
+    elif forced:
         found.append(Finding(f"ISTHMUS_CPU={forced} forces the kernels ({kernels})", "unset it for the fastest ones"))
     if machine.architecture in ("x86_64", "AMD64"):
         if "AVX2" not in machine.features:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.apps.bench.machine import Machine, installed_extras, read_machine
 from isthmus.apps.cli.advice import Finding, findings
-from isthmus.apps.cli.machine import Machine, installed_extras, read_machine
 
 GIB = 1 << 30
 
@@ -67,7 +67,7 @@ def examine(bundle: Path | None = None) -> Checkup:
     Raises:
         BundleError: `bundle` is not a bundle.
     """
-    from isthmus.apps.cli.roofline import BUFFER_BYTES, read_bandwidth, steal_ticks, token_bytes
+    from isthmus.apps.bench.roofline import BUFFER_BYTES, read_bandwidth, steal_ticks, token_bytes
     from isthmus.engine import cpu_names
     from isthmus.split.bundle import Bundle
     from isthmus.split.fetch import cache_folder
@@ -99,6 +99,7 @@ def examine(bundle: Path | None = None) -> Checkup:
             machine,
             native=bool(kernels),
             kernels=chosen,
+            available=kernels,
             steal=steal,
             bundle_bytes=size,
             environment=os.environ,

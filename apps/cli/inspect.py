@@ -75,7 +75,7 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(f"tokens   vocabulary {c['vocab_size']}, context {c['context_length']}, head {head}{sliding}")
     console.print(f"here     layers 0..{facts['layers_here']} of {c['n_layers']}, {facts['bytes'] / 1e6:.1f} MB in all")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("file")
+    table.add_column("file", no_wrap=True)  # whole in a pipe, too
     table.add_column("bytes", justify="right")
     table.add_column("formats")
     table.add_column("sha256, checked" if facts["verified"] else "sha256 (--verify compares)")

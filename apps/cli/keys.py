@@ -29,26 +29,31 @@ def new(
 ) -> None:
     """Make a key pair for a device, and let it into a cloud on this machine."""
     from isthmus.protocol.errors import ProtocolError
-    from isthmus.protocol.keys import ALLOWED, AllowList, check_name, default_folder, write_pair
+    from isthmus.protocol.keys import ALLOWED, AllowList, check_owner, default_folder, write_pair
 
     if name == "server":
         raise ProtocolError("the name 'server' is the cloud's own", "choose another; `isthmus serve` makes its own key")
-    check_name(owner or name)
+    owner = check_owner(name if owner is None else owner)
     folder = keys or default_folder()
     pair = write_pair(folder, name)
-    AllowList(folder / ALLOWED).allow(pair.public, owner or name)
+    AllowList(folder / ALLOWED).allow(pair.public, owner)
     print(f"{folder / name}.key is the secret, this the public key:\n{pair.public}")
-    print(f"A cloud on this machine lets it in. Elsewhere run: isthmus keys allow '{pair.public}' {owner or name}")
+    print(f"A cloud on this machine lets it in. Elsewhere run: isthmus keys allow '{pair.public}' {owner}")
 
 
 @app.command("list")
 def list_(keys: Folder = None) -> None:
     """Show the keys that a cloud on this machine lets in, and whose they are."""
+    import sys
+
     from isthmus.protocol.keys import ALLOWED, AllowList, default_folder
 
-    folder = keys or default_folder()
-    for key, name in AllowList(folder / ALLOWED).entries():
+    path = (keys or default_folder()) / ALLOWED
+    entries = AllowList(path).entries()
+    for key, name in entries:
         print(key, name)
+    if not entries:
+        print(f"no device is allowed in by {path}", file=sys.stderr)
 
 
 @app.command()

@@ -6,16 +6,32 @@ commands of its own. Nothing but the standard library is imported here, so that 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from isthmus.apps.cli import streams
 from isthmus.protocol.errors import IsthmusError
 
 FAILED = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+UNREAD = 141  # 128 + SIGPIPE
+# What the system refuses for its own reasons, not because of a mistake here.
+SYSTEM = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +89,29 @@ EXTRAS: Mapping[str, str] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and gives the exit code: 0, 2 for an error that a person can mend, 130 when interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command.
+
+    Args:
+        argv: the command and its options; None for the program's own, whose standard streams are guarded then.
+
+    Returns:
+        the exit code: 0, 2 for an error that a person can mend, 130 when interrupted, 141 when what reads standard
+        output has ended.
+    """
+    if argv is None:
+        streams.guard()
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except streams.OutputFailed as error:
+        streams.discard()
+        if error.reader_gone:
+            return UNREAD
+        return _fail(f"cannot write to standard output: {error.problem}; make room, or send it elsewhere")
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         if arguments[:1] == ["help"] and len(arguments) > 1:
             return _run(arguments[1], ["--help"])
@@ -116,10 +153,12 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; what is still buffered must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except MemoryError:
+        return _fail("there is not enough memory; close other programs, or choose a smaller model or fewer KV tokens")
+    except OSError as error:
+        if error.errno not in SYSTEM:
+            raise
+        return _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}; the system refused it")
     except ImportError as error:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:

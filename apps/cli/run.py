@@ -67,7 +67,9 @@ def command(
     if json and prompt is None:
         raise DeviceError("--json needs a prompt", "give one with --prompt, or --prompt - for standard input")
     text = _read(prompt) if prompt is not None else ""
-    sampling = Sampling() if greedy else Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if greedy:
+        sampling = Sampling()
     with (
         _Fetching() as fetching,
         Device(
@@ -99,12 +101,22 @@ def _read(prompt: str) -> str:
     from isthmus.protocol.errors import DeviceError
 
     try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()
-    except (UnicodeError, AttributeError, OSError) as error:  # a closed standard input is None
-        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
+        text = _checked(sys.stdin.read() if prompt == "-" else prompt)
+    except (UnicodeDecodeError, OSError) as error:
+        raise DeviceError("standard input cannot be read", "give UTF-8 text there, or as the prompt itself") from error
     if not text.strip():
         raise DeviceError("the prompt is empty", "write what the model shall answer or go on from")
+    return text
+
+
+def _checked(text: str) -> str:
+    """A text as it is when it is UTF-8; other bytes are there as surrogates."""
+    from isthmus.protocol.errors import DeviceError
+
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
     return text
 
 
@@ -115,27 +127,41 @@ def _ask(device: Device, text: str, raw: bool, json: bool, options: dict[str, An
     from isthmus.apps.cli.tokens import dim, has_color, show, summary
 
     tokens = device.generate(text, **options) if raw else device.chat(text, **options)
+    note = _note(device)
     if json:
         for _ in tokens:
             pass
+        _note(device, note)
         print(dumps(device.stats.to_dict(), ensure_ascii=False))
         return
     show(tokens)
-    if has_color(sys.stdout) or device.stats.note:
+    _note(device, note)
+    if has_color(sys.stdout):
         print(dim(summary(device.stats), sys.stderr), file=sys.stderr)
+
+
+def _note(device: Device, said: str = "") -> str:
+    """Says on standard error what did not go as asked, unless it was `said` before; gives what stands there now."""
+    import sys
+
+    note = device.stats.note
+    if note and note != said:
+        print(f"note: {note}", file=sys.stderr)
+    return note
 
 
 def _chat(device: Device, raw: bool, options: dict[str, Any]) -> None:
     import sys
 
-    from isthmus.apps.cli.tokens import dim, legend, show, summary
+    from isthmus.apps.cli.tokens import dim, has_color, legend, show, summary
     from isthmus.protocol.errors import IsthmusError
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         import readline  # noqa: F401  line editing and history for input()
 
-        print(dim(f"/help lists commands; tokens are coloured by where they are computed: {legend()}", sys.stdout))
+        colors = f"; tokens are coloured by where they are computed: {legend()}" if has_color(sys.stdout) else ""
+        print(dim(f"/help lists commands{colors}", sys.stdout))
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -152,12 +178,15 @@ def _chat(device: Device, raw: bool, options: dict[str, Any]) -> None:
                     return
                 _command(device, line, options)
                 continue
+            _checked(line)
             tokens = device.generate(line, **options) if raw else device.chat(line, **options)
+            note = _note(device)
             try:
                 show(tokens)
             except KeyboardInterrupt:
                 tokens.close()  # type: ignore[attr-defined]
-            if terminal or device.stats.note:
+            _note(device, note)
+            if terminal:
                 print(dim(summary(device.stats), sys.stderr), file=sys.stderr)
         except KeyboardInterrupt:
             print()
@@ -178,6 +207,8 @@ def _command(device: Device, line: str, options: dict[str, Any]) -> None:
         device.reset()
     elif name == "/stats":
         print(summary(device.stats))
+        if device.stats.note:
+            print(f"note: {device.stats.note}")
     else:
         print(HELP if name == "/help" else f"there is no command {name}\n{HELP}")
 

@@ -28,6 +28,9 @@ def command(
     ] = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at once; idle ones give way")] = 256,
     kv_tokens: Annotated[int, typer.Option(min=16, help="Positions of all sessions that each model's KV holds")] = 8192,
+    kv_share: Annotated[
+        float, typer.Option(help="Part of that KV which one owner of keys may hold when several are let in")
+    ] = 0.5,
     kv_format: Annotated[str, typer.Option(help="f16 or f32")] = "f16",
 ) -> None:
     """Serve models to devices, many sessions in one batch, until interrupted.
@@ -39,13 +42,26 @@ def command(
     import sys
 
     from isthmus.cloud.admission import ServiceLimits
-    from isthmus.cloud.http import StatusServer
+    from isthmus.cloud.http import StatusServer, host_port
     from isthmus.cloud.models import load
     from isthmus.cloud.service import Service
     from isthmus.engine.part import KvConfig
-    from isthmus.protocol.transport import RouterTransport
+    from isthmus.protocol.address import check_listening
+    from isthmus.protocol.errors import ServiceError
+    from isthmus.protocol.transport import RouterTransport, check_free
 
-    limits = ServiceLimits(max_sessions=max_sessions, max_sessions_per_principal=max(1, max_sessions // 4))
+    # What costs least first: the options, the address, the keys, and only then the weights.
+    limits = ServiceLimits(
+        max_sessions=max_sessions, max_sessions_per_principal=max(1, max_sessions // 4), kv_share=kv_share
+    )
+    if kv_format not in ("f16", "f32"):
+        raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
+    if len({bundle.resolve() for bundle in bundles}) < len(bundles):
+        raise ServiceError("the same bundle is named twice", "name each once")
+    check_listening(listen, encrypted=not no_keys)
+    if http is not None:
+        host_port(http)
+    check_free(listen)
     pair, allowed = (None, None) if no_keys else _keys(keys)
     models: list[Model] = []
     transport = status = None
@@ -87,6 +103,11 @@ def _keys(folder: Path | None) -> tuple[KeyPair, AllowList]:
     allowed = AllowList(folder / ALLOWED)
     if not allowed.entries():
         raise ServiceError(f"no device is allowed in by {folder / ALLOWED}", "run: isthmus keys new")
-    if not (folder / "server.key").exists() and not (folder / "server.pub").exists():
+    if not (folder / "server.key").exists():
+        if (folder / "server.pub").exists():
+            raise ServiceError(
+                f"{folder} holds the key of another cloud, which its devices trust",
+                "choose another folder with --keys",
+            )
         return write_pair(folder, "server"), allowed
     return read_pair(folder, "server"), allowed

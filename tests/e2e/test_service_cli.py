@@ -65,19 +65,31 @@ def test_mistakes_with_keys_are_one_line(folder: Path, capsys: pytest.CaptureFix
     assert "not on the list" in failed(capsys, "keys", "revoke", "nobody")
     assert "no key file" in failed(capsys, "keys", "trust", "absent.pub")
     assert not folder.exists()
+    assert main(["keys", "list"]) == 0
+    assert f"no device is allowed in by {folder}" in capsys.readouterr().err
     assert main(["keys", "new"]) == 0
     assert "already" in failed(capsys, "keys", "new")
+    assert "no name" in failed(capsys, "keys", "new", "other", "--owner", "")
+    assert "File name too long" in failed(capsys, "keys", "new", "--keys", "a" * 5000)
+    (folder / "binary.pub").write_bytes(b"\xff" * 40)
+    assert "holds no CURVE key" in failed(capsys, "keys", "allow", str(folder / "binary.pub"), "anna")
+    (folder / "allowed").write_bytes(b"\xff")
+    assert "is not text; mend or remove it" in failed(capsys, "keys", "list")
 
 
 def test_a_cloud_that_cannot_start_says_why(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "isthmus keys new" in failed(capsys, "serve", str(tmp_path))
+    anywhere = ("--listen", "tcp://127.0.0.1:0")
+    assert "isthmus keys new" in failed(capsys, "serve", str(tmp_path), *anywhere)
     assert not folder.exists()
     assert main(["keys", "new"]) == 0
-    assert "no bundle" in failed(capsys, "serve", str(tmp_path / "absent"))
+    assert "no bundle" in failed(capsys, "serve", str(tmp_path / "absent"), *anywhere)
     (tmp_path / "bundle.json").write_text("{")
-    assert "bundle.json" in failed(capsys, "serve", str(tmp_path))
+    assert "bundle.json" in failed(capsys, "serve", str(tmp_path), *anywhere)
     (folder / "server.pub").unlink()
-    assert "server.pub" in failed(capsys, "serve", str(tmp_path))
+    assert "server.pub" in failed(capsys, "serve", str(tmp_path), *anywhere)
+    (folder / "server.key").unlink()
+    assert main(["keys", "trust", new_pair().public]) == 0
+    assert "key of another cloud" in failed(capsys, "serve", str(tmp_path), *anywhere)
 
 
 @pytest.fixture
@@ -148,6 +160,37 @@ def test_a_port_in_use_is_one_line(
         free = f"tcp://127.0.0.1:{free_port()}"
         assert "--http" in failed(capsys, "serve", "one", "--listen", free, "--http", address)
     assert "outside" in failed(capsys, "serve", "one", "--listen", "tcp://0.0.0.0:0", "--no-keys")
-    assert "cannot listen" in failed(capsys, "serve", "one", "--listen", "nonsense")
-    assert "twice" in failed(capsys, "serve", "one", "one", "--listen", free)
+    assert "cannot listen" in failed(capsys, "serve", "one", "--listen", "tcp://no-such-interface:1")
+    assert "twice" in failed(capsys, "serve", "one", "two/../one", "--listen", free)
     assert all(model.closed for model in fake_models)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--listen", "nonsense"], "does not begin with tcp://"),
+        (["--listen", "tcp://:5"], "no host"),
+        (["--listen", "tcp://0.0.0.0:0", "--no-keys"], "outside"),
+        (["--http", "nonsense"], "--http"),
+        (["--kv-share", "nan"], "kv_share is nan"),
+        (["--kv-format", "f8"], "KV format is 'f8'"),
+        (["--listen", "TAKEN"], "taken"),
+        (["one"], "twice"),
+    ],
+)
+def test_options_are_checked_before_keys_and_weights(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    fake_models: list[Model],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    assert main(["keys", "new"]) == 0
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        given = [address if argument == "TAKEN" else argument for argument in arguments]
+        assert problem in failed(capsys, "serve", "one", "--listen", "tcp://127.0.0.1:0", *given)
+    assert fake_models == []
+    assert not (folder / "server.key").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud.admission import Load, ServiceLimits, refusal
+from isthmus.cloud.admission import Load, ServiceLimits, held_tokens, refusal, share_tokens
 from isthmus.cloud.scheduler import Demand, Pick, State, step
 from isthmus.protocol.errors import ServiceError
 
@@ -84,22 +86,28 @@ def test_nobody_starves(waiting: list[Demand]) -> None:
     assert not left
 
 
-EMPTY = Load(0, 0, 0, 1000, 1000, 0)
+EMPTY = Load(0, 0, 0, 1024, 1024, 0, 1024, 0)
 
 
 @pytest.mark.parametrize(
     ("load", "positions", "window", "waiting_helps"),
     [
         (EMPTY, 0, 0, None),
-        (EMPTY, 1000, 0, None),
-        (EMPTY, 1001, 0, False),
+        (EMPTY, 1024, 0, None),
+        (EMPTY, 1025, 0, False),
         (EMPTY, 5000, 500, None),
-        (Load(2, 2, 0, 1000, 1000, 0), 0, 0, True),
-        (Load(3, 0, 0, 1000, 1000, 0), 0, 0, True),
-        (Load(3, 0, 1, 1000, 1000, 0), 0, 0, None),
-        (Load(1, 0, 0, 0, 1000, 0), 0, 0, True),
-        (Load(1, 0, 0, 100, 1000, 0), 200, 0, True),
-        (Load(1, 0, 1, 100, 1000, 100), 200, 0, None),
+        (replace(EMPTY, share_tokens=512), 512, 0, None),
+        (replace(EMPTY, share_tokens=512), 513, 0, False),
+        (replace(EMPTY, share_tokens=512), 5000, 400, None),
+        (replace(EMPTY, share_tokens=512, own_tokens=496), 16, 0, None),
+        (replace(EMPTY, share_tokens=512, own_tokens=496), 17, 0, True),
+        (replace(EMPTY, share_tokens=512, own_tokens=512), 0, 0, True),
+        (replace(EMPTY, sessions=2, own_sessions=2, idle_sessions=0), 0, 0, True),
+        (replace(EMPTY, sessions=3, own_sessions=0, idle_sessions=0), 0, 0, True),
+        (replace(EMPTY, sessions=3, own_sessions=0, idle_sessions=1), 0, 0, None),
+        (replace(EMPTY, sessions=1, free_tokens=0), 0, 0, True),
+        (replace(EMPTY, sessions=1, free_tokens=100), 200, 0, True),
+        (replace(EMPTY, sessions=1, idle_sessions=1, free_tokens=100, idle_tokens=112), 200, 0, None),
     ],
 )
 def test_admission(load: Load, positions: int, window: int, waiting_helps: bool | None) -> None:
@@ -113,3 +121,15 @@ def test_limits_check_themselves() -> None:
         ServiceLimits(max_sessions=0)
     with pytest.raises(ServiceError, match="max_step_rows"):
         ServiceLimits(max_step_rows=16)
+    for share in (0.0, -0.5, 1.5, float("nan"), float("inf")):
+        with pytest.raises(ServiceError, match="kv_share is"):
+            ServiceLimits(kv_share=share)
+
+
+def test_a_share_is_whole_blocks_and_all_of_it_for_one_alone() -> None:
+    limits = ServiceLimits(kv_share=0.3)
+    assert share_tokens(1024, 1, limits) == 1024
+    assert share_tokens(1024, 2, limits) == 304
+    assert share_tokens(32, 9, limits) == 16
+    assert [held_tokens(length, 0) for length in (0, 1, 16, 17)] == [0, 16, 16, 32]
+    assert held_tokens(10**6, 100) == held_tokens(148, 100) == 160

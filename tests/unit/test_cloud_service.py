@@ -271,7 +271,13 @@ def test_kv_that_one_session_fills_is_full() -> None:
     assert world.ask(rows(PROMPT, 5))[0].tokens == TEXT[:1]
 
 
-def test_one_sessions_failure_does_not_touch_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(EngineError("the fake engine broke"), "broke"), (OverflowError("9 does not fit"), "engine failed")],
+)
+def test_one_sessions_failure_does_not_touch_the_others(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
     part = FakePart()
     world = World(serve_part(part, "aa", "fake"))
     for route in (b"a", b"b", b"c"):
@@ -282,7 +288,7 @@ def test_one_sessions_failure_does_not_touch_the_others(monkeypatch: pytest.Monk
 
     def broken(engine_rows: Any) -> Any:
         if any(span.sequence is victim.sequence for span in engine_rows.spans):
-            raise EngineError("the fake engine broke")
+            raise error
         return step(engine_rows)
 
     monkeypatch.setattr(part, "step", broken)
@@ -293,7 +299,21 @@ def test_one_sessions_failure_does_not_touch_the_others(monkeypatch: pytest.Monk
     assert [result.tokens for route in (b"a", b"c") for result in world.wire.take(route)] == [TEXT[1:2]] * 2
     (fault,) = world.wire.take(b"b")
     assert code(fault) == m.Code.ENGINE
-    assert "broke" in fault.problem
+    assert says in fault.problem
+
+
+def test_a_mistake_of_ours_does_not_end_the_service(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World()
+    world.open()
+    (session,) = next(iter(world.service.models.values())).sessions
+    monkeypatch.setattr(session, "rows", lambda *_: 1 // 0)
+    (fault,) = world.ask(rows(PROMPT, 5))
+    assert code(fault) == m.Code.ENGINE
+    assert "ZeroDivisionError" in caplog.text
+    monkeypatch.undo()
+    assert world.ask(rows(PROMPT, 5))[0].tokens == TEXT[:1]
 
 
 def test_idle_sessions_expire_and_their_kv_comes_back() -> None:

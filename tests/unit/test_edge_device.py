@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from isthmus.edge import Device, Timeouts, Token
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
+from isthmus.protocol.keys import DeviceKeys, new_pair
 from isthmus.protocol.transport import Refused
 from tests.edge_world import CONFIG, EOS, MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyTokenizer, toy_open_part
 
@@ -362,3 +364,27 @@ def test_two_threads_do_not_share_an_answer() -> None:
             other.submit(one.generate, PROMPT).result()
         rest = ids(answer)  # a finished answer binds nobody
         assert ids(other.submit(lambda: list(one.generate(PROMPT, max_tokens=5))).result())[1:] == rest
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -5.0, 0.0])
+def test_numbers_that_are_none_are_refused(number: float) -> None:
+    with pytest.raises(DeviceError, match=f"memory_mb is {number:g}; give a positive number"):
+        device(mode="local", memory_mb=number)
+    for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
+        with pytest.raises(DeviceError, match=f"{name} is {number}"):
+            Timeouts(**{name: number})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["auto", "stream", "split"])
+def test_a_cloud_that_cannot_exist_is_an_error_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    keys = DeviceKeys(new_pair(), new_pair().public)
+    with pytest.raises(LinkError, match=r"no host 'mistyped\.example'"):
+        device(mode=mode, cloud="tcp://mistyped.example:5757", keys=keys)
+    with pytest.raises(LinkError, match="has no port"):
+        device(mode=mode, cloud="tcp://127.0.0.1:99999", keys=keys)
+    with device(mode="local", cloud="tcp://mistyped.example:5757", keys=keys) as alone:  # needs no cloud
+        assert ids(alone.generate(PROMPT, max_tokens=3)) == local(max_tokens=3)

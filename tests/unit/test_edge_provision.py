@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import pytest
 
 from isthmus.edge import Timeouts, fetch_part
 from isthmus.edge.link import Link
-from isthmus.edge.provision import PARTIAL, part_files
+from isthmus.edge.provision import fetch_more, layers_wanted, part_files
 from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import BundleError, DeviceError, LinkError
-from isthmus.split.bundle import Bundle
+from isthmus.split.bundle import PARTIAL, Bundle, locked
 from isthmus.split.manifest import FileEntry, Manifest, TokenizerEntry, model_id
 from tests.edge_world import CONFIG, LossyWire, ToyCloud
 
@@ -34,9 +35,15 @@ def served() -> tuple[ToyCloud, Manifest]:
     return cloud, manifest
 
 
-def link(wire: LossyWire) -> Link:
+def link(wire: LossyWire, model_id: str = "") -> Link:
     patience = Timeouts(connect_ms=60_000, retry_ms=300, give_up_ms=2_000, progress_ms=600_000)
-    return Link(Session("", Chain(), patience), wire, wire.clock)
+    return Link(Session(model_id, Chain(), patience), wire, wire.clock)
+
+
+def held(cloud: ToyCloud, path: Path, layers: int) -> Bundle:
+    """A bundle of which layers [0, layers) were fetched."""
+    fetch_part(link(LossyWire(cloud)), path, layers=layers)
+    return Bundle.open(path)
 
 
 def asked(wire: LossyWire) -> list[Any]:
@@ -124,3 +131,84 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DeviceError, match="cannot write the bundle"):
         fetch_part(link(LossyWire(cloud)), tmp_path / "file" / "bundle")
+
+
+def test_more_layers_are_fetched_and_nothing_twice(tmp_path: Path) -> None:
+    cloud, manifest = served()
+    bundle = held(cloud, tmp_path / "b", 2)
+    wire = LossyWire(cloud)
+    seen: list[tuple[str, int, int]] = []
+    fetch_more(link(wire, manifest.model_id), bundle, 4, progress=lambda *step: seen.append(step))
+    names = [f"weights/layer-{i:03d}.safetensors" for i in (2, 3)]
+    assert sorted({x.name for x in asked(wire)}) == names == [name for name, _, _ in seen]
+    assert bundle.held_layers == 4
+    fetch_more(link(LossyWire(cloud), manifest.model_id), bundle, CONFIG.n_layers)
+    assert bundle.whole
+    bundle.verify([name for name in manifest.files if not name.startswith("weights/")])
+    for name, data in cloud.files.items():
+        assert (tmp_path / "b" / name).read_bytes() == data
+    wire = LossyWire(cloud)
+    fetch_more(link(wire, manifest.model_id), bundle, 6)
+    assert wire.sent == []
+
+
+def test_fetching_more_goes_on_where_it_ended(tmp_path: Path) -> None:
+    cloud, manifest = served()
+    bundle = held(cloud, tmp_path, 0)
+    wire = LossyWire(cloud)
+    wire.die_after = 3
+    with pytest.raises(LinkError, match="went away"):
+        fetch_more(link(wire, manifest.model_id), bundle, 1)
+    begun = (tmp_path / f"weights/embed.safetensors{PARTIAL}").stat().st_size
+    assert 0 < begun < 200_000 and Bundle.open(tmp_path).held_layers == 0
+    wire = LossyWire(cloud)
+    fetch_more(link(wire, manifest.model_id), bundle, 1)
+    assert min(x.offset for x in asked(wire) if "embed" in x.name) == begun
+    assert bundle.held_layers == 1 and not list(tmp_path.rglob(f"*{PARTIAL}"))
+
+
+def test_more_of_another_model_or_with_another_hash_is_refused(tmp_path: Path) -> None:
+    cloud, manifest = served()
+    bundle = held(cloud, tmp_path, 1)
+    name = "weights/layer-001.safetensors"
+    with pytest.raises(DeviceError, match="not this bundle's model"):
+        fetch_more(link(LossyWire(ToyCloud("00" * 16)), manifest.model_id), bundle, 2)
+    cloud.files = {**cloud.files, name: bytes(1_000)}
+    with pytest.raises(BundleError, match="another sha256"):
+        fetch_more(link(LossyWire(cloud), manifest.model_id), bundle, 2)
+    assert not (tmp_path / name).exists() and Bundle.open(tmp_path).held_layers == 1
+
+
+def test_layers_that_a_mode_needs(tmp_path: Path) -> None:
+    bundle = held(served()[0], tmp_path / "some", 2)
+    assert [layers_wanted(bundle, mode, None) for mode in ("local", "stream", "split", "auto")] == [6, 0, 0, 0]
+    assert [layers_wanted(bundle, mode, 4) for mode in ("local", "stream", "split", "auto")] == [6, 0, 4, 4]
+    assert layers_wanted(held(served()[0], tmp_path / "none", 0), "split", None) == 3
+    with pytest.raises(DeviceError, match="cut is 6"):
+        layers_wanted(bundle, "split", 6)
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    cloud, manifest = served()
+    bundle = held(cloud, tmp_path, 1)
+    with locked(tmp_path):
+        with pytest.raises(DeviceError, match=r"another process is fetching into .*; wait until it is done"):
+            fetch_more(link(LossyWire(cloud), manifest.model_id), bundle, 2)
+        with pytest.raises(DeviceError, match="another process is fetching"):
+            fetch_part(link(LossyWire(cloud)), tmp_path)
+    fetch_more(link(LossyWire(cloud), manifest.model_id), bundle, 2)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", ["", PARTIAL])
+def test_what_is_no_regular_file_is_replaced(tmp_path: Path, suffix: str) -> None:
+    cloud, _ = served()
+    (tmp_path / "weights").mkdir()
+    for name in ("tokenizer.json", "weights/embed.safetensors"):
+        os.mkfifo(tmp_path / f"{name}{suffix}")
+    if suffix:
+        os.mkfifo(tmp_path / f"bundle.json{PARTIAL}")
+        (tmp_path / f"weights/norm.safetensors{PARTIAL}").symlink_to(tmp_path / "elsewhere")
+    fetch_part(link(LossyWire(cloud)), tmp_path)
+    assert Bundle.open(tmp_path).whole and not (tmp_path / "elsewhere").exists()
+    assert not list(tmp_path.rglob(f"*{PARTIAL}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from isthmus.edge.events import Aligned, Answered, Behind, Refused, Streamed, Timeouts, Up
@@ -259,7 +260,17 @@ def test_patience_ends() -> None:
     rows(session, lane, 0)
     session.tick(61.0, True)
     (event,) = events(session)
-    assert isinstance(event, Refused) and "gave no answer in 60 s" in str(event.error)
+    assert isinstance(event, Refused) and "gave no answer in 60 s; try again" in str(event.error)
+
+
+def test_a_cloud_that_is_busy_to_the_end_says_with_what() -> None:
+    session, lane = opened()
+    rows(session, lane, 0)
+    busy = m.Fault(m.Code.BUSY, "the cloud's KV is full", "", 250, lane.alias, lane.epoch, 0)
+    session.receive(busy, 1.1)
+    session.tick(61.0, True)
+    (event,) = events(session)
+    assert isinstance(event, Refused) and "in 60 s: the cloud's KV is full; try again" in str(event.error)
 
 
 def test_a_refused_connection_and_a_stopping_cloud_end_it_sooner() -> None:
@@ -282,6 +293,16 @@ def test_a_cloud_with_other_models() -> None:
     session.receive(welcome("bb"), 0.0)
     (event,) = events(session)
     assert isinstance(event, Refused) and "serves toy (bb) and not this bundle's model aa" in str(event.error)
+
+
+def test_a_cloud_that_keeps_its_kv_otherwise_is_taken_as_it_is() -> None:
+    session = Session("aa", Chain(LOG), TIMEOUTS)
+    greeting = welcome()
+    offer = msgspec.structs.replace(greeting.offers[0], kv_formats=("f32",))
+    session.receive(msgspec.structs.replace(greeting, offers=(offer,)), 0.0)
+    session.align(session.lane(1, 0), 3, 0.0)
+    (ask,) = sent(session)
+    assert ask.kv_format == "f32"
 
 
 def test_timeouts_are_checked() -> None:

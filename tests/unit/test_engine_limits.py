@@ -9,8 +9,8 @@ import pytest
 
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.part import Rows
+from isthmus.protocol.address import address_fault
 from isthmus.protocol.errors import EngineError
-from isthmus.protocol.transport import address_fault
 from tests.native_tools import open_part
 from tests.random_model import RandomModel, random_config
 

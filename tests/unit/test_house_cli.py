@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import types
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from isthmus.apps.cli.machine import installed_extras
+from isthmus.apps.bench.machine import installed_extras
 from isthmus.apps.cli.main import COMMANDS, EXTRAS, Entry, help_text
 from isthmus.apps.cli.main import main as run
 from isthmus.protocol.errors import BundleError
@@ -104,6 +105,36 @@ def test_own_mistakes_are_not_hidden(say: Callable[[Callable[..., object]], None
 
     say(command)
     with pytest.raises(ModuleNotFoundError):
+        run(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "there is not enough memory"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "Permission denied: /x; the system refused it"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; the system refused it"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    say: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    def command() -> None:
+        raise error
+
+    say(command)
+    assert run(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
+
+
+def test_other_errors_of_the_system_are_ours(say: Callable[[Callable[..., object]], None]) -> None:
+    def command() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")
+
+    say(command)
+    with pytest.raises(FileNotFoundError):
         run(["doctor"])
 
 

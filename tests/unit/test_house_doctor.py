@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.apps.bench.machine import Machine, read_machine
+from isthmus.apps.bench.roofline import read_bandwidth, steal_ticks, token_bytes
 from isthmus.apps.cli.advice import findings
-from isthmus.apps.cli.machine import Machine, read_machine
 from isthmus.apps.cli.main import main
-from isthmus.apps.cli.roofline import read_bandwidth, steal_ticks, token_bytes
 from isthmus.engine.config import DecoderConfig
 from isthmus.split.manifest import EMBEDDING, HEAD, FileEntry, Manifest, TokenizerEntry
 
@@ -134,6 +134,8 @@ def test_each_trouble_is_named(fine: Machine) -> None:
     assert "grants 1 of 2" in problems(replace(fine, quota_cpus=1.0))
     assert "share 1 cores" in problems(replace(fine, physical=1))
     assert "ISTHMUS_CPU=plain" in problems(fine, environment={"ISTHMUS_CPU": "plain"})
+    bogus = problems(fine, environment={"ISTHMUS_CPU": "mmx"}, available=("avx2", "plain"))
+    assert "ISTHMUS_CPU=mmx names no kernels" in bogus
     assert "host took 20%" in problems(fine, steal=0.2)
     assert "9120 MiB" not in problems(fine, bundle_bytes=100 << 20)
     assert "wants about 9120 MiB" in problems(fine, bundle_bytes=9000 << 20)

@@ -146,3 +146,14 @@ def test_the_default_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_keys_can_be_given_on_a_command_line() -> None:
     assert all(not new_pair().public.startswith("-") for _ in range(200))
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ISTHMUS_KEYS", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ProtocolError, match="set ISTHMUS_KEYS"):
+        default_folder()

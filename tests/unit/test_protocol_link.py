@@ -13,7 +13,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.errors import LinkError, ProtocolError
 from isthmus.protocol.limits import LinkLimits
 from isthmus.protocol.link import Link
-from isthmus.protocol.transport import Refused, is_local
+from isthmus.protocol.transport import Refused
 
 LIMITS = LinkLimits(heartbeat_ms=10, silent_intervals=2, connect_ms=200)
 HASH = bytes(16)
@@ -199,28 +199,6 @@ def test_a_cloud_of_another_version_is_refused() -> None:
     link = Link(lambda: Script(lambda message: [welcome(version=9)]), LIMITS)
     with pytest.raises(Refused, match="version 9"):
         link.receive(500)
-
-
-@pytest.mark.parametrize(
-    ("address", "local"),
-    [
-        ("tcp://127.0.0.1:5", True),
-        ("tcp://127.8.8.8:5", True),
-        ("tcp://localhost:5", True),
-        ("tcp://[::1]:5", True),
-        ("ipc:///tmp/x", True),
-        ("tcp://0.0.0.0:5", False),
-        ("tcp://*:5", False),
-        ("tcp://192.168.0.1:5", False),
-        ("tcp://localhost.example.com:5", False),
-        ("tcp://127.0.0.1.example.com:5", False),
-        ("tcp://eth0:5", False),
-        ("nonsense", False),
-        ("tcp://[::", False),
-    ],
-)
-def test_what_counts_as_this_machine(address: str, local: bool) -> None:
-    assert is_local(address) is local
 
 
 def test_limits_check_themselves() -> None:

@@ -96,6 +96,7 @@ def test_a_large_tensor_travels_in_its_own_frame(kind: Any) -> None:
         [5, 1, 2, 3, HASH, [9], None, 4, [float("inf"), 0, 1.0, 0, 0]],
         [5, 1, 2, 3, HASH, [9], None, 4, [0.0, 0, float("nan"), 0, 0]],
         [5, 1, 2, 3, HASH, [9], None, 4, [0.0, 0, 0.0, 0, 0]],
+        [5, 1, 2, 3, HASH, [9], None, 4, [0.0, 2**31, 1.0, 0, 0]],
         [5, 1, 2, 3, HASH, [9], ["f16", [1, 1, 1, 1, 1], 0, b""]],
         [5, 1, 2, 3, HASH, [9], ["f16", [], 0, b""]],
         [5, 1, 2, 3],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_opening_reads_no_weights(folder: Path) -> None:
     (folder / EMBEDDING).write_bytes(bytes(len(before)))
     bundle = Bundle.open(folder)
     assert bundle.config.n_layers == 3
-    with pytest.raises(BundleError, match=r"embed.safetensors was altered.*; fetch or split"):
+    with pytest.raises(BundleError, match=r"embed.safetensors was altered.*; remove it, and fetch or split"):
         bundle.embedding()
 
 
@@ -174,6 +175,11 @@ def test_files_of_a_part(folder: Path) -> None:
         ({"files": {}}, "lists 0 files for 3 layers"),
         ({"model_id": "00"}, "does not follow"),
         ({"name": None}, "cannot be read"),
+        ({"name": ""}, "the model's name is ''"),
+        ({"name": "a\x1b[31mb"}, r"the model's name is 'a\\x1b\[31mb'"),
+        ({"name": "two\nlines"}, "the model's name is"),
+        ({"name": "x" * 201}, "1..200 printable characters"),
+        ({"weights": "q4\x1b[2J"}, r"the weight format 'q4\\x1b\[2J'"),
     ],
 )
 def test_a_wrong_manifest_is_refused(folder: Path, change: dict[str, Any], says: str) -> None:
@@ -193,12 +199,88 @@ def test_a_wrong_manifest_is_refused(folder: Path, change: dict[str, Any], says:
         ({"d_model": "x"}, ".*"),
         ({"surprise": 1}, "does not fit"),
         ({"norm_eps": 0.5}, "does not follow"),
+        ({"n_layers": 3.0}, "Expected `int`, got `float`"),
+        ({"tied": "no"}, "Expected `bool`, got `str`"),
+        ({"rope_inv_freq": ["1"] * 4}, "Expected `float`, got `str`"),
+        ({"rope_inv_freq": [10**400] * 4}, "too large"),
+        ({"windows": [-1, 0, 0]}, r"attention windows \(-1, 0, 0\)"),
+        ({"windows": [2**31, 0, 0]}, "attention windows"),
     ],
 )
 def test_a_wrong_configuration_is_refused(folder: Path, change: dict[str, Any], says: str) -> None:
     fields = json.loads((folder / "bundle.json").read_text())["config"]
     edit(folder, {"config": {**fields, **change}})
     with pytest.raises(BundleError, match=says):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bos": -5}, "tokenizer's bos is token -5 and the vocabulary has 50"),
+        ({"bos": 50}, "tokenizer's bos is token 50"),
+        ({"bos": 10**30}, "tokenizer's bos is token 10000"),
+        ({"bos": 1.5}, "cannot be read"),
+        ({"bos": True}, "cannot be read"),
+        ({"eos": [1, -1]}, "tokenizer's eos is token -1"),
+        ({"eos": [1, 2**32]}, "tokenizer's eos is token 4294967296"),
+        ({"eos": [1] * 257}, "has 257 end tokens; at most 256"),
+        ({"eos": [[]]}, "cannot be read"),
+        ({"eos": "12"}, "cannot be read"),
+        ({"chat_template": 5}, "cannot be read"),
+    ],
+)
+def test_a_tokenizer_that_names_no_tokens_is_refused(folder: Path, change: dict[str, Any], says: str) -> None:
+    fields = json.loads((folder / "bundle.json").read_text())["tokenizer"]
+    edit(folder, {"tokenizer": {**fields, **change}})
+    with pytest.raises(BundleError, match=says) as caught:
+        Bundle.open(folder)
+    assert caught.value.remedy
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    entry = TokenizerEntry(eos=(50,))
+    with pytest.raises(BundleError, match="eos is token 50"):
+        write_bundle(tmp_path / "b", Source(config()), name="t", weights="q4m", tokenizer=b"{}", entry=entry)
+    with pytest.raises(BundleError, match="the model's name is"):
+        write_bundle(
+            tmp_path / "b", Source(config()), name="\n", weights="q4m", tokenizer=b"{}", entry=TokenizerEntry()
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["bundle.json", EMBEDDING, layer_file(2), "tokenizer.json"])
+def test_a_fifo_or_folder_in_the_place_of_a_file(folder: Path, name: str) -> None:
+    opened = Bundle.open(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BundleError, match="not a regular file"):
+        Bundle.open(folder)
+    if name != "bundle.json":
+        with pytest.raises(BundleError, match="not a regular file"):
+            opened.verify([name])
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(BundleError, match="not a regular file"):
+        Bundle.open(folder)
+
+
+@pytest.mark.timeout(30)
+def test_a_device_in_the_place_of_the_manifest(folder: Path) -> None:
+    (folder / "bundle.json").unlink()
+    (folder / "bundle.json").symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match="not a regular file"):
+        Bundle.open(folder)
+
+
+def test_links_that_lead_nowhere(folder: Path) -> None:
+    (folder / layer_file(2)).unlink()
+    (folder / layer_file(2)).symlink_to("gone")
+    assert Bundle.open(folder).held_layers == 2
+    (folder / layer_file(2)).unlink()
+    (folder / layer_file(2)).symlink_to(Path(layer_file(2)).name)
+    with pytest.raises(BundleError, match=r"leads nowhere|cannot be read"):
         Bundle.open(folder)
 
 
@@ -295,6 +377,33 @@ def test_nothing_half_written_remains(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="must lie inside"), BundleWriter(tmp_path / "c") as writer:
         writer.add("../out", [b"x"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_was_moved_aside_comes_back(folder: Path, tmp_path: Path) -> None:
+    """A process that was killed between the two renames of `finish` has lost nothing."""
+    folder.rename(tmp_path / ".b.abcdefgh.old")
+    with pytest.raises(BundleError, match="exists already"):
+        write(folder)
+    Bundle.open(folder).verify()
+    (tmp_path / ".b.abcdefgh.old").mkdir()
+    write(folder, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_end_between_the_renames_leaves_the_old_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Bundle.open(folder).model_id
+    rename = Path.replace
+
+    def ended(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise SystemExit(143)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", ended)
+    with pytest.raises(SystemExit):
+        write(folder, Source(config(), seed=1), force=True)
+    assert Bundle.open(folder).model_id == before
+    assert [path.name for path in folder.parent.iterdir()] == ["b"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from isthmus.apps.cli.main import main
 from isthmus.split.bundle import Bundle
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
+from tests.small_gguf import write_gguf
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A one-layer model with a tokenizer of bytes."""
-    path = tmp_path_factory.mktemp("cli") / "Small-1M.Q8_0.gguf"
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("llama")
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([2, 3, 3, *[6] * 256, 1])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
-    shapes |= {f"blk.0.attn_{x}": (32, 32) for x in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
-    for name, shape in shapes.items():
-        value = rng.standard_normal(shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(value, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_gguf(tmp_path_factory.mktemp("cli") / "Small-1M.Q8_0.gguf")
 
 
 def test_split_and_inspect(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +61,12 @@ def test_formats_names_and_force(model: Path, tmp_path: Path) -> None:
         (["split", "smollm2", "-o", "x"], "isthmus fetch smollm2"),
         (["split", "MODEL", "-o", "x", "--format", "q3"], "'q3' is unknown; choose one of keep, f32"),
         (["split", "MODEL", "-o", "."], "exists already"),
+        (["split", "x" * 300, "-o", "x"], "does not exist"),
+        (["split", "a/" + "x" * 300, "-o", "x"], "is not on this machine"),
+        (["split", "MODEL", "-o", "x" * 300], "File name too long"),
+        (["split", "MODEL", "-o", "x", "--name", "a\x1b[31mb"], "the model's name is 'a\\x1b[31mb'"),
+        (["split", "MODEL", "-o", "x", "--name", "a" * 201], "choose another with --name: 1..200"),
+        (["split", "MODEL", "-o", ".."], "exists already"),
         (["inspect", "."], "holds no bundle"),
         (["fetch", "nope"], "no model is called 'nope'"),
     ],
@@ -102,3 +81,33 @@ def test_mistakes_get_one_line_and_2(
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert [path for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_what_is_no_regular_file_is_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    (tmp_path / "null.gguf").symlink_to("/dev/null")
+    (tmp_path / "hf").mkdir()
+    os.mkfifo(tmp_path / "hf" / "config.json")
+    for name in ("m.gguf", "null.gguf", "hf"):
+        assert main(["split", str(tmp_path / name), "-o", str(tmp_path / "b")]) == 2
+        error = capsys.readouterr().err
+        assert "not a regular file" in error and error.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["[bold]", "a b", "*?[x]", "-x", "é日"])
+def test_folders_of_any_name(model: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["split", str(model), "-o", str(tmp_path / name), "--name", "[/bold] 日"]) == 0
+    assert f"{tmp_path / name}: [/bold] 日, 1 layers" in capsys.readouterr().err
+    assert Bundle.open(tmp_path / name).name == "[/bold] 日"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_link_stays_and_its_target_is_replaced(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    assert main(["split", str(model), "-o", str(tmp_path / "link"), "--name", "first"]) == 0
+    assert main(["split", str(model), "-o", str(tmp_path / "link"), "--name", "second", "--force"]) == 0
+    assert (tmp_path / "link").is_symlink() and Bundle.open(tmp_path / "real").name == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["split", str(model), "-o", str(tmp_path / "loop"), "--force"]) == 2

@@ -115,6 +115,21 @@ def test_gguf_metadata() -> None:
     assert np.allclose(linear.rope_inv_freq, plain(16, 10000.0) / 2)
 
 
+@pytest.mark.parametrize("value", ["x", float("nan"), [[1], [2]], ["a"], [1, 2]])
+@pytest.mark.parametrize("name", ["expert_count", "attention__sliding_window", "block_count", "rope__freq_base"])
+def test_gguf_metadata_of_another_type(name: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=r"wrong type|differs between layers|invalid parameter"):
+        gguf(**{f"llama__{name}": value})
+
+
+def test_a_window_that_is_none() -> None:
+    for window in (-1, 2**31, 10**30):
+        with pytest.raises(ModelError, match=f"an attention window of {window}"):
+            gguf(llama__attention__sliding_window=window)
+        with pytest.raises(ModelError, match=f"an attention window of {window}"):
+            hf(model_type="mistral", num_key_value_heads=2, sliding_window=window)
+
+
 def test_gguf_rope_factors_divide_the_frequencies() -> None:
     factors = np.linspace(1, 8, 8).astype(np.float32)
     config = config_from_gguf(GGUF, SHAPES, factors)[1]

