@@ -28,8 +28,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
             raise EngineError(f"temperature is {self.temperature}", "choose one in 0..100")
-        if self.top_k < 0:
-            raise EngineError(f"top_k is {self.top_k}", "choose 0 (all) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise EngineError(f"top_k is {self.top_k}", "choose 0 (all) or more, below 2^31")
         if not 0.0 < self.top_p <= 1.0:
             raise EngineError(f"top_p is {self.top_p}", "choose one in (0, 1]")
         if not 0 <= self.seed < 2**64:

@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from isthmus.quant.packed import GROUP, LANES
 
-VEC = 4  # columns of one row in a vec
-
 
 def blocks(rows: int) -> int:
     """R: blocks of 16 rows, the last one padded."""

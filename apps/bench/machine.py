@@ -65,11 +65,6 @@ class Machine:
     memory: Memory
     compiler: str | None
 
-    @property
-    def usable_cpus(self) -> float:
-        """Processors' worth of time that this process can have."""
-        return min(float(self.threads), self.quota_cpus or float(self.threads))
-
 
 def read_machine(root: Path = Path("/")) -> Machine:
     """Reads the machine. `root` is where proc/ and sys/ lie; what is not there is left empty, never an error."""

@@ -35,7 +35,7 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
     """A bundle as plain JSON types; of weight files only the headers are read."""
     from isthmus.split.tensorfile import TensorFile
 
-    files = []
+    files: list[dict[str, Any]] = []
     for name, entry in sorted(bundle.manifest.files.items()):
         held = bundle.holds(name)
         formats: list[str] = []
@@ -52,6 +52,7 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
         "config": config,
         "layers_here": bundle.held_layers,
         "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
+        "bytes_here": sum(file["bytes"] for file in files if file["here"]),
         "verified": verified,
         "chat_template": bundle.manifest.tokenizer.chat_template is not None,
         "files": files,
@@ -60,6 +61,7 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
 
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -67,13 +69,18 @@ def _print(facts: dict[str, Any]) -> None:
     heads = f"{c['n_heads']} query and {c['n_kv_heads']} KV heads of {c['head_dim']}"
     experts = f", {c['experts']['n_experts']} experts" if c["experts"] else ""
     windows = sorted({window for window in c["windows"] if window})
-    console.print(f"[bold]{facts['name']}[/] ({c['family']}), weights: {facts['weights']}")
+    formats = sorted({format for file in facts["files"] for format in file["formats"]})
+    weights = f"{', '.join(formats) or 'none here'} (split with --format {facts['weights']})"
+    console.print(f"[bold]{escape(facts['name'])}[/] ({c['family']}), weights: {escape(weights)}")
     console.print(f"model    {facts['model_id']}")
     console.print(f"shape    {c['n_layers']} layers, width {c['d_model']}, {heads}, feed-forward {c['d_ff']}{experts}")
     head = "tied to the embedding" if c["tied"] else "separate"
     sliding = f", attention windows {windows}" if windows else ""
     console.print(f"tokens   vocabulary {c['vocab_size']}, context {c['context_length']}, head {head}{sliding}")
-    console.print(f"here     layers 0..{facts['layers_here']} of {c['n_layers']}, {facts['bytes'] / 1e6:.1f} MB in all")
+    here, whole = facts["bytes_here"] / 1e6, facts["bytes"] / 1e6
+    console.print(f"here     {facts['layers_here']} of {c['n_layers']} layers, {here:.1f} of {whole:.1f} MB")
+    if facts["verified"]:
+        console.print("hashes   all files here are what the bundle says")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("file", no_wrap=True)  # whole in a pipe, too
     table.add_column("bytes", justify="right")
@@ -81,6 +88,6 @@ def _print(facts: dict[str, Any]) -> None:
     table.add_column("sha256, checked" if facts["verified"] else "sha256 (--verify compares)")
     for file in facts["files"]:
         style = None if file["here"] else "dim"
-        formats = " ".join(file["formats"]) if file["here"] else "not here"
-        table.add_row(file["name"], f"{file['bytes']:,}", formats, file["sha256"][:16], style=style)
+        state = " ".join(file["formats"]) if file["here"] else "not here"
+        table.add_row(escape(file["name"]), f"{file['bytes']:,}", state, file["sha256"][:16], style=style)
     console.print(table)
