@@ -15,7 +15,7 @@ LOST = """
 isthmus: WARNING: the native engine could NOT be built ({why}).
 isthmus: The installation goes on; ONNX Runtime computes instead, more slowly.
 isthmus: To mend it install a C compiler (Debian: apt-get install gcc libc6-dev) and install isthmus again;
-isthmus: without one, have ONNX Runtime at hand: pip install 'isthmus[edge]'. `isthmus doctor` tells what is in use.
+isthmus: without one, have ONNX Runtime at hand: pip install onnxruntime. `isthmus doctor` tells what is in use.
 """
 
 

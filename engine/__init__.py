@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,11 @@ def open_part(
     if backend == "auto":
         backend = "native" if cpu_names() else "onnx-q4"
         if backend != "native":
+            if importlib.util.find_spec("onnxruntime") is None:
+                raise EngineError(
+                    "neither the native engine nor ONNX Runtime is here",
+                    "install a C compiler and install isthmus again, or: pip install onnxruntime",
+                )
             warnings.warn(
                 "the native engine is not built: ONNX Runtime computes instead; `isthmus doctor` tells how to mend it",
                 RuntimeWarning,

@@ -32,7 +32,7 @@ def native() -> Any:
     except ImportError as error:
         raise EngineError(
             "the native engine is not built",
-            "install a C compiler and reinstall isthmus, or choose backend='onnx' (pip install 'isthmus[edge]')",
+            "install a C compiler and reinstall isthmus, or choose backend='onnx' (pip install onnxruntime)",
         ) from error
     return _native
 

@@ -24,7 +24,7 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime as module
     except ImportError as error:
-        raise EngineError("onnxruntime is not installed", "pip install 'isthmus[edge]'") from error
+        raise EngineError("onnxruntime is not installed", "pip install onnxruntime") from error
     return module
 
 

@@ -197,7 +197,7 @@ class _GgufStore:
         try:
             from gguf import GGMLQuantizationType, quants
         except ImportError as error:
-            raise ModelError(f"type {tensor.type} needs the gguf package", "pip install 'isthmus[plan]'") from error
+            raise ModelError(f"type {tensor.type} needs the gguf package", "pip install gguf") from error
         try:
             return "dequantized", {"w": quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))}
         except NotImplementedError as error:

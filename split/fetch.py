@@ -201,7 +201,7 @@ def _fetch_repository(name: str, repo: str, file: str) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
-        raise ModelError("fetching from a model hub needs huggingface-hub", "pip install 'isthmus[plan]'") from error
+        raise ModelError("fetching from a model hub needs huggingface-hub", "pip install huggingface-hub") from error
     folder = cache_folder() / repo.replace("/", "--")
     try:
         snapshot_download(

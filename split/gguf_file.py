@@ -150,7 +150,7 @@ def _unusual(type_id: int) -> tuple[str, int, int]:
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
-        raise ModelError(f"GGML type {type_id} needs the gguf package", "pip install 'isthmus[plan]'") from error
+        raise ModelError(f"GGML type {type_id} needs the gguf package", "pip install gguf") from error
     kind = GGMLQuantizationType(type_id)
     per, size = GGML_QUANT_SIZES[kind]
     return kind.name, per, size

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from isthmus import engine
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.part import Rows
 from isthmus.protocol.address import address_fault
@@ -44,3 +45,11 @@ def test_impossible_numbers(field: dict[str, float]) -> None:
 def test_ports_that_are_none(address: str) -> None:
     assert "no port" in address_fault(address)
     assert not address_fault("tcp://[::1]:5757")
+
+
+def test_a_machine_with_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = RandomModel()
+    monkeypatch.setattr("isthmus.engine.binding.cpu_names", lambda: ())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="neither the native engine nor ONNX Runtime"):
+        engine.open_part(model, 0, model.config.n_layers)
