@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK
 from isthmus.protocol.errors import ServiceError
 
+SHORTEN = "begin a new conversation, shorten the text, or choose overflow slide with a smaller kv_tokens"
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
@@ -66,6 +68,7 @@ class Load:
     Attributes:
         sessions: sessions that exist.
         own_sessions: those of the principal that asks.
+        own_idle_sessions: of those, the ones that may be closed to make room.
         idle_sessions: those that may be closed to make room.
         free_tokens: KV positions free in the model's pool.
         pool_tokens: KV positions of the whole pool.
@@ -76,6 +79,7 @@ class Load:
 
     sessions: int
     own_sessions: int
+    own_idle_sessions: int
     idle_sessions: int
     free_tokens: int
     pool_tokens: int
@@ -94,7 +98,7 @@ def refusal(load: Load, limits: ServiceLimits, max_positions: int, window: int) 
     need = held_tokens(max_positions, window)
     if need > load.pool_tokens:
         return f"{max_positions} positions are wanted and the cloud's KV holds {load.pool_tokens}", False
-    if load.own_sessions >= limits.max_sessions_per_principal:
+    if load.own_sessions >= limits.max_sessions_per_principal and not load.own_idle_sessions:
         return f"{load.own_sessions} sessions are open with this key already", True
     if load.sessions >= limits.max_sessions and not load.idle_sessions:
         return f"all {limits.max_sessions} sessions of this cloud are busy", True

@@ -62,9 +62,18 @@ class Model:
 
 
 def serve_part(
-    part: Part, model_id: str, name: str, *, kv: KvConfig | None = None, files: BundleFiles | None = None
+    part: Part,
+    model_id: str,
+    name: str,
+    *,
+    kv: KvConfig | None = None,
+    files: BundleFiles | None = None,
+    weights: str = "",
 ) -> Model:
     """A model from a part that is open already.
+
+    Args:
+        weights: the weights' format, for people.
 
     Raises:
         ServiceError: the part lacks the model's last layers.
@@ -84,6 +93,7 @@ def serve_part(
         (kv.format,),
         CODECS,
         config.context_length,
+        weights,
     )
     return Model(offer, part, kv, files)
 
@@ -104,4 +114,6 @@ def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None) -> Model
     bundle = Bundle.open(folder)
     kv = kv or KvConfig()
     part = open_part(bundle, 0, bundle.config.n_layers, threads=threads, kv=kv)
-    return serve_part(part, bundle.manifest.model_id, bundle.manifest.name, kv=kv, files=BundleFiles(folder))
+    listing = bundle.manifest
+    files = BundleFiles(folder)
+    return serve_part(part, listing.model_id, listing.name, kv=kv, files=files, weights=listing.weights)

@@ -23,6 +23,8 @@ class ServerTransport(Protocol):
 
     def send(self, route: bytes, frames: list[bytes]) -> bool: ...
 
+    def lost(self) -> list[bytes]: ...
+
     def close(self) -> None: ...
 
 
@@ -32,6 +34,8 @@ class Peer:
     Args:
         credit_bytes: what it may have under way.
         max_outbox_bytes: answers that may wait before it counts as stuck.
+        key: its public key, "" in the clear.
+        name: who it is, for the log.
 
     Attributes:
         aliases: sessions by the number that this connection gave them.
@@ -40,9 +44,17 @@ class Peer:
     """
 
     def __init__(
-        self, route: bytes, transport: ServerTransport, metrics: Metrics, *, credit_bytes: int, max_outbox_bytes: int
+        self,
+        route: bytes,
+        transport: ServerTransport,
+        metrics: Metrics,
+        *,
+        credit_bytes: int,
+        max_outbox_bytes: int,
+        key: str = "",
+        name: str = "",
     ) -> None:
-        self.route = route
+        self.route, self.key, self.name = route, key, name
         self.aliases: dict[int, Session] = {}
         self.ranges: deque[tuple[GetRange, int]] = deque()
         self.heard_s = 0.0

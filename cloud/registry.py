@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from isthmus.cloud.admission import Load, ServiceLimits, held_tokens, refusal, share_refusal, share_tokens
+from isthmus.cloud.admission import SHORTEN, Load, ServiceLimits, held_tokens, refusal, share_refusal, share_tokens
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer
 from isthmus.cloud.session import Session, Shape
 from isthmus.cloud.work import Refusal, Reply
-from isthmus.protocol.messages import Code, Open
+from isthmus.protocol.messages import Code, Open, listed
 
 
 class Registry:
@@ -56,7 +56,10 @@ class Registry:
             return next(iter(self.models.values()))
         model = self.models.get(model_id)
         if model is None:
-            names = ", ".join(f"{m.offer.name} ({m.offer.model_id[:12]})" for m in self.models.values())
+            names = listed([model.offer for model in self.models.values()])
+            if not model_id:
+                problem = f"this cloud serves {len(self.models)} models: {names}"[:1000]
+                raise Refusal(Code.UNKNOWN_MODEL, problem, "choose one with --model, by its id or a name of its own")
             raise Refusal(Code.UNKNOWN_MODEL, f"no model {model_id[:64]!r} here", f"this cloud serves {names}"[:1000])
         return model
 
@@ -159,7 +162,7 @@ class Registry:
             KV positions that are free now, 0 when there is no such session.
         """
         own = [s for s in model.sessions if s.committed and (asking is None or s.principal == asking.principal)]
-        session = min((s for s in own if self._idle(s, now_s)), key=lambda s: s.used_s, default=None)
+        session = min((s for s in own if self._idle(s, now_s)), key=self._worth, default=None)
         if session is None and asking is not None:
             after = self._numbers[asking]
             stuck = (s for s in own if s.refused and not s.work and self._numbers[s] > after)
@@ -205,13 +208,24 @@ class Registry:
         return Refusal(Code.BUSY, problem, "try again in a moment", self._limits.busy_retry_ms)
 
     def _idle(self, session: Session, now_s: float) -> bool:
-        return not session.work and now_s - session.used_s > self._limits.evict_after_s
+        """Whether it may go when others need the room: long unused, or its connection has ended."""
+        if session.work:
+            return False
+        peer = self.peers.get(session.route)
+        return peer is None or peer.gone or now_s - session.used_s > self._limits.evict_after_s
+
+    def _worth(self, session: Session) -> tuple[bool, float]:
+        """Sorts who goes first: sessions whose connection has ended, then those unused for longest."""
+        return session.route in self.peers, session.used_s
 
     def _admit(self, model: Model, message: Open, principal: str, now_s: float) -> None:
         idle = [s for s, _ in self._sessions.values() if self._idle(s, now_s)]
+        own_idle = [s for s in idle if s.principal == principal]
+        own_sessions = sum(1 for s, _ in self._sessions.values() if s.principal == principal)
         load = Load(
             len(self._sessions),
-            sum(1 for s, _ in self._sessions.values() if s.principal == principal),
+            own_sessions,
+            len(own_idle),
             len(idle),
             model.part.free_tokens,
             model.pool_tokens,
@@ -221,9 +235,10 @@ class Registry:
         )
         if (why := refusal(load, self._limits, message.max_positions, message.window)) is not None:
             problem, waiting_helps = why
-            raise self.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, "shorten the text")
-        if len(self._sessions) >= self._limits.max_sessions:
-            self.forget(min(idle, key=lambda session: session.used_s))
+            raise self.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, SHORTEN)
+        crowded = own_sessions >= self._limits.max_sessions_per_principal
+        if crowded or len(self._sessions) >= self._limits.max_sessions:
+            self.forget(min(own_idle if crowded else idle, key=self._worth))
             self._metrics.sessions_evicted += 1
 
     def _new_session(self, model: Model, message: Open, principal: str) -> Session:

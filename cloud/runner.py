@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-from isthmus.cloud.admission import ServiceLimits
+from isthmus.cloud.admission import SHORTEN, ServiceLimits
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.registry import Registry
@@ -19,7 +19,6 @@ from isthmus.protocol.errors import EngineError, OutOfBlocks
 from isthmus.protocol.messages import Code
 
 _log = logging.getLogger("isthmus.cloud")
-_SHORTEN = "shorten the text, or open the session with a window"
 
 
 class Runner:
@@ -46,7 +45,7 @@ class Runner:
                 self._registry.answer(session, model, late)
         for session, problem, waiting_helps in self._registry.overdrawn(model, now_s):
             session.refused += 1
-            refusal = self._registry.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, _SHORTEN)
+            refusal = self._registry.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, SHORTEN)
             self._registry.answer(session, model, session.fail(refusal))
         n_layers = model.offer.n_layers
         demands = [
@@ -127,5 +126,5 @@ class Runner:
         session.refused += 1
         alone = not any(other.committed for other in model.sessions if other is not session)
         if alone or session.refused > self._max_refused:
-            return Refusal(Code.KV_FULL, f"the cloud's KV of {model.kv.max_tokens} positions is full", _SHORTEN)
+            return Refusal(Code.KV_FULL, f"the cloud's KV of {model.kv.max_tokens} positions is full", SHORTEN)
         return self._registry.busy("the cloud's KV is full")

@@ -51,6 +51,7 @@ _RANGES_A_TURN = 8
 _CHORES_S = 0.05
 _REFRESH_S = 1.0
 _BYE_S = 0.1
+_EXPELLED = ("this device's key is not allowed any more", "ask the cloud's owner to run: isthmus keys allow")
 _LOCAL = "local"  # principal of connections in the clear, which only this machine can make
 
 
@@ -187,9 +188,9 @@ class Service:
             return
         principal = _LOCAL if self._allowed is None else self._allowed.principal(key)
         if principal is None:
-            self._tell(route, Fault(Code.NOT_ALLOWED, "this key is not allowed any more", "ask the cloud's owner"))
+            self._tell(route, Fault(Code.NOT_ALLOWED, *_EXPELLED))
         elif type(message) is Hello:
-            self._hello(route, message, now_s)
+            self._hello(route, message, key, principal, now_s)
         elif peer is None:
             self._tell(route, Fault(Code.VERSION, "there was no Hello on this connection", "connect again"))
         else:
@@ -223,7 +224,7 @@ class Service:
             peer.done(size)
             self._refuse(peer, message, Refusal(Code.ENGINE, "the cloud failed on this", "its log says why"))
 
-    def _hello(self, route: bytes, message: Hello, now_s: float) -> None:
+    def _hello(self, route: bytes, message: Hello, key: str, principal: str, now_s: float) -> None:
         version = agree(message.version, message.min_version)
         if version is None:
             problem = f"this cloud speaks protocol versions {MIN_VERSION} to {VERSION}, the device {message.version}"
@@ -242,8 +243,10 @@ class Service:
                 self.metrics,
                 credit_bytes=self._link_limits.credit_bytes + self._link_limits.max_message_bytes,
                 max_outbox_bytes=self.limits.max_outbox_bytes,
+                key=key,
+                name=principal,
             )
-            _log.info("a device connected (%s)", message.agent or "unnamed")
+            _log.info("%s joined (%s)", principal, ascii(message.agent))
         peer.heard_s = now_s
         link = self._link_limits
         limits = Limits(link.max_message_bytes, link.credit_bytes, link.heartbeat_ms, link.max_rows)
@@ -367,20 +370,27 @@ class Service:
 
     def _chores(self, now_s: float) -> None:
         self._transport.poll(0.0)  # a spinning poll may never have looked at who wants in
+        for route in self._transport.lost():
+            if (peer := self._peers.get(route)) is not None:
+                peer.gone = True
         for session, _ in self._registry:
             if not session.work and now_s - session.used_s > self.limits.idle_s:
                 self._registry.forget(session)
                 self.metrics.sessions_expired += 1
-        for route, peer in list(self._peers.items()):
+        for peer in list(self._peers.values()):
             if peer.outbox:
                 peer.flush()
             if peer.gone or now_s - peer.heard_s > self.limits.idle_s:
-                del self._peers[route]
-                self.metrics.peers_dropped += 1
-                self._registry.orphan(peer)
+                self._drop(peer)
+                _log.info("%s left", peer.name)
         if now_s >= self._refresh_at_s:
             self._refresh_at_s = now_s + _REFRESH_S
             self._refresh()
+
+    def _drop(self, peer: Peer) -> None:
+        del self._peers[peer.route]
+        self.metrics.peers_dropped += 1
+        self._registry.orphan(peer)
 
     def _refresh(self) -> None:
         if self._allowed is not None:
@@ -404,8 +414,14 @@ class Service:
         return names
 
     def _expel(self, principals: set[str]) -> None:
-        """The list changed: sessions of those who are not on it any more end, streams included."""
+        """The list changed: sessions and connections of those who are not on it any more end, streams included."""
+        assert self._allowed is not None
         _log.info("%d principals are allowed now", len(principals))
         for session, _ in self._registry:
             if session.principal not in principals:
                 self._registry.forget(session)
+        for peer in list(self._peers.values()):
+            if self._allowed.principal(peer.key) is None:
+                peer.send(Fault(Code.NOT_ALLOWED, *_EXPELLED))
+                self._drop(peer)
+                _log.info("%s is expelled: its key is not allowed any more", peer.name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.cloud.admission import SHORTEN
 from isthmus.cloud.work import Refusal, Reply, Work
 from isthmus.engine.part import Rows as EngineRows
 from isthmus.engine.part import Sequence, Want
@@ -378,7 +379,7 @@ class Session:
             raise Refusal(
                 Code.KV_FULL,
                 f"{end} positions exceed the model's context of {self.shape.context_length}",
-                "shorten the text, or open the session with a window",
+                SHORTEN,
             )
         return new_at
 

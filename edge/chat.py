@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from isthmus.protocol.errors import DeviceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,18 @@ class Message:
     def to_dict(self) -> dict[str, str]:
         """As chat templates want it."""
         return {"role": self.role, "content": self.content}
+
+
+def parse(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages from mappings.
+
+    Raises:
+        DeviceError: one lacks its role or content.
+    """
+    try:
+        return [Message(str(message["role"]), str(message["content"])) for message in messages]
+    except (KeyError, TypeError) as error:
+        raise DeviceError(f"a message lacks {error}", "each has a role and a content") from error
 
 
 class Template(Protocol):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isthmus.edge import policy
-from isthmus.edge.chat import Chat, Message
+from isthmus.edge.chat import Chat, Message, parse
 from isthmus.edge.events import Timeouts
+from isthmus.edge.fallback import may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link, Wire
+from isthmus.edge.offers import is_meant
 from isthmus.edge.options import GenerateOptions, Overflow, as_mode, check_cut, check_memory, kv_room, stop_words
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
 from isthmus.edge.session import Session
@@ -22,13 +25,14 @@ from isthmus.edge.text import Text
 from isthmus.edge.token import Mode, Stats, Token
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError, LinkError
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
 from isthmus.split.bundle import Bundle
 
 if TYPE_CHECKING:
     from isthmus.protocol.keys import DeviceKeys
 
 Prompt = str | Sequence[int] | None
+_log = logging.getLogger("isthmus.edge")
 GLANCE_S = 0.05  # how long a device that does without its cloud looks for it before an answer
 
 
@@ -41,6 +45,7 @@ class Device:
     Args:
         bundle: a bundle's folder, or an open bundle. A folder that is not there yet is fetched from the cloud.
         cloud: the cloud's address, such as "tcp://host:5757".
+        model: which of the cloud's models to fetch, by the beginning of its id or a name of its own; None for its only.
         keys: folder of this device's key and the cloud's public key, or the keys; None for the user's own folder.
         encrypted: off speaks in the clear, which is possible with a cloud on this machine only.
         mode: "auto" (the cloud while it answers, else this device), "local", "stream" or "split".
@@ -51,7 +56,8 @@ class Device:
         kv_tokens: positions that a conversation may have; None for the model's context, at most 4,096.
         overflow: what a longer conversation does: "error", or "slide" (attention sees the last kv_tokens positions).
         backend: as in `isthmus.engine.open_part`.
-        fallback: whether this device goes on by itself when the cloud, having answered, goes away.
+        fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
+            it refuses (key, KV, model) or stays busy.
         timeouts: how patient the device is with the cloud.
         progress: called while a bundle is fetched, with a file's name, the bytes that are here, and its size.
         wire, clock: a connection to use in place of the one to `cloud`, and its seconds.
@@ -70,6 +76,7 @@ class Device:
         bundle: str | Path | Bundle,
         cloud: str | None = None,
         *,
+        model: str | None = None,
         keys: str | Path | DeviceKeys | None = None,
         encrypted: bool = True,
         mode: str = "auto",
@@ -93,7 +100,7 @@ class Device:
             raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
         check_memory(memory_mb)
         self.stats = Stats()
-        self._closed = False
+        self._closed, self._waited = False, ""
         self._cloud, self._timeouts = cloud, timeouts or Timeouts()
         if wire is None and cloud is not None:
             from isthmus.protocol.address import check_host
@@ -103,7 +110,10 @@ class Device:
             if mode != "local":
                 check_host(cloud, self._timeouts.connect_ms)
         if isinstance(bundle, str | Path):
-            bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut, progress)
+            bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut, progress, model or "")
+        if model and not is_meant(model, bundle.model_id, bundle.name):
+            problem = f"the bundle holds {bundle.name} ({bundle.model_id[:12]}) and not {model!r}"
+            raise DeviceError(problem, "name another folder, or the model that this one holds")
         self._bundle = bundle
         self.config = bundle.config
         self._mode: Mode = as_mode(mode)
@@ -122,10 +132,11 @@ class Device:
         self._active: Generator[Token] | None = None
         self._owner = 0  # the thread of `_active`
         self._counted = (0, 0, 0)
-        self._cloud_error: LinkError | None = None  # why the cloud did not answer when it was last looked for
+        self._served = False  # whether the cloud ever has
+        self._cloud_error: IsthmusError | None = None  # why the cloud did not answer when it was last looked for
         if wire is not None:
             session = Session(bundle.model_id, self._log, self._timeouts, where=self._where(), window=window)
-            self._link = Link(session, wire, clock)
+            self._link = Link(session, wire, clock, self._waits)
             self._counted = self._link.costs  # what fetching the bundle took is no answer's cost
         self._tokenizer = bundle.tokenizer()
         self._eos = tuple(bundle.manifest.tokenizer.eos)
@@ -217,7 +228,7 @@ class Device:
         started = time.perf_counter()
         options = self._options(max_tokens, sampling, stop, mode, cut, codec)
         self._stop_active()
-        asked = [*self._chat.messages, Message("user", messages)] if isinstance(messages, str) else _parse(messages)
+        asked = [*self._chat.messages, Message("user", messages)] if isinstance(messages, str) else parse(messages)
         self._set_log(self._chat.prompt(asked, self._log.tokens))
         return self._begin(options, started, asked)
 
@@ -284,9 +295,11 @@ class Device:
                 self._check_room(len(log))
                 try:
                     token = runner.next(self._remaining(limit - len(ids)))
-                except LinkError as error:
+                except IsthmusError as error:
                     runner = self._alone(options, runner, error, stats)
                     continue
+                if self._waited:
+                    stats.note, self._waited = stats.note.removeprefix(self._waited), ""
                 last = time.perf_counter()
                 position = len(log)
                 log.extend((token,))
@@ -326,37 +339,45 @@ class Device:
             self._counted = now
 
     def _runner(self, options: GenerateOptions) -> Runner:
-        mode = options.mode
+        mode, whole = options.mode, self.holds_whole_model
+        if self._link is not None:
+            self._link.session.impatient = mode == "auto" and whole and self._fallback
         if mode == "auto":
-            link_up = self._link_up()
-            if self._cloud_error is not None and not self.holds_whole_model:
+            with offering_local(whole):
+                link_up = self._link_up()
+            if self._cloud_error is not None and not whole:
                 raise self._cloud_error
-            mode = policy.choose(policy.Situation(self._link is not None, link_up, self.holds_whole_model))
+            mode = policy.choose(policy.Situation(self._link is not None, link_up, whole))
             if self._cloud_error is not None:
                 self.stats.note = f"{self._cloud_error.problem}: this device goes on by itself"
         if mode == "local":
             return self._local_runner(options)
         if self._link is None:
             raise DeviceError(f"{mode} mode needs a cloud", "name one, such as tcp://host:5757")
-        if mode == "stream":
+        with offering_local(whole):
             self._link.welcome()
+        self._served = True
+        if mode == "stream":
             return StreamRunner(self._link, self._log, options.sampling, self._eos)
         cut = self._default_cut() if options.cut is None else options.cut
         part = self._holding.open(cut)
-        self._check_offer(options.codec, part.part.numerics.id)
+        with offering_local(whole):
+            self._check_offer(options.codec, part.part.numerics.id)
         return SplitRunner(part, self._link, self._log, options.sampling, cut, options.codec)
 
     def _local_runner(self, options: GenerateOptions) -> Runner:
         return LocalRunner(self._holding.open(self.config.n_layers), self._log, options.sampling)
 
-    def _alone(self, options: GenerateOptions, runner: Runner, error: LinkError, stats: Stats) -> Runner:
+    def _alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError, stats: Stats) -> Runner:
         """The runner that goes on without the cloud.
 
         Raises:
-            LinkError: there is none.
+            IsthmusError: there is none.
         """
-        if _is_final(error) or not (self._fallback and runner.source != "device" and self.holds_whole_model):
+        if runner.source == "device" or not self.holds_whole_model:
             raise error
+        if not (self._fallback and may_go_on(error, options.mode, self._served)):
+            raise with_local(error) from error
         self._cloud_error = error
         stats.note = f"{error.problem}: this device went on by itself after {len(stats.tokens)} tokens"
         return self._local_runner(options)
@@ -369,10 +390,11 @@ class Device:
                 self._link.welcome()
             elif self._link.glance(GLANCE_S):
                 self._cloud_error = None
-        except LinkError as error:
-            if _is_final(error):
+        except IsthmusError as error:
+            if not may_go_on(error, "auto", self._served):
                 raise
             self._cloud_error = error
+        self._served = self._served or self._cloud_error is None
         return self._cloud_error is None
 
     def _check_offer(self, codec: str, numerics: str) -> None:
@@ -434,6 +456,10 @@ class Device:
         middle = max(1, self.config.n_layers // 2)
         return max(1, min(middle, self._holding.layers))
 
+    def _waits(self, note: str) -> None:
+        self.stats.note = self._waited = note
+        _log.warning(note)
+
     def _where(self) -> str:
         return f"the cloud at {self._cloud}" if self._cloud else "the cloud"
 
@@ -445,16 +471,17 @@ class Device:
         mode: Mode,
         cut: int | None,
         progress: Callable[[str, int, int], None] | None,
+        model: str,
     ) -> Bundle:
         if wire is None:
             return Bundle.open(path)
         from isthmus.edge.provision import provision
 
         def link(model_id: str) -> Link:
-            return Link(Session(model_id, Chain(), self._timeouts, where=self._where()), wire, clock)
+            return Link(Session(model_id, Chain(), self._timeouts, where=self._where()), wire, clock, self._waits)
 
         try:
-            return provision(path, link, mode, cut, progress)
+            return provision(path, link, mode, cut, progress, model=model)
         except BaseException:
             wire.close()
             raise
@@ -466,17 +493,3 @@ def _device_keys(keys: str | Path | DeviceKeys | None) -> DeviceKeys:
     if isinstance(keys, DeviceKeys):
         return keys
     return read_device(Path(keys) if keys is not None else default_folder())
-
-
-def _is_final(error: LinkError) -> bool:
-    """Whether the cloud refused this device, which nothing but a person can mend."""
-    from isthmus.protocol.transport import Refused
-
-    return isinstance(error, Refused)
-
-
-def _parse(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    try:
-        return [Message(str(message["role"]), str(message["content"])) for message in messages]
-    except (KeyError, TypeError) as error:
-        raise DeviceError(f"a message lacks {error}", "each has a role and a content") from error

@@ -19,15 +19,19 @@ class Timeouts:
         retry_ms: until an unanswered message is repeated the first time; the wait doubles up to eightfold.
         give_up_ms: how long the link may be down in the middle of an answer.
         progress_ms: until a request fails although the cloud is there.
+        busy_note_ms: until a device that a busy cloud puts off says so.
+        busy_ms: until a device that can go on by itself does so instead of waiting for a busy cloud.
     """
 
     connect_ms: int = 5_000
     retry_ms: int = 1_000
     give_up_ms: int = 3_000
     progress_ms: int = 120_000
+    busy_note_ms: int = 2_000
+    busy_ms: int = 5_000
 
     def __post_init__(self) -> None:
-        for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
+        for name in self.__dataclass_fields__:
             if not 1 <= getattr(self, name) < math.inf:
                 raise DeviceError(f"{name} is {getattr(self, name)}", "give a positive number of milliseconds")
 

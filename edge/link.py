@@ -44,10 +44,18 @@ class Link:
 
     Args:
         clock: seconds, as `time.monotonic`; simulated links bring their own.
+        on_waiting: called with what `Session.waiting` says, once each time that it begins.
     """
 
-    def __init__(self, session: Session, wire: Wire, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        session: Session,
+        wire: Wire,
+        clock: Callable[[], float] = time.monotonic,
+        on_waiting: Callable[[str], None] | None = None,
+    ) -> None:
         self.session = session
+        self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         if wire.welcome is not None:
             session.receive(wire.welcome, clock())
@@ -191,7 +199,10 @@ class Link:
             if message is not None:
                 session.receive(message, now)
             if now >= until:
+                waited = session.waiting
                 session.tick(now, wire.up, wire.failure)
+                if session.waiting and not waited and self._on_waiting is not None:
+                    self._on_waiting(session.waiting)
                 if deadline is not None and now >= deadline and not session.events:
                     return None
         return session.events.popleft()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.edge.link import Link, Restart
+from isthmus.edge.offers import choose
 from isthmus.edge.options import check_cut
 from isthmus.edge.token import Mode
 from isthmus.protocol import messages as m
@@ -21,7 +22,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def provision(
-    path: Path, link: Callable[[str], Link], mode: Mode, cut: int | None, progress: Progress | None = None
+    path: Path,
+    link: Callable[[str], Link],
+    mode: Mode,
+    cut: int | None,
+    progress: Progress | None = None,
+    *,
+    model: str = "",
 ) -> Bundle:
     """Opens a bundle's folder, having fetched what a device lacks to begin.
 
@@ -29,13 +36,17 @@ def provision(
         link: gives a link to the cloud for the model of that id, "" for the cloud's only one.
         mode, cut: as in `layers_wanted`; a folder that holds nothing yet gets the whole model in "auto".
         progress: as in `fetch_part`.
+        model: which of the cloud's models to fetch, as in `offers.choose`.
 
     Raises:
         BundleError, DeviceError, LinkError: as `fetch_part` and `fetch_more`.
     """
     if not is_there(path / "bundle.json"):
         layers = 0 if mode == "stream" else cut if mode == "split" else None
-        fetch_part(link(""), path, layers=layers, progress=progress)
+        first = link("")
+        welcome = first.welcome()
+        model_id = choose(welcome.offers, model) if welcome is not None and welcome.offers else ""
+        fetch_part(first, path, layers=layers, model_id=model_id, progress=progress)
     bundle = Bundle.open(path)
     try:
         fetch_more(link(bundle.model_id), bundle, layers_wanted(bundle, mode, cut), progress)

@@ -89,7 +89,9 @@ class StreamRunner:
             if news.done:
                 self._running = False
                 if news.reason == "full":
-                    raise DeviceError("the conversation is full in the cloud", "begin a new one")
+                    raise DeviceError(
+                        "the conversation is full in the cloud", "begin a new one, or choose overflow slide"
+                    )
         return self._ready.popleft()
 
     def reused(self) -> int:

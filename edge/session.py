@@ -49,6 +49,10 @@ class Session:
         where: the cloud's address, for error messages.
         kv_format: how the cloud shall keep its KV; what it offers where it has no such format.
         window: as in `messages.Open`.
+
+    Attributes:
+        impatient: whether a cloud that stays busy counts as gone after `Timeouts.busy_ms`.
+        waiting: says that a busy cloud has put the device off for some time; empty when none does.
     """
 
     def __init__(
@@ -75,7 +79,10 @@ class Session:
         self._up_at = self._progress_at = 0.0
         self._closing = False
         self._setbacks = 0
+        self.impatient = False
+        self.waiting = ""
         self._put_off = ""  # why the cloud last said that it is busy
+        self._put_off_at: float | None = None  # when it began to
 
     # -- what the device asks for
 
@@ -138,7 +145,7 @@ class Session:
     def close(self) -> None:
         """Tells the cloud to forget the lanes."""
         for lane in self._lanes.values():
-            if lane.opened:
+            if lane.epoch:  # asked for once: after an error only the cloud knows whether it still stands
                 self.outbox.append(m.Close(lane.alias, lane.epoch))
                 lane.opened = False
         self._pending.clear()
@@ -192,7 +199,11 @@ class Session:
             took_s = now - self._progress_at
             why = f": {self._put_off}" if self._put_off else ""
             self._fail(LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s{why}", "try again"))
+        elif self._put_off_ms(now) >= self._timeouts.busy_ms and self.impatient:
+            self._fail(LinkError(f"{self._where} is busy: {self._put_off}", "try again in a moment"))
         elif self.welcome is not None:
+            if not self.waiting and self._put_off_ms(now) >= self._timeouts.busy_note_ms:
+                self.waiting = f"{self._where} is busy: waiting ({self._put_off})"
             for pending in self._pending.values():
                 if pending.retry_at <= now:
                     self._overdue(pending, now)
@@ -266,7 +277,8 @@ class Session:
         del self._pending[key]
         if rows.want:
             self.round_trips += 1
-        self._progress_at, self._setbacks = now, 0
+        self._progressed(now)
+        self._setbacks = 0
         if message.committed < lane.committed:
             pass  # overtaken by a later answer
         elif not lane.told(message.committed, message.prefix_hash, self.log):
@@ -296,7 +308,8 @@ class Session:
             return
         stream.position += len(fresh)
         lane.committed, lane.head = message.committed, message.prefix_hash
-        self._progress_at, self._setbacks = now, 0
+        self._progressed(now)
+        self._setbacks = 0
         if message.done:
             del self._streams[lane.alias], self._pending[("stream", lane.alias)]
             stream.early.clear()
@@ -307,6 +320,7 @@ class Session:
         code = fault.code
         if code is m.Code.BUSY:
             self._put_off = fault.problem
+            self._put_off_at = now if self._put_off_at is None else self._put_off_at
         if fault.alias is None:
             if code is m.Code.CLOSING:
                 self._closing = True
@@ -327,7 +341,12 @@ class Session:
                 lane.renew()
             self._setback(lane)
         elif code is m.Code.KV_FULL:
-            self._fail(DeviceError(f"the conversation is full: {fault.problem}", fault.remedy or "begin a new one"))
+            self._fail(
+                DeviceError(
+                    f"the conversation is full: {fault.problem}",
+                    fault.remedy or "begin a new one, or choose overflow slide",
+                )
+            )
         elif code is m.Code.CLOSING:
             self._fail(LinkError(f"{self._where} is stopping", "try again later or name another cloud"))
         elif code is not m.Code.CANCELLED:
@@ -386,7 +405,7 @@ class Session:
     def _answered(self, key: tuple[Any, ...], now: float) -> bool:
         if self._pending.pop(key, None) is None:
             return False
-        self._progress_at = now
+        self._progressed(now)
         return True
 
     def _control(self, alias: int, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Lane | None:
@@ -425,8 +444,16 @@ class Session:
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
         if not self._pending:
-            self._up_at = self._progress_at = now
-            self._put_off = ""
+            self._up_at = now
+            self._progressed(now)
+
+    def _progressed(self, now: float) -> None:
+        self._progress_at = now
+        self._put_off = self.waiting = ""
+        self._put_off_at = None
+
+    def _put_off_ms(self, now: float) -> float:
+        return 0.0 if self._put_off_at is None else (now - self._put_off_at) * 1e3
 
     def _silence(self) -> LinkError:
         if self.welcome is None:

@@ -18,6 +18,11 @@ _PORT = re.compile(r"[0-9]{1,5}")
 _ABSENT = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
+def full_address(address: str) -> str:
+    """HOST:PORT as tcp://HOST:PORT; everything else as it is."""
+    return f"{_TCP}{address}" if ":" in address and "://" not in address else address
+
+
 def address_fault(address: str, *, listening: bool = False) -> str:
     """What is wrong with the form of an address, empty if nothing: ZeroMQ would take part of a bad port for a port.
 
@@ -27,9 +32,10 @@ def address_fault(address: str, *, listening: bool = False) -> str:
         return "" if address.partition("://")[2] else f"{address!r} is no address"
     if not address.isprintable() or " " in address:
         return f"{address!r} has a space in it"
-    if not address.startswith(_TCP):
+    full = full_address(address)
+    if not full.startswith(_TCP):
         return f"{address!r} does not begin with {_TCP}"
-    host, colon, port = address.removeprefix(_TCP).rpartition(":")
+    host, colon, port = full.removeprefix(_TCP).rpartition(":")
     if not colon or not _PORT.fullmatch(port) or not int(not listening) <= int(port) < 2**16:
         return f"{address!r} has no port in {int(not listening)}..65535"
     if not _is_host(host) and not (listening and host == "*"):
@@ -37,8 +43,8 @@ def address_fault(address: str, *, listening: bool = False) -> str:
     return ""
 
 
-def check_address(address: str, *, encrypted: bool) -> None:
-    """Makes sure that a device may connect there.
+def check_address(address: str, *, encrypted: bool) -> str:
+    """Makes sure that a device may connect there, and gives the full address.
 
     Raises:
         LinkError: it is no address, or in the clear and not on this machine.
@@ -47,10 +53,11 @@ def check_address(address: str, *, encrypted: bool) -> None:
         raise LinkError(fault, REMEDY)
     if not encrypted and not is_local(address):
         raise LinkError(f"{address} is not on this machine and there are no keys", "run: isthmus keys new")
+    return full_address(address)
 
 
-def check_listening(address: str, *, encrypted: bool) -> None:
-    """Makes sure that a cloud may listen there.
+def check_listening(address: str, *, encrypted: bool) -> str:
+    """Makes sure that a cloud may listen there, and gives the full address.
 
     Raises:
         ServiceError: it is no address, or would be open to everybody.
@@ -62,6 +69,7 @@ def check_listening(address: str, *, encrypted: bool) -> None:
             f"{address} can be reached from outside and there are no keys",
             "run `isthmus keys new` first, or listen on 127.0.0.1",
         )
+    return full_address(address)
 
 
 def is_local(address: str) -> bool:
@@ -69,7 +77,7 @@ def is_local(address: str) -> bool:
     if address.startswith(("ipc://", "inproc://")):
         return True
     try:
-        host = urlsplit(address).hostname or ""
+        host = urlsplit(full_address(address)).hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
@@ -84,6 +92,7 @@ def check_host(address: str, wait_ms: int = RESOLVE_MS) -> None:
     Raises:
         LinkError: there is no such host.
     """
+    address = full_address(address)
     host = urlsplit(address).hostname or ""
     if not address.startswith(_TCP) or host.removesuffix(".").endswith(".local") or _is_ip(host):
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,13 +53,25 @@ def default_folder() -> Path:
 
 
 def new_pair() -> KeyPair:
-    """A fresh random key pair."""
+    """A fresh random key pair whose public key can be given on a command line.
+
+    It does not begin as an option does, and has no `!`, which csh replaces even between single quotes.
+    """
     import zmq
 
     public, secret = zmq.curve_keypair()
-    while public.startswith(b"-"):  # a command line would take it for an option
+    while public.startswith(b"-") or b"!" in public:
         public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
+
+
+def keys_option(folder: Path) -> str:
+    """What a command needs beside its name to use this folder: ` --keys FOLDER`, or nothing for the default one."""
+    try:
+        usual = folder == default_folder()
+    except ProtocolError:
+        usual = False
+    return "" if usual else f" --keys {shlex.quote(str(folder))}"
 
 
 def write_pair(folder: Path, name: str, *, replace: bool = False) -> KeyPair:
@@ -71,8 +84,8 @@ def write_pair(folder: Path, name: str, *, replace: bool = False) -> KeyPair:
     secret, public = folder / f"{name}.key", folder / f"{name}.pub"
     pair = new_pair()
     try:
-        if not replace and (secret.exists() or public.exists()):
-            raise ProtocolError(f"there is a key {name!r} in {folder} already", "choose another name, or keep using it")
+        if not replace and (there := [str(path) for path in (secret, public) if path.exists()]):
+            raise ProtocolError(f"{' and '.join(there)} exist already", "keep using them, or remove them first")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(secret, pair.secret + "\n", 0o600)
         _write(public, pair.public + "\n", 0o644)
@@ -90,7 +103,12 @@ def read_pair(folder: Path, name: str) -> KeyPair:
     secret = folder / f"{name}.key"
     if secret.exists() and secret.stat().st_mode & 0o077:
         raise ProtocolError(f"others may read the secret key {secret}", f"run: chmod 600 {secret}")
-    pair = KeyPair(read_public(folder / f"{name}.pub"), _read_key(secret))
+    remedy = f"run: isthmus keys new{keys_option(folder)}"
+    if name == "server":
+        remedy = f"put it back, or remove {name}.* for `isthmus serve` to make new ones"
+    elif not secret.exists() and (others := _other_pairs(folder, name)):
+        remedy = f"{folder} has {', '.join(others)}: rename those files to {name}.key and {name}.pub, or {remedy}"
+    pair = KeyPair(_read_key(folder / f"{name}.pub", remedy), _read_key(secret, remedy))
     import zmq
 
     if zmq.curve_public(pair.secret.encode()).decode() != pair.public:
@@ -116,7 +134,8 @@ def read_device(folder: Path, name: str = "device", cloud: str = "server") -> De
     pair = read_pair(folder, name)
     if not (folder / f"{cloud}.pub").exists():
         raise ProtocolError(
-            f"there is no key of the cloud in {folder}", "run: isthmus keys trust KEY, as `isthmus serve` prints it"
+            f"there is no key of the cloud in {folder}",
+            f"`isthmus serve` prints it; run: isthmus keys trust 'KEY'{keys_option(folder)}",
         )
     return DeviceKeys(pair, read_public(folder / f"{cloud}.pub"))
 
@@ -232,11 +251,15 @@ class AllowList:
             raise ProtocolError(f"cannot write {self.path}: {error.strerror}", "choose a folder of yours") from error
 
 
-def _read_key(path: Path) -> str:
+def _other_pairs(folder: Path, name: str) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.key") if path.stem not in (name, "server"))
+
+
+def _read_key(path: Path, remedy: str = "check the name of the file") -> str:
     try:
         key = path.read_text().strip()
     except FileNotFoundError as error:
-        raise ProtocolError(f"there is no key file {path}", "run: isthmus keys new") from error
+        raise ProtocolError(f"there is no key file {path}", remedy) from error
     except OSError as error:
         remedy = "name the folder that holds it with --keys, and make sure that you may read it"
         raise ProtocolError(f"cannot read the key file {path}: {error.strerror}", remedy) from error

@@ -14,6 +14,7 @@ from isthmus.protocol.messages import (
     MIN_VERSION,
     VERSION,
     Cancel,
+    Close,
     Code,
     Credit,
     Fault,
@@ -90,7 +91,7 @@ class Link:
         most = self.welcome.limits.max_message_bytes
         if max(map(len, frames)) > most:
             raise ProtocolError(f"a message of {size} bytes, but the cloud accepts {most}", "send fewer rows at once")
-        urgent = type(message) in (Cancel, Ping, Pong)
+        urgent = type(message) in (Cancel, Close, Ping, Pong)
         if (not self._waiting or urgent) and (urgent or size <= self._credit) and self._main.send(frames):
             self._credit -= size
             self.bytes_up += size
@@ -269,7 +270,7 @@ def connect(
             `limits.connect_ms`.
         Refused: the cloud does not know the key, or speaks no common version.
     """
-    check_address(address, encrypted=keys is not None)
+    address = check_address(address, encrypted=keys is not None)
     link = Link(lambda: DealerTransport(address, keys, limits), limits, agent=agent)
     if not wait:
         return link

@@ -124,6 +124,7 @@ class Offer(Struct, array_like=True, frozen=True):
         kv_formats: such as "f16".
         codecs: tensor codecs that rows may come in.
         context_length: positions that the model was trained for.
+        weights: the weights' format, such as "q4" or "keep", for people; empty when it is not told.
     """
 
     model_id: Name
@@ -136,6 +137,7 @@ class Offer(Struct, array_like=True, frozen=True):
     kv_formats: Names
     codecs: Names
     context_length: U32
+    weights: Name = ""
 
 
 class Hello(Struct, array_like=True, tag=1):
@@ -466,6 +468,11 @@ def decode(frames: Sequence[bytes]) -> Message:
     elif len(frames) == 2:
         raise ProtocolError(f"a {kind.__name__} has one frame, not two")
     return message
+
+
+def listed(offers: Sequence[Offer]) -> str:
+    """Models for people: of each the name, the weights' format and the beginning of the id."""
+    return ", ".join(f"{o.name} ({o.weights + ', ' if o.weights else ''}{o.model_id[:12]})" for o in offers)
 
 
 def agree(version: int, min_version: int, *, ours: int = VERSION, ours_min: int = MIN_VERSION) -> int | None:

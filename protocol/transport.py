@@ -7,6 +7,7 @@ the next one. `protocol.link` makes fresh connections.
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,8 +21,10 @@ from isthmus.protocol.keys import AllowList, DeviceKeys, KeyPair
 from isthmus.protocol.limits import LIMITS, LinkLimits
 from isthmus.protocol.watch import Watch
 
+_log = logging.getLogger("isthmus.protocol")
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _MAX_FRAMES = 2
+_MAX_STRANGERS = 1000  # refused keys that are remembered so that each is logged once
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _BROKEN = (
     zmq.EVENT_DISCONNECTED
@@ -69,8 +72,9 @@ class DealerTransport:
     """
 
     def __init__(self, address: str, keys: DeviceKeys | None, limits: LinkLimits = LIMITS) -> None:
-        check_address(address, encrypted=keys is not None)
+        address = check_address(address, encrypted=keys is not None)
         self.address = address
+        self._key = keys.pair.public if keys is not None else ""
         self._spin_s = limits.spin_us * 1e-6
         self._socket = _socket(zmq.Context.instance(), zmq.DEALER)
         _tune(self._socket, address, limits)
@@ -146,7 +150,7 @@ class DealerTransport:
         if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise Refused(
                 f"the cloud at {self.address} does not know this device's key",
-                "have its owner run: isthmus keys allow",
+                f"on the cloud run: isthmus keys allow '{self._key}' NAME",
             )
         if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
             raise LinkError(
@@ -185,8 +189,9 @@ class RouterTransport:
     def __init__(
         self, address: str, keys: KeyPair | None, allowed: AllowList | None, limits: LinkLimits = LIMITS
     ) -> None:
-        check_listening(address, encrypted=keys is not None and allowed is not None)
+        address = check_listening(address, encrypted=keys is not None and allowed is not None)
         self._allowed = allowed
+        self._strangers: set[str] = set()
         self._curve = keys is not None
         self._spin_s = limits.spin_us * 1e-6
         self._context = zmq.Context()
@@ -201,6 +206,9 @@ class RouterTransport:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+        # ZeroMQ's own thread answers these on a device that is idle, and nobody on one that is gone.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, limits.heartbeat_ms)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, limits.heartbeat_ms * limits.silent_intervals)
         if keys is not None:
             self._socket.curve_server = True
             self._socket.curve_secretkey = keys.secret.encode()
@@ -247,7 +255,7 @@ class RouterTransport:
                 key = frame.get("User-Id")
             more = frame.more
         if count:
-            self.watch.delivered(frame.get(zmq.SRCFD), count, size)
+            self.watch.delivered(frame.get(zmq.SRCFD), count, size, route)
         return Incoming(route, key, frames if count <= _MAX_FRAMES else [])
 
     def send(self, route: bytes, frames: Sequence[bytes]) -> bool:
@@ -269,6 +277,11 @@ class RouterTransport:
             raise
         return True
 
+    def lost(self) -> list[bytes]:
+        """Routes of connections that ended since the last call; Linux alone tells."""
+        lost, self.watch.ended = self.watch.ended, []
+        return lost
+
     def close(self) -> None:
         """Ends all connections; messages under way get the limits' linger time."""
         if not self._socket.closed:
@@ -288,6 +301,11 @@ class RouterTransport:
             if len(request) == 7 and request[5] == b"CURVE" and len(request[6]) == 32:
                 key = z85.encode(request[6]).decode()
             known = self._allowed is not None and self._allowed.principal(key) is not None
+            if not known and key not in self._strangers:
+                if len(self._strangers) >= _MAX_STRANGERS:
+                    self._strangers.clear()
+                self._strangers.add(key)
+                _log.info("refused a device: the key %s is not allowed", key or "(none)")
             status, text = (b"200", b"OK") if known else (b"400", b"unknown key")
             self._zap.send_multipart(
                 [b"1.0", request[1] if len(request) > 1 else b"", status, text, key.encode() if known else b"", b""]

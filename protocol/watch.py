@@ -1,4 +1,4 @@
-"""Connections that send what never becomes a message.
+"""Connections that end, and those that send what never becomes a message.
 
 ZeroMQ delivers whole messages only and keeps the parts of one until the last has come. It bounds each part but not
 their number, so a peer whose message has no end would fill the memory. What the kernel received on a connection, less
@@ -32,6 +32,7 @@ _ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 class _Connection:
     peer: Any  # its address
     delivered: int = 0
+    route: bytes = b""
 
 
 class Watch:
@@ -42,10 +43,12 @@ class Watch:
 
     Attributes:
         cut: connections cut off so far.
+        ended: routes of connections that ended; whoever reads them empties the list.
     """
 
     def __init__(self, router: Any, limits: LinkLimits) -> None:
         self.cut = 0
+        self.ended: list[bytes] = []
         self._limits = limits
         self._router = router
         self._connections: dict[int, _Connection] = {}  # by descriptor
@@ -59,11 +62,14 @@ class Watch:
             self._monitor.setsockopt(zmq.RCVHWM, 0)  # a full queue would stop ZeroMQ's own thread
             self._monitor.connect(address)
 
-    def delivered(self, descriptor: int, frames: int, size_bytes: int) -> None:
-        """A message came out of the connection with that descriptor."""
-        if descriptor not in self._connections:
-            self._follow()
-        if (connection := self._connections.get(descriptor)) is not None:
+    def delivered(self, descriptor: int, frames: int, size_bytes: int, route: bytes) -> None:
+        """A message came out of the connection with that descriptor, which the socket calls `route`."""
+        connection = self._connections.get(descriptor)
+        if connection is None or connection.route not in (b"", route):
+            self._follow()  # the descriptor may be another connection's by now
+            connection = self._connections.get(descriptor)
+        if connection is not None:
+            connection.route = route
             connection.delivered += size_bytes + frames * _FRAME_BYTES
 
     def check(self) -> None:
@@ -92,7 +98,9 @@ class Watch:
         while self._monitor is not None and self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
             event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             descriptor = int(event["value"])
-            self._connections.pop(descriptor, None)
+            before = self._connections.pop(descriptor, None)
+            if before is not None and before.route:
+                self.ended.append(before.route)
             if event["event"] == zmq.EVENT_ACCEPTED and (peer := _peer(descriptor)) is not None:
                 self._connections[descriptor] = _Connection(peer)
 
@@ -106,6 +114,8 @@ class Watch:
 
     def _cut_off(self, descriptor: int, held_bytes: int) -> None:
         connection = self._connections.pop(descriptor)
+        if connection.route:
+            self.ended.append(connection.route)
         # ZeroMQ may have closed it since, and the descriptor be another connection's.
         if _peer(descriptor) != connection.peer:
             return

@@ -288,6 +288,7 @@ class MemoryServer:
         sent: answers by route.
         gone: routes that cannot be reached.
         full: routes whose queue takes nothing.
+        ended: routes whose connection ended, until the service was told.
     """
 
     address = "memory"
@@ -297,6 +298,7 @@ class MemoryServer:
         self.sent: dict[bytes, list[Any]] = {}
         self.gone: set[bytes] = set()
         self.full: set[bytes] = set()
+        self.ended: list[bytes] = []
         self.closed = False
 
     def put(self, message: Message, route: bytes = b"a", key: str = "") -> None:
@@ -318,6 +320,10 @@ class MemoryServer:
             return False
         self.sent.setdefault(route, []).append(decode(frames))
         return True
+
+    def lost(self) -> list[bytes]:
+        lost, self.ended = self.ended, []
+        return lost
 
     def close(self) -> None:
         self.closed = True

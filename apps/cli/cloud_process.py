@@ -12,6 +12,7 @@ from typing import Any
 from isthmus.protocol.errors import ServiceError
 
 START_S = 60.0
+ERROR = "error: "
 
 
 class CloudProcess:
@@ -60,6 +61,8 @@ class CloudProcess:
             time.sleep(0.02)
         self._log.seek(0)
         said = self._log.read().strip().splitlines()
+        if said and said[-1].startswith(ERROR):
+            raise ServiceError(said[-1].removeprefix(ERROR))
         raise ServiceError(f"the cloud process did not start: {said[-1] if said else 'it said nothing'}", "try again")
 
 

@@ -23,26 +23,34 @@ COLOR_NAMES = {"device": "green", "cloud": "blue", "split": "magenta"}  # as in 
 
 def command(
     question: Annotated[str, typer.Option(help="What to ask")] = "Why is the sky blue? Answer in two sentences.",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer at most")] = 80,
-    cut: Annotated[int | None, typer.Option(help="Layers on the device in split mode [default: the middle]")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each of the two processes")] = 1,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most")] = 80,
+    cut: Annotated[int | None, typer.Option(help="Layers on the device in split mode; by default the middle")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each of the two processes")] = 1,
     bundle: Annotated[Path | None, typer.Option(help="A bundle in place of SmolLM2 from its registry package")] = None,
 ) -> None:
-    """Watch one question answered by a device alone, by a cloud, and by both together.
+    """Watch one question answered in three modes: by a device alone, by a cloud, and by both together.
 
     The model is fetched and split when it is not here yet. The cloud is a process of its own on a free local port,
     with fresh keys that are thrown away afterwards.
     """
+    from shlex import quote
     from tempfile import TemporaryDirectory
 
     from rich.console import Console
 
     from isthmus.apps.cli.cloud_process import START_S, CloudProcess
+    from isthmus.apps.cli.run import check_bundle
     from isthmus.edge import Device, Timeouts
+    from isthmus.edge.options import check_cut
     from isthmus.protocol.keys import AllowList, write_pair
+    from isthmus.split.bundle import Bundle
 
     console = Console(highlight=False, soft_wrap=True)
     folder = bundle if bundle is not None else _bundle(console)
+    check_bundle(folder)
+    config = Bundle.open(folder).config
+    if cut is not None:
+        check_cut(cut, config)
     with TemporaryDirectory(prefix="isthmus-demo-") as temporary:
         keys = Path(temporary)
         write_pair(keys, "server")
@@ -63,6 +71,7 @@ def command(
             console.print(f"[bold]{question}[/bold]  ({device.name}; device process and cloud process, CURVE on)")
             rows = [_ask(console, device, mode, about, question, max_tokens) for mode, about in MODES]
     _table(console, rows)
+    console.print(f"next, a chat with it: isthmus run {quote(str(folder))}", markup=False)
 
 
 def _bundle(console: Console) -> Path:
@@ -117,7 +126,7 @@ def _table(console: Console, rows: list[tuple[str, Stats]]) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title="one model, three ways (first: time to the first token)",
+        title="one model, three modes (first: time to the first token)",
         title_justify="left",
         title_style="bold",
     )

@@ -49,9 +49,9 @@ class Checkup:
 
 def command(
     bundle: Annotated[
-        Path | None, typer.Argument(help="A bundle folder: also says how fast this machine could decode it.")
+        Path | None, typer.Argument(help="A bundle folder: also says how fast this machine could decode it")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Tell what this machine has, which kernels are used, and why something is slow."""
     checkup = examine(bundle)
@@ -143,7 +143,7 @@ def facts(checkup: Checkup) -> list[tuple[str, str]]:
             f"{machine.threads} for this process, container limit {quota}, governor {machine.governor or 'not shown'}",
         ),
         ("Instructions", ", ".join(machine.features) or "nothing that a kernel is made for"),
-        ("Kernels", f"{checkup.chosen}, of {', '.join(checkup.kernels)}" if checkup.kernels else "none: not built"),
+        ("Kernels", _kernels(checkup)),
         ("Compiler", machine.compiler or "none"),
         ("Memory", f"{_gib(memory.total_bytes)}, {_gib(memory.available_bytes)} free, container limit {limit}"),
         ("Reads", ", ".join(f"{_threads(t)} {speed / 1e9:.1f} GB/s" for t, speed in checkup.bandwidth.items())),
@@ -158,6 +158,12 @@ def facts(checkup: Checkup) -> list[tuple[str, str]]:
         text = ", ".join(have) + (("; " if have else "") + f"not installed: {', '.join(lack)}" if lack else "")
         lines.append((f"Extra {extra}" if extra else "Packages", text))
     return lines
+
+
+def _kernels(checkup: Checkup) -> str:
+    if not checkup.kernels:
+        return "none: not built"
+    return f"{checkup.chosen}, of {', '.join(checkup.kernels)} (ISTHMUS_CPU forces one)"
 
 
 def _threads(count: int) -> str:

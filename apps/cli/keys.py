@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from isthmus.protocol.keys import AllowList
 
 app = typer.Typer(
     add_completion=False,
@@ -15,6 +18,9 @@ app = typer.Typer(
     "`trust` the cloud's key (which `isthmus serve` prints) on the device.",
 )
 
+DEVICE = "device"  # the pair that `isthmus run` reads
+TAKES_KEYS = {"ignore_unknown_options": True}  # a key may begin with "-"
+
 Folder = Annotated[
     Path | None,
     typer.Option("--keys", metavar="FOLDER", help="Where keys are; by default $ISTHMUS_KEYS or ~/.config/isthmus/keys"),
@@ -23,22 +29,48 @@ Folder = Annotated[
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Name of the device")] = "device",
+    name: Annotated[str, typer.Argument(help="What clouds call this device")] = DEVICE,
     keys: Folder = None,
-    owner: Annotated[str | None, typer.Option(help="Whose sessions its are; by default the device's name")] = None,
 ) -> None:
-    """Make a key pair for a device, and let it into a cloud on this machine."""
+    """Make this device's key pair, which `isthmus run` uses, and let it into a cloud on this machine.
+
+    Where there is a pair already, it stays, and its public key is shown again.
+    """
     from isthmus.protocol.errors import ProtocolError
     from isthmus.protocol.keys import ALLOWED, AllowList, check_owner, default_folder, write_pair
 
     if name == "server":
         raise ProtocolError("the name 'server' is the cloud's own", "choose another; `isthmus serve` makes its own key")
-    owner = check_owner(name if owner is None else owner)
+    check_owner(name)
     folder = keys or default_folder()
-    pair = write_pair(folder, name)
-    AllowList(folder / ALLOWED).allow(pair.public, owner)
-    print(f"{folder / name}.key is the secret, this the public key:\n{pair.public}")
-    print(f"A cloud on this machine lets it in. Elsewhere run: isthmus keys allow '{pair.public}' {owner}")
+    secret = folder / f"{DEVICE}.key"
+    allowed = AllowList(folder / ALLOWED)
+    if secret.exists():
+        _show_again(folder, name, allowed)
+        return
+    pair = write_pair(folder, DEVICE)
+    allowed.allow(pair.public, name)
+    print(f"{secret} is the secret, this the public key:\n{pair.public}")
+    print(f"a cloud on this machine lets it in as {name}; elsewhere run:\nisthmus keys allow '{pair.public}' {name}")
+
+
+def _show_again(folder: Path, name: str, allowed: AllowList) -> None:
+    from isthmus.protocol.errors import ProtocolError
+    from isthmus.protocol.keys import keys_option, read_pair
+
+    key, secret = read_pair(folder, DEVICE).public, folder / f"{DEVICE}.key"
+    known = allowed.principal(key)
+    if known is not None and known != name:
+        raise ProtocolError(
+            f"{secret} exists already, with the public key '{key}', which this machine's list calls {known}",
+            f"use it, or choose another folder with --keys for the key of {name}",
+        )
+    print(f"{secret} exists already, this is its public key:\n{key}")
+    if known is None:
+        line = f"isthmus keys allow '{key}' {name}"
+        print(f"no cloud on this machine lets it in; here run:\n{line}{keys_option(folder)}\nelsewhere:\n{line}")
+    else:
+        print(f"a cloud on this machine lets it in as {known}; elsewhere run:\nisthmus keys allow '{key}' {known}")
 
 
 @app.command("list")
@@ -56,7 +88,7 @@ def list_(keys: Folder = None) -> None:
         print(f"no device is allowed in by {path}", file=sys.stderr)
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def allow(
     key: Annotated[str, typer.Argument(help="A public key, or a .pub file")],
     name: Annotated[str, typer.Argument(help="Whose it is: one name may have several keys")],
@@ -70,23 +102,23 @@ def allow(
     print(f"{name} may connect")
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def revoke(
     key: Annotated[str, typer.Argument(metavar="KEY|NAME", help="A public key, a .pub file, or a name")],
     keys: Folder = None,
 ) -> None:
     """Take a key, or all keys of a name, off the list; a running cloud notices within a second."""
     from isthmus.protocol.errors import ProtocolError
-    from isthmus.protocol.keys import ALLOWED, AllowList, default_folder
+    from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, keys_option
 
     folder = keys or default_folder()
     count = AllowList(folder / ALLOWED).revoke(_key(key) if key.endswith(".pub") else key)
     if not count:
-        raise ProtocolError(f"{key!r} is not on the list in {folder}", "see: isthmus keys list")
+        raise ProtocolError(f"{key!r} is not on the list in {folder}", f"see: isthmus keys list{keys_option(folder)}")
     print(f"{count} {'key' if count == 1 else 'keys'} taken off the list")
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def trust(
     key: Annotated[str, typer.Argument(help="The cloud's public key, as `isthmus serve` prints it, or a .pub file")],
     keys: Folder = None,

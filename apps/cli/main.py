@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from isthmus.apps.cli import streams
+from isthmus.apps.cli.wording import worded
 from isthmus.protocol.errors import IsthmusError
 
 FAILED = 2
@@ -45,14 +46,12 @@ class Entry:
 COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Prepare": {
         "fetch": Entry("isthmus.apps.cli.fetch", "Download a model: smollm2, or a Hugging Face repository"),
-        "split": Entry(
-            "isthmus.apps.cli.split", "Turn a model file or folder into a bundle that can be cut at any layer"
-        ),
+        "split": Entry("isthmus.apps.cli.split", "Turn a model into a bundle that can be cut at any layer"),
         "inspect": Entry("isthmus.apps.cli.inspect", "Show a bundle's layers, bytes, family and hashes"),
         "keys": Entry("isthmus.apps.cli.keys", "Make keys and say which devices a cloud lets in"),
     },
     "Run": {
-        "demo": Entry("isthmus.apps.cli.demo", "Watch one question answered in every mode by two processes"),
+        "demo": Entry("isthmus.apps.cli.demo", "Watch one question answered in three modes by two processes"),
         "run": Entry("isthmus.apps.cli.run", "Ask a model, or chat with it: on this device alone or with a cloud"),
         "serve": Entry("isthmus.apps.cli.serve", "Be the cloud: serve bundles to devices over encrypted links"),
     },
@@ -68,6 +67,9 @@ EXAMPLES = (
     ("isthmus split MODEL -o smollm2", "makes the bundle folder smollm2/"),
     ("isthmus run smollm2 --prompt 'Why is the sky blue?'", ""),
 )
+
+# What a person probably wanted who gave a command one argument too many.
+HINTS: Mapping[str, str] = {"isthmus run": "ask with --prompt 'QUESTION', or "}
 
 # Which extra brings a module that a command may miss.
 EXTRAS: Mapping[str, str] = {
@@ -142,7 +144,8 @@ def help_text(*, color: bool) -> str:
     lines += ["", paint("1", "Try")]
     width = max(len(line) for line, note in EXAMPLES if note) + 2
     lines += [f"  {line:<{width}}{paint('2', note)}".rstrip() for line, note in EXAMPLES]
-    lines += ["", "'isthmus COMMAND --help' explains a command; 'isthmus --version' prints the version."]
+    lines += ["", "'isthmus COMMAND --help' explains a command; 'isthmus --version' is for reports."]
+    lines += ["ISTHMUS_CPU=plain (or avx2, ...) in the environment forces kernels."]
     return "\n".join(lines) + "\n"
 
 
@@ -150,7 +153,7 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         return _call(name, arguments)
     except IsthmusError as error:
-        return _fail(str(error))
+        return _fail(worded(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     except MemoryError:
@@ -168,6 +171,10 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def _call(name: str, arguments: list[str]) -> int:
     entries = {key: entry for commands in COMMANDS.values() for key, entry in commands.items()}
+    if name.startswith("-"):
+        known = ["--version", "--help"]
+        near = "--version" if name == "-v" else name
+        return _fail(f"there is no option '{name}'; {_suggest(near, known)}")
     if name not in entries:
         return _fail(f"there is no command '{name}'; {_suggest(name, list(entries))}")
     from importlib import import_module
@@ -178,7 +185,10 @@ def _call(name: str, arguments: list[str]) -> int:
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer(add_completion=False)
-        app.command(help=module.command.__doc__ or entries[name].help)(module.command)
+        app.command(help=entries[name].help)(module.command)
+    for command in app.registered_commands:
+        if command.callback is not None and command.callback.__doc__:
+            command.help = _paragraphs(command.callback.__doc__)
     runner = typer.main.get_command(app)
     try:
         result: Any = runner.main(args=arguments, prog_name=f"isthmus {name}", standalone_mode=False)
@@ -191,8 +201,32 @@ def _call(name: str, arguments: list[str]) -> int:
         # The class of usage errors is not public in every version of typer; this method is its mark.
         if not hasattr(error, "format_message"):
             raise
-        return _fail(f"{error.format_message().rstrip('.')}; see 'isthmus {name} --help'")
+        return _fail(_usage(error, f"isthmus {name}"))
     return result if isinstance(result, int) else 0
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring with one line a paragraph, for whoever breaks lines at the terminal's width."""
+    import inspect
+
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
+
+
+def _usage(error: Any, called: str) -> str:
+    """A usage error on one line, with what was meant or where it is explained."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else called
+    problem = error.format_message().rstrip(".")
+    commands = list(getattr(context.command, "commands", ())) if context is not None else []
+    if problem.startswith("No such command"):
+        import difflib
+
+        mistyped = problem.partition("'")[2].partition("'")[0]
+        near = commands if len(commands) == 1 else difflib.get_close_matches(mistyped, commands, n=1, cutoff=0.5)
+        if near:
+            return f"{problem.partition(' (')[0]}; did you mean '{path} {near[0]}'?"
+    hint = HINTS.get(path, "") if "unexpected extra argument" in problem else ""
+    return f"{problem}; {hint}see '{path} --help'"
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -10,24 +10,27 @@ import typer
 if TYPE_CHECKING:
     from isthmus.edge import Device
 
-HELP = """/help           show this
-/mode [MODE]    show or change where tokens are computed: auto, local, stream, split
-/new            begin a new conversation
-/stats          what the last answer cost
-/quit           end; so does Ctrl-D. Ctrl-C stops an answer."""
-
 
 def command(
+    ctx: typer.Context,
     bundle: Annotated[
         Path, typer.Argument(help="The bundle's folder; with --cloud, one that is not there is fetched from the cloud")
     ],
     prompt: Annotated[str | None, typer.Option(help="Ask this and end; - reads it from standard input")] = None,
     mode: Annotated[str, typer.Option(help="auto, local, stream (the cloud computes all) or split")] = "auto",
-    cut: Annotated[int | None, typer.Option(help="Layers on this device in split mode; default: the middle")] = None,
+    cut: Annotated[int | None, typer.Option(help="Layers on this device in split mode; by default the middle")] = None,
     codec: Annotated[str, typer.Option(help="How hidden states travel in split mode: f32, f16 or int8")] = "f16",
-    cloud: Annotated[str | None, typer.Option(help="The cloud's address, such as tcp://host:5757")] = None,
+    cloud: Annotated[str | None, typer.Option(help="The cloud's address: HOST:PORT")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|ID", help="Which of the cloud's models to fetch, when it serves several")
+    ] = None,
     keys: Annotated[
-        Path | None, typer.Option(help="Folder with this device's key and the cloud's public key [default: your own]")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with this device's key and the cloud's public key; by default $ISTHMUS_KEYS or "
+            "~/.config/isthmus/keys",
+        ),
     ] = None,
     no_keys: Annotated[
         bool, typer.Option("--no-keys", help="Talk in the clear, to a cloud on this machine only")
@@ -47,7 +50,8 @@ def command(
         float | None, typer.Option("--memory-mb", help="Refuse what needs more memory than this, in MB")
     ] = None,
     kv_tokens: Annotated[
-        int | None, typer.Option("--kv-tokens", help="Tokens of a conversation [default: the model's, up to 4096]")
+        int | None,
+        typer.Option("--kv-tokens", help="Tokens of a conversation; by default the model's context, up to 4096"),
     ] = None,
     overflow: Annotated[
         str, typer.Option(help="When a conversation grows longer: error, or slide (the last tokens only)")
@@ -60,24 +64,30 @@ def command(
     and goes on alone when it cannot. With the codec f32 the text does not depend on where its tokens are
     computed; f16 and int8 send less and may change it.
     """
+    from isthmus.apps.cli.chat import chat
+    from isthmus.apps.cli.fetching import Fetching
     from isthmus.edge import Device
     from isthmus.engine.sampling import Sampling
     from isthmus.protocol.errors import DeviceError
 
     if json and prompt is None:
         raise DeviceError("--json needs a prompt", "give one with --prompt, or --prompt - for standard input")
+    check_bundle(bundle)
     text = _read(prompt) if prompt is not None else ""
     sampling = Sampling(temperature, top_k, top_p, seed)
+    _check_effects(ctx)
     if greedy:
         sampling = Sampling()
+    mode = "local" if cloud is None and mode == "auto" else mode
     with (
-        _Fetching() as fetching,
+        Fetching(bundle, mode, cut) as fetching,
         Device(
             bundle,
             cloud,
+            model=model,
             keys=keys,
             encrypted=not no_keys,
-            mode="local" if cloud is None and mode == "auto" else mode,
+            mode=mode,
             cut=cut,
             codec=codec,
             threads=threads,
@@ -90,18 +100,64 @@ def command(
         fetching.done()
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
         if prompt is None:
-            _chat(device, raw, options)
+            chat(device, raw, cloud is not None, options)
         else:
             _ask(device, text, raw, json, options)
+
+
+def check_bundle(bundle: Path) -> None:
+    """Says how to make a bundle of what is a model's file.
+
+    Raises:
+        BundleError: it is a file.
+    """
+    from shlex import quote
+
+    from isthmus.protocol.errors import BundleError
+
+    if bundle.is_file():
+        command = f"isthmus split {quote(str(bundle))} -o {quote(bundle.stem)}"
+        raise BundleError(f"{bundle} is a file, not a bundle", f"if it is a model, run: {command}")
+
+
+def _check_effects(ctx: typer.Context) -> None:
+    """Refuses options that would have no effect beside the others.
+
+    Raises:
+        DeviceError: there is one.
+    """
+    from isthmus.edge.options import as_mode
+    from isthmus.protocol.errors import DeviceError
+
+    def refuse(option: str, why: str, remedy: str = "") -> None:
+        raise DeviceError(f"--{option} {why}", remedy or f"leave --{option} out")
+
+    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    mode = as_mode(ctx.params["mode"])
+    if "cloud" not in given:
+        if mode in ("split", "stream"):
+            raise DeviceError(f"{mode} mode needs a cloud", "name one with --cloud HOST:PORT")
+        for name in ("keys", "no_keys"):
+            if name in given:
+                refuse(name.replace("_", "-"), "has no effect without --cloud", "name a cloud, or leave it out")
+    if {"keys", "no_keys"} <= given:
+        refuse("keys", "has no effect with --no-keys", "choose one of them")
+    if {"greedy", "temperature"} <= given:
+        refuse("temperature", "has no effect with --greedy", "choose one of them")
+    if mode != "split" and not ("cloud" in given and "prompt" not in given):  # a chat may come to it with /mode
+        for name in ("cut", "codec"):
+            if name in given:
+                refuse(name, "has no effect without --mode split", "add that, or leave it out")
 
 
 def _read(prompt: str) -> str:
     import sys
 
+    from isthmus.apps.cli.chat import checked
     from isthmus.protocol.errors import DeviceError
 
     try:
-        text = _checked(sys.stdin.read() if prompt == "-" else prompt)
+        text = checked(sys.stdin.read() if prompt == "-" else prompt)
     except (UnicodeDecodeError, OSError) as error:
         raise DeviceError("standard input cannot be read", "give UTF-8 text there, or as the prompt itself") from error
     if not text.strip():
@@ -109,139 +165,23 @@ def _read(prompt: str) -> str:
     return text
 
 
-def _checked(text: str) -> str:
-    """A text as it is when it is UTF-8; other bytes are there as surrogates."""
-    from isthmus.protocol.errors import DeviceError
-
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
-    return text
-
-
 def _ask(device: Device, text: str, raw: bool, json: bool, options: dict[str, Any]) -> None:
     import sys
     from json import dumps
 
+    from isthmus.apps.cli.chat import cut_off, tell_note
     from isthmus.apps.cli.tokens import dim, has_color, show, summary
 
     tokens = device.generate(text, **options) if raw else device.chat(text, **options)
-    note = _note(device)
+    note = tell_note(device)
     if json:
         for _ in tokens:
             pass
-        _note(device, note)
+        tell_note(device, note)
         print(dumps(device.stats.to_dict(), ensure_ascii=False))
         return
     show(tokens)
-    _note(device, note)
+    tell_note(device, note)
+    cut_off(device, options["max_tokens"])
     if has_color(sys.stdout):
         print(dim(summary(device.stats), sys.stderr), file=sys.stderr)
-
-
-def _note(device: Device, said: str = "") -> str:
-    """Says on standard error what did not go as asked, unless it was `said` before; gives what stands there now."""
-    import sys
-
-    note = device.stats.note
-    if note and note != said:
-        print(f"note: {note}", file=sys.stderr)
-    return note
-
-
-def _chat(device: Device, raw: bool, options: dict[str, Any]) -> None:
-    import sys
-
-    from isthmus.apps.cli.tokens import dim, has_color, legend, show, summary
-    from isthmus.protocol.errors import IsthmusError
-
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        import readline  # noqa: F401  line editing and history for input()
-
-        colors = f"; tokens are coloured by where they are computed: {legend()}" if has_color(sys.stdout) else ""
-        print(dim(f"/help lists commands{colors}", sys.stdout))
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D ends)")
-            continue
-        if not line:
-            continue
-        try:
-            if line.startswith("/"):
-                if line in ("/quit", "/exit", "/q"):
-                    return
-                _command(device, line, options)
-                continue
-            _checked(line)
-            tokens = device.generate(line, **options) if raw else device.chat(line, **options)
-            note = _note(device)
-            try:
-                show(tokens)
-            except KeyboardInterrupt:
-                tokens.close()  # type: ignore[attr-defined]
-            _note(device, note)
-            if terminal:
-                print(dim(summary(device.stats), sys.stderr), file=sys.stderr)
-        except KeyboardInterrupt:
-            print()
-        except IsthmusError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def _command(device: Device, line: str, options: dict[str, Any]) -> None:
-    from isthmus.apps.cli.tokens import summary
-    from isthmus.edge.options import as_mode
-
-    name, _, argument = line.partition(" ")
-    if name == "/mode":
-        if argument.strip():
-            options["mode"] = as_mode(argument.strip())
-        print(f"mode: {options.get('mode', device.mode)}")
-    elif name == "/new":
-        device.reset()
-    elif name == "/stats":
-        print(summary(device.stats))
-        if device.stats.note:
-            print(f"note: {device.stats.note}")
-    else:
-        print(HELP if name == "/help" else f"there is no command {name}\n{HELP}")
-
-
-class _Fetching:
-    """A progress bar that appears when a bundle has to be fetched."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Fetching:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done()
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        """Shows how far a file is."""
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-            console = Console(stderr=True)
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-            self._bar.start()
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(f"fetching {name}", total=total)
-        self._bar.update(self._tasks[name], completed=done, visible=done < total)
-
-    def done(self) -> None:
-        """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

@@ -38,9 +38,11 @@ def command(
     The first start makes the cloud's own key pair. Devices on the list (`isthmus keys`) are let in, nobody else.
     """
     import gc
+    import logging
     import signal
     import sys
 
+    from isthmus.apps.cli.run import check_bundle
     from isthmus.cloud.admission import ServiceLimits
     from isthmus.cloud.http import StatusServer, host_port
     from isthmus.cloud.models import load
@@ -56,13 +58,17 @@ def command(
     )
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
+    for bundle in bundles:
+        check_bundle(bundle)
     if len({bundle.resolve() for bundle in bundles}) < len(bundles):
         raise ServiceError("the same bundle is named twice", "name each once")
-    check_listening(listen, encrypted=not no_keys)
+    listen = check_listening(listen, encrypted=not no_keys)
     if http is not None:
         host_port(http)
     check_free(listen)
     pair, allowed = (None, None) if no_keys else _keys(keys)
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("isthmus").setLevel(logging.INFO)
     models: list[Model] = []
     transport = status = None
     try:
@@ -77,9 +83,11 @@ def command(
             status = StatusServer(http, service.metrics.text, service.health)
         for model in models:
             print(f"serving {model.offer.name}: {model.offer.n_layers} layers, KV for {kv_tokens} positions")
-        print(f"on {service.address}", "in the clear" if pair is None else f"with the key {pair.public}")
-        if allowed is not None:
-            print(f"{len(allowed.entries())} device keys are allowed")
+        print(f"on {service.address}{'' if pair else ' in the clear'}")
+        if pair is not None and allowed is not None:
+            print(f"on the device: isthmus keys trust '{pair.public}'")
+            count = len(allowed.entries())
+            print(f"{count} device {'key is' if count == 1 else 'keys are'} allowed")
         if status is not None:
             print(f"status at http://{status.address}/metrics and /health")
         sys.stdout.flush()
@@ -97,12 +105,16 @@ def command(
 def _keys(folder: Path | None) -> tuple[KeyPair, AllowList]:
     """The cloud's pair, made when there is none, and the list of devices, which must not be empty."""
     from isthmus.protocol.errors import ServiceError
-    from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, read_pair, write_pair
+    from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, keys_option, read_pair, write_pair
 
     folder = folder or default_folder()
     allowed = AllowList(folder / ALLOWED)
     if not allowed.entries():
-        raise ServiceError(f"no device is allowed in by {folder / ALLOWED}", "run: isthmus keys new")
+        option = keys_option(folder)
+        raise ServiceError(
+            f"no device is allowed in by {folder / ALLOWED}",
+            f"run: isthmus keys allow 'KEY' NAME{option} (or, on one machine: isthmus keys new device{option})",
+        )
     if not (folder / "server.key").exists():
         if (folder / "server.pub").exists():
             raise ServiceError(

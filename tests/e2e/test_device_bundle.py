@@ -121,3 +121,28 @@ def test_another_model_and_an_altered_file(bundle: Path, cloud: tuple[str, Devic
     file.write_bytes(data)
     with pytest.raises(BundleError, match="altered"):
         Device(other)
+
+
+def test_a_device_chooses_among_several_models(bundle: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other", seed=1)
+    server, mine = new_pair(), new_pair()
+    allowed = AllowList(tmp_path / "allowed")
+    allowed.allow(mine.public, "tester")
+    transport = RouterTransport("tcp://127.0.0.1:0", server, allowed)
+    models = [load(folder, threads=1, kv=KvConfig(max_tokens=512)) for folder in (bundle, other)]
+    service = Service(models, transport, allowed)
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    ids_served = list(service.models)
+    options: dict[str, Any] = {"keys": DeviceKeys(mine, server.public), "threads": 1}
+    try:
+        with pytest.raises(DeviceError, match=r"serves 2 models: tiny \(.*\w{12}\), tiny \(.*\w{12}\); choose one"):
+            Device(tmp_path / "b", transport.address, **options)
+        with Device(tmp_path / "b", transport.address, model=ids_served[1][:8], **options) as device:
+            assert Bundle.open(tmp_path / "b").model_id == ids_served[1]
+            assert ids(device.generate("hello", max_tokens=2))
+        with pytest.raises(DeviceError, match="the bundle holds tiny"):
+            Device(tmp_path / "b", transport.address, model=ids_served[0], **options)
+    finally:
+        service.stop()
+        thread.join(20)

@@ -19,6 +19,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
+NOBODY = ("--cloud", "127.0.0.1:9", "--no-keys")
+
+
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "isthmus.apps.cli", "run", *arguments]
     environment = {**os.environ, "NO_COLOR": "1"}
@@ -50,7 +53,7 @@ def test_a_chat_without_a_terminal(bundle: Path) -> None:
     done = run(str(bundle), "--max-tokens", "4", "--greedy", stdin=lines)
     assert done.returncode == 0
     assert "mode: local" in done.stdout and "there is no command /what" in done.stdout
-    assert "stream mode needs a cloud" in done.stderr and "mode is 'magic'" in done.stderr
+    assert "stream mode needs a cloud; leave with /quit" in done.stderr and "mode is 'magic'" in done.stderr
     assert "tokens on device" in done.stdout
 
 
@@ -69,25 +72,33 @@ def test_bytes_that_are_no_text_are_one_line_each(bundle: Path) -> None:
     [
         (["--mode", "stream"], "stream mode needs a cloud"),
         (["--mode", "magic"], "mode is 'magic'"),
-        (["--mode", "split", "--cut", "4"], "cut is 4 and the model has 4 layers; choose one in 1..3"),
-        (["--codec", "f8"], "codec is 'f8'"),
+        (["--mode", "split"], "split mode needs a cloud; name one with --cloud"),
+        ([*NOBODY, "--mode", "split", "--cut", "4"], "--cut is 4 and the model has 4 layers; choose one in 1..3"),
+        ([*NOBODY, "--mode", "split", "--codec", "f8"], "--codec is 'f8'"),
+        ([*NOBODY, "--codec", "f32"], "--codec has no effect without --mode split"),
+        (["--cut", "2"], "--cut has no effect without --mode split"),
+        (["--keys", "nowhere"], "--keys has no effect without --cloud"),
+        (["--no-keys"], "--no-keys has no effect without --cloud"),
+        ([*NOBODY, "--keys", "nowhere"], "--keys has no effect with --no-keys"),
+        (["--greedy", "--temperature", "1"], "--temperature has no effect with --greedy"),
+        (["question"], "ask with --prompt 'QUESTION'"),
         (["--memory-mb", "50"], "the budget is 50 MB"),
-        (["--memory-mb", "nan"], "memory_mb is nan"),
-        (["--memory-mb", "inf"], "memory_mb is inf"),
-        (["--memory-mb", "-5"], "memory_mb is -5"),
-        (["--memory-mb", "0"], "memory_mb is 0"),
+        (["--memory-mb", "nan"], "--memory-mb is nan"),
+        (["--memory-mb", "inf"], "--memory-mb is inf"),
+        (["--memory-mb", "-5"], "--memory-mb is -5"),
+        (["--memory-mb", "0"], "--memory-mb is 0"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--temperature", "nan", "--greedy"], "temperature is nan"),
-        (["--top-p", "nan"], "top_p is nan"),
-        (["--kv-tokens", "9999"], "kv_tokens is 9999"),
-        (["--kv-tokens", "4"], "room for 4"),
-        (["--max-tokens", "0"], "max_tokens is 0"),
-        (["--max-tokens", "9" * 20], "max_tokens is 999"),
-        (["--top-k", "9" * 11], "top_k is 999"),
+        (["--top-p", "nan"], "--top-p is nan"),
+        (["--kv-tokens", "9999"], "--kv-tokens is 9999"),
+        (["--kv-tokens", "4"], "room for 4; begin a new one, raise --kv-tokens, or choose --overflow slide"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--max-tokens", "9" * 20], "--max-tokens is 999"),
+        (["--top-k", "9" * 11], "--top-k is 999"),
         (["--stop", ""], "stop word is empty"),
         (["--cloud", "tcp://127.0.0.1:9", "--keys", "nowhere"], "isthmus keys"),
         (["--cloud", "", "--no-keys"], "does not begin with tcp://"),
-        (["--cloud", "127.0.0.1:9", "--no-keys"], "does not begin with tcp://"),
+        (["--cloud", "127.0.0.1:9", "--no-keys", "--mode", "stream"], "nothing answers at tcp://127.0.0.1:9"),
         (["--cloud", "tcp://:9", "--no-keys"], "'tcp://:9' has no host"),
         (["--cloud", "tcp://127.0.0.1:0", "--no-keys"], "no port in 1..65535"),
         (["--cloud", "tcp://127.0.0.1:99999", "--no-keys"], "no port in 1..65535"),
@@ -116,8 +127,11 @@ def test_a_cloud_that_does_not_answer_is_named(bundle: Path, arguments: list[str
 
 
 def test_other_bad_input(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
     for arguments, problem in [
         ([str(tmp_path / "none"), "--prompt", "x"], "holds no bundle"),
+        ([str(file), "--prompt", "x"], f"isthmus split {file} -o model"),
         ([str(bundle), "--json"], "--json needs a prompt"),
         ([str(bundle), "--prompt", " "], "the prompt is empty"),
     ]:
@@ -134,4 +148,12 @@ def test_the_demo_answers_from_two_processes_and_cleans_up(bundle: Path, tmp_pat
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.split()[1:] and " ms " in line}
     assert {mode: row[1] for mode, row in rows.items()} == {"local": "device", "stream": "cloud", "split": "both"}
     assert rows["stream"][-1] == rows["split"][-1] == "yes"
+    assert f"isthmus run {bundle}" in done.stdout.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("--bundle", "nowhere"), ("--cut", "99")])
+def test_a_demo_that_cannot_begin_is_one_plain_error(bundle: Path, option: str, value: str) -> None:
+    command = [sys.executable, "-m", "isthmus.apps.cli", "demo", "--bundle", str(bundle), option, value]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("error:"), done.stderr.count("\n")) == (2, 1, 1)

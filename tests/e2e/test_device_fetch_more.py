@@ -93,10 +93,10 @@ def test_from_the_command_line(
     assert main([*asked, "--mode", "split", "--cut", "2", "--codec", "f32", "--json"]) == 0
     assert f'"tokens": {local[:4]}' in capsys.readouterr().out
     assert Bundle.open(folder).held_layers == 2
-    assert main([*asked, "--cut", "3"]) == 0
+    assert main([*asked, "--mode", "split", "--cut", "3"]) == 0
     assert Bundle.open(folder).held_layers == 3
     capsys.readouterr()
-    assert main([*asked, "--cut", "4"]) == 2
+    assert main([*asked, "--mode", "split", "--cut", "4"]) == 2
     assert "cut is 4 and the model has 4 layers" in capsys.readouterr().err
 
 

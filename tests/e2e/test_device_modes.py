@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,25 @@ def test_keys_that_do_not_fit(cloud: Cloud, tmp_path: Path) -> None:
     write_pair(tmp_path / "mine", "device")
     with pytest.raises(ProtocolError, match="no key of the cloud"):
         device(cloud, keys=tmp_path / "mine")
+
+
+def test_a_key_that_is_revoked_in_the_middle_of_a_chat(cloud: Cloud, tmp_path: Path) -> None:
+    with device(cloud, "auto") as one:
+        tokens = [token.id for token in one.generate(PROMPT, max_tokens=4)]
+        assert set(one.stats.sources) == {"cloud"}
+        AllowList(tmp_path / "allowed").revoke("tester")
+        deadline = time.monotonic() + 20.0
+        while cloud.service.health()["connections"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for problem in ("not allowed any more", ""):
+            tokens += [token.id for token in one.generate(max_tokens=4)]
+            assert set(one.stats.sources) == {"device"}
+            assert problem in one.stats.note and "by itself" in one.stats.note
+        with pytest.raises(IsthmusError, match="or use mode local"):
+            list(one.generate(max_tokens=4, mode="stream"))
+    with device(cloud, "local") as alone:
+        assert [token.id for token in alone.generate(PROMPT, max_tokens=12)] == tokens
 
 
 def test_nobody_at_the_address(cloud: Cloud) -> None:

@@ -68,8 +68,9 @@ def test_mistakes_with_keys_are_one_line(folder: Path, capsys: pytest.CaptureFix
     assert main(["keys", "list"]) == 0
     assert f"no device is allowed in by {folder}" in capsys.readouterr().err
     assert main(["keys", "new"]) == 0
-    assert "already" in failed(capsys, "keys", "new")
-    assert "no name" in failed(capsys, "keys", "new", "other", "--owner", "")
+    error = failed(capsys, "keys", "new", "other")
+    assert f"{folder}/device.key exists already" in error and "calls device" in error
+    assert read_pair(folder, "device").public in error
     assert "File name too long" in failed(capsys, "keys", "new", "--keys", "a" * 5000)
     (folder / "binary.pub").write_bytes(b"\xff" * 40)
     assert "holds no CURVE key" in failed(capsys, "keys", "allow", str(folder / "binary.pub"), "anna")
@@ -77,10 +78,42 @@ def test_mistakes_with_keys_are_one_line(folder: Path, capsys: pytest.CaptureFix
     assert "is not text; mend or remove it" in failed(capsys, "keys", "list")
 
 
+def test_any_name_makes_the_key_that_run_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "new", "phone"]) == 0
+    pair = read_pair(folder, "device")
+    assert f"isthmus keys allow '{pair.public}' phone" in capsys.readouterr().out
+    assert AllowList(folder / "allowed").entries() == [(pair.public, "phone")]
+    assert main(["keys", "new", "phone"]) == 0
+    again = capsys.readouterr().out
+    assert "exists already" in again and pair.public in again.splitlines()
+    assert read_pair(folder, "device") == pair
+    assert main(["keys", "revoke", "phone"]) == 0
+    assert main(["keys", "new", "phone"]) == 0
+    assert "no cloud on this machine lets it in" in capsys.readouterr().out
+    assert AllowList(folder / "allowed").entries() == []
+
+
+@pytest.mark.parametrize("start", ["-", "--", "-=", "-k", "-#"])
+def test_keys_that_look_like_options_are_taken(folder: Path, start: str) -> None:
+    key = start + "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"[len(start) :]
+    assert main(["keys", "allow", key, "anna"]) == 0
+    assert AllowList(folder / "allowed").entries() == [(key, "anna")]
+    assert main(["keys", "revoke", key]) == 0
+    assert main(["keys", "trust", key]) == 0
+    assert (folder / "server.pub").read_text().strip() == key
+
+
 def test_a_cloud_that_cannot_start_says_why(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     anywhere = ("--listen", "tcp://127.0.0.1:0")
-    assert "isthmus keys new" in failed(capsys, "serve", str(tmp_path), *anywhere)
+    error = failed(capsys, "serve", str(tmp_path), *anywhere)
+    assert "isthmus keys allow 'KEY' NAME (or, on one machine: isthmus keys new device)" in error
+    other = tmp_path / "other keys"
+    error = failed(capsys, "serve", str(tmp_path), *anywhere, "--keys", str(other))
+    assert f"isthmus keys allow 'KEY' NAME --keys '{other}'" in error
     assert not folder.exists()
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    assert "isthmus split" in failed(capsys, "serve", str(model), *anywhere)
     assert main(["keys", "new"]) == 0
     assert "no bundle" in failed(capsys, "serve", str(tmp_path / "absent"), *anywhere)
     (tmp_path / "bundle.json").write_text("{")
@@ -120,7 +153,7 @@ def test_a_cloud_serves_until_a_signal_comes(
     folder: Path, capsys: pytest.CaptureFixture[str], fake_models: list[Model], number: signal.Signals
 ) -> None:
     assert main(["keys", "new"]) == 0
-    address = f"tcp://127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     offers: list[Any] = []
 
     def visit() -> None:
@@ -143,7 +176,7 @@ def test_a_cloud_serves_until_a_signal_comes(
     assert [offer.name for offer in offers] == ["one", "two"]
     said = capsys.readouterr().out
     assert address in said
-    assert read_pair(folder, "server").public in said
+    assert f"on the device: isthmus keys trust '{read_pair(folder, 'server').public}'" in said.splitlines()
     assert said.endswith("stopped\n")
     assert all(model.kv.max_tokens == 64 and model.closed for model in fake_models)
 
@@ -172,7 +205,7 @@ def test_a_port_in_use_is_one_line(
         (["--listen", "tcp://:5"], "no host"),
         (["--listen", "tcp://0.0.0.0:0", "--no-keys"], "outside"),
         (["--http", "nonsense"], "--http"),
-        (["--kv-share", "nan"], "kv_share is nan"),
+        (["--kv-share", "nan"], "--kv-share is nan"),
         (["--kv-format", "f8"], "KV format is 'f8'"),
         (["--listen", "TAKEN"], "taken"),
         (["one"], "twice"),

@@ -87,7 +87,7 @@ def served(router: RouterTransport) -> bool:
             sent = sent or honest.send([HELLO])
             router.poll(10.0)
             if (incoming := router.recv()) is not None:
-                return msgpack.unpackb(incoming.frames[0])[0] == 1
+                return bool(msgpack.unpackb(incoming.frames[0])[0] == 1)
         return False
     finally:
         honest.close()

@@ -166,9 +166,13 @@ def test_without_keys_on_this_machine_only(tmp_path: Path) -> None:
         DealerTransport("tcp://192.0.2.1:5757", None)
 
 
-def test_unknown_keys_and_wrong_clouds_are_told_apart(cloud: Cloud) -> None:
-    with pytest.raises(Refused, match="does not know this device's key"):
-        connect(cloud.address, DeviceKeys(new_pair(), cloud.pair.public), LIMITS)
+def test_unknown_keys_and_wrong_clouds_are_told_apart(cloud: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+    stranger = new_pair()
+    with caplog.at_level("INFO", "isthmus.protocol"):
+        for _ in range(2):
+            with pytest.raises(Refused, match="does not know this device's key"):
+                connect(cloud.address, DeviceKeys(stranger, cloud.pair.public), LIMITS)
+    assert caplog.messages.count(f"refused a device: the key {stranger.public} is not allowed") == 1
     with pytest.raises(LinkError, match="public key"):
         connect(cloud.address, DeviceKeys(cloud.device, new_pair().public), LinkLimits(connect_ms=2500))
     link = cloud.connect()
@@ -293,6 +297,20 @@ def test_a_restarted_cloud_gives_the_same_text(cloud: Cloud) -> None:
     assert client.generate(PROMPT, 30, restart) == fake_text(PROMPT, 30)
     assert client.opens >= 2
     link.close()
+
+
+def test_devices_that_go_without_a_word_are_counted_out(cloud: Cloud) -> None:
+    gone, idle = cloud.connect(), cloud.connect()
+    assert gone._main is not None
+    gone._main.close()
+    deadline = time.monotonic() + 20.0
+    while cloud.service.health()["connections"] > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # Who is idle stays, though the device's own thread answers nothing.
+    time.sleep(4 * LIMITS.heartbeat_ms * LIMITS.silent_intervals * 1e-3)
+    assert cloud.service.health()["connections"] == 1
+    idle.close()
 
 
 def test_many_devices_at_once(cloud: Cloud) -> None:

@@ -86,7 +86,7 @@ def test_nobody_starves(waiting: list[Demand]) -> None:
     assert not left
 
 
-EMPTY = Load(0, 0, 0, 1024, 1024, 0, 1024, 0)
+EMPTY = Load(0, 0, 0, 0, 1024, 1024, 0, 1024, 0)
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,10 @@ def test_what_cannot_be_served_is_a_clear_fault(fields: dict[str, Any], expected
 
 def test_several_models_behind_one_service() -> None:
     one, two = FakePart(), FakePart()
-    world = World(serve_part(one, "aa", "first"), serve_part(two, "bb", "second"))
+    world = World(serve_part(one, "aa", "first", weights="q4"), serve_part(two, "bb", "second"))
     fault = world.open(model_id="")
     assert code(fault) == m.Code.UNKNOWN_MODEL
-    assert "first" in fault.remedy
-    assert "second" in fault.remedy
+    assert "first (q4, aa), second (bb)" in fault.problem
     world.open(model_id="aa")
     world.open(session=b"b" * 16, alias=2, model_id="bb")
     results = world.ask(rows(PROMPT, 5), rows(PROMPT, 5, alias=2))
@@ -236,6 +235,52 @@ def test_a_full_cloud_says_busy_and_idle_sessions_give_way() -> None:
     assert world.ask(rows(PROMPT + TEXT[:1], 1), route=b"b")[0].tokens == TEXT[1:2]
 
 
+def test_a_device_that_is_gone_gives_its_seat_to_whoever_needs_it_and_to_nobody_else() -> None:
+    world = World(max_sessions=1, max_sessions_per_principal=1)
+    world.open(b"a", session=b"a" * 16)
+    world.ask(rows(PROMPT, 5), route=b"a")
+    assert code(world.open(b"b", session=b"b" * 16)) == m.Code.BUSY
+    world.wire.ended.append(b"a")
+    world.later(0.1)
+    assert (world.service.health()["connections"], world.service.health()["sessions"]) == (1, 1)
+    assert world.open(b"c", session=b"a" * 16, epoch=2).committed == 5
+    world.wire.ended.append(b"c")
+    world.later(0.1)
+    assert world.open(b"b", session=b"b" * 16).committed == 0
+    assert world.service.health()["sessions"] == 1
+
+
+def test_an_owners_idle_session_gives_way_to_its_next() -> None:
+    world = World(max_sessions=4, max_sessions_per_principal=1)
+    world.open(b"a", session=b"a" * 16)
+    assert code(world.open(b"b", session=b"b" * 16)) == m.Code.BUSY
+    world.later(6.0)
+    assert world.open(b"b", session=b"b" * 16).committed == 0
+
+
+def test_the_log_names_who_joins_leaves_and_is_expelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    allowed = AllowList(tmp_path / "allowed")
+    allowed.allow(ANNA, "anna")
+    allowed.allow(BERT, "bert")
+    world = World(allowed=allowed)
+    with caplog.at_level("INFO", "isthmus.cloud"):
+        world.ask(m.Hello(1, 1, (), "a phone"), route=b"a", key=ANNA)
+        world.ask(m.Hello(1, 1, (), "a\nline"), route=b"b", key=BERT)
+        world.wire.ended.append(b"b")
+        world.later(0.1)
+        AllowList(tmp_path / "allowed").revoke("anna")
+        world.later(1.1)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if line.startswith(("anna", "bert"))] == [
+        "anna joined ('a phone')",
+        "bert joined ('a\\nline')",
+        "bert left",
+        "anna is expelled: its key is not allowed any more",
+    ]
+    assert code(world.wire.take(b"a")[-1]) == m.Code.NOT_ALLOWED
+    assert world.service.health()["connections"] == 0
+
+
 def test_one_principal_cannot_take_all_sessions(tmp_path: Path) -> None:
     allowed = AllowList(tmp_path / "allowed")
     allowed.allow(ANNA, "anna")
@@ -267,7 +312,7 @@ def test_kv_that_one_session_fills_is_full() -> None:
     world.open()
     fault = world.ask(rows(list(range(40)), 40))[0]
     assert code(fault) == m.Code.KV_FULL
-    assert "window" in fault.remedy
+    assert "overflow slide" in fault.remedy
     assert world.ask(rows(PROMPT, 5))[0].tokens == TEXT[:1]
 
 

@@ -75,7 +75,7 @@ def test_what_exceeds_a_share_by_itself_is_full(shared: Shared) -> None:
     fault = shared.ask(0, rows(list(range(129)), 129))[0]
     assert code(fault) == m.Code.KV_FULL
     assert fault.committed == 0
-    assert "window" in fault.remedy
+    assert "overflow slide" in fault.remedy
     assert shared.part.steps == []  # nothing was computed for it
 
 

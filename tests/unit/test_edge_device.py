@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +227,87 @@ def test_a_key_that_is_refused_is_never_passed_over() -> None:
 
     with device(Closed(ToyCloud())) as one, pytest.raises(LinkError, match="does not know this device's key"):
         one.generate(PROMPT)
+
+
+class Unwilling(ToyCloud):
+    """A cloud that refuses everything but greetings once it has a reason to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason: m.Fault | None = None
+
+    def receive(self, message: Any) -> list[tuple[float, Any]]:
+        if self.reason is None or isinstance(message, m.Hello | m.Ping):
+            return super().receive(message)
+        alias, epoch = getattr(message, "alias", None), getattr(message, "epoch", 0)
+        fault = m.Fault(self.reason.code, self.reason.problem, self.reason.remedy, self.reason.retry_ms)
+        if self.reason.code is not m.Code.NOT_ALLOWED:
+            fault.alias, fault.epoch = alias, epoch
+        return [(0.0, fault)]
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        (m.Code.NOT_ALLOWED, "this key is not allowed any more"),
+        (m.Code.KV_FULL, "the KV of 64 positions is full"),
+        (m.Code.UNKNOWN_MODEL, "no such model here"),
+    ],
+)
+def test_auto_goes_on_alone_when_the_cloud_does_not_want_it_any_more(code: m.Code, problem: str) -> None:
+    cloud = Unwilling()
+    with device(LossyWire(cloud), timeouts=Timeouts()) as one:
+        tokens = ids(one.generate(PROMPT, max_tokens=4))
+        cloud.reason = m.Fault(code, problem, "ask its owner")
+        tokens += ids(one.generate(max_tokens=4))
+        assert set(one.stats.sources) == {"device"}
+        assert problem in one.stats.note and "by itself" in one.stats.note
+        assert tokens == local(max_tokens=8)
+        for mode in ("stream", "split"):
+            with pytest.raises(IsthmusError, match=f"{problem}; ask its owner, or use mode local"):
+                ids(one.generate(max_tokens=4, mode=mode))
+        cloud.reason = None
+        assert {token.source for token in one.generate(max_tokens=4)} == {"cloud"}
+        assert one.stats.note == ""
+    with device(LossyWire(cloud), bundle=ToyBundle(held=3), timeouts=Timeouts()) as one:
+        cloud.reason = m.Fault(code, problem, "ask its owner")
+        with pytest.raises(IsthmusError, match=f"{problem}; ask its owner$"):
+            ids(one.generate(PROMPT, max_tokens=4))
+
+
+def test_auto_does_not_wait_long_for_a_busy_cloud(caplog: pytest.LogCaptureFixture) -> None:
+    cloud = Unwilling()
+    wire = LossyWire(cloud)
+    cloud.reason = m.Fault(m.Code.BUSY, "all seats are taken", "", 250)
+    with device(wire, timeouts=Timeouts()) as one:
+        before = wire.now
+        assert {token.source for token in one.generate(PROMPT, max_tokens=4)} == {"device"}
+        assert 5.0 <= wire.now - before < 6.0
+        assert "the cloud is busy: all seats are taken" in one.stats.note
+    assert "the cloud is busy: waiting (all seats are taken)" in caplog.messages
+    waiting = device(LossyWire(cloud), "stream", timeouts=Timeouts(), fallback=False)
+    with waiting as one, pytest.raises(LinkError, match=r"gave no answer in 120 s.*or use mode local"):
+        ids(one.generate(PROMPT, max_tokens=4))
+
+
+def test_a_cloud_that_was_busy_for_a_while_leaves_no_note(caplog: pytest.LogCaptureFixture) -> None:
+    cloud = Unwilling()
+    wire = LossyWire(cloud)
+    cloud.reason = m.Fault(m.Code.BUSY, "all seats are taken", "", 250)
+
+    def free(record: logging.LogRecord) -> None:
+        cloud.reason = None
+
+    with device(wire, "stream", timeouts=Timeouts()) as one:
+        handler = logging.Handler()
+        handler.emit = free  # type: ignore[method-assign]
+        logging.getLogger("isthmus.edge").addHandler(handler)
+        try:
+            assert ids(one.generate(PROMPT, max_tokens=4)) == local(max_tokens=4)
+        finally:
+            logging.getLogger("isthmus.edge").removeHandler(handler)
+        assert one.stats.note == ""
+    assert len([line for line in caplog.messages if "busy: waiting" in line]) == 1
 
 
 @pytest.mark.parametrize("mode", ["stream", "split", "auto"])

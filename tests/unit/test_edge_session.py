@@ -273,6 +273,39 @@ def test_a_cloud_that_is_busy_to_the_end_says_with_what() -> None:
     assert isinstance(event, Refused) and "in 60 s: the cloud's KV is full; try again" in str(event.error)
 
 
+def test_a_busy_cloud_is_waited_for_with_a_word_or_not_at_all() -> None:
+    session, lane = opened()
+    rows(session, lane, 0)
+    busy = m.Fault(m.Code.BUSY, "all seats are taken", "", 250, lane.alias, lane.epoch, 0)
+    session.receive(busy, 1.1)
+    session.tick(3.0)
+    assert session.waiting == ""
+    session.tick(3.2)
+    assert session.waiting == "the cloud is busy: waiting (all seats are taken)"
+    session.tick(7.0)
+    assert events(session) == []
+    session.impatient = True
+    session.tick(7.1)
+    (event,) = events(session)
+    assert isinstance(event, Refused) and "is busy: all seats are taken" in str(event.error)
+
+    session, lane = opened()
+    rows(session, lane, 0)
+    busy = m.Fault(m.Code.BUSY, "all seats are taken", "", 250, lane.alias, lane.epoch, 0)
+    session.receive(busy, 1.1)
+    session.tick(3.2)
+    session.receive(result(session, lane, 0, [9], 4), 3.3)
+    assert session.waiting == ""
+
+
+def test_after_an_error_the_cloud_is_still_told_to_forget() -> None:
+    session, lane = opened()
+    rows(session, lane, 0)
+    session.receive(fault(lane, m.Code.KV_FULL), 1.1)
+    session.close()
+    assert sent(session) == [m.Close(lane.alias, lane.epoch)]
+
+
 def test_a_refused_connection_and_a_stopping_cloud_end_it_sooner() -> None:
     session = Session("aa", Chain(LOG), TIMEOUTS)
     session.greet(10.0)

@@ -13,7 +13,8 @@ import pytest
 from isthmus.apps.bench.machine import installed_extras
 from isthmus.apps.cli.main import COMMANDS, EXTRAS, Entry, help_text
 from isthmus.apps.cli.main import main as run
-from isthmus.protocol.errors import BundleError
+from isthmus.apps.cli.wording import worded
+from isthmus.protocol.errors import BundleError, DeviceError, IsthmusError
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 
@@ -35,7 +36,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out
     assert [name for name in NAMES if f"\n  {name} " not in shown] == []
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines())) <= 80
     assert "\x1b" not in shown
     assert "\x1b[" in help_text(color=True)
 
@@ -68,6 +69,62 @@ def test_unknown_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert error.count("\n") == 1
     assert "--no-such-option" in error
     assert "isthmus doctor --help" in error
+
+
+@pytest.mark.parametrize("typed", ["--verson", "-v", "--vesion"])
+def test_a_mistyped_version_is_named(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([typed]) == 2
+    assert "did you mean 'isthmus --version'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["bench", "b-keep"], "did you mean 'isthmus bench decode'?"),
+        (["bench", "decode", "--nonsense"], "see 'isthmus bench decode --help'"),
+        (["keys", "revoke"], "see 'isthmus keys revoke --help'"),
+        (["keys", "alow"], "did you mean 'isthmus keys allow'?"),
+        (["run", "b", "question"], "ask with --prompt 'QUESTION', or see 'isthmus run --help'"),
+    ],
+)
+def test_usage_errors_say_where_to_go_on(arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert capsys.readouterr().err.rstrip().endswith(meant)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_command_offers_completion(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    assert "completion" not in capsys.readouterr().out
+    assert run([name, "--install-completion"]) == 2
+
+
+def test_paragraphs_of_help_are_broken_by_the_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["run", "--help"]) == 0
+    assert " cloud answer while it can be reached and goes on alone when it cannot. " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (DeviceError("kv_tokens is 9", "choose one in 1..8"), "--kv-tokens is 9; choose one in 1..8"),
+        (
+            DeviceError("no room", "raise kv_tokens, or choose overflow='slide'"),
+            "--kv-tokens, or choose --overflow slide",
+        ),
+        (DeviceError("cannot read /x/kv_tokens/y"), "cannot read /x/kv_tokens/y"),
+        (BundleError("top_k is 9 in bundle.json"), "top_k is 9 in bundle.json"),
+    ],
+)
+def test_errors_speak_of_options(error: IsthmusError, text: str) -> None:
+    assert text in worded(error)
+
+
+def test_a_chat_knows_how_to_begin_anew() -> None:
+    assert "(/new)" in worded(DeviceError("full", "begin a new one, raise kv_tokens"), chatting=True)
 
 
 def test_error_is_one_line(say: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,8 @@ from isthmus.protocol.link import connect
         "tcp://[::1]:5757",
         "tcp://[fd00::2]:5757",
         "ipc:///tmp/isthmus",
+        "cloud.example:5757",
+        "[::1]:5757",
     ],
 )
 def test_addresses_of_both_sides(address: str) -> None:
@@ -38,7 +40,9 @@ def test_addresses_of_the_cloud_alone(address: str) -> None:
     ("address", "fault"),
     [
         ("", "does not begin with tcp://"),
-        ("host:5757", "does not begin with tcp://"),
+        ("host", "does not begin with tcp://"),
+        ("::1:5757", "is no host"),
+        (":5757", "has no host"),
         ("udp://127.0.0.1:5", "does not begin with tcp://"),
         ("tcp://:5", "has no host"),
         ("tcp://host", "has no port"),
@@ -71,6 +75,14 @@ def test_what_is_no_address(address: str, fault: str) -> None:
     assert fault in address_fault(address, listening=True)
     with pytest.raises(LinkError, match="write tcp://HOST:PORT"):
         connect(address, None, wait=False)
+
+
+def test_tcp_need_not_be_written() -> None:
+    assert check_address("127.0.0.1:5", encrypted=False) == "tcp://127.0.0.1:5"
+    assert check_listening("*:5", encrypted=True) == "tcp://*:5"
+    assert check_address("ipc:///tmp/x", encrypted=True) == "ipc:///tmp/x"
+    with pytest.raises(LinkError, match="isthmus keys new"):
+        check_address("192.0.2.7:5757", encrypted=False)
 
 
 def test_the_clear_stays_on_this_machine() -> None:

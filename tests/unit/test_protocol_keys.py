@@ -37,7 +37,7 @@ def test_a_pair_survives_and_the_secret_is_private(tmp_path: Path) -> None:
 
 def test_a_pair_is_not_overwritten(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "device")
-    with pytest.raises(ProtocolError, match="already"):
+    with pytest.raises(ProtocolError, match=r"device\.key and .*device\.pub exist already"):
         write_pair(tmp_path, "device")
     assert read_pair(tmp_path, "device") == pair
     assert write_pair(tmp_path, "device", replace=True) != pair
@@ -145,7 +145,13 @@ def test_the_default_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_keys_can_be_given_on_a_command_line() -> None:
-    assert all(not new_pair().public.startswith("-") for _ in range(200))
+    assert all(not key.startswith("-") and "!" not in key for key in (new_pair().public for _ in range(200)))
+
+
+def test_a_pair_of_another_name_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path, "phone")
+    with pytest.raises(ProtocolError, match=r"has phone\.key: rename .* or run: isthmus keys new --keys"):
+        read_device(tmp_path)
 
 
 def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

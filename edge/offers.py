@@ -1,0 +1,37 @@
+"""Which of a cloud's models a device means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.messages import Offer, listed
+
+
+def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> str:
+    """The model_id that a device means.
+
+    Args:
+        wanted: the beginning of an id, or a name that one model alone has; empty for the only model.
+        where: the cloud, for the error.
+
+    Raises:
+        DeviceError: no model fits, or several do.
+    """
+    found = [offer for offer in offers if is_meant(wanted, offer.model_id, offer.name)]
+    if len(found) == 1:
+        return found[0].model_id
+    if not found:
+        problem = f"{where} serves no model {wanted!r}" if wanted else f"{where} serves no model"
+    elif wanted:
+        problem = f"{len(found)} models of {where} fit {wanted!r}"
+    else:
+        problem = f"{where} serves {len(found)} models"
+    names = listed(found or offers)
+    remedy = "choose one with model='...': the beginning of its id or a name of its own"
+    raise DeviceError(f"{problem}: {names}" if names else problem, remedy)
+
+
+def is_meant(wanted: str, model_id: str, name: str) -> bool:
+    """Whether a model is the one that is wanted, or one of them."""
+    return name == wanted or model_id.startswith(wanted.lower())
