@@ -134,7 +134,7 @@ def test_a_sequences_window_is_the_familys(tmp_path: Path) -> None:
     expected = tiny.logits([tokens])[0]
     windowless = build("mistral", tmp_path, sliding_window=None, max_position_embeddings=512).source
     part = open_native(windowless, 0, 3, threads=1, kv=KvConfig("f32", 240))
-    sequence, logits, at = part.open(window=6), [], 0
+    sequence, logits, at = part.open(window=6, sinks=0), [], 0
     for n in (150, 1, 1, 120, 28, *[1] * 100):
         rows = Rows().tokens(sequence, at, tokens[at : at + n], want=LOGITS, want_all=True)
         logits.append(part.step(rows).logits)
