@@ -389,6 +389,8 @@ class Service:
 
     def _drop(self, peer: Peer) -> None:
         del self._peers[peer.route]
+        peer.gone = True
+        peer.ranges.clear()
         self.metrics.peers_dropped += 1
         self._registry.orphan(peer)
 

@@ -179,7 +179,7 @@ def _writing(path: Path) -> Iterator[None]:
     """Keeps a folder for this process and says what hinders writing there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with locked(path):
+        with locked(path.resolve()):  # the folder may be a link
             yield
     except BlockingIOError as error:
         raise DeviceError(f"another process is fetching into {path}", "wait until it is done") from error

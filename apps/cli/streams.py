@@ -66,9 +66,10 @@ class _Output(io.FileIO):
 class _Errors(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data) or 0
+            count = super().write(data)
         except OSError:
-            return len(data)  # nobody is left to be told
+            count = None
+        return len(data) if count is None else count  # what nobody takes is dropped
 
 
 def _text(raw: io.FileIO, before: TextIO | None, errors: str) -> TextIO:
