@@ -113,7 +113,7 @@ void im_pool_barrier(im_pool *p, int thread) {
   waiter *w = &p->waiters[thread];
   const int patient = w->hurried % PROBES == 0;
   const int short_enough = spin_until(&p->gate, gate, patient ? p->spins : p->spins / SHORT);
-  w->hurried = patient && short_enough ? 0 : w->hurried + 1;
+  w->hurried = patient && short_enough ? 0 : w->hurried % PROBES + 1;
   if (!short_enough) sleep_until(&p->gate, gate);
 }
 
@@ -158,10 +158,14 @@ im_pool *im_pool_new(int threads) {
     free(p);
     return NULL;
   }
-  uint64_t start = now_ns();
-  for (int i = 0; i < 1000; i++) RELAX();
-  uint64_t spent = now_ns() - start;
-  p->spins = (int)(SPIN_NS * 1000ull / (spent ? spent : 1));
+  uint64_t least = UINT64_MAX;  // of several tries: one may be interrupted
+  for (int try = 0; try < 5; try++) {
+    const uint64_t start = now_ns();
+    for (int i = 0; i < 400; i++) RELAX();
+    const uint64_t spent = now_ns() - start;
+    if (spent < least) least = spent;
+  }
+  p->spins = (int)(SPIN_NS * 400ull / (least ? least : 1));
   if (p->spins > 100000) p->spins = 100000;
   p->threads = threads;
   for (int i = 1; i < threads; i++) {
