@@ -81,11 +81,17 @@ def _touch(value: Any) -> None:
     _spend(next(_costs(value)))
 
 
-def _steps(items: Iterable[Any], cost: int) -> Iterator[Any]:
+def _steps(items: Iterable[Any]) -> Iterator[Any]:
     """Pays for each iteration."""
     for item in items:
-        _spend(STEP_COST + cost)
+        _spend(STEP_COST)
         yield item
+
+
+def _pay(cost: int) -> int:
+    """Pays so much, in the body of a loop: also where the loop calls itself."""
+    _spend(cost)
+    return cost
 
 
 def _metered(function: Callable[..., Any], pay: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -103,7 +109,11 @@ def _metered(function: Callable[..., Any], pay: Callable[[Any], Any]) -> Callabl
 
 
 def _joined(values: Iterable[Any], between: str) -> list[Any]:
-    return [_read(value) for value in _steps(values, len(between))]
+    found = []
+    for value in _steps(values):
+        _spend(len(between))
+        found.append(_read(value))
+    return found
 
 
 def _pay_replacing(text: str, old: str, new: str, *_: Any) -> None:
@@ -156,7 +166,9 @@ class _Metering(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "steps", nodes.Const(text))
+        node.iter = _filtered(node.iter, "steps")
+        cost = text + (STEP_COST if node.recursive else 0)  # calling itself it does not come by `steps`
+        node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(cost), "pay")))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Concat:
@@ -202,7 +214,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         kept = {name: _metered(self.filters[name], _touch) for name in _ITEM_FILTERS.split()}
         kept |= {name: _metered(self.filters[name], _read) for name in _WHOLE_FILTERS.split()}
         kept |= {"join": _join, "replace": _replace, "indent": _indent, "tojson": _tojson}
-        self.filters = kept | {"read": _read, "steps": _steps}
+        self.filters = kept | {"read": _read, "steps": _steps, "pay": _pay}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
 
     def _generate(self, source: nodes.Template, *args: Any, **named: Any) -> str:

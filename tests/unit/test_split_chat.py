@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from typing import Any
 
 import jinja2.ext
@@ -31,6 +32,7 @@ NESTED = (
     "{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
 )
 MUCH = "takes too much time or memory"
+PEAK_BYTES = 64 << 20
 
 
 @pytest.mark.timeout(60)
@@ -66,10 +68,18 @@ MUCH = "takes too much time or memory"
         ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", MUCH),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% for x in [9] recursive %}{{ loop([9, 9]) }}{% endfor %}", "recursion"),
+        (
+            "{% for x in [1] recursive %}" + "static text " * 999
+            + "{% if loop.depth == 1 %}{{ loop(range(99999)) }}{% endif %}{% endfor %}", MUCH,
+        ),
+        (
+            "{% for x in [1] recursive %}" + "static text " * 999
+            + "{% if loop.depth == 1 %}{{ loop(range(9999) | map('upper')) }}{% endif %}{% endfor %}", MUCH,
+        ),
         ("{% set x = 'a' * 99999 %}{% for i in range(99999) %}{{ 'b' in x }}{% endfor %}", MUCH),
         ("{% set x = 'a' * 99999 %}{% for i in range(99999) %}{% set y = x[::-1] %}{% endfor %}", MUCH),
         ("{% for i in range(99999) %}{% set y = range(99999) | reject | list %}{% endfor %}", MUCH),
-        ("{% for i in range(9) | steps(-999999999) %}{% for a in range(99999) %}{{ a }}{% endfor %}{% endfor %}", MUCH),
+        ("{% for i in range(9) if -999999999 | pay %}{% for a in range(99999) %}{{ a }}{% endfor %}{% endfor %}", MUCH),
         # A little that grows with each round.
         *[
             (DOUBLING.replace("BODY", body), MUCH)
@@ -91,8 +101,13 @@ MUCH = "takes too much time or memory"
     ],
 )  # fmt: skip
 def test_time_and_memory_are_bounded(template: str, says: str) -> None:
-    with pytest.raises(ModelError, match="the chat template refuses the messages: ") as caught:
-        shown(template)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match="the chat template refuses the messages: ") as caught:
+            shown(template)
+        assert tracemalloc.get_traced_memory()[1] < PEAK_BYTES
+    finally:
+        tracemalloc.stop()
     assert says in caught.value.problem
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
