@@ -20,7 +20,8 @@ from pathlib import Path
 from models import BENCH, bundle, gguf, peer_python
 from record import Record
 
-from isthmus.apps.bench.contenders import Contender, Elsewhere, Engine, Prototype, kv_for, quietly
+from isthmus.apps.bench.contenders import Contender, Elsewhere, Engine, kv_for, quietly
+from isthmus.apps.bench.prototype import Prototype
 from isthmus.apps.bench.quality import QUESTIONS, Quality
 from isthmus.apps.bench.roofline import read_bandwidth
 from isthmus.apps.bench.turns import CASES, Case, Speed, measure
@@ -104,7 +105,7 @@ def compare(record: Record, threads: int, speeds: dict[Case, dict[str, Speed]]) 
 def main() -> int:
     """Measures and writes results/decode.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, help="folder of a reference prototype (engine.py and its C sources)")
+    parser.add_argument("--reference", type=Path, help="folder of a prototype, as apps/bench/prototype.py has it")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--threads", default="1,2")
     options = parser.parse_args()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from isthmus.protocol.address import address_fault
 from isthmus.protocol.errors import ServiceError
 
 
@@ -50,11 +52,13 @@ class StatusServer:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = Server((host, port), Handler)
         except OSError as error:
             raise ServiceError(f"cannot listen on {address}: {error.strerror}", "choose another --http port") from error
-        self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         self.address = f"{address.rpartition(':')[0]}:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="status", daemon=True)
@@ -68,12 +72,13 @@ class StatusServer:
 
 
 def host_port(address: str) -> tuple[str, int]:
-    """Host and port out of "HOST:PORT".
+    """Host and port out of "HOST:PORT"; an IPv6 host stands in brackets.
 
     Raises:
         ServiceError: it is something else.
     """
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ServiceError(f"{address!r} is no address for --http", "write HOST:PORT, such as 127.0.0.1:9090")
+    if host == "*" or address_fault(f"tcp://{address}", listening=True):
+        remedy = "write HOST:PORT, such as 127.0.0.1:9090 or [::1]:9090"
+        raise ServiceError(f"{address!r} is no address for --http", remedy)
     return host.strip("[]"), int(port)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from isthmus.cloud.admission import SHORTEN, Load, ServiceLimits, held_tokens, refusal, share_refusal, share_tokens
+from isthmus.cloud.admission import (
+    Load,
+    ServiceLimits,
+    held_tokens,
+    misfit,
+    refusal,
+    share_refusal,
+    share_sessions,
+    share_tokens,
+)
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer
@@ -85,9 +94,12 @@ class Registry:
         """
         model = self.model(message.model_id)
         _check_offer(message, model)
-        if len(peer.aliases) >= 2 * self._limits.max_sessions_per_principal and message.alias not in peer.aliases:
+        if (why := misfit(message.max_positions, message.window, self._share(model), self._limits)) is not None:
+            raise Refusal(Code.KV_FULL, *why)
+        most = 2 * self._share_sessions
+        if len(peer.aliases) >= most and message.alias not in peer.aliases:
             peer.aliases = {alias: session for alias, session in peer.aliases.items() if session in self}
-            if len(peer.aliases) >= 2 * self._limits.max_sessions_per_principal:
+            if len(peer.aliases) >= most:
                 raise self.busy("too many sessions on this connection")
         known = self._sessions.get(message.session)
         if known is not None and known[0].principal != principal:
@@ -96,13 +108,10 @@ class Registry:
             session, before = known
             if message.epoch < session.epoch:
                 raise Refusal(Code.STALE_EPOCH, f"epoch {session.epoch} owns the session", "raise the epoch")
-            moved = session.route != peer.route
             session.resume(message.epoch, peer.route, message.alias)
             if before is not model or session.enter != message.enter or session.window != message.window:
                 self.forget(session)
                 session = self._new_session(model, message, principal)
-            elif moved:
-                session.freed_bytes = 0
         else:
             self._admit(model, message, principal, now_s)
             session = self._new_session(model, message, principal)
@@ -149,63 +158,78 @@ class Registry:
                 peer.send(reply)
         self.settle(session, model, peer)
 
-    def evict(self, model: Model, now_s: float, asking: Session | None = None) -> int:
-        """Takes the KV of one session; its device sends it again when it needs it.
+    def spare(
+        self, model: Model, now_s: float, asking: Session | None = None, taken: Collection[Session] = ()
+    ) -> Session | None:
+        """The session whose KV may go, None when there is none; its device sends it again when it needs it.
 
         That is the session that was idle longest. Where owners have shares it is one of the same owner, and if none is
         idle, the newest that itself waits for KV: several that want more than there is must not all wait for ever.
 
         Args:
             asking: the session that wants KV beyond its owner's share, None for one that wants what nobody has free.
-
-        Returns:
-            KV positions that are free now, 0 when there is no such session.
+            taken: sessions whose KV goes already.
         """
-        own = [s for s in model.sessions if s.committed and (asking is None or s.principal == asking.principal)]
+        own = [
+            s
+            for s in model.sessions
+            if s.committed and s not in taken and (asking is None or s.principal == asking.principal)
+        ]
         session = min((s for s in own if self._idle(s, now_s)), key=self._worth, default=None)
         if session is None and asking is not None:
             after = self._numbers[asking]
             stuck = (s for s in own if s.refused and not s.work and self._numbers[s] > after)
             session = max(stuck, key=self._numbers.__getitem__, default=None)
-        if session is None:
-            return 0
-        freed = _held(session)
+        return session
+
+    def evict(self, session: Session) -> None:
+        """Takes a session's KV."""
         session.forget(0)
         self._metrics.sessions_evicted += 1
-        return freed
 
-    def overdrawn(self, model: Model, now_s: float) -> list[tuple[Session, str, bool]]:
-        """Sessions whose next request would exceed their principal's share of the KV, first come, first served.
-
-        Makes room first with KV of the principal's own sessions that can spare it.
+    def overdrawn(self, model: Model, now_s: float) -> tuple[list[Session], list[tuple[Session, str, bool]]]:
+        """What keeps every principal within its share of the KV, first come, first served; changes nothing itself.
 
         Returns:
-            each with what is wrong, and whether waiting helps.
+            sessions to evict, each sparing KV for another of the same principal, and sessions whose next request
+            exceeds the share all the same, each with what is wrong and whether waiting helps.
         """
-        share = share_tokens(model.pool_tokens, self.principals, self._limits)
+        share = self._share(model)
+        spared: list[Session] = []
+        refused: list[tuple[Session, str, bool]] = []
         if share == model.pool_tokens:
-            return []
+            return spared, refused
         held: dict[str, int] = {}
         for session in model.sessions:
-            held[session.principal] = held.get(session.principal, 0) + _held(session)
-        found: list[tuple[Session, str, bool]] = []
+            held[session.principal] = held.get(session.principal, 0) + self._held(session)
         for session in model.ready.values():
-            principal, mine = session.principal, _held(session)
-            wanted = held_tokens(session.work[0].end, session.window)
+            principal, mine = session.principal, self._held(session)
+            wanted = held_tokens(session.work[0].end, session.window, self._limits)
             others = held[principal] - mine
             while (why := share_refusal(others, wanted, share)) is not None and why[1]:
-                freed = self.evict(model, now_s, session)
-                if not freed:
+                spare = self.spare(model, now_s, session, spared)
+                if spare is None:
                     break
-                others -= freed
+                spared.append(spare)
+                others -= self._held(spare)
             held[principal] = others + (wanted if why is None else mine)
             if why is not None:
-                found.append((session, *why))
-        return found
+                refused.append((session, *why))
+        return spared, refused
 
     def busy(self, problem: str) -> Refusal:
         """The refusal of a cloud that is full for the moment."""
         return Refusal(Code.BUSY, problem, "try again in a moment", self._limits.busy_retry_ms)
+
+    @property
+    def _share_sessions(self) -> int:
+        return share_sessions(self.principals, self._limits)
+
+    def _share(self, model: Model) -> int:
+        return share_tokens(model.pool_tokens, self.principals, self._limits)
+
+    def _held(self, session: Session) -> int:
+        return held_tokens(session.committed, session.window, self._limits)
 
     def _idle(self, session: Session, now_s: float) -> bool:
         """Whether it may go when others need the room: long unused, or its connection has ended."""
@@ -223,20 +247,22 @@ class Registry:
         own_idle = [s for s in idle if s.principal == principal]
         own_sessions = sum(1 for s, _ in self._sessions.values() if s.principal == principal)
         load = Load(
-            len(self._sessions),
-            own_sessions,
-            len(own_idle),
-            len(idle),
-            model.part.free_tokens,
-            model.pool_tokens,
-            sum(_held(s) for s in idle if s in model.sessions),
-            share_tokens(model.pool_tokens, self.principals, self._limits),
-            sum(_held(s) for s in model.sessions if s.principal == principal and not self._idle(s, now_s)),
+            sessions=len(self._sessions),
+            own_sessions=own_sessions,
+            own_idle_sessions=len(own_idle),
+            idle_sessions=len(idle),
+            share_sessions=self._share_sessions,
+            free_tokens=model.part.free_tokens,
+            idle_tokens=sum(self._held(s) for s in idle if s in model.sessions),
+            share_tokens=self._share(model),
+            own_tokens=sum(
+                self._held(s) for s in model.sessions if s.principal == principal and not self._idle(s, now_s)
+            ),
         )
-        if (why := refusal(load, self._limits, message.max_positions, message.window)) is not None:
-            problem, waiting_helps = why
-            raise self.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, SHORTEN)
-        crowded = own_sessions >= self._limits.max_sessions_per_principal
+        need = held_tokens(message.max_positions, message.window, self._limits)
+        if (problem := refusal(load, self._limits, need)) is not None:
+            raise self.busy(problem)
+        crowded = own_sessions >= load.share_sessions
         if crowded or len(self._sessions) >= self._limits.max_sessions:
             self.forget(min(own_idle if crowded else idle, key=self._worth))
             self._metrics.sessions_evicted += 1
@@ -258,10 +284,6 @@ class Registry:
         model.sessions.add(session)
         self._metrics.sessions_opened += 1
         return session
-
-
-def _held(session: Session) -> int:
-    return held_tokens(session.committed, session.window)
 
 
 def _check_offer(message: Open, model: Model) -> None:

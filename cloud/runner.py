@@ -43,7 +43,10 @@ class Runner:
         for session in list(model.ready.values()):
             if late := session.expire(now_s):
                 self._registry.answer(session, model, late)
-        for session, problem, waiting_helps in self._registry.overdrawn(model, now_s):
+        spared, overdrawn = self._registry.overdrawn(model, now_s)
+        for session in spared:
+            self._registry.evict(session)
+        for session, problem, waiting_helps in overdrawn:
             session.refused += 1
             refusal = self._registry.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, SHORTEN)
             self._registry.answer(session, model, session.fail(refusal))
@@ -58,7 +61,8 @@ class Runner:
         try:
             self._compute(model, picks)
         except OutOfBlocks:
-            if self._registry.evict(model, now_s):
+            if (spare := self._registry.spare(model, now_s)) is not None:
+                self._registry.evict(spare)
                 return  # nothing was committed; the next turn tries again
             self._one_by_one(model, picks)
         except EngineError:

@@ -111,6 +111,10 @@ class Session:
             raise self._stale(epoch)
         if epoch > self.epoch:
             self.cancel()
+        if route != self.route:  # bytes that came on another connection give this one no credit
+            self.freed_bytes = 0
+            for work in self.work:
+                work.size_bytes = 0
         self.epoch, self.route, self.alias = epoch, route, alias
 
     def opened(self, numerics: str, kv_format: str, idle_s: int) -> Opened:
@@ -376,11 +380,8 @@ class Session:
         if tokens and max(tokens) >= self.shape.vocab_size:
             raise Refusal(Code.BAD_MESSAGE, f"token {max(tokens)} of a vocabulary of {self.shape.vocab_size}")
         if not self.window and end > self.shape.context_length:
-            raise Refusal(
-                Code.KV_FULL,
-                f"{end} positions exceed the model's context of {self.shape.context_length}",
-                SHORTEN,
-            )
+            problem = f"{end} positions exceed the model's context of {self.shape.context_length}"
+            raise Refusal(Code.KV_FULL, problem, SHORTEN)
         return new_at
 
     def _replay(self, message: Rows, end: int) -> Reply | None:

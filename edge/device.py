@@ -7,20 +7,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from isthmus.edge import policy
 from isthmus.edge.chat import Chat, Message, parse
-from isthmus.edge.events import Timeouts
-from isthmus.edge.fallback import may_go_on, offering_local, with_local
+from isthmus.edge.events import Busy, Timeouts
+from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link, Wire
-from isthmus.edge.offers import is_meant
-from isthmus.edge.options import GenerateOptions, Overflow, as_mode, check_cut, check_memory, kv_room, stop_words
+from isthmus.edge.opening import Opening
+from isthmus.edge.options import (
+    GenerateOptions,
+    Overflow,
+    as_mode,
+    check_cut,
+    check_memory,
+    kv_room,
+    middle_cut,
+    stop_words,
+)
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
-from isthmus.edge.session import Session
 from isthmus.edge.text import Text
 from isthmus.edge.token import Mode, Stats, Token
 from isthmus.engine.sampling import GREEDY, Sampling
@@ -67,7 +76,7 @@ class Device:
 
     Raises:
         DeviceError: the settings do not fit the bundle or the memory.
-        LinkError: the cloud's address is none, or its host does not exist.
+        LinkError: the cloud's address is none; or its host does not exist, and this device cannot do without it.
         BundleError: the bundle cannot be used.
     """
 
@@ -100,49 +109,51 @@ class Device:
             raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
         check_memory(memory_mb)
         self.stats = Stats()
-        self._closed, self._waited = False, ""
-        self._cloud, self._timeouts = cloud, timeouts or Timeouts()
-        if wire is None and cloud is not None:
-            from isthmus.protocol.address import check_host
-            from isthmus.protocol.link import connect
-
-            wire = connect(cloud, _device_keys(keys) if encrypted else None, agent="isthmus device", wait=False)
-            if mode != "local":
-                check_host(cloud, self._timeouts.connect_ms)
-        if isinstance(bundle, str | Path):
-            bundle = self._open_bundle(Path(bundle), wire, clock, as_mode(mode), cut, progress, model or "")
-        if model and not is_meant(model, bundle.model_id, bundle.name):
-            problem = f"the bundle holds {bundle.name} ({bundle.model_id[:12]}) and not {model!r}"
-            raise DeviceError(problem, "name another folder, or the model that this one holds")
-        self._bundle = bundle
-        self.config = bundle.config
+        self._note = self._waited = ""  # what did not go as asked: for good, and until the next token
+        self._closed = False
         self._mode: Mode = as_mode(mode)
-        self._cut = check_cut(cut, self.config) if cut is not None else None
-        self._codec, self._fallback = codec, fallback
-        self._kv_tokens, self._slides = kv_room(kv_tokens, self.config), overflow == "slide"
-        window = self._kv_tokens if self._slides else 0
-        self._holding = Holding(
-            bundle, memory_mb=memory_mb, kv_tokens=self._kv_tokens, window=window, backend=backend, threads=threads
-        )
-        computes = self._mode in ("local", "split") or wire is None
-        if computes:
-            self._holding.prefetch()
-        self._log = Chain()
-        self._link: Link | None = None
-        self._active: Generator[Token] | None = None
-        self._owner = 0  # the thread of `_active`
-        self._counted = (0, 0, 0)
-        self._served = False  # whether the cloud ever has
-        self._cloud_error: IsthmusError | None = None  # why the cloud did not answer when it was last looked for
-        if wire is not None:
-            session = Session(bundle.model_id, self._log, self._timeouts, where=self._where(), window=window)
-            self._link = Link(session, wire, clock, self._waits)
-            self._counted = self._link.costs  # what fetching the bundle took is no answer's cost
-        self._tokenizer = bundle.tokenizer()
-        self._eos = tuple(bundle.manifest.tokenizer.eos)
-        self._chat = Chat(self._tokenizer, self._eos)
-        if computes:
-            self._holding.open(self.cut if self._mode == "split" and wire is not None else self.config.n_layers)
+        self._codec, self._fallback, self._clock = codec, fallback, clock
+        with ExitStack() as opened:
+            opening = Opening(cloud, timeouts or Timeouts(), wire, clock, self._waits)
+            opened.callback(opening.close)
+            opening.connect(keys, encrypted, self._mode)
+            self._where = opening.where
+            self._bundle = opening.bundle(bundle, self._mode, cut, model or "", progress)
+            self.config = self._bundle.config
+            self._cut = check_cut(cut, self.config) if cut is not None else None
+            self._kv_tokens, self._slides = kv_room(kv_tokens, self.config), overflow == "slide"
+            window = self._kv_tokens if self._slides else 0
+            self._holding = Holding(
+                self._bundle,
+                memory_mb=memory_mb,
+                kv_tokens=self._kv_tokens,
+                window=window,
+                backend=backend,
+                threads=threads,
+            )
+            opened.callback(self._holding.close)
+            self._cloud_error: IsthmusError | None = opening.absent  # of when the cloud was last looked for
+            if opening.absent is not None and not self._holding.whole:
+                raise opening.absent
+            computes = self._mode in ("local", "split") or opening.wire is None
+            if computes:
+                self._holding.prefetch()
+            self._log = Chain()
+            self._link: Link | None = None
+            self._active: Generator[Token] | None = None
+            self._owner = 0  # the thread of `_active`
+            self._counted = (0, 0, 0)
+            self._served = False  # whether the cloud ever has
+            self._rest = Rest()
+            if opening.wire is not None:
+                self._link = opening.link(self._bundle.model_id, self._log, window)
+                self._counted = self._link.costs  # what fetching the bundle took is no answer's cost
+            self._tokenizer = self._bundle.tokenizer()
+            self._eos = tuple(self._bundle.manifest.tokenizer.eos)
+            self._chat = Chat(self._tokenizer, self._eos)
+            if computes:
+                self._holding.open(self.cut if self._mode == "split" and self._link else self.config.n_layers)
+            opened.pop_all()
 
     # -- what people call
 
@@ -276,6 +287,7 @@ class Device:
     def _begin(self, options: GenerateOptions, started: float, asked: list[Message] | None = None) -> Iterator[Token]:
         self._check_room(len(self._log))
         self.stats = Stats(prompt_tokens=len(self._log))
+        self._note = self._waited = ""
         runner = self._runner(options)
         self._owner = threading.get_ident()
         self._active = self._run(options, runner, self.stats, started, asked)
@@ -296,10 +308,10 @@ class Device:
                 try:
                     token = runner.next(self._remaining(limit - len(ids)))
                 except IsthmusError as error:
-                    runner = self._alone(options, runner, error, stats)
+                    runner = self._alone(options, runner, error)
                     continue
                 if self._waited:
-                    stats.note, self._waited = stats.note.removeprefix(self._waited), ""
+                    self._say()
                 last = time.perf_counter()
                 position = len(log)
                 log.extend((token,))
@@ -331,6 +343,9 @@ class Device:
             runner.stop()
         except LinkError:
             pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
+        if stats.tokens and runner.source != "device":
+            self._cloud_error = None
+            self._rest.end()
         if self._link is not None:
             now = self._link.costs
             stats.bytes_up, stats.bytes_down, stats.round_trips = (
@@ -349,7 +364,7 @@ class Device:
                 raise self._cloud_error
             mode = policy.choose(policy.Situation(self._link is not None, link_up, whole))
             if self._cloud_error is not None:
-                self.stats.note = f"{self._cloud_error.problem}: this device goes on by itself"
+                self._say(f"{self._cloud_error.problem}: this device goes on by itself")
         if mode == "local":
             return self._local_runner(options)
         if self._link is None:
@@ -368,7 +383,7 @@ class Device:
     def _local_runner(self, options: GenerateOptions) -> Runner:
         return LocalRunner(self._holding.open(self.config.n_layers), self._log, options.sampling)
 
-    def _alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError, stats: Stats) -> Runner:
+    def _alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner:
         """The runner that goes on without the cloud.
 
         Raises:
@@ -379,11 +394,13 @@ class Device:
         if not (self._fallback and may_go_on(error, options.mode, self._served)):
             raise with_local(error) from error
         self._cloud_error = error
-        stats.note = f"{error.problem}: this device went on by itself after {len(stats.tokens)} tokens"
+        if isinstance(error, Busy):
+            self._rest.begin(self._clock())
+        self._say(f"{error.problem}: this device went on by itself after {len(self.stats.tokens)} tokens")
         return self._local_runner(options)
 
     def _link_up(self) -> bool:
-        if self._link is None:
+        if self._link is None or not self._rest.over(self._clock()):
             return False
         try:
             if self._cloud_error is None:
@@ -405,9 +422,9 @@ class Device:
             if offer.model_id != self._bundle.model_id:
                 continue
             if codec not in offer.codecs:
-                raise DeviceError(f"{self._where()} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
+                raise DeviceError(f"{self._where} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
             if offer.numerics != numerics:
-                self.stats.note = f"{self._where()} computes with {offer.numerics}, this device with {numerics}"
+                self._say(f"{self._where} computes with {offer.numerics}, this device with {numerics}")
 
     # -- the log
 
@@ -453,43 +470,14 @@ class Device:
         self._active = None
 
     def _default_cut(self) -> int:
-        middle = max(1, self.config.n_layers // 2)
-        return max(1, min(middle, self._holding.layers))
+        return max(1, min(middle_cut(self.config), self._holding.layers))
 
     def _waits(self, note: str) -> None:
-        self.stats.note = self._waited = note
+        self._say(waiting=note)
         _log.warning(note)
 
-    def _where(self) -> str:
-        return f"the cloud at {self._cloud}" if self._cloud else "the cloud"
-
-    def _open_bundle(
-        self,
-        path: Path,
-        wire: Wire | None,
-        clock: Callable[[], float],
-        mode: Mode,
-        cut: int | None,
-        progress: Callable[[str, int, int], None] | None,
-        model: str,
-    ) -> Bundle:
-        if wire is None:
-            return Bundle.open(path)
-        from isthmus.edge.provision import provision
-
-        def link(model_id: str) -> Link:
-            return Link(Session(model_id, Chain(), self._timeouts, where=self._where()), wire, clock, self._waits)
-
-        try:
-            return provision(path, link, mode, cut, progress, model=model)
-        except BaseException:
-            wire.close()
-            raise
-
-
-def _device_keys(keys: str | Path | DeviceKeys | None) -> DeviceKeys:
-    from isthmus.protocol.keys import DeviceKeys, default_folder, read_device
-
-    if isinstance(keys, DeviceKeys):
-        return keys
-    return read_device(Path(keys) if keys is not None else default_folder())
+    def _say(self, note: str = "", *, waiting: str = "") -> None:
+        """Adds a note for good; one about waiting stands until something else is said or a token comes."""
+        self._note = "; ".join(filter(None, (self._note, note)))
+        self._waited = waiting
+        self.stats.note = "; ".join(filter(None, (self._note, waiting)))

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from isthmus.edge.lane import Lane
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import DeviceError, IsthmusError
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
+
+
+class Busy(LinkError):
+    """The cloud is there and had no room for this device for too long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,3 +42,28 @@ def offering_local(whole_model: bool) -> Iterator[None]:
         if not whole_model:
             raise
         raise with_local(error) from error
+
+
+class Rest:
+    """How long a device leaves a busy cloud alone: twice as long each time that it gave up on it, up to a bound.
+
+    Args:
+        first_s, most_s: seconds, the first time and at most.
+    """
+
+    def __init__(self, first_s: float = 10.0, most_s: float = 160.0) -> None:
+        self._first_s, self._most_s = first_s, most_s
+        self._length_s, self._until = 0.0, float("-inf")
+
+    def begin(self, now: float) -> None:
+        """The cloud had no room for too long."""
+        self._length_s = min(2.0 * self._length_s or self._first_s, self._most_s)
+        self._until = now + self._length_s
+
+    def over(self, now: float) -> bool:
+        """Whether the cloud may be asked again."""
+        return now >= self._until
+
+    def end(self) -> None:
+        """The cloud has answered."""
+        self._length_s, self._until = 0.0, float("-inf")

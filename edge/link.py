@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed
@@ -168,11 +169,13 @@ class Link:
     def close(self) -> None:
         """Ends the sessions and the connection."""
         self.session.close()
-        try:
-            self.flush()
-        except IsthmusError:
-            pass  # the cloud forgets idle sessions by itself
+        self._tell()
         self._wire.close()
+
+    def _tell(self) -> None:
+        """Sends what nobody waits for; lost, it costs the cloud a little: idle sessions it forgets by itself."""
+        with suppress(IsthmusError):
+            self.flush()
 
     def _awaited(self) -> Event:
         event = self._next()
@@ -194,6 +197,7 @@ class Link:
                 message = wire.receive(max(0.0, (until - clock()) * 1e3))
             except IsthmusError:
                 session.abandon()
+                self._tell()
                 raise
             now = clock()
             if message is not None:
@@ -205,4 +209,7 @@ class Link:
                     self._on_waiting(session.waiting)
                 if deadline is not None and now >= deadline and not session.events:
                     return None
-        return session.events.popleft()
+        event = session.events.popleft()
+        if isinstance(event, Refused):
+            self._tell()
+        return event

@@ -8,8 +8,8 @@ from isthmus.protocol.errors import DeviceError
 from isthmus.protocol.messages import Offer, listed
 
 
-def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> str:
-    """The model_id that a device means.
+def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> Offer:
+    """The model that a device means.
 
     Args:
         wanted: the beginning of an id, or a name that one model alone has; empty for the only model.
@@ -20,7 +20,7 @@ def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> st
     """
     found = [offer for offer in offers if is_meant(wanted, offer.model_id, offer.name)]
     if len(found) == 1:
-        return found[0].model_id
+        return found[0]
     if not found:
         problem = f"{where} serves no model {wanted!r}" if wanted else f"{where} serves no model"
     elif wanted:

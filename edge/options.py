@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from isthmus.edge.token import MODES, Mode
 from isthmus.engine.config import DecoderConfig
@@ -63,17 +63,51 @@ def as_mode(mode: str) -> Mode:
     return mode
 
 
-def check_cut(cut: int, config: DecoderConfig) -> int:
+class Layered(Protocol):
+    """What says how many layers a model has: its configuration, or a cloud's offer."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+
+def check_cut(cut: int, model: Layered) -> int:
     """A cut that leaves both sides a layer.
 
     Raises:
         DeviceError: any other.
     """
-    if not 1 <= cut < config.n_layers:
-        raise DeviceError(
-            f"cut is {cut} and the model has {config.n_layers} layers", f"choose one in 1..{config.n_layers - 1}"
-        )
+    last = model.n_layers - 1
+    if not 1 <= cut <= last:
+        raise DeviceError(f"cut is {cut} and the model has {last + 1} layers", f"choose one in 1..{last}")
     return cut
+
+
+def middle_cut(model: Layered) -> int:
+    """Where a model is cut when nobody says where."""
+    return max(1, model.n_layers // 2)
+
+
+def layers_wanted(model: Layered, mode: Mode, cut: int | None, held: int | None = None) -> int:
+    """Layers that a device needs at once.
+
+    Args:
+        mode: what it begins with; in "auto" the cloud answers, so a device that has a bundle needs no more of it
+            unless a cut was named, and one that has none gets the whole model.
+        cut: the layer before which hidden states leave it, None for what it holds, or the middle.
+        held: leading layers that its bundle holds, None when there is no bundle yet.
+
+    Raises:
+        DeviceError: no such cut.
+    """
+    if cut is not None:
+        check_cut(cut, model)
+    if mode == "stream":
+        return 0
+    if mode == "local" or (mode == "auto" and held is None):
+        return model.n_layers
+    if cut is not None:
+        return cut
+    return middle_cut(model) if mode == "split" and not held else 0
 
 
 def check_memory(memory_mb: float | None) -> float | None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.offers import choose
-from isthmus.edge.options import check_cut
+from isthmus.edge.options import layers_wanted
 from isthmus.edge.token import Mode
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import BundleError, DeviceError, LinkError
-from isthmus.split.bundle import PARTIAL, Bundle, is_there, locked, open_regular
+from isthmus.split.bundle import Bundle
+from isthmus.split.files import PARTIAL, is_there, locked, open_regular
 from isthmus.split.manifest import EMBEDDING, Manifest
 
 MAX_TRIES = 3
@@ -34,7 +35,7 @@ def provision(
 
     Args:
         link: gives a link to the cloud for the model of that id, "" for the cloud's only one.
-        mode, cut: as in `layers_wanted`; a folder that holds nothing yet gets the whole model in "auto".
+        mode, cut: as in `options.layers_wanted`.
         progress: as in `fetch_part`.
         model: which of the cloud's models to fetch, as in `offers.choose`.
 
@@ -42,14 +43,17 @@ def provision(
         BundleError, DeviceError, LinkError: as `fetch_part` and `fetch_more`.
     """
     if not is_there(path / "bundle.json"):
-        layers = 0 if mode == "stream" else cut if mode == "split" else None
         first = link("")
         welcome = first.welcome()
-        model_id = choose(welcome.offers, model) if welcome is not None and welcome.offers else ""
-        fetch_part(first, path, layers=layers, model_id=model_id, progress=progress)
+        assert welcome is not None
+        offer = choose(welcome.offers, model)
+        layers = layers_wanted(offer, mode, cut)
+        fetch_part(first, path, layers=layers, model_id=offer.model_id, progress=progress)
+        return Bundle.open(path)
     bundle = Bundle.open(path)
+    layers = layers_wanted(bundle.config, mode, cut, bundle.held_layers)
     try:
-        fetch_more(link(bundle.model_id), bundle, layers_wanted(bundle, mode, cut), progress)
+        fetch_more(link(bundle.model_id), bundle, layers, progress)
     except LinkError:
         if mode != "auto":  # which begins without a cloud, too
             raise
@@ -106,25 +110,6 @@ def fetch_more(link: Link, bundle: Bundle, layers: int, progress: Progress | Non
         with _writing(bundle.path):
             for name in lacking:
                 _fetch(link, bundle.manifest, bundle.path, name, progress)
-
-
-def layers_wanted(bundle: Bundle, mode: Mode, cut: int | None) -> int:
-    """Layers that a device which holds a part of a bundle needs at once.
-
-    Args:
-        mode: what it begins with; in "auto" the cloud answers, so nothing is needed unless a cut was named.
-        cut: the layer before which hidden states leave it, None for what it holds.
-
-    Raises:
-        DeviceError: no such cut.
-    """
-    if mode == "local":
-        return bundle.config.n_layers
-    if mode == "stream":
-        return 0
-    if cut is not None:
-        return check_cut(cut, bundle.config)
-    return max(1, bundle.config.n_layers // 2) if mode == "split" and not bundle.held_layers else 0
 
 
 def part_files(manifest: Manifest, layers: int | None) -> list[str]:

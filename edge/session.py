@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Timeouts, Up
+from isthmus.edge.events import Aligned, Answered, Behind, Busy, Event, Refused, Served, Streamed, Timeouts, Up
 from isthmus.edge.lane import Lane
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
@@ -52,7 +52,7 @@ class Session:
 
     Attributes:
         impatient: whether a cloud that stays busy counts as gone after `Timeouts.busy_ms`.
-        waiting: says that a busy cloud has put the device off for some time; empty when none does.
+        waiting: says that a busy cloud has been putting the device off for some time; empty when none does.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class Session:
         self.impatient = False
         self.waiting = ""
         self._put_off = ""  # why the cloud last said that it is busy
-        self._put_off_at: float | None = None  # when it began to
+        self._put_off_at = 0.0  # when it began to say so
+        self._put_off_until = float("-inf")  # when it counts as busy no more, unless it says so again
 
     # -- what the device asks for
 
@@ -193,16 +194,19 @@ class Session:
             patience_ms = min(patience_ms, self._timeouts.retry_ms)
         elif self.welcome is None and failure is not None:
             patience_ms //= 4  # somebody said no; a cloud that is just starting gets a moment
+        put_off_ms = (now - self._put_off_at) * 1e3 if now < self._put_off_until else 0.0
         if (now - self._up_at) * 1e3 >= patience_ms:
             self._fail(failure or self._silence())
         elif (now - self._progress_at) * 1e3 >= self._timeouts.progress_ms:
             took_s = now - self._progress_at
-            why = f": {self._put_off}" if self._put_off else ""
+            why = f": {self._put_off}" if put_off_ms else ""
             self._fail(LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s{why}", "try again"))
-        elif self._put_off_ms(now) >= self._timeouts.busy_ms and self.impatient:
-            self._fail(LinkError(f"{self._where} is busy: {self._put_off}", "try again in a moment"))
+        elif put_off_ms >= self._timeouts.busy_ms and self.impatient:
+            self._fail(Busy(f"{self._where} is busy: {self._put_off}", "try again in a moment"))
         elif self.welcome is not None:
-            if not self.waiting and self._put_off_ms(now) >= self._timeouts.busy_note_ms:
+            if put_off_ms < self._timeouts.busy_note_ms:
+                self.waiting = ""
+            elif not self.waiting:
                 self.waiting = f"{self._where} is busy: waiting ({self._put_off})"
             for pending in self._pending.values():
                 if pending.retry_at <= now:
@@ -218,12 +222,13 @@ class Session:
         return min(pending.retry_at for pending in self._pending.values())
 
     def abandon(self) -> None:
-        """Nothing that is under way is wanted any more, and the lanes are to be opened again."""
+        """Nothing that is under way is wanted any more: the cloud is told so, and the lanes are to be opened again."""
+        lanes = self._lanes.values()
+        self.outbox[:] = [m.Cancel(lane.alias, lane.epoch) for lane in lanes if lane.opened and self._waiting(lane)]
         self._pending.clear()
         self._streams.clear()
         self.events.clear()
-        self.outbox.clear()
-        for lane in self._lanes.values():
+        for lane in lanes:
             lane.opened = False
 
     # -- messages
@@ -318,16 +323,13 @@ class Session:
     def _fault(self, fault: m.Fault, now: float) -> None:
         error = ServiceError(f"{self._where} refused: {fault.problem}", fault.remedy)
         code = fault.code
-        if code is m.Code.BUSY:
-            self._put_off = fault.problem
-            self._put_off_at = now if self._put_off_at is None else self._put_off_at
         if fault.alias is None:
             if code is m.Code.CLOSING:
                 self._closing = True
             elif code is m.Code.VERSION and self.welcome is not None:
                 self.outbox.append(m.Hello(m.VERSION, m.MIN_VERSION))  # the cloud has forgotten an idle connection
             elif code is m.Code.BUSY:
-                self._later(None, 0, now, fault.retry_ms)
+                self._later(None, fault, now)
             else:
                 self._fail(error)
             return
@@ -335,7 +337,7 @@ class Session:
         if lane is None or lane.epoch != fault.epoch or not self._waiting(lane):
             return
         if code is m.Code.BUSY or (code is m.Code.GAP and self._earlier(lane, fault.position)):
-            self._later(lane, fault.position, now, fault.retry_ms)
+            self._later(lane, fault, now)
         elif code in (m.Code.GAP, m.Code.DIVERGED, m.Code.STALE_EPOCH, m.Code.UNKNOWN_SESSION):
             if code is m.Code.DIVERGED and self._setbacks:
                 lane.renew()
@@ -420,11 +422,16 @@ class Session:
         pending.retry_at = now + self._timeouts.retry_ms / 1e3 * min(2**pending.tries, 8)
         self.outbox.append(pending.message)
 
-    def _later(self, lane: Lane | None, position: int, now: float, retry_ms: int) -> None:
-        wait = max(retry_ms / 1e3, self._timeouts.retry_ms / 4e3)
-        for key, pending in self._pending.items():
-            if pending.lane is lane and (key[0] != "rows" or key[2] >= position):
-                pending.retry_at = now + wait
+    def _later(self, lane: Lane | None, fault: m.Fault, now: float) -> None:
+        retry_at = now + max(fault.retry_ms / 1e3, self._timeouts.retry_ms / 4e3)
+        of_lane = [(key, pending) for key, pending in self._pending.items() if pending.lane is lane]
+        later = [pending for key, pending in of_lane if key[0] != "rows" or key[2] >= fault.position]
+        for pending in later:
+            pending.retry_at = retry_at
+        if later and fault.code is m.Code.BUSY:
+            if now >= self._put_off_until:
+                self._put_off_at = now
+            self._put_off, self._put_off_until = fault.problem, retry_at + self._timeouts.retry_ms / 1e3
 
     def _earlier(self, lane: Lane, position: int) -> bool:
         return any(k[0] == "rows" and p.lane is lane and k[2] < position for k, p in self._pending.items())
@@ -448,12 +455,8 @@ class Session:
             self._progressed(now)
 
     def _progressed(self, now: float) -> None:
-        self._progress_at = now
-        self._put_off = self.waiting = ""
-        self._put_off_at = None
-
-    def _put_off_ms(self, now: float) -> float:
-        return 0.0 if self._put_off_at is None else (now - self._put_off_at) * 1e3
+        self._progress_at = self._put_off_until = now
+        self.waiting = ""
 
     def _silence(self) -> LinkError:
         if self.welcome is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from sys import getrefcount
 from typing import Any, cast
 
@@ -15,6 +16,9 @@ ROW = struct.Struct("8i")  # an `im_row`
 NOTHING: NDArray[np.float32] = np.zeros((0, 0), np.float32)
 _F32 = np.dtype(np.float32)
 _HIDDEN, _SAMPLE = int(Want.HIDDEN), int(Want.SAMPLE)
+# Whether a count of references tells that nobody else holds an array: CPython's does, under its global lock. Without
+# the lock counts change while they are read, and other interpreters have none: there each state gets its own array.
+COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class DecodeRow:
@@ -47,7 +51,8 @@ class DecodeRow:
 
     def put(self, span: Span, slot: int, sampling: int) -> bool:
         """Writes the row down; False when its token or hidden state is none of this model."""
-        if getrefcount(self._hidden_out) > 2:  # somebody holds the state before this one: it stays as it is
+        # Where somebody holds the state before this one, it stays as it is.
+        if not COUNTED or getrefcount(self._hidden_out) > 2:
             self._renew()
         tokens, leave = span.tokens, span.leave
         if tokens is not None:

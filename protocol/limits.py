@@ -22,7 +22,8 @@ class LinkLimits:
         silent_intervals: heartbeats without any sign of life after which a fresh connection is tried.
         linger_ms: how long closing waits for messages under way.
         max_held_bytes: bytes that a connection may have sent without a whole message of them; beyond it is cut off.
-        max_held_total_bytes: the same of all connections together.
+            Credit and one message stay well below it.
+        max_held_total_bytes: the same of all connections together; beyond it those that hold most are cut off.
         spin_us: busy polling before a thread goes to sleep; on two cores it gains nothing, so 0 for none.
     """
 
@@ -36,8 +37,8 @@ class LinkLimits:
     silent_intervals: int = 3
     linger_ms: int = 200
     spin_us: int = 0
-    max_held_bytes: int = 64 * 1024 * 1024
-    max_held_total_bytes: int = 512 * 1024 * 1024
+    max_held_bytes: int = 32 * 1024 * 1024
+    max_held_total_bytes: int = 1024 * 1024 * 1024
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:

@@ -3,7 +3,11 @@
 ZeroMQ delivers whole messages only and keeps the parts of one until the last has come. It bounds each part but not
 their number, so a peer whose message has no end would fill the memory. What the kernel received on a connection, less
 what was delivered from it, is what ZeroMQ holds; where that grows too large the connection is cut off, which frees it.
-Linux alone tells how much a connection received; elsewhere nothing is watched.
+Where all together hold too much, those that hold most go first. Linux alone tells how much a connection received;
+elsewhere nothing is watched.
+
+Heartbeats are received and never delivered. So a connection's count starts at zero again when no message waits and one
+came since the last look: in a message without an end no other can come, so nobody is forgiven twice.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ _ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 class _Connection:
     peer: Any  # its address
     delivered: int = 0
+    spoke: bool = False  # since the last look
     route: bytes = b""
 
 
@@ -71,6 +76,7 @@ class Watch:
         if connection is not None:
             connection.route = route
             connection.delivered += size_bytes + frames * _FRAME_BYTES
+            connection.spoke = True
 
     def check(self) -> None:
         """Cuts off who sent too much; does something ten times a second at most."""
@@ -79,7 +85,14 @@ class Watch:
             return
         self._check_at_s = now_s + _CHECK_S
         self._follow()
-        held = {descriptor: self._held(descriptor) for descriptor in list(self._connections)}
+        nothing_waits = not self._router.get(zmq.EVENTS) & zmq.POLLIN
+        held: dict[int, int] = {}
+        for descriptor, connection in self._connections.items():
+            received = _received(descriptor)
+            if received < connection.delivered or (nothing_waits and connection.spoke):
+                connection.delivered = received  # below zero frames were smaller than counted: no credit for what comes
+            connection.spoke = False
+            held[descriptor] = received - connection.delivered
         total = sum(held.values())
         for descriptor in sorted(held, key=held.__getitem__, reverse=True):
             if held[descriptor] <= self._limits.max_held_bytes and total <= self._limits.max_held_total_bytes:
@@ -103,14 +116,6 @@ class Watch:
                 self.ended.append(before.route)
             if event["event"] == zmq.EVENT_ACCEPTED and (peer := _peer(descriptor)) is not None:
                 self._connections[descriptor] = _Connection(peer)
-
-    def _held(self, descriptor: int) -> int:
-        """Bytes that ZeroMQ holds of a connection."""
-        connection, received = self._connections[descriptor], _received(descriptor)
-        held = received - connection.delivered
-        if held < 0:  # frames are smaller than they are counted: no credit for what comes
-            connection.delivered = received
-        return max(0, held)
 
     def _cut_off(self, descriptor: int, held_bytes: int) -> None:
         connection = self._connections.pop(descriptor)

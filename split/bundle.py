@@ -15,26 +15,13 @@ from numpy.typing import NDArray
 from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split.files import PARTIAL, is_there, locked, open_regular, read_regular, regular_size
-from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, TokenizerEntry, check_name, layer_file
+from isthmus.split.files import open_regular, read_regular, regular_size
+from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, check_name, layer_file
 from isthmus.split.roles import Weights, check_layer
 from isthmus.split.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from isthmus.split.tokenizer import Tokenizer
-
-__all__ = [
-    "PARTIAL",
-    "Bundle",
-    "FileEntry",
-    "Manifest",
-    "TokenizerEntry",
-    "check_name",
-    "is_there",
-    "layer_file",
-    "locked",
-    "open_regular",
-]
 
 MANIFEST_FILE = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20

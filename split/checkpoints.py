@@ -200,8 +200,9 @@ class _GgufStore:
             raise ModelError(f"type {tensor.type} needs the gguf package", "pip install gguf") from error
         try:
             return "dequantized", {"w": quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))}
-        except NotImplementedError as error:
-            raise ModelError(f"tensor {name} has type {tensor.type}", "choose a file of another type") from error
+        except NotImplementedError as error:  # of Q8_K and of integers, say, which no model is shipped in
+            problem = f"tensor {name} has type {tensor.type}, which the gguf package cannot decode"
+            raise ModelError(problem, "choose a file of another type") from error
 
 
 class _SafetensorsStore:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ class Tokenizer:
         eos: list[int] = [] if ids["eos_token"] is None else [ids["eos_token"]]
         for config in configs:
             eos += _ids(config, "eos_token_id")
-        first = backend.encode("a", add_special_tokens=True).ids[:1]
+        with _refusing("the tokenizer cannot take the text"):
+            first, plain = (backend.encode("a", add_special_tokens=special).ids[:1] for special in (True, False))
         chat = _text(folder / "chat_template.jinja")
         if chat is None:
             chat = _default(settings.get("chat_template"))
-        add_bos = bos is not None and first == [bos] and backend.encode("a", add_special_tokens=False).ids[:1] != [bos]
+        add_bos = bos is not None and first == [bos] and plain != [bos]
         return cls(backend, TokenizerEntry("tokenizer.json", chat, bos, tuple(dict.fromkeys(eos)), add_bos))
 
     def to_json(self) -> bytes:
@@ -96,18 +98,20 @@ class Tokenizer:
         Raises:
             ModelError: the tokenizer has no token for a part of the text.
         """
-        try:
-            with self._lock:
-                self._backend.encode_special_tokens = not special
-                ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the package raises bare Exception
-            raise ModelError(f"the tokenizer cannot take the text: {error}", "fetch the model again") from error
+        with _refusing("the tokenizer cannot take the text"), self._lock:
+            self._backend.encode_special_tokens = not special
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         first = self.entry.add_bos if bos is None else bos
         return [self.entry.bos, *ids] if first and self.entry.bos is not None else ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of ids; names of special tokens only with `special`."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=not special))
+        """The text of ids; names of special tokens only with `special`.
+
+        Raises:
+            ModelError: the tokenizer has no text for them.
+        """
+        with _refusing("the tokenizer cannot give the text"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=not special))
 
     def stream(self, *, special: bool = False) -> TextStream:
         """Turns ids into text one by one."""
@@ -173,11 +177,23 @@ class TextStream:
         return decode(self._ids[: self._given], special=self._special), decode(self._ids, special=self._special)
 
 
-def _parse(data: bytes) -> tokenizers.Tokenizer:
+@contextmanager
+def _refusing(problem: str) -> Iterator[None]:
+    """Turns what the package raises into errors: bare exceptions, and panics, which are not even those.
+
+    It panics when a pattern of tokenizer.json makes its search go on for too long.
+    """
     try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which has no public name
+            raise
+        raise ModelError(f"{problem}: {error}", "fetch the model again") from error
+
+
+def _parse(data: bytes) -> tokenizers.Tokenizer:
+    with _refusing("tokenizer.json cannot be read"):
         backend = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the package raises bare Exception
-        raise ModelError(f"tokenizer.json cannot be read: {error}", "fetch the model again") from error
     backend.no_truncation()
     backend.no_padding()
     return backend

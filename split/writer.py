@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
-from isthmus.split.files import is_there, remove_left, work_folder
+from isthmus.split.files import is_there, locked, remove_left, work_folder
 from isthmus.split.manifest import (
     EMBEDDING,
     HEAD,
@@ -84,10 +84,11 @@ class BundleWriter:
         """Undoes what a process that was killed within `finish` left: the bundle that was to be replaced."""
         name = re.compile(re.escape(self._prefix) + r"[a-z0-9_]{8}\.old")
         for old in [path for path in self.path.parent.glob("*.old") if name.fullmatch(path.name)]:
-            if self.path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.replace(self.path)
+            with suppress(OSError), locked(old):  # while a `finish` holds it, it is not lost
+                if self.path.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    old.replace(self.path)
 
     def add(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes a file piece by piece.
@@ -116,7 +117,7 @@ class BundleWriter:
         """Writes bundle.json and gives the folder its name.
 
         Raises:
-            BundleError: the rename failed.
+            BundleError: the rename failed, or another process writes to the folder.
         """
         files = dict(self.files)
         manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files)
@@ -125,8 +126,11 @@ class BundleWriter:
         old = self._work.with_suffix(".old")
         try:
             if self.path.exists():
+                self._held.enter_context(locked(self.path))
                 self.path.replace(old)
             self._work.replace(self.path)
+        except BlockingIOError as error:
+            raise BundleError(f"another process writes to {self.path}", "wait until it is done") from error
         except OSError as error:
             raise BundleError(f"cannot rename to {self.path}: {error.strerror}", "choose another folder") from error
         finally:

@@ -1,8 +1,7 @@
-"""What is measured: this engine, a reference prototype, and other engines, behind one small interface."""
+"""What is measured: this engine and others, behind one small interface."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,16 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.part import KvConfig, Part, Rows, Want, WeightSource
+from isthmus.engine.part import KvConfig, Part, Rows, Want
 from isthmus.protocol.errors import EngineError
-from isthmus.quant.groups import dequantize
-from isthmus.quant.packed import PackedMatrix
 
 MAX_CONTEXT = 640
 PREFILL = 512
@@ -104,71 +100,6 @@ def logits_along(part: Part, prompt: list[int], answer: list[int]) -> NDArray[np
 def kv_for(batch: int) -> KvConfig:
     """Room for every contender's longest run."""
     return KvConfig("f16", (batch + 1) * MAX_CONTEXT)
-
-
-class Prototype:
-    """The reference in a folder with engine.py and its C sources, for SmolLM2's shape only.
-
-    It is measured on the weights of the given source, rounded to its own formats.
-    """
-
-    def __init__(self, name: str, folder: Path, source: WeightSource, format: str, threads: int) -> None:
-        self.name = name
-        self._module = load(folder)
-        self._engine = self._module.Engine(weights_of(source), format, MAX_CONTEXT, threads)
-        self._batches: dict[int, Any] = {}
-
-    def decode(self, context: int, batch: int, steps: int) -> list[float]:
-        """See `Contender.decode`."""
-        if batch == 1:
-            return [us / 1e6 for us in self._engine.decode(context, steps)]
-        if batch not in self._batches:
-            self._batches[batch] = self._module.Batch(self._engine, batch, MAX_CONTEXT)
-        return [us / 1e6 for us in self._batches[batch].decode(context, steps)]
-
-    def prefill(self, tokens: int) -> float:
-        """See `Contender.prefill`."""
-        return float(self._engine.prefill(tokens)) / 1e6
-
-    def logits(self, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
-        """See `Contender.logits`."""
-        self._engine.pos = 0
-        return np.stack([self._engine.step(ids).copy() for ids in (prompt, *([token] for token in answer[:-1]))])
-
-
-def load(folder: Path) -> ModuleType:
-    """The prototype's driver as a module.
-
-    Raises:
-        EngineError: the folder has none, or it does not build on this machine.
-    """
-    path = folder / "engine.py"
-    if not path.is_file():
-        raise EngineError(f"{folder} has no engine.py", "name the folder of a reference prototype, or leave it out")
-    spec = importlib.util.spec_from_file_location("isthmus_reference", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise EngineError(f"the reference in {folder} does not build: {error}") from error
-    return module
-
-
-def weights_of(source: WeightSource) -> dict[str, Any]:
-    """A source's weights as float32 under the names of a GGUF file."""
-
-    def dense(value: Any) -> Any:
-        return dequantize(value) if isinstance(value, PackedMatrix) else np.asarray(value, np.float32)
-
-    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up"}
-    names |= {"down": "ffn_down", "attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
-    found = {"token_embd.weight": dense(source.embedding()), "output_norm.weight": dense(source.final_norm())}
-    for i in range(source.config.n_layers):
-        found |= {
-            f"blk.{i}.{names[key]}.weight": dense(value) for key, value in source.layer(i).items() if key in names
-        }
-    return found
 
 
 class Elsewhere:

@@ -32,7 +32,7 @@ def findings(
 
     Args:
         native: whether the native engine is built.
-        kernels: name of the kernels that the engine chose.
+        kernels: name of the kernels that the engine chose; "none" when nothing here can compute.
         available: names of all that it can run here.
         steal: share of processor time that the host took away while measuring, 0..1.
         bundle_bytes: bytes of the weights that are to be run, 0 when no bundle was named.
@@ -41,7 +41,11 @@ def findings(
     found: list[Finding] = []
     if not native:
         build = "install isthmus again" if machine.compiler else "install a C compiler, then isthmus again"
-        found.append(Finding("the native engine is not built, ONNX Runtime computes", build))
+        if kernels == "none":
+            problem = "neither the native engine nor ONNX Runtime is here, so nothing will run"
+            found.append(Finding(problem, f"{build}; or: pip install onnxruntime"))
+        else:
+            found.append(Finding("the native engine is not built, ONNX Runtime computes", build))
     memory = machine.memory
     room = min(memory.available_bytes, memory.limit_bytes or memory.available_bytes)
     if bundle_bytes and room and bundle_bytes + 120 * MIB > room:

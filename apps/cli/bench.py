@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from isthmus.split.bundle import Bundle
 
 COLUMNS = (  # key of a row in --json, title, format
-    ("case", "case", ""),
     ("threads", "threads", "d"),
     ("tok_s", "tok/s", ".0f"),
     ("best_tok_s", "best tenth", ".0f"),
@@ -45,7 +44,7 @@ def decode(
     bits: Annotated[int, typer.Option(help="Read nested weights at 2, 4 or 8 bits; 0 for all.")] = 0,
     cpu: Annotated[str | None, typer.Option(help="Force a kernel family, as avx2 or plain.")] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of another engine (engine.py), measured in turns with this one.")
+        Path | None, typer.Option(help="Folder of another engine (an engine.py), measured in turns with this one.")
     ] = None,
     turns: Annotated[int, typer.Option(help="Turns of each measurement; fewer are faster and noisier.")] = 6,
     cosine: Annotated[bool, typer.Option(help="Also compare logits with float32 on the same weights.")] = True,
@@ -57,7 +56,6 @@ def decode(
     the logits with float32 on the bundle's own weights, over greedy answers.
     """
     from rich.console import Console
-    from rich.table import Table
 
     from isthmus.apps.bench.contenders import MAX_CONTEXT
     from isthmus.apps.bench.turns import Case
@@ -74,28 +72,38 @@ def decode(
     cases += [Case(prefill, 0)] if prefill else []
     source = Bundle.open(bundle)
     read = weights_read(Narrowed(source, bits) if bits else source)
-    rows, notes = [], Console(stderr=True)
-    with notes.status("comparing with float32") as status:
+    rows = []
+    with Console(stderr=True).status("comparing with float32") as status:
         quality = yardstick(source) if cosine else None
         for n in counts:
             with Bench(source, n, max(batches), cpu, bits, reference, quality, read) as bench:
                 for case in cases:
                     status.update(f"{case}, {n} threads")
                     rows.append(bench.row(case, turns))
+                    if not as_json:
+                        status.stop()  # lest it is drawn over the row
+                        if len(rows) == 1:
+                            print(f"{source.name}: {read / 1e6:.1f} MB of weights a token, {bench.cpu} kernels\n")
+                            shown = {"roofline_share", *rows[0]}
+                            print(line("case", {key: title for key, title, _ in COLUMNS if key in shown}))
+                        print(line(str(case), formatted(rows[-1])), flush=True)
+                        status.start()
                 kernels = bench.cpu
     if as_json:
         head = {"bundle": source.name, "weight_bytes": read, "bits": bits, "kernels": kernels}
         print(json.dumps({**head, "rows": rows}))
-        return
-    table = Table(title=f"{source.name}: {read / 1e6:.1f} MB of weights a token, {kernels} kernels")
-    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
-    for _, title, form in columns:
-        table.add_column(title, justify="right" if form else "left", no_wrap=not form)
-    for row in rows:
-        table.add_row(*(format(row[key], form) if key in row else "" for key, _, form in columns))
-    console = Console()
-    console.print(table)
-    console.print(verdict(rows))
+    else:
+        print(f"\n{verdict(rows)}".rstrip())
+
+
+def formatted(row: dict[str, Any]) -> dict[str, str]:
+    """A row's values as people read them."""
+    return {key: format(row[key], form) for key, _, form in COLUMNS if key in row}
+
+
+def line(case: str, cells: dict[str, str]) -> str:
+    """A line of the table: what is printed must not depend on the rows that follow."""
+    return f"{case:<20}" + "".join(f"{cells.get(key, ''):>12}" for key, _, _ in COLUMNS).rstrip()
 
 
 class Bench:
@@ -114,7 +122,8 @@ class Bench:
     ) -> None:
         from functools import partial
 
-        from isthmus.apps.bench.contenders import Engine, Prototype, kv_for, quietly
+        from isthmus.apps.bench.contenders import Engine, kv_for, quietly
+        from isthmus.apps.bench.prototype import Prototype
         from isthmus.apps.bench.roofline import read_bandwidth
         from isthmus.engine import open_part
 

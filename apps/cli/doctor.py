@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ class Checkup:
 
     Attributes:
         kernels: kernel families that the native engine can run here, the best first; empty when it is not built.
-        chosen: the one it would use, or "onnxruntime".
+        chosen: the one it would use, "onnxruntime", or "none" when that is not installed either.
         bandwidth: threads -> bytes read a second, measured.
         bundle_bytes: weights that one token reads, 0 when no bundle was named.
         steal: share of processor time that the host took away while measuring, 0..1.
@@ -75,7 +76,8 @@ def examine(bundle: Path | None = None) -> Checkup:
     machine = read_machine()
     size = token_bytes(Bundle.open(bundle).manifest) if bundle else 0
     kernels = cpu_names()
-    chosen = (os.environ.get("ISTHMUS_CPU") or kernels[0]) if kernels else "onnxruntime"
+    fallback = "onnxruntime" if find_spec("onnxruntime") else "none"
+    chosen = (os.environ.get("ISTHMUS_CPU") or kernels[0]) if kernels else fallback
     stolen, ticks = steal_ticks()
     bandwidth = {
         threads: read_bandwidth(threads, buffer_bytes=size or BUFFER_BYTES)
@@ -162,7 +164,7 @@ def facts(checkup: Checkup) -> list[tuple[str, str]]:
 
 def _kernels(checkup: Checkup) -> str:
     if not checkup.kernels:
-        return "none: not built"
+        return "none: not built" + ("; ONNX Runtime computes" if checkup.chosen == "onnxruntime" else "")
     return f"{checkup.chosen}, of {', '.join(checkup.kernels)} (ISTHMUS_CPU forces one)"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -70,24 +71,6 @@ EXAMPLES = (
 
 # What a person probably wanted who gave a command one argument too many.
 HINTS: Mapping[str, str] = {"isthmus run": "ask with --prompt 'QUESTION', or "}
-
-# Which extra brings a module that a command may miss.
-EXTRAS: Mapping[str, str] = {
-    "onnx": "edge",
-    "onnxruntime": "edge",
-    "ai_edge_litert": "litert",
-    "grpc": "cloud",
-    "prometheus_client": "cloud",
-    "ray": "cluster",
-    "gguf": "plan",
-    "safetensors": "plan",
-    "huggingface_hub": "plan",
-    "scipy": "plan",
-    "matplotlib": "plan",
-    "torch": "train",
-    "fastapi": "apps",
-    "uvicorn": "apps",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +134,9 @@ def help_text(*, color: bool) -> str:
 
 def _run(name: str, arguments: list[str]) -> int:
     try:
-        return _call(name, arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _call(name, arguments)
     except IsthmusError as error:
         return _fail(worded(error))
     except KeyboardInterrupt:
@@ -162,11 +147,6 @@ def _run(name: str, arguments: list[str]) -> int:
         if error.errno not in SYSTEM:
             raise
         return _fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}; the system refused it")
-    except ImportError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in EXTRAS:
-            raise
-        return _fail(f"'{name}' needs {module}, which is not installed; pip install 'isthmus[{EXTRAS[module]}]'")
 
 
 def _call(name: str, arguments: list[str]) -> int:
@@ -238,9 +218,18 @@ def _suggest(name: str, known: list[str]) -> str:
 
 def _fail(text: str) -> int:
     """Prints one line on stderr and gives the exit code of errors."""
-    mark = "\x1b[1;31merror:\x1b[0m" if _wants_color(sys.stderr) else "error:"
-    print(mark, " ".join(text.split()), file=sys.stderr)
+    _say("error:", "31", text)
     return FAILED
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning in one line, without the source line that the interpreter would show."""
+    _say("warning:", "33", str(message))
+
+
+def _say(mark: str, color: str, text: str) -> None:
+    mark = f"\x1b[1;{color}m{mark}\x1b[0m" if _wants_color(sys.stderr) else mark
+    print(mark, " ".join(text.split()), file=sys.stderr)
 
 
 def _wants_color(stream: TextIO) -> bool:

@@ -27,7 +27,7 @@ def command(
         str | None, typer.Option(metavar="HOST:PORT", help="Answer /metrics (Prometheus) and /health there")
     ] = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at once; idle ones give way")] = 256,
-    kv_tokens: Annotated[int, typer.Option(min=16, help="Positions of all sessions that each model's KV holds")] = 8192,
+    kv_tokens: Annotated[int, typer.Option(min=16, help="Positions of all sessions that each model's KV holds")] = 9216,
     kv_share: Annotated[
         float, typer.Option(help="Part of that KV which one owner of keys may hold when several are let in")
     ] = 0.5,
@@ -53,9 +53,7 @@ def command(
     from isthmus.protocol.transport import RouterTransport, check_free
 
     # What costs least first: the options, the address, the keys, and only then the weights.
-    limits = ServiceLimits(
-        max_sessions=max_sessions, max_sessions_per_principal=max(1, max_sessions // 4), kv_share=kv_share
-    )
+    limits = ServiceLimits(max_sessions=max_sessions, kv_share=kv_share)
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
     for bundle in bundles:

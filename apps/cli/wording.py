@@ -1,4 +1,9 @@
-"""Errors in the words of the command line: the library speaks of keywords, people here have options."""
+"""Errors in the words of the command line: the library speaks of keywords, people here have options.
+
+It is done on the text because one error may name several keywords, in the problem and in the remedy, so an attribute
+with one name would not do. Only what is listed below is replaced: names that are no English words wherever they stand
+outside paths, the others only as the subject that an error begins with.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-// A pool of threads that run one function together, with a barrier. Waiting spins for at most 50 us and then yields:
-// inside a step until the others arrive, between steps for about 100 us before it sleeps. So engines leave their cores
-// to others, and a call that follows at once finds the threads awake.
+// A pool of threads that run one function together, with a barrier. Inside a step a thread that waits spins for at most
+// 50 us and then sleeps on a futex until the others arrive. Where spinning was in vain it sleeps almost at once from then
+// on; one in 64 such waits is a long one again, to see whether spinning pays. Between steps threads spin, then yield for
+// about 100 us, and then sleep. So engines leave their cores to others, and a call that follows at once finds the
+// threads awake.
 #pragma once
 
 typedef struct im_pool im_pool;

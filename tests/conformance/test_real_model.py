@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="torch is what the engine is held against; pip install torch transformers")
 transformers = pytest.importorskip("transformers", reason="transformers is what the engine is held against")
-gguf = pytest.importorskip("gguf", reason="gguf reads the file for the reference; pip install gguf")
 
 from isthmus.apps.bench.quality import InFloat  # noqa: E402
 from isthmus.engine.binding import cpu_names  # noqa: E402
@@ -24,9 +23,9 @@ from isthmus.engine.native_part import NativePart, open_native  # noqa: E402
 from isthmus.engine.part import KvConfig, Rows, Want  # noqa: E402
 from isthmus.split.bundle import Bundle  # noqa: E402
 from isthmus.split.checkpoints import open_checkpoint  # noqa: E402
-from isthmus.split.fetch import find  # noqa: E402
 from isthmus.split.gguf_file import GgufFile  # noqa: E402
 from isthmus.split.writer import write_bundle  # noqa: E402
+from tests.conformance.smollm2 import HEAD_DIM, smollm2, values  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)"),
@@ -61,10 +60,7 @@ _HF_LAYER = {
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    found = find("smollm2")
-    if found is None:
-        pytest.skip("the model is not in the cache folder: run 'isthmus fetch smollm2' first")
-    return found
+    return smollm2()
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +86,14 @@ def reference(path: Path) -> Any:
     """LlamaForCausalLM in float32 with the numbers that the gguf package reads from the file."""
     file = GgufFile(path)
     fields = {key.removeprefix("llama."): value for key, value in file.fields.items()}
-    heads, kv_heads = int(fields["attention.head_count"]), int(fields["attention.head_count_kv"])
     config = transformers.LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=int(fields["embedding_length"]),
         intermediate_size=int(fields["feed_forward_length"]),
         num_hidden_layers=int(fields["block_count"]),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_attention_heads=int(fields["attention.head_count"]),
+        num_key_value_heads=int(fields["attention.head_count_kv"]),
+        head_dim=HEAD_DIM,
         max_position_embeddings=int(fields["context_length"]),
         rms_norm_eps=float(fields["attention.layer_norm_rms_epsilon"]),
         rope_parameters={"rope_type": "default", "rope_theta": float(fields["rope.freq_base"])},
@@ -105,11 +101,7 @@ def reference(path: Path) -> Any:
     )
     state = {}
     for name, tensor in file.tensors.items():
-        values = gguf.quants.dequantize(tensor.raw, gguf.GGMLQuantizationType(tensor.type_id)).reshape(tensor.shape)
-        if "attn_q." in name or "attn_k." in name:  # GGUF rotates neighbours, transformers halves
-            head_dim = len(values) // (heads if "attn_q." in name else kv_heads)
-            values = values.reshape(-1, head_dim // 2, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
-        state[hf_name(name)] = torch.from_numpy(np.array(values, np.float32))
+        state[hf_name(name)] = torch.from_numpy(values(tensor))
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)

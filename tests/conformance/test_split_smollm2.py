@@ -11,18 +11,13 @@ from isthmus.quant.groups import dequantize
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.checkpoints import Checkpoint, open_checkpoint
 from isthmus.split.families import GGUF_NAMES
-from isthmus.split.fetch import find
 from isthmus.split.gguf_file import GgufFile
-
-gguf = pytest.importorskip("gguf")
+from tests.conformance.smollm2 import smollm2, values
 
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    found = find("smollm2")
-    if found is None:
-        pytest.skip("run 'isthmus fetch smollm2' first")
-    return found
+    return smollm2()
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +25,15 @@ def source(path: Path) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def expected(file: GgufFile, name: str) -> np.ndarray:
-    """The gguf package's numbers; rows of q and k with the halves of each head turned back."""
-    tensor = file.tensors[name]
-    values = gguf.quants.dequantize(tensor.raw, gguf.GGMLQuantizationType(tensor.type_id)).reshape(tensor.shape)
-    if "attn_q." in name or "attn_k." in name:
-        values = values.reshape(-1, 32, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
-    return np.asarray(values)
-
-
 def test_the_numbers_are_the_files(path: Path, source: Checkpoint) -> None:
-    file = GgufFile(path)
+    tensors = GgufFile(path).tensors
     assert source.config.n_layers == 30 and source.config.tied and source.name == "SmolLM2-135M-Instruct"
     assert source.embedding().format == "q8"
-    assert np.array_equal(dequantize(source.embedding()), expected(file, "token_embd.weight"))
+    assert np.array_equal(dequantize(source.embedding()), values(tensors["token_embd.weight"]))
     for index in (0, 13, 29):
         for role, value in source.layer(index).items():
             found = dequantize(value) if isinstance(value, PackedMatrix) else value
-            assert np.array_equal(found, expected(file, f"blk.{index}.{GGUF_NAMES[role]}")), (index, role)
+            assert np.array_equal(found, values(tensors[f"blk.{index}.{GGUF_NAMES[role]}"])), (index, role)
             assert not isinstance(value, PackedMatrix) or value.format == "q4m"
 
 

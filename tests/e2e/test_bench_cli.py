@@ -42,6 +42,23 @@ def test_the_table_leaves_out_what_was_not_measured(bundle: Path) -> None:
     assert without.returncode == 0 and "cosine" not in without.stdout and "ratio" not in without.stdout
 
 
+def test_rows_appear_as_they_are_measured(bundle: Path) -> None:
+    """Also where the output is no terminal: a pipe is written before the next row is done."""
+    program = """
+import itertools, sys, time
+from isthmus.apps.bench import turns
+from isthmus.apps.cli.main import main
+real, asked = turns.measure, itertools.count()
+turns.measure = lambda *given, **named: real(*given, **named) if next(asked) < 1 else time.sleep(120)
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", program, "bench", "decode", str(bundle), *SMALL, "--no-cosine"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("1 at context 16") for line in process.stdout)
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

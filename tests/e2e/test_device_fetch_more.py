@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,12 @@ import pytest
 
 from isthmus.apps.cli.main import main
 from isthmus.cloud.models import load
-from isthmus.cloud.service import Service
 from isthmus.edge import Device, Timeouts
 from isthmus.engine.part import KvConfig
 from isthmus.protocol.errors import DeviceError, LinkError
-from isthmus.protocol.keys import AllowList, DeviceKeys, new_pair
-from isthmus.protocol.transport import RouterTransport
 from isthmus.split.bundle import Bundle
 from tests.edge_bundle import CONFIG, write_tiny
+from tests.edge_service import Cloud
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +25,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cloud(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    server, mine = new_pair(), new_pair()
-    allowed = AllowList(tmp_path_factory.mktemp("keys") / "allowed")
-    allowed.allow(mine.public, "tester")
-    transport = RouterTransport("tcp://127.0.0.1:0", server, allowed)
-    address = transport.address
-    service = Service([load(bundle, threads=1, kv=KvConfig(max_tokens=2048))], transport, allowed)
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    yield {"cloud": address, "keys": DeviceKeys(mine, server.public), "threads": 1, "codec": "f32"}
-    service.stop()
-    thread.join(20)
+    model = load(bundle, threads=1, kv=KvConfig(max_tokens=2048))
+    with Cloud(tmp_path_factory.mktemp("keys"), model) as running:
+        yield {**running.options, "threads": 1, "codec": "f32"}
 
 
 def answer(folder: Path, **options: Any) -> list[int]:
@@ -77,7 +66,7 @@ def test_from_the_command_line(
 ) -> None:
     folder = tmp_path / "b"
     local = answer(folder, mode="split", cut=1, **cloud)
-    monkeypatch.setattr("isthmus.edge.device._device_keys", lambda keys: cloud["keys"])
+    monkeypatch.setattr("isthmus.edge.opening._device_keys", lambda keys: cloud["keys"])
     asked = [
         "run",
         str(folder),
@@ -98,6 +87,15 @@ def test_from_the_command_line(
     capsys.readouterr()
     assert main([*asked, "--mode", "split", "--cut", "4"]) == 2
     assert "cut is 4 and the model has 4 layers" in capsys.readouterr().err
+
+
+def test_an_empty_folder_gets_the_middle_or_nothing(cloud: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    with pytest.raises(DeviceError, match=f"cut is {CONFIG.n_layers} and the model has {CONFIG.n_layers} layers"):
+        answer(folder, mode="split", cut=CONFIG.n_layers, **cloud)
+    assert not folder.exists()
+    answer(folder, mode="split", **cloud)
+    assert Bundle.open(folder).held_layers == CONFIG.n_layers // 2
 
 
 def test_without_the_cloud_or_with_another_model(cloud: dict[str, Any], tmp_path: Path) -> None:

@@ -11,68 +11,28 @@ from typing import Any
 import pytest
 
 from isthmus.cloud.models import serve_part
-from isthmus.cloud.service import Service
 from isthmus.edge import AsyncDevice, Device, Timeouts
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ProtocolError
 from isthmus.protocol.keys import AllowList, DeviceKeys, new_pair, write_pair
-from isthmus.protocol.transport import RouterTransport
-from tests.edge_world import CONFIG, MODEL_ID, ToyBundle, ToyPart, toy_open_part
-
-PROMPT = "hello world"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def toy_engine() -> Iterator[None]:
-    """Parts are toys in this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", toy_open_part)
-        yield
+from tests.edge_service import Cloud
+from tests.edge_toys import PROMPT, ids, local, toy_engine  # noqa: F401
+from tests.edge_world import CONFIG, MODEL_ID, ToyBundle, ToyPart
 
 
-class Cloud:
-    """A service on a thread, with keys of its own."""
-
-    def __init__(self, folder: Path, address: str = "tcp://127.0.0.1:0", model_id: str = MODEL_ID) -> None:
-        self.pair = new_pair()
-        self.device_pair = new_pair()
-        allowed = AllowList(folder / "allowed")
-        allowed.allow(self.device_pair.public, "tester")
-        transport = RouterTransport(address, self.pair, allowed)
-        self.address = transport.address
-        self.service = Service([serve_part(ToyPart(), model_id, "toy")], transport, allowed)
-        self._thread = threading.Thread(target=self.service.run)
-        self._thread.start()
-
-    @property
-    def keys(self) -> DeviceKeys:
-        return DeviceKeys(self.device_pair, self.pair.public)
-
-    def stop(self) -> None:
-        self.service.stop()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+def toy_cloud(folder: Path, model_id: str = MODEL_ID) -> Cloud:
+    return Cloud(folder, serve_part(ToyPart(), model_id, "toy"))
 
 
 @pytest.fixture
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
-    running = Cloud(tmp_path)
-    yield running
-    running.stop()
+    with toy_cloud(tmp_path) as running:
+        yield running
 
 
 def device(cloud: Cloud, mode: str = "auto", bundle: ToyBundle | None = None, **options: Any) -> Device:
     options.setdefault("keys", cloud.keys)
     return Device(bundle or ToyBundle(), cloud.address, mode=mode, **options)  # type: ignore[arg-type]
-
-
-def ids(tokens: Any) -> list[int]:
-    return [token.id for token in tokens]
-
-
-def local(**options: Any) -> list[int]:
-    with Device(ToyBundle(), mode="local") as alone:  # type: ignore[arg-type]
-        return ids(alone.generate(PROMPT, **options))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, seed=3)])
@@ -148,7 +108,7 @@ def test_the_async_device(cloud: Cloud) -> None:
 def test_a_cloud_that_dies_midway(tmp_path: Path) -> None:
     for mode in ("stream", "split"):
         (tmp_path / mode).mkdir()
-        cloud = Cloud(tmp_path / mode)
+        cloud = toy_cloud(tmp_path / mode)
         timeouts = Timeouts(give_up_ms=500, retry_ms=200)
         whole = device(cloud, mode, timeouts=timeouts)
         half = device(cloud, mode, ToyBundle(held=3), timeouts=timeouts)
@@ -210,13 +170,10 @@ def test_nobody_at_the_address(cloud: Cloud) -> None:
 
 
 def test_a_cloud_with_another_model(tmp_path: Path) -> None:
-    cloud = Cloud(tmp_path, model_id="cd" * 16)
-    try:
+    with toy_cloud(tmp_path, "cd" * 16) as cloud:
         for _ in range(2):
             with device(cloud, "split") as one, pytest.raises(IsthmusError, match="serves toy"):
                 one.generate(PROMPT)
-    finally:
-        cloud.stop()
 
 
 def test_a_conversation_that_is_full(cloud: Cloud) -> None:

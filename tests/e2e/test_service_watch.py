@@ -17,9 +17,9 @@ from isthmus.protocol.limits import LinkLimits
 from isthmus.protocol.transport import DealerTransport, Incoming, RouterTransport
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a connection's bytes")
-LIMITS = LinkLimits(max_message_bytes=100_000, max_held_bytes=1_000_000, max_held_total_bytes=3_000_000)
+LIMITS = LinkLimits(max_message_bytes=100_000, max_held_bytes=1_000_000, max_held_total_bytes=4_500_000)
 HELLO = m.encode(m.Hello(1, 1))[0]
-MORE, LONG = 1, 2
+MORE, LONG, COMMAND = 1, 2, 4
 
 
 Connect = Callable[[], "Raw"]
@@ -77,6 +77,13 @@ def heard(router: RouterTransport) -> Incoming:
     return incoming
 
 
+def looked_on(router: RouterTransport) -> None:
+    """Lets the watch look at its connections twice at least."""
+    until = time.monotonic() + 0.25
+    while time.monotonic() < until:
+        assert not router.poll(10.0)
+
+
 def served(router: RouterTransport) -> bool:
     """Whether an honest device is heard."""
     honest = DealerTransport(router.address, None, LIMITS)
@@ -108,16 +115,55 @@ def test_a_message_without_an_end_is_cut_off(
     assert served(router)
 
 
-def test_many_small_connections_count_together(router: RouterTransport, connect: Connect) -> None:
+def test_each_connection_may_hold_what_one_may(router: RouterTransport, connect: Connect) -> None:
     raws = [connect() for _ in range(5)]
     for raw in raws:
         for _ in range(9):
             raw.send(bytes(90_000), MORE)
+    looked_on(router)
+    for raw in raws:
+        raw.send(b"", 0)
+        assert heard(router).frames == []
+    assert router.watch.cut == 0
+
+
+def test_where_all_hold_too_much_those_that_hold_most_go_first(router: RouterTransport, connect: Connect) -> None:
+    raws = [connect() for _ in range(6)]
+    looked_on(router)
+    little, *much = raws
+    little.send(bytes(90_000), MORE)
+    for raw in much:
+        for _ in range(10):
+            raw.send(bytes(90_000), MORE)
     deadline = time.monotonic() + 20.0
     while not router.watch.cut and time.monotonic() < deadline:
         router.poll(10.0)
-    assert 1 <= router.watch.cut < 5
+    assert router.watch.cut == 1
+    little.send(b"", 0)
+    assert heard(router).frames == []
     assert served(router)
+
+
+def test_what_credit_allows_is_never_cut_off() -> None:
+    limits = LinkLimits()
+    assert limits.credit_bytes + 2 * limits.max_message_bytes < limits.max_held_bytes
+
+
+def test_heartbeats_of_a_connection_that_speaks_are_not_held(router: RouterTransport, connect: Connect) -> None:
+    raw = connect()
+    ping = b"\x04PING\0\0" + bytes(10_000)
+    for _ in range(15):
+        for _ in range(10):
+            raw.send(ping, COMMAND)
+        raw.send(HELLO, 0)
+        assert heard(router).frames == [HELLO]
+        looked_on(router)
+    assert router.watch.cut == 0
+    # One that begins a message without an end right after a whole one gains nothing by it.
+    for _ in range(15):
+        raw.send(bytes(90_000), MORE)
+    looked_on(router)
+    assert router.watch.cut == 1
 
 
 def test_who_sends_whole_messages_may_send_for_ever(router: RouterTransport, connect: Connect) -> None:

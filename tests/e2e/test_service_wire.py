@@ -443,3 +443,17 @@ def test_the_status_port_answers(cloud: Cloud) -> None:
     with pytest.raises(ServiceError, match="no address"):
         StatusServer("nonsense", str, dict)
     status.close()
+
+
+def test_the_status_port_answers_over_ipv6() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    status = StatusServer("[::1]:0", lambda: "counters", dict)
+    try:
+        assert status.address == f"[::1]:{status.port}"
+        assert urlopen(f"http://{status.address}/metrics").read() == b"counters"
+    finally:
+        status.close()

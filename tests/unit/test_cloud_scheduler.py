@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud.admission import Load, ServiceLimits, held_tokens, refusal, share_tokens
+from isthmus.cloud.admission import Load, ServiceLimits, held_tokens, misfit, refusal, share_sessions, share_tokens
 from isthmus.cloud.scheduler import Demand, Pick, State, step
 from isthmus.protocol.errors import ServiceError
 
@@ -86,34 +86,61 @@ def test_nobody_starves(waiting: list[Demand]) -> None:
     assert not left
 
 
-EMPTY = Load(0, 0, 0, 0, 1024, 1024, 0, 1024, 0)
+EMPTY = Load(
+    sessions=0,
+    own_sessions=0,
+    own_idle_sessions=0,
+    idle_sessions=0,
+    share_sessions=2,
+    free_tokens=1024,
+    idle_tokens=0,
+    share_tokens=1024,
+    own_tokens=0,
+)
 
 
 @pytest.mark.parametrize(
-    ("load", "positions", "window", "waiting_helps"),
+    ("load", "need", "refused"),
     [
-        (EMPTY, 0, 0, None),
-        (EMPTY, 1024, 0, None),
-        (EMPTY, 1025, 0, False),
-        (EMPTY, 5000, 500, None),
-        (replace(EMPTY, share_tokens=512), 512, 0, None),
-        (replace(EMPTY, share_tokens=512), 513, 0, False),
-        (replace(EMPTY, share_tokens=512), 5000, 400, None),
-        (replace(EMPTY, share_tokens=512, own_tokens=496), 16, 0, None),
-        (replace(EMPTY, share_tokens=512, own_tokens=496), 17, 0, True),
-        (replace(EMPTY, share_tokens=512, own_tokens=512), 0, 0, True),
-        (replace(EMPTY, sessions=2, own_sessions=2, idle_sessions=0), 0, 0, True),
-        (replace(EMPTY, sessions=3, own_sessions=0, idle_sessions=0), 0, 0, True),
-        (replace(EMPTY, sessions=3, own_sessions=0, idle_sessions=1), 0, 0, None),
-        (replace(EMPTY, sessions=1, free_tokens=0), 0, 0, True),
-        (replace(EMPTY, sessions=1, free_tokens=100), 200, 0, True),
-        (replace(EMPTY, sessions=1, idle_sessions=1, free_tokens=100, idle_tokens=112), 200, 0, None),
+        (EMPTY, 0, False),
+        (EMPTY, 1024, False),
+        (replace(EMPTY, share_tokens=512, own_tokens=496), 16, False),
+        (replace(EMPTY, share_tokens=512, own_tokens=496), 32, True),
+        (replace(EMPTY, share_tokens=512, own_tokens=512), 0, True),
+        (replace(EMPTY, sessions=2, own_sessions=2), 0, True),
+        (replace(EMPTY, sessions=2, own_sessions=2, share_sessions=3), 0, False),
+        (replace(EMPTY, sessions=2, own_sessions=2, own_idle_sessions=1, idle_sessions=1), 0, False),
+        (replace(EMPTY, sessions=3), 0, True),
+        (replace(EMPTY, sessions=3, idle_sessions=1), 0, False),
+        (replace(EMPTY, sessions=1, free_tokens=0), 0, True),
+        (replace(EMPTY, sessions=1, free_tokens=96), 208, True),
+        (replace(EMPTY, sessions=1, idle_sessions=1, free_tokens=96, idle_tokens=112), 208, False),
     ],
 )
-def test_admission(load: Load, positions: int, window: int, waiting_helps: bool | None) -> None:
-    limits = ServiceLimits(max_sessions=3, max_sessions_per_principal=2)
-    why = refusal(load, limits, positions, window)
-    assert (why[1] if why else None) is waiting_helps
+def test_admission(load: Load, need: int, refused: bool) -> None:
+    assert (refusal(load, ServiceLimits(max_sessions=3), need) is not None) is refused
+
+
+@pytest.mark.parametrize(
+    ("positions", "window", "fits"),
+    [
+        (0, 0, True),
+        (512, 0, True),
+        (513, 0, False),
+        (512, 5000, True),
+        (513, 5000, False),
+        (0, 320, True),
+        (5000, 320, True),
+        (0, 321, False),
+        (0, 5000, False),
+    ],
+)
+def test_what_a_session_may_come_to_hold_must_fit_its_owners_share(positions: int, window: int, fits: bool) -> None:
+    why = misfit(positions, window, 512, ServiceLimits())
+    assert (why is None) is fits
+    if why is not None:
+        assert "512" in why[0]
+        assert ("kv_tokens of at most 320" if window else "overflow slide") in why[1]
 
 
 def test_limits_check_themselves() -> None:
@@ -121,9 +148,10 @@ def test_limits_check_themselves() -> None:
         ServiceLimits(max_sessions=0)
     with pytest.raises(ServiceError, match="max_step_rows"):
         ServiceLimits(max_step_rows=16)
-    for share in (0.0, -0.5, 1.5, float("nan"), float("inf")):
-        with pytest.raises(ServiceError, match="kv_share is"):
-            ServiceLimits(kv_share=share)
+    for name in ("kv_share", "session_share"):
+        for share in (0.0, -0.5, 1.5, float("nan"), float("inf")):
+            with pytest.raises(ServiceError, match=f"{name} is"):
+                ServiceLimits(**{name: share})  # type: ignore[arg-type]
 
 
 def test_a_share_is_whole_blocks_and_all_of_it_for_one_alone() -> None:
@@ -131,5 +159,15 @@ def test_a_share_is_whole_blocks_and_all_of_it_for_one_alone() -> None:
     assert share_tokens(1024, 1, limits) == 1024
     assert share_tokens(1024, 2, limits) == 304
     assert share_tokens(32, 9, limits) == 16
-    assert [held_tokens(length, 0) for length in (0, 1, 16, 17)] == [0, 16, 16, 32]
-    assert held_tokens(10**6, 100) == held_tokens(148, 100) == 160
+    assert [held_tokens(length, 0, limits) for length in (0, 1, 16, 17)] == [0, 16, 16, 32]
+    assert [held_tokens(length, 100, limits) for length in (17, 304, 305, 10**6)] == [32, 304, 304, 304]
+
+
+@pytest.mark.parametrize(
+    ("principals", "max_sessions", "seats"),
+    [(1, 4, 4), (1, 1, 1), (2, 4, 2), (9, 4, 2), (2, 2, 2), (2, 1, 1), (2, 256, 64)],
+)
+def test_seats_are_all_of_them_for_one_alone_and_else_two_at_least(
+    principals: int, max_sessions: int, seats: int
+) -> None:
+    assert share_sessions(principals, ServiceLimits(max_sessions=max_sessions)) == seats

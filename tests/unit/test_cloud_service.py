@@ -14,7 +14,7 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import EngineError, ServiceError
 from isthmus.protocol.keys import AllowList
 from isthmus.protocol.limits import LinkLimits
-from tests.cloud_world import ANNA, BERT, PROMPT, TEXT, World, code, rows
+from tests.cloud_world import ANNA, BERT, PROMPT, SESSION, TEXT, World, code, rows
 from tests.fakes import FakePart, fake_text
 
 
@@ -122,6 +122,20 @@ def test_a_session_is_taken_up_on_another_connection() -> None:
     (result,) = world.ask(rows(PROMPT + TEXT[:1], 1, alias=9, epoch=2), route=b"b")
     assert result.tokens == TEXT[1:2]
     assert code(world.open(b"a", epoch=1)) == m.Code.STALE_EPOCH
+
+
+@pytest.mark.parametrize("fields", [{"epoch": 2, "enter": 3}, {"epoch": 2}, {"epoch": 1}])
+def test_credit_goes_to_nobody_else_when_a_session_moves(fields: dict[str, Any]) -> None:
+    world = World(link=LinkLimits(credit_bytes=2000, max_message_bytes=1000))
+    world.open()
+    world.wire.put(rows(list(range(600, 900)), 300))  # 900 bytes that wait
+    world.wire.put(m.Hello(1, 1), b"b")
+    world.wire.put(m.Open(SESSION, 1, fields.pop("epoch"), "aa", **fields), b"b")
+    for _ in range(5):
+        world.service.turn(0.0)
+    answers = world.wire.take(b"b")
+    assert [type(answer) for answer in answers[:2]] == [m.Welcome, m.Opened]
+    assert not [answer for answer in answers if isinstance(answer, m.Credit)]
 
 
 def test_rows_that_enter_elsewhere_start_anew() -> None:
@@ -236,7 +250,7 @@ def test_a_full_cloud_says_busy_and_idle_sessions_give_way() -> None:
 
 
 def test_a_device_that_is_gone_gives_its_seat_to_whoever_needs_it_and_to_nobody_else() -> None:
-    world = World(max_sessions=1, max_sessions_per_principal=1)
+    world = World(max_sessions=1)
     world.open(b"a", session=b"a" * 16)
     world.ask(rows(PROMPT, 5), route=b"a")
     assert code(world.open(b"b", session=b"b" * 16)) == m.Code.BUSY
@@ -250,12 +264,23 @@ def test_a_device_that_is_gone_gives_its_seat_to_whoever_needs_it_and_to_nobody_
     assert world.service.health()["sessions"] == 1
 
 
-def test_an_owners_idle_session_gives_way_to_its_next() -> None:
-    world = World(max_sessions=4, max_sessions_per_principal=1)
-    world.open(b"a", session=b"a" * 16)
-    assert code(world.open(b"b", session=b"b" * 16)) == m.Code.BUSY
+def test_an_owner_alone_may_have_all_sessions_and_several_share_them(tmp_path: Path) -> None:
+    allowed = AllowList(tmp_path / "allowed")
+    allowed.allow(ANNA, "anna")
+    world = World(allowed=allowed, max_sessions=4)
+
+    def opened(*numbers: int) -> list[type]:
+        return [type(world.open(b"%d" % number, ANNA, session=bytes([number]) * 16)) for number in numbers]
+
+    assert opened(0, 1, 2, 3, 4) == [m.Opened] * 4 + [m.Fault]
+    for number in range(4):
+        world.ask(m.Close(1, 1), route=b"%d" % number, key=ANNA)
+    AllowList(tmp_path / "allowed").allow(BERT, "bert")
+    world.later(1.1)
+    assert opened(0, 1, 2) == [m.Opened] * 2 + [m.Fault]
     world.later(6.0)
-    assert world.open(b"b", session=b"b" * 16).committed == 0
+    assert opened(3) == [m.Opened]  # an idle one of the same owner gave way
+    assert world.service.health()["sessions"] == 2
 
 
 def test_the_log_names_who_joins_leaves_and_is_expelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,7 +310,7 @@ def test_one_principal_cannot_take_all_sessions(tmp_path: Path) -> None:
     allowed = AllowList(tmp_path / "allowed")
     allowed.allow(ANNA, "anna")
     allowed.allow(BERT, "bert")
-    world = World(allowed=allowed, max_sessions_per_principal=3)
+    world = World(allowed=allowed, max_sessions=6, session_share=0.5)
     answers = [world.open(key=ANNA, alias=n, session=bytes([n]) * 16) for n in range(4)]
     assert [type(answer) for answer in answers] == [m.Opened] * 3 + [m.Fault]
     assert world.open(b"b", key=BERT, session=b"b" * 16).committed == 0

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import socket
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,43 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.edge import Device, Timeouts, Token
+from isthmus.edge import Timeouts
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
-from isthmus.protocol.keys import DeviceKeys, new_pair
-from isthmus.protocol.transport import Refused
-from tests.edge_world import CONFIG, EOS, MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyTokenizer, toy_open_part
+from isthmus.protocol.errors import DeviceError, IsthmusError
+from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
+from tests.edge_world import CONFIG, EOS, MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyTokenizer
 
-PROMPT = "hello world"
-PATIENT = Timeouts(connect_ms=60_000, retry_ms=300, give_up_ms=60_000, progress_ms=600_000)
 SAMPLINGS = [Sampling(), Sampling(temperature=0.8, seed=7)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def toy_engine() -> Iterator[None]:
-    """Parts are toys in this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", toy_open_part)
-        yield
-
-
-def device(
-    wire: LossyWire | None = None, mode: str = "auto", bundle: ToyBundle | None = None, **options: Any
-) -> Device:
-    options.setdefault("timeouts", PATIENT)
-    if wire is not None:
-        options |= {"wire": wire, "clock": wire.clock}
-    return Device(bundle or ToyBundle(), mode=mode, **options)  # type: ignore[arg-type]
-
-
-def ids(tokens: Sequence[Token] | Any) -> list[int]:
-    return [token.id for token in tokens]
-
-
-def local(prompt: Any = PROMPT, **options: Any) -> list[int]:
-    with device(mode="local") as alone:
-        return ids(alone.generate(prompt, **options))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -165,149 +133,6 @@ def test_leaving_early_stops_the_cloud_and_keeps_what_was_read() -> None:
         rest = ids(one.generate(max_tokens=5))
         assert any(isinstance(x, m.Cancel) for x in wire.sent)
         assert head + rest == local(max_tokens=8)
-
-
-def test_a_dead_cloud_is_replaced_by_the_whole_model() -> None:
-    for mode in ("stream", "split", "auto"):
-        wire = LossyWire(ToyCloud())
-        wire.die_after = 8
-        with device(wire, mode, timeouts=Timeouts()) as one:
-            tokens = list(one.generate(PROMPT, max_tokens=20))
-            assert ids(tokens) == local(max_tokens=20)
-            assert {tokens[0].source, tokens[-1].source} == {"split" if mode == "split" else "cloud", "device"}
-            assert "went on by itself" in one.stats.note
-
-
-def test_auto_looks_only_shortly_for_a_cloud_that_went_away() -> None:
-    cloud, wire = ToyCloud(), LossyWire(ToyCloud())
-    wire.die_after = 8
-    with device(wire, timeouts=Timeouts()) as one:
-        tokens = ids(one.generate(PROMPT, max_tokens=20))
-        before = wire.now
-        tokens += ids(one.generate(max_tokens=4))
-        assert set(one.stats.sources) == {"device"}
-        assert wire.now - before < 0.2
-        wire.cloud, wire.die_after = cloud, 1 << 60
-        wire.reconnect()
-        tokens += ids(one.generate(max_tokens=4))
-        assert set(one.stats.sources) == {"cloud"}
-    assert tokens == local(max_tokens=28)
-
-
-def test_a_dead_cloud_is_an_error_without_the_whole_model() -> None:
-    wire = LossyWire(ToyCloud())
-    wire.die_after = 8
-    with device(wire, "split", ToyBundle(held=3), timeouts=Timeouts()) as one:
-        tokens = one.generate(PROMPT, max_tokens=20)
-        with pytest.raises(LinkError, match="went away"):
-            list(tokens)
-    wire = LossyWire(ToyCloud())
-    wire.die_after = 8
-    with device(wire, "stream", timeouts=Timeouts(), fallback=False) as one, pytest.raises(LinkError):
-        list(one.generate(PROMPT, max_tokens=20))
-
-
-def test_auto_goes_on_alone_when_nobody_answers_and_returns_to_the_cloud() -> None:
-    cloud, wire = ToyCloud(), LossyWire(ToyCloud())
-    wire.cloud = None
-    with device(wire, timeouts=Timeouts()) as one:
-        assert {token.source for token in one.generate(PROMPT, max_tokens=3)} == {"device"}
-        assert "does not answer" in one.stats.note
-        wire.cloud = cloud
-        assert {token.source for token in one.generate(max_tokens=3)} == {"cloud"}
-    wire.cloud = None
-    with device(wire, "stream") as one, pytest.raises(LinkError, match="does not answer"):
-        one.generate(PROMPT)
-
-
-def test_a_key_that_is_refused_is_never_passed_over() -> None:
-    class Closed(LossyWire):
-        def receive(self, timeout_ms: float) -> Any:
-            raise Refused("the cloud does not know this device's key", "have its owner run: isthmus keys allow")
-
-    with device(Closed(ToyCloud())) as one, pytest.raises(LinkError, match="does not know this device's key"):
-        one.generate(PROMPT)
-
-
-class Unwilling(ToyCloud):
-    """A cloud that refuses everything but greetings once it has a reason to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reason: m.Fault | None = None
-
-    def receive(self, message: Any) -> list[tuple[float, Any]]:
-        if self.reason is None or isinstance(message, m.Hello | m.Ping):
-            return super().receive(message)
-        alias, epoch = getattr(message, "alias", None), getattr(message, "epoch", 0)
-        fault = m.Fault(self.reason.code, self.reason.problem, self.reason.remedy, self.reason.retry_ms)
-        if self.reason.code is not m.Code.NOT_ALLOWED:
-            fault.alias, fault.epoch = alias, epoch
-        return [(0.0, fault)]
-
-
-@pytest.mark.parametrize(
-    ("code", "problem"),
-    [
-        (m.Code.NOT_ALLOWED, "this key is not allowed any more"),
-        (m.Code.KV_FULL, "the KV of 64 positions is full"),
-        (m.Code.UNKNOWN_MODEL, "no such model here"),
-    ],
-)
-def test_auto_goes_on_alone_when_the_cloud_does_not_want_it_any_more(code: m.Code, problem: str) -> None:
-    cloud = Unwilling()
-    with device(LossyWire(cloud), timeouts=Timeouts()) as one:
-        tokens = ids(one.generate(PROMPT, max_tokens=4))
-        cloud.reason = m.Fault(code, problem, "ask its owner")
-        tokens += ids(one.generate(max_tokens=4))
-        assert set(one.stats.sources) == {"device"}
-        assert problem in one.stats.note and "by itself" in one.stats.note
-        assert tokens == local(max_tokens=8)
-        for mode in ("stream", "split"):
-            with pytest.raises(IsthmusError, match=f"{problem}; ask its owner, or use mode local"):
-                ids(one.generate(max_tokens=4, mode=mode))
-        cloud.reason = None
-        assert {token.source for token in one.generate(max_tokens=4)} == {"cloud"}
-        assert one.stats.note == ""
-    with device(LossyWire(cloud), bundle=ToyBundle(held=3), timeouts=Timeouts()) as one:
-        cloud.reason = m.Fault(code, problem, "ask its owner")
-        with pytest.raises(IsthmusError, match=f"{problem}; ask its owner$"):
-            ids(one.generate(PROMPT, max_tokens=4))
-
-
-def test_auto_does_not_wait_long_for_a_busy_cloud(caplog: pytest.LogCaptureFixture) -> None:
-    cloud = Unwilling()
-    wire = LossyWire(cloud)
-    cloud.reason = m.Fault(m.Code.BUSY, "all seats are taken", "", 250)
-    with device(wire, timeouts=Timeouts()) as one:
-        before = wire.now
-        assert {token.source for token in one.generate(PROMPT, max_tokens=4)} == {"device"}
-        assert 5.0 <= wire.now - before < 6.0
-        assert "the cloud is busy: all seats are taken" in one.stats.note
-    assert "the cloud is busy: waiting (all seats are taken)" in caplog.messages
-    waiting = device(LossyWire(cloud), "stream", timeouts=Timeouts(), fallback=False)
-    with waiting as one, pytest.raises(LinkError, match=r"gave no answer in 120 s.*or use mode local"):
-        ids(one.generate(PROMPT, max_tokens=4))
-
-
-def test_a_cloud_that_was_busy_for_a_while_leaves_no_note(caplog: pytest.LogCaptureFixture) -> None:
-    cloud = Unwilling()
-    wire = LossyWire(cloud)
-    cloud.reason = m.Fault(m.Code.BUSY, "all seats are taken", "", 250)
-
-    def free(record: logging.LogRecord) -> None:
-        cloud.reason = None
-
-    with device(wire, "stream", timeouts=Timeouts()) as one:
-        handler = logging.Handler()
-        handler.emit = free  # type: ignore[method-assign]
-        logging.getLogger("isthmus.edge").addHandler(handler)
-        try:
-            assert ids(one.generate(PROMPT, max_tokens=4)) == local(max_tokens=4)
-        finally:
-            logging.getLogger("isthmus.edge").removeHandler(handler)
-        assert one.stats.note == ""
-    assert len([line for line in caplog.messages if "busy: waiting" in line]) == 1
 
 
 @pytest.mark.parametrize("mode", ["stream", "split", "auto"])
@@ -455,18 +280,3 @@ def test_numbers_that_are_none_are_refused(number: float) -> None:
     for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
         with pytest.raises(DeviceError, match=f"{name} is {number}"):
             Timeouts(**{name: number})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("mode", ["auto", "stream", "split"])
-def test_a_cloud_that_cannot_exist_is_an_error_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def getaddrinfo(*_: Any, **__: Any) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    keys = DeviceKeys(new_pair(), new_pair().public)
-    with pytest.raises(LinkError, match=r"no host 'mistyped\.example'"):
-        device(mode=mode, cloud="tcp://mistyped.example:5757", keys=keys)
-    with pytest.raises(LinkError, match="has no port"):
-        device(mode=mode, cloud="tcp://127.0.0.1:99999", keys=keys)
-    with device(mode="local", cloud="tcp://mistyped.example:5757", keys=keys) as alone:  # needs no cloud
-        assert ids(alone.generate(PROMPT, max_tokens=3)) == local(max_tokens=3)

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
+from isthmus.apps.cli.fetching import Fetching
 from isthmus.edge import Timeouts, fetch_part
 from isthmus.edge.link import Link
-from isthmus.edge.provision import fetch_more, layers_wanted, part_files
+from isthmus.edge.options import layers_wanted
+from isthmus.edge.provision import fetch_more, part_files, provision
 from isthmus.edge.session import Session
+from isthmus.edge.token import Mode
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import BundleError, DeviceError, LinkError
-from isthmus.split.bundle import PARTIAL, Bundle, locked
+from isthmus.split.bundle import Bundle
+from isthmus.split.files import PARTIAL, locked
 from isthmus.split.manifest import FileEntry, Manifest, TokenizerEntry, model_id
 from tests.edge_world import CONFIG, LossyWire, ToyCloud
 
@@ -179,13 +183,38 @@ def test_more_of_another_model_or_with_another_hash_is_refused(tmp_path: Path) -
     assert not (tmp_path / name).exists() and Bundle.open(tmp_path).held_layers == 1
 
 
-def test_layers_that_a_mode_needs(tmp_path: Path) -> None:
-    bundle = held(served()[0], tmp_path / "some", 2)
-    assert [layers_wanted(bundle, mode, None) for mode in ("local", "stream", "split", "auto")] == [6, 0, 0, 0]
-    assert [layers_wanted(bundle, mode, 4) for mode in ("local", "stream", "split", "auto")] == [6, 0, 4, 4]
-    assert layers_wanted(held(served()[0], tmp_path / "none", 0), "split", None) == 3
-    with pytest.raises(DeviceError, match="cut is 6"):
-        layers_wanted(bundle, "split", 6)
+def test_layers_that_a_mode_needs() -> None:
+    modes: tuple[Mode, ...] = ("local", "stream", "split", "auto")
+    for cut, held, layers in [
+        (None, 2, [6, 0, 0, 0]),
+        (4, 2, [6, 0, 4, 4]),
+        (None, 0, [6, 0, 3, 0]),
+        (None, None, [6, 0, 3, 6]),
+        (4, None, [6, 0, 4, 6]),
+    ]:
+        assert [layers_wanted(CONFIG, mode, cut, held) for mode in modes] == layers
+    for mode in modes:
+        with pytest.raises(DeviceError, match="cut is 6 and the model has 6 layers"):
+            layers_wanted(CONFIG, mode, 6)
+
+
+@pytest.mark.parametrize(("cut", "layers"), [(None, 3), (1, 1), (5, 5)])
+def test_an_empty_folder_gets_what_is_before_the_cut(cut: int | None, layers: int, tmp_path: Path) -> None:
+    cloud, _ = served()
+    wire = LossyWire(cloud)
+    bundle = provision(tmp_path / "b", lambda model_id: link(wire, model_id), "split", cut)
+    assert bundle.held_layers == layers
+    assert not any(name in x.name for x in asked(wire) for name in (f"layer-{layers:03d}", "norm", "head"))
+
+
+@pytest.mark.parametrize("mode", ["split", "auto"])
+@pytest.mark.parametrize("cut", [0, 6, 7])
+def test_no_such_cut_is_said_before_anything_is_fetched(mode: Mode, cut: int, tmp_path: Path) -> None:
+    cloud, _ = served()
+    wire = LossyWire(cloud)
+    with pytest.raises(DeviceError, match=rf"cut is {cut} and the model has 6 layers; choose one in 1\.\.5"):
+        provision(tmp_path / "b", lambda model_id: link(wire, model_id), mode, cut)
+    assert (wire.sent, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
@@ -212,3 +241,20 @@ def test_what_is_no_regular_file_is_replaced(tmp_path: Path, suffix: str) -> Non
     fetch_part(link(LossyWire(cloud)), tmp_path)
     assert Bundle.open(tmp_path).whole and not (tmp_path / "elsewhere").exists()
     assert not list(tmp_path.rglob(f"*{PARTIAL}"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "cut", "size_mb"), [("split", None, 5), ("split", 1, 3), ("auto", 1, 9), ("stream", None, 1)]
+)
+def test_the_size_that_is_announced_is_what_is_fetched(
+    mode: Mode, cut: int | None, size_mb: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, manifest = served()
+    small = {f"weights/{name}.safetensors": FileEntry(0, "0" * 64) for name in ("norm", "head")}
+    files = {name: FileEntry(1_000_000, "0" * 64) for name in manifest.files} | small
+    files["weights/layer-005.safetensors"] = FileEntry(2_000_000, "0" * 64)
+    manifest = Manifest("toy", model_id(CONFIG, files), CONFIG, "keep", TokenizerEntry(), files)
+    (tmp_path / f"bundle.json{PARTIAL}").write_bytes(manifest.encode())
+    with Fetching(tmp_path, mode, cut) as fetching:
+        fetching.progress("tokenizer.json", 1, 1)
+    assert f"fetching toy ({size_mb} MB) into " in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from isthmus.edge.events import Aligned, Answered, Behind, Refused, Streamed, Timeouts, Up
+from isthmus.edge.events import Aligned, Answered, Behind, Busy, Refused, Streamed, Timeouts, Up
 from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
@@ -63,9 +63,29 @@ def fault(lane: Lane, code: m.Code, position: int = 0, retry_ms: int = 0, epoch:
     return m.Fault(code, "no", "", retry_ms, lane.alias, lane.epoch if epoch is None else epoch, position)
 
 
-def test_rows_are_answered_once() -> None:
+def busy(session: Session, lane: Lane, start: float, end: float, problem: str = "all seats are taken") -> None:
+    """The cloud says so every 250 ms in [start, end)."""
+    while start < end:
+        session.receive(m.Fault(m.Code.BUSY, problem, "", 250, lane.alias, lane.epoch, 0), start)
+        start += 0.25
+
+
+def asked() -> tuple[Session, Lane]:
+    """A session that waits for the answer to the rows of its whole log since 1.0."""
     session, lane = opened()
     rows(session, lane, 0)
+    return session, lane
+
+
+def refusal(session: Session) -> IsthmusError:
+    """The error of the only event."""
+    (event,) = events(session)
+    assert isinstance(event, Refused)
+    return event.error
+
+
+def test_rows_are_answered_once() -> None:
+    session, lane = asked()
     answer = result(session, lane, 0, [9], 4)
     session.receive(answer, 1.1)
     session.receive(answer, 1.2)
@@ -135,8 +155,7 @@ def test_a_late_repetition_of_an_answer_to_truncate_is_no_answer_to_rows() -> No
 
 @pytest.mark.parametrize("code", [m.Code.UNKNOWN_SESSION, m.Code.GAP, m.Code.DIVERGED, m.Code.STALE_EPOCH])
 def test_a_lane_that_the_cloud_lost_is_opened_again_with_a_higher_epoch(code: m.Code) -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, lane = asked()
     session.receive(fault(lane, code, epoch=lane.epoch - 1), 1.1)
     assert events(session) == []
     session.receive(fault(lane, code), 1.2)
@@ -177,11 +196,10 @@ def test_a_busy_cloud_is_asked_again_when_it_said() -> None:
     ],
 )
 def test_other_refusals_are_errors(code: m.Code, kind: type[IsthmusError]) -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, lane = asked()
     session.receive(fault(lane, code), 1.1)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and type(event.error) is kind and "no" in str(event.error) + "no"
+    error = refusal(session)
+    assert type(error) is kind and "no" in str(error) + "no"
     assert session.wake_at == float("inf")
 
 
@@ -202,16 +220,14 @@ def test_streamed_tokens_come_in_order_and_once() -> None:
 
 
 def test_a_new_connection_voids_what_is_under_way() -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, lane = asked()
     session.receive(welcome(), 2.0)
     assert events(session) == [Up(), Behind(lane)]
     assert not lane.opened
 
 
 def test_a_cloud_that_forgot_the_connection_is_greeted_again() -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, lane = asked()
     session.receive(m.Fault(m.Code.VERSION, "there was no Hello"), 2.0)
     (hello,) = sent(session)
     assert isinstance(hello, m.Hello)
@@ -244,88 +260,126 @@ def test_patience_ends() -> None:
     session.tick(14.9, False)
     assert events(session) == []
     session.tick(15.0, False)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "the cloud at X does not answer" in str(event.error)
+    assert "the cloud at X does not answer" in str(refusal(session))
 
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, _ = asked()
     session.tick(50.0, True)
     session.tick(52.9, False)
     assert events(session) == []
     session.tick(53.0, False)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "went away" in str(event.error)
+    assert "went away" in str(refusal(session))
 
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, _ = asked()
     session.tick(61.0, True)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "gave no answer in 60 s; try again" in str(event.error)
+    assert "gave no answer in 60 s; try again" in str(refusal(session))
 
 
 def test_a_cloud_that_is_busy_to_the_end_says_with_what() -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
-    busy = m.Fault(m.Code.BUSY, "the cloud's KV is full", "", 250, lane.alias, lane.epoch, 0)
-    session.receive(busy, 1.1)
+    session, lane = asked()
+    busy(session, lane, 1.1, 61.0, "the cloud's KV is full")
     session.tick(61.0, True)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "in 60 s: the cloud's KV is full; try again" in str(event.error)
+    assert "in 60 s: the cloud's KV is full; try again" in str(refusal(session))
 
 
 def test_a_busy_cloud_is_waited_for_with_a_word_or_not_at_all() -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
-    busy = m.Fault(m.Code.BUSY, "all seats are taken", "", 250, lane.alias, lane.epoch, 0)
-    session.receive(busy, 1.1)
+    session, lane = asked()
+    busy(session, lane, 1.1, 3.0)
     session.tick(3.0)
     assert session.waiting == ""
     session.tick(3.2)
     assert session.waiting == "the cloud is busy: waiting (all seats are taken)"
+    busy(session, lane, 3.35, 7.0)
     session.tick(7.0)
     assert events(session) == []
     session.impatient = True
     session.tick(7.1)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "is busy: all seats are taken" in str(event.error)
+    error = refusal(session)
+    assert isinstance(error, Busy) and "is busy: all seats are taken" in str(error)
 
-    session, lane = opened()
-    rows(session, lane, 0)
-    busy = m.Fault(m.Code.BUSY, "all seats are taken", "", 250, lane.alias, lane.epoch, 0)
-    session.receive(busy, 1.1)
+    session, lane = asked()
+    busy(session, lane, 1.1, 3.2)
     session.tick(3.2)
+    assert session.waiting
     session.receive(result(session, lane, 0, [9], 4), 3.3)
     assert session.waiting == ""
 
 
+def test_a_cloud_that_is_busy_no_more_and_computes_for_long_does_not_count_as_busy() -> None:
+    session, lane = asked()
+    session.impatient = True
+    busy(session, lane, 1.1, 3.2)
+    session.tick(3.2)
+    assert session.waiting
+    session.tick(4.0)
+    assert session.waiting
+    session.tick(4.4)  # 250 ms until it was to be asked again, and retry_ms for its answer
+    assert session.waiting == ""
+    for second in range(5, 30):
+        session.tick(float(second))
+        assert (session.waiting, events(session)) == ("", [])
+    busy(session, lane, 30.0, 34.9)  # counts from here
+    session.tick(34.9)
+    assert events(session) == []
+    session.tick(35.0)
+    assert isinstance(refusal(session), Busy)
+
+    session, lane = asked()
+    busy(session, lane, 1.1, 1.2)
+    session.tick(61.0, True)
+    assert "gave no answer in 60 s; try again" in str(refusal(session))
+
+
+@pytest.mark.parametrize(("alias", "behind", "position"), [(1, 1, 0), (7, 0, 0), (1, 0, 3)])
+def test_a_late_word_of_being_busy_is_passed_over(alias: int, behind: int, position: int) -> None:
+    session, lane = asked()
+    session.impatient = True
+    for tenth in range(11, 100):
+        now = tenth / 10
+        fault = m.Fault(m.Code.BUSY, "all seats are taken", "", 250, alias, lane.epoch - behind, position)
+        session.receive(fault, now)
+        session.tick(now)
+    assert (session.waiting, events(session)) == ("", [])
+
+
+def test_who_gives_up_tells_the_cloud() -> None:
+    session, lane = asked()
+    session.tick(61.0, True)
+    refusal(session)
+    assert sent(session) == [m.Cancel(lane.alias, lane.epoch)]
+    session.align(lane, 3, 62.0)
+    (again,) = sent(session)
+    assert isinstance(again, m.Open) and again.epoch > 1
+
+    session = Session("aa", Chain(LOG), TIMEOUTS)
+    session.receive(welcome(), 0.0)
+    session.align(session.lane(1, 0), 3, 0.0)
+    session.tick(60.0, True)
+    assert not any(isinstance(message, m.Cancel) for message in sent(session))  # nothing is computed yet
+
+
 def test_after_an_error_the_cloud_is_still_told_to_forget() -> None:
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, lane = asked()
     session.receive(fault(lane, m.Code.KV_FULL), 1.1)
     session.close()
-    assert sent(session) == [m.Close(lane.alias, lane.epoch)]
+    assert sent(session) == [m.Cancel(lane.alias, lane.epoch), m.Close(lane.alias, lane.epoch)]
 
 
 def test_a_refused_connection_and_a_stopping_cloud_end_it_sooner() -> None:
     session = Session("aa", Chain(LOG), TIMEOUTS)
     session.greet(10.0)
     session.tick(11.3, False, LinkError("nothing answers"))
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "nothing answers" in str(event.error)
+    assert "nothing answers" in str(refusal(session))
 
-    session, lane = opened()
-    rows(session, lane, 0)
+    session, _ = asked()
     session.receive(m.Bye(100), 1.1)
     session.tick(2.1, False)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "has stopped" in str(event.error)
+    assert "has stopped" in str(refusal(session))
 
 
 def test_a_cloud_with_other_models() -> None:
     session = Session("aa", Chain(LOG), TIMEOUTS)
     session.receive(welcome("bb"), 0.0)
-    (event,) = events(session)
-    assert isinstance(event, Refused) and "serves toy (bb) and not this bundle's model aa" in str(event.error)
+    assert "serves toy (bb) and not this bundle's model aa" in str(refusal(session))
 
 
 def test_a_cloud_that_keeps_its_kv_otherwise_is_taken_as_it_is() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
+from isthmus.engine import native_decode
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.part import Rows, Want
 from isthmus.engine.sampling import Sampling
@@ -51,7 +53,13 @@ def test_states_are_copies_and_may_be_strided() -> None:
         assert np.concatenate(got).tobytes() == expected.tobytes()
 
 
-def test_a_state_that_is_held_is_never_written_again() -> None:
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_state_that_is_held_is_never_written_again(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if counted:
+        assert getattr(sys, "_is_gil_enabled", lambda: True)() == native_decode.COUNTED
+    else:  # as without the interpreter's global lock: any count would do
+        monkeypatch.setattr(native_decode, "COUNTED", False)
+        monkeypatch.setattr(native_decode, "getrefcount", lambda _: 0)
     model = RandomModel("q4")
     part = open_part(model, 1, 2)
     states = np.random.default_rng(0).standard_normal((30, model.config.d_model)).astype(np.float32)

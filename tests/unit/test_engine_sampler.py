@@ -1,33 +1,16 @@
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from isthmus.engine.binding import cpu_names, native
 from isthmus.engine.sampler import GUMBEL_SPAN, exp64, gumbel, kept, log64, philox4x32, sample
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.errors import EngineError
-
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "sampler.json").read_text())
-
-
-def lcg_logits(case: dict[str, Any]) -> NDArray[np.float32]:
-    """The logits of a vector, by the formula that the vectors' maker states."""
-    x, words = case["start"], []
-    for _ in range(case["vocab"]):
-        x = (1664525 * x + 1013904223) % 2**32
-        words.append((x >> 8 >> case["drop"] << case["drop"]) - 2**23)
-    return np.float32(case["scale"]) * np.array(words, np.float32) * np.float32(2.0**-23)
-
-
-def settings(case: dict[str, Any]) -> Sampling:
-    return Sampling(case["temperature"], case["top_k"], case["top_p"], int(case["seed"]), case["stream"])
+from tests.sampler_vectors import VECTORS, vector_logits, vector_settings
 
 
 def scaled(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
@@ -71,7 +54,7 @@ def test_vectors_of_functions(name: str, function: Any) -> None:
 
 @pytest.mark.parametrize("case", VECTORS["cases"])
 def test_vectors(case: dict[str, Any]) -> None:
-    logits, sampling = lcg_logits(case), settings(case)
+    logits, sampling = vector_logits(case), vector_settings(case)
     assert sample(logits, sampling, case["position"]) == case["token"]
     assert float(gumbel(np.array([0]), sampling, case["position"])[0]).hex() == case["noise0"]
     if sampling.temperature > 1e-30:
@@ -174,37 +157,6 @@ def test_bad_logits_are_refused(temperature: float) -> None:
             sample(wrong, sampling, 0)
     with pytest.raises(EngineError, match="position"):
         sample(np.zeros(3, np.float32), sampling, 2**32)
-
-
-def native_sample(logits: NDArray[np.float32], sampling: Sampling, position: int) -> int:
-    module = native()
-    s = module.ffi.new("im_sampling *")
-    s.temperature, s.top_k, s.top_p = sampling.temperature, sampling.top_k, sampling.top_p
-    s.seed, s.stream = sampling.seed, sampling.stream
-    pointer = module.ffi.cast("float *", logits.ctypes.data)
-    return int(module.lib.im_sample_one(pointer, len(logits), s, position))
-
-
-@pytest.mark.skipif(not cpu_names(), reason="the native engine is not built")
-def test_native_sampler_agrees() -> None:
-    """On the vectors, and on logits with ties and every filter."""
-    for case in VECTORS["cases"]:
-        assert native_sample(lcg_logits(case), settings(case), case["position"]) == case["token"], case
-    rng = np.random.default_rng(5)
-    for trial in range(300):
-        n = int(rng.integers(1, 4000))
-        logits = normal(n, float(rng.choice([0.1, 2.0, 15.0])), trial)
-        if trial % 3 == 0:
-            logits = (np.round(logits * np.float32(4)) / np.float32(4)).astype(np.float32)
-        sampling = Sampling(
-            float(rng.choice([0.0, 0.3, 1.0, 2.5])),
-            int(rng.choice([0, 1, 40, 5000])),
-            float(rng.choice([0.1, 0.9, 0.999, 1.0])),
-            int(rng.integers(0, 2**63)),
-            trial,
-        )
-        position = int(rng.integers(0, 2**32))
-        assert native_sample(logits, sampling, position) == sample(logits, sampling, position), (trial, sampling)
 
 
 def test_settings_are_checked() -> None:

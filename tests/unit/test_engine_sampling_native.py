@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from isthmus.engine.sampler import sample
 from isthmus.engine.sampling import GREEDY, Sampling
 from tests.native_tools import open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel
+from tests.sampler_vectors import VECTORS, vector_logits, vector_settings
 
 pytestmark = pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
 
@@ -60,22 +58,10 @@ def test_positions_draw_different_tokens() -> None:
     assert drawn == set(range(64))  # one of 64 is missing in 600 draws with probability 0.005; the seed is fixed
 
 
-def lcg_logits(case: dict[str, Any]) -> NDArray[np.float32]:
-    """The logits of a vector, by the formula that tests/vectors/make_sampler.py states."""
-    x, words = case["start"], []
-    for _ in range(case["vocab"]):
-        x = (1664525 * x + 1013904223) % 2**32
-        words.append((x >> 8 >> case["drop"] << case["drop"]) - 2**23)
-    return np.float32(case["scale"]) * np.array(words, np.float32) * np.float32(2.0**-23)
-
-
 def test_vectors() -> None:
-    path = Path(__file__).parents[1] / "vectors" / "sampler.json"
-    cases = json.loads(path.read_text())["cases"]
-    assert len(cases) > 50
-    for case in cases:
-        sampling = Sampling(case["temperature"], case["top_k"], case["top_p"], int(case["seed"]), case["stream"])
-        assert native_sample(lcg_logits(case), sampling, case["position"]) == case["token"], case
+    assert len(VECTORS["cases"]) > 50
+    for case in VECTORS["cases"]:
+        assert native_sample(vector_logits(case), vector_settings(case), case["position"]) == case["token"], case
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

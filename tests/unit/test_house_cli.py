@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
 
-from isthmus.apps.bench.machine import installed_extras
-from isthmus.apps.cli.main import COMMANDS, EXTRAS, Entry, help_text
+from isthmus.apps.cli.main import COMMANDS, Entry, help_text
 from isthmus.apps.cli.main import main as run
 from isthmus.apps.cli.wording import worded
 from isthmus.protocol.errors import BundleError, DeviceError, IsthmusError
@@ -136,24 +136,37 @@ def test_error_is_one_line(say: Callable[[Callable[..., object]], None], capsys:
     assert capsys.readouterr().err == "error: bundle.json is of version 9; use a newer isthmus\n"
 
 
-def test_missing_extra_is_named(
+def test_a_warning_is_one_line(
     say: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command() -> None:
-        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+        warnings.simplefilter("default")
+        warnings.warn("the engine is\nslow", RuntimeWarning, stacklevel=1)
 
     say(command)
-    assert run(["doctor"]) == 2
-    assert capsys.readouterr().err == (
-        "error: 'doctor' needs gguf, which is not installed; pip install 'isthmus[plan]'\n"
-    )
+    shown = warnings.showwarning
+    assert run(["doctor"]) == 0
+    assert capsys.readouterr().err == "warning: the engine is slow\n"
+    assert warnings.showwarning is shown
 
 
-def test_extras_bring_what_the_error_says() -> None:
-    brought = {extra: {name.replace("-", "_") for name in packages} for extra, packages in installed_extras().items()}
-    distributions = {"grpc": "grpcio"}
-    for module, extra in EXTRAS.items():
-        assert distributions.get(module, module) in brought[extra]
+@pytest.mark.parametrize("package", ["gguf", "huggingface-hub", "onnxruntime"])
+def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors say what pip can install; isthmus itself is on no index."""
+    from isthmus.engine.onnx_session import onnxruntime
+    from isthmus.split.fetch import fetch
+    from isthmus.split.gguf_file import _unusual
+
+    needing: dict[str, Callable[[], object]] = {
+        "gguf": lambda: _unusual(99),
+        "huggingface-hub": lambda: fetch("owner/name"),
+        "onnxruntime": onnxruntime,
+    }
+    module = package.replace("-", "_")
+    for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(IsthmusError, match=f"; pip install {package}$"):
+        needing[package]()
 
 
 def test_own_mistakes_are_not_hidden(say: Callable[[Callable[..., object]], None]) -> None:

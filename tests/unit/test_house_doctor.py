@@ -143,6 +143,8 @@ def test_each_trouble_is_named(fine: Machine) -> None:
     assert "NEON dot product" in problems(arm)
     build = findings(replace(fine, compiler=None), native=False, kernels="onnxruntime")[0]
     assert "install a C compiler" in build.remedy
+    nothing = findings(fine, native=False, kernels="none")[0]
+    assert "nothing will run" in nothing.problem and "pip install onnxruntime" in nothing.remedy
 
 
 def test_bandwidth_is_measured() -> None:
@@ -171,6 +173,21 @@ def test_doctor_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["machine"]["threads"] >= 1
     assert report["chosen"] in (*report["kernels"], "onnxruntime")
     assert all(speed > 0 for speed in report["bandwidth"].values())
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_doctor_says_what_computes_without_the_native_engine(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from isthmus.apps.cli import doctor
+
+    monkeypatch.setattr("isthmus.engine.binding.cpu_names", tuple)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: installed or None)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert ("ONNX Runtime computes" in shown) is installed
+    assert ("nothing will run" in shown) is not installed
 
 
 def test_doctor_speaks_to_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,9 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.groups import dequantize, quantize
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split.bundle import Bundle, Manifest, layer_file
-from isthmus.split.manifest import EMBEDDING, HEAD, NORM, TokenizerEntry, model_id
+from isthmus.split.bundle import Bundle
+from isthmus.split.files import locked
+from isthmus.split.manifest import EMBEDDING, HEAD, NORM, Manifest, TokenizerEntry, layer_file, model_id
 from isthmus.split.roles import Weights, array_shapes, matrix_shapes
 from isthmus.split.tensorfile import encode
 from isthmus.split.writer import BundleWriter, write_bundle
@@ -387,6 +388,32 @@ def test_a_bundle_that_was_moved_aside_comes_back(folder: Path, tmp_path: Path) 
     Bundle.open(folder).verify()
     (tmp_path / ".b.abcdefgh.old").mkdir()
     write(folder, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_bundle_that_is_being_replaced_is_left_to_its_writer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, seen = Path.replace, list[str]()
+
+    def replaced(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):  # another writer comes between the two renames
+            BundleWriter(folder)
+            seen.extend(sorted(path.suffix for path in tmp_path.iterdir()))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    changed = write(folder, Source(config(), seed=1), force=True)
+    assert seen == [".old", ".part"]
+    assert Bundle.open(folder).model_id == changed.model_id
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_bundle_that_another_process_writes_to_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    before = Bundle.open(folder).model_id
+    with locked(folder), pytest.raises(BundleError, match="another process writes to"):
+        write(folder, Source(config(), seed=1), force=True)
+    assert Bundle.open(folder).model_id == before
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 

@@ -143,6 +143,17 @@ def test_unusual_types_need_a_target(tmp_path: Path) -> None:
     assert np.array_equal(plain(layer["up"]), values["blk.0.ffn_up.weight"])
 
 
+@pytest.mark.parametrize("format", ["keep", "f32"])
+def test_a_type_that_cannot_be_decoded_is_told(tmp_path: Path, format: str) -> None:
+    write(tmp_path / "m.gguf", "F32")
+    data, name = bytearray((tmp_path / "m.gguf").read_bytes()), b"blk.0.ffn_up.weight"
+    at = data.index(name) + len(name) + 20  # behind the count of dimensions and two of them
+    data[at : at + 4] = struct.pack("<I", TYPE.I32)
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ModelError, match=r"tensor blk\.0\.ffn_up\.weight has type I32, which .* cannot decode; choose"):
+        open_checkpoint(tmp_path / "m.gguf", format=format).layer(0)
+
+
 def test_rope_factors_are_read(tmp_path: Path) -> None:
     factors = np.linspace(1, 4, HEAD // 2).astype(np.float32)
     write(tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})

@@ -289,6 +289,23 @@ def test_a_text_without_tokens_is_an_error() -> None:
         Tokenizer.from_entry(data, TokenizerEntry()).encode("b")
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(?=(a+)+$)c"])
+def test_a_pattern_that_searches_forever_is_an_error(tmp_path: Path, pattern: str) -> None:
+    fields = json.loads(TOKENIZERS["smollm"].to_json())
+    fields["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot take the text: Onig: .*retry-limit"):
+        tokenizer.encode("a" * 5000 + "b")
+    assert tokenizer.encode("a") == TOKENIZERS["smollm"].encode("a")
+
+
+def test_ids_without_a_text_are_an_error() -> None:
+    with pytest.raises(ModelError, match="cannot give the text"):
+        TOKENIZERS["smollm"].decode([-1])
+
+
 def test_damaged_tokenizer_files(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
