@@ -140,7 +140,7 @@ def test_where_all_hold_too_much_those_that_hold_most_go_first(router: RouterTra
         router.poll(10.0)
     assert router.watch.cut == 1
     little.send(b"", 0)
-    assert heard(router).frames == []
+    assert len(heard(router).frames) == 2
     assert served(router)
 
 
