@@ -116,7 +116,7 @@ int im_prepare(im_engine *e, im_step_call *c) {
 static int ascending(const void *a, const void *b) { return *(const int32_t *)a - *(const int32_t *)b; }
 
 // By exponents, which compilers turn into vectors.
-static int finite(const float *x, size_t n) {
+static int all_finite(const float *x, size_t n) {
   uint32_t bad = 0;
   for (size_t i = 0; i < n; i++) {
     uint32_t bits;
@@ -140,7 +140,7 @@ int im_plan_segments(im_engine *e, const im_step_call *c) {
     same &= r->enter == c->rows[0].enter && r->leave == c->rows[0].leave;
   }
   const size_t values = inputs ? (size_t)c->n_hidden * (size_t)c->parts[0]->d_model : 0;
-  if (!finite(c->hidden_in, values)) return IM_NOT_FINITE;
+  if (!all_finite(c->hidden_in, values)) return IM_NOT_FINITE;
   e->n_segments = 0;
   if (same) {
     for (int i = 0; i < c->n_rows; i++) e->active[i] = i;

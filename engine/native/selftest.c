@@ -163,7 +163,7 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
   p->kv = take(m->kv_bytes);
   memset(p->kv, 0, m->kv_bytes);
   const int32_t blocks[2][3] = {{5, 0, 3}, {1, 7, 2}};
-  const im_sequence tables[2] = {{blocks[0], 0}, {blocks[1], 12}}, *table = tables;
+  const im_sequence tables[2] = {{blocks[0], 0, 0}, {blocks[1], 12, 0}}, *table = tables;
   const im_part *parts[1] = {p};
   im_sampling samplings[3] = {{0.8f, 0, 1.0, 42, 0}, {1.1f, 40, 0.9, 7, 1}, {0, 0, 1, 0, 0}};
   im_engine *e = im_engine_new(threads, cpu);

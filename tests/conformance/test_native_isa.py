@@ -53,6 +53,14 @@ def test_the_hashes_belong_to_the_numerics_id() -> None:
     assert NUMERICS.exact and len(HASHES) == 22 and len(set(HASHES.values())) == 22
 
 
+@pytest.mark.parametrize("compiler", ["cc", ARM])
+def test_the_sources_compile_without_a_warning(compiler: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    sources = [str(NATIVE / name) for name in (*SOURCES, "selftest.c")]
+    run([compiler, *FLAGS, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *sources])
+
+
 @pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler (cc) for the self-test")
 @pytest.mark.skipif(sys.platform != "linux", reason="the self-test is loaded into the engine on Linux only")
