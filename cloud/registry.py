@@ -108,6 +108,9 @@ class Registry:
             session, before = known
             if message.epoch < session.epoch:
                 raise Refusal(Code.STALE_EPOCH, f"epoch {session.epoch} owns the session", "raise the epoch")
+            old = self.peers.get(session.route)
+            if old is not None and old is not peer:
+                old.done(session.freed_bytes + sum(work.size_bytes for work in session.work))
             session.resume(message.epoch, peer.route, message.alias)
             if before is not model or session.enter != message.enter or session.window != message.window:
                 self.forget(session)
@@ -168,7 +171,7 @@ class Registry:
 
         Args:
             asking: the session that wants KV beyond its owner's share, None for one that wants what nobody has free.
-            taken: sessions whose KV goes already.
+            taken: sessions whose KV goes already, or that may go on.
         """
         own = [
             s
@@ -178,7 +181,7 @@ class Registry:
         session = min((s for s in own if self._idle(s, now_s)), key=self._worth, default=None)
         if session is None and asking is not None:
             after = self._numbers[asking]
-            stuck = (s for s in own if s.refused and not s.work and self._numbers[s] > after)
+            stuck = (s for s in own if s.refused and self._numbers[s] > after)
             session = max(stuck, key=self._numbers.__getitem__, default=None)
         return session
 
@@ -197,6 +200,7 @@ class Registry:
         share = self._share(model)
         spared: list[Session] = []
         refused: list[tuple[Session, str, bool]] = []
+        granted: list[Session] = []
         if share == model.pool_tokens:
             return spared, refused
         held: dict[str, int] = {}
@@ -205,15 +209,21 @@ class Registry:
         for session in model.ready.values():
             principal, mine = session.principal, self._held(session)
             wanted = held_tokens(session.work[0].end, session.window, self._limits)
-            others = held[principal] - mine
+            if session in spared:
+                refused.append((session, "another session of this key's owner comes first", True))
+                continue
+            others, sparing = held[principal] - mine, list[Session]()
             while (why := share_refusal(others, wanted, share)) is not None and why[1]:
-                spare = self.spare(model, now_s, session, spared)
+                spare = self.spare(model, now_s, session, (*spared, *sparing, *granted))
                 if spare is None:
                     break
-                spared.append(spare)
+                sparing.append(spare)
                 others -= self._held(spare)
-            held[principal] = others + (wanted if why is None else mine)
-            if why is not None:
+            if why is None:
+                granted.append(session)
+                spared += sparing
+                held[principal] = others + wanted
+            else:
                 refused.append((session, *why))
         return spared, refused
 

@@ -44,12 +44,12 @@ class Runner:
             if late := session.expire(now_s):
                 self._registry.answer(session, model, late)
         spared, overdrawn = self._registry.overdrawn(model, now_s)
-        for session in spared:
-            self._registry.evict(session)
         for session, problem, waiting_helps in overdrawn:
             session.refused += 1
             refusal = self._registry.busy(problem) if waiting_helps else Refusal(Code.KV_FULL, problem, SHORTEN)
             self._registry.answer(session, model, session.fail(refusal))
+        for session in spared:
+            self._registry.evict(session)
         n_layers = model.offer.n_layers
         demands = [
             Demand(number, session.principal, session.work[0].rows, n_layers - session.enter)

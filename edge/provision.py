@@ -102,12 +102,14 @@ def fetch_more(link: Link, bundle: Bundle, layers: int, progress: Progress | Non
     Raises:
         LinkError: the cloud is gone; calling again goes on where this ended.
         BundleError: what the cloud sends does not fit the bundle's hashes.
-        DeviceError: the cloud does not serve this model, or the folder cannot be written.
+        DeviceError: the cloud does not serve this model, or the folder cannot be written or holds another one by now.
     """
     lacking = [name for name in part_files(bundle.manifest, layers) if not bundle.holds(name)]
     if lacking:
         link.welcome()
         with _writing(bundle.path):
+            if Bundle.open(bundle.path).model_id != bundle.model_id:
+                raise DeviceError(f"the bundle in {bundle.path} was replaced meanwhile", "try again")
             for name in lacking:
                 _fetch(link, bundle.manifest, bundle.path, name, progress)
 

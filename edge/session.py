@@ -28,6 +28,7 @@ class _Pending:
 
     message: Any
     lane: Lane | None
+    asked_at: float  # or put off until then
     retry_at: float
     tries: int = 0
 
@@ -343,12 +344,8 @@ class Session:
                 lane.renew()
             self._setback(lane)
         elif code is m.Code.KV_FULL:
-            self._fail(
-                DeviceError(
-                    f"the conversation is full: {fault.problem}",
-                    fault.remedy or "begin a new one, or choose overflow slide",
-                )
-            )
+            problem = f"the conversation is full: {fault.problem}" if lane.opened else fault.problem
+            self._fail(DeviceError(problem, fault.remedy or "begin a new one, or choose overflow slide"))
         elif code is m.Code.CLOSING:
             self._fail(LinkError(f"{self._where} is stopping", "try again later or name another cloud"))
         elif code is not m.Code.CANCELLED:
@@ -400,7 +397,7 @@ class Session:
     # -- requests
 
     def _post(self, key: tuple[Any, ...], message: Any, lane: Lane | None, now: float) -> None:
-        self._pending[key] = _Pending(message, lane, now + self._timeouts.retry_ms / 1e3)
+        self._pending[key] = _Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3)
         if self.welcome is not None:
             self.outbox.append(message)
 
@@ -426,12 +423,14 @@ class Session:
         retry_at = now + max(fault.retry_ms / 1e3, self._timeouts.retry_ms / 4e3)
         of_lane = [(key, pending) for key, pending in self._pending.items() if pending.lane is lane]
         later = [pending for key, pending in of_lane if key[0] != "rows" or key[2] >= fault.position]
-        for pending in later:
-            pending.retry_at = retry_at
         if later and fault.code is m.Code.BUSY:
             if now >= self._put_off_until:
                 self._put_off_at = now
-            self._put_off, self._put_off_until = fault.problem, retry_at + self._timeouts.retry_ms / 1e3
+            took_s = now - min(pending.asked_at for pending in later)  # a cloud of long steps says so rarely
+            self._put_off_until = retry_at + max(self._timeouts.retry_ms / 1e3, 2 * took_s)
+            self._put_off = fault.problem
+        for pending in later:
+            pending.asked_at = pending.retry_at = retry_at
 
     def _earlier(self, lane: Lane, position: int) -> bool:
         return any(k[0] == "rows" and p.lane is lane and k[2] < position for k, p in self._pending.items())

@@ -6,8 +6,9 @@ what was delivered from it, is what ZeroMQ holds; where that grows too large the
 Where all together hold too much, those that hold most go first. Linux alone tells how much a connection received;
 elsewhere nothing is watched.
 
-Heartbeats are received and never delivered. So a connection's count starts at zero again when no message waits and one
-came since the last look: in a message without an end no other can come, so nobody is forgiven twice.
+Heartbeats are received and never delivered. So what they can have amounted to is taken off a connection's count when no
+message waits and one came since the last look: in a message without an end no other can come, so nobody is forgiven
+twice.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ _log = logging.getLogger("isthmus.protocol")
 _CHECK_S = 0.1
 _INFO_BYTES, _RECEIVED_AT = 136, 128  # tcpi_bytes_received in struct tcp_info of linux/tcp.h
 _FRAME_BYTES = 64  # at least what framing and encryption add to a frame
+_HEARTBEAT_BYTES_PER_S = 128  # more than they are
 _ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 
 
 @dataclass(slots=True)
 class _Connection:
     peer: Any  # its address
+    since_s: float  # from when on its heartbeats count
     delivered: int = 0
     spoke: bool = False  # since the last look
     route: bytes = b""
@@ -89,9 +92,11 @@ class Watch:
         held: dict[int, int] = {}
         for descriptor, connection in self._connections.items():
             received = _received(descriptor)
-            if received < connection.delivered or (nothing_waits and connection.spoke):
-                connection.delivered = received  # below zero frames were smaller than counted: no credit for what comes
+            if nothing_waits and connection.spoke:
+                connection.delivered += int(_HEARTBEAT_BYTES_PER_S * (now_s - connection.since_s))
+                connection.since_s = now_s
             connection.spoke = False
+            connection.delivered = min(connection.delivered, received)  # what was counted too high is no credit
             held[descriptor] = received - connection.delivered
         total = sum(held.values())
         for descriptor in sorted(held, key=held.__getitem__, reverse=True):
@@ -115,7 +120,7 @@ class Watch:
             if before is not None and before.route:
                 self.ended.append(before.route)
             if event["event"] == zmq.EVENT_ACCEPTED and (peer := _peer(descriptor)) is not None:
-                self._connections[descriptor] = _Connection(peer)
+                self._connections[descriptor] = _Connection(peer, time.monotonic())
 
     def _cut_off(self, descriptor: int, held_bytes: int) -> None:
         connection = self._connections.pop(descriptor)

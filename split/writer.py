@@ -52,6 +52,7 @@ class BundleWriter:
     def __init__(self, path: Path, *, force: bool = False) -> None:
         self.files: dict[str, FileEntry] = {}
         self._held = ExitStack()
+        self._force = force
         try:
             self.path = path.resolve()
             self._prefix = f".{self.path.name}."
@@ -61,7 +62,7 @@ class BundleWriter:
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
             raise _unwritable(path, error) from error
         if self.path.exists() and not force:
-            raise BundleError(f"{path} exists already", "choose another folder, or replace it with --force")
+            raise _taken(path)
         if occupied and not is_there(self.path / "bundle.json"):
             raise BundleError(f"{path} is not a bundle", "choose another folder; it is not replaced")
 
@@ -117,7 +118,7 @@ class BundleWriter:
         """Writes bundle.json and gives the folder its name.
 
         Raises:
-            BundleError: the rename failed, or another process writes to the folder.
+            BundleError: the rename failed, or another process writes to the folder or has made it meanwhile.
         """
         files = dict(self.files)
         manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files)
@@ -126,6 +127,8 @@ class BundleWriter:
         old = self._work.with_suffix(".old")
         try:
             if self.path.exists():
+                if not self._force:
+                    raise _taken(self.path)
                 self._held.enter_context(locked(self.path))
                 self.path.replace(old)
             self._work.replace(self.path)
@@ -138,6 +141,10 @@ class BundleWriter:
                 old.replace(self.path)
         shutil.rmtree(old, ignore_errors=True)
         return manifest
+
+
+def _taken(path: Path) -> BundleError:
+    return BundleError(f"{path} exists already", "choose another folder, or replace it with --force")
 
 
 def _unwritable(path: Path, error: Exception) -> BundleError:

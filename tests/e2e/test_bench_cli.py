@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,18 +46,17 @@ def test_the_table_leaves_out_what_was_not_measured(bundle: Path) -> None:
 def test_rows_appear_as_they_are_measured(bundle: Path) -> None:
     """Also where the output is no terminal: a pipe is written before the next row is done."""
     program = """
-import itertools, sys, time
+import itertools, os, sys
 from isthmus.apps.bench import turns
 from isthmus.apps.cli.main import main
 real, asked = turns.measure, itertools.count()
-turns.measure = lambda *given, **named: real(*given, **named) if next(asked) < 1 else time.sleep(120)
+turns.measure = lambda *given, **named: real(*given, **named) if next(asked) < 1 else os._exit(3)
 sys.exit(main())
 """
     command = [sys.executable, "-c", program, "bench", "decode", str(bundle), *SMALL, "--no-cosine"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert any(line.startswith("1 at context 16") for line in process.stdout)
-        process.kill()
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=buffered, timeout=250)
+    assert done.returncode == 3 and "\n1 at context 16" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,10 @@ def test_what_credit_allows_is_never_cut_off() -> None:
     assert limits.credit_bytes + 2 * limits.max_message_bytes < limits.max_held_bytes
 
 
-def test_heartbeats_of_a_connection_that_speaks_are_not_held(router: RouterTransport, connect: Connect) -> None:
+def test_heartbeats_of_a_connection_that_speaks_are_not_held(
+    router: RouterTransport, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.protocol.watch._HEARTBEAT_BYTES_PER_S", 1e6)  # for heartbeats as large as these
     raw = connect()
     ping = b"\x04PING\0\0" + bytes(10_000)
     for _ in range(15):
@@ -159,7 +162,15 @@ def test_heartbeats_of_a_connection_that_speaks_are_not_held(router: RouterTrans
         assert heard(router).frames == [HELLO]
         looked_on(router)
     assert router.watch.cut == 0
-    # One that begins a message without an end right after a whole one gains nothing by it.
+
+
+def test_a_message_without_an_end_right_after_a_whole_one_gains_nothing_by_it(
+    router: RouterTransport, connect: Connect
+) -> None:
+    raw = connect()
+    looked_on(router)
+    raw.send(HELLO, 0)
+    assert heard(router).frames == [HELLO]
     for _ in range(15):
         raw.send(bytes(90_000), MORE)
     looked_on(router)

@@ -126,7 +126,7 @@ def test_a_session_is_taken_up_on_another_connection() -> None:
 
 @pytest.mark.parametrize("fields", [{"epoch": 2, "enter": 3}, {"epoch": 2}, {"epoch": 1}])
 def test_credit_goes_to_nobody_else_when_a_session_moves(fields: dict[str, Any]) -> None:
-    world = World(link=LinkLimits(credit_bytes=2000, max_message_bytes=1000))
+    world = World(link=LinkLimits(credit_bytes=1500, max_message_bytes=1000))
     world.open()
     world.wire.put(rows(list(range(600, 900)), 300))  # 900 bytes that wait
     world.wire.put(m.Hello(1, 1), b"b")
@@ -136,6 +136,11 @@ def test_credit_goes_to_nobody_else_when_a_session_moves(fields: dict[str, Any])
     answers = world.wire.take(b"b")
     assert [type(answer) for answer in answers[:2]] == [m.Welcome, m.Opened]
     assert not [answer for answer in answers if isinstance(answer, m.Credit)]
+    # The old connection has it back: it may send as much again.
+    returned = [answer.granted_bytes for answer in world.wire.take() if isinstance(answer, m.Credit)]
+    assert sum(returned) > 900
+    answers = world.ask(rows(list(range(600, 900)), 300))
+    assert code(next(answer for answer in answers if isinstance(answer, m.Fault))) == m.Code.UNKNOWN_SESSION
 
 
 def test_rows_that_enter_elsewhere_start_anew() -> None:

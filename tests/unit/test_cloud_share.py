@@ -239,3 +239,27 @@ def test_the_share_follows_the_list_of_keys(tmp_path: Path) -> None:
     AllowList(shared.allowed.path).allow(BERT, "bert")
     shared.world.later(1.1)
     assert code(shared.ask(0, rows([*range(200), 1], 1))[0]) == m.Code.KV_FULL
+
+
+def test_sessions_that_want_more_at_the_same_moment_do_not_wait_for_each_other(shared: Shared) -> None:
+    for number in range(2):
+        shared.open(number)
+        shared.fill(number, 60)
+    answers: list[Any] = []
+    for _ in range(4):
+        for number in range(2):
+            shared.world.wire.put(rows(LONG, 40), b"%d" % number, ANNA)
+        shared.world.service.turn(0.0)
+        answers += shared.world.wire.take(b"0")
+        shared.world.later(0.25)
+    assert [answer.tokens for answer in answers if isinstance(answer, m.Result)][:1] == [fake_text(LONG, 1)]
+
+
+def test_nobody_loses_kv_for_a_request_that_is_refused_all_the_same(shared: Shared) -> None:
+    for number in range(3):
+        shared.open(number)
+    shared.fill(0, 32)
+    shared.world.later(10.0)  # idle from now on
+    shared.fill(1, 90)
+    assert code(shared.fill(2, 100)) == m.Code.BUSY
+    assert shared.held() == {0: 32, 1: 90, 2: 0}

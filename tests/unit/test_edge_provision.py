@@ -258,3 +258,22 @@ def test_the_size_that_is_announced_is_what_is_fetched(
     with Fetching(tmp_path, mode, cut) as fetching:
         fetching.progress("tokenizer.json", 1, 1)
     assert f"fetching toy ({size_mb} MB) into " in capsys.readouterr().err
+
+
+def test_a_bundle_that_is_replaced_while_the_cloud_is_awaited_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud, _ = served()
+    bundle = held(cloud, tmp_path / "b", 2)
+    to_cloud = link(LossyWire(cloud), bundle.model_id)
+    welcome = to_cloud.welcome
+
+    def late() -> Any:
+        files = {name: FileEntry(entry.bytes, "0" * 64) for name, entry in bundle.manifest.files.items()}
+        other = Manifest("other", model_id(CONFIG, files), CONFIG, "keep", TokenizerEntry(), files)
+        (bundle.path / "bundle.json").write_bytes(other.encode())
+        return welcome()
+
+    monkeypatch.setattr(to_cloud, "welcome", late)
+    with pytest.raises(DeviceError, match="replaced meanwhile"):
+        fetch_more(to_cloud, bundle, 4)

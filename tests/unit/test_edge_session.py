@@ -395,3 +395,26 @@ def test_a_cloud_that_keeps_its_kv_otherwise_is_taken_as_it_is() -> None:
 def test_timeouts_are_checked() -> None:
     with pytest.raises(DeviceError, match="retry_ms is 0"):
         Timeouts(retry_ms=0)
+
+
+def test_a_cloud_of_long_steps_that_says_so_rarely_is_busy_all_the_same() -> None:
+    session, lane = asked()
+    session.impatient = True
+    now, notes = 1.0, set()
+    while not (found := events(session)) and now < 20.0:
+        now += 0.25
+        if not now % 3:
+            session.receive(fault(lane, m.Code.BUSY, retry_ms=250), now)
+        session.tick(now)
+        notes.add(session.waiting)
+    assert isinstance(found[0].error, Busy)
+    assert now == 8.0 and len(notes) == 2  # none at first, then one
+
+
+def test_a_setting_that_does_not_fit_the_cloud_is_not_called_a_full_conversation() -> None:
+    session, lane = opened()
+    rows(session, lane, 0)
+    session.receive(fault(lane, m.Code.UNKNOWN_SESSION), 1.1)
+    session.align(lane, 3, 1.2)
+    session.receive(fault(lane, m.Code.KV_FULL), 1.3)
+    assert events(session)[-1].error.problem == "no"

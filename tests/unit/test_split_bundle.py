@@ -437,3 +437,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot write to"):
         write(tmp_path / "file" / "b")
+
+
+def test_without_force_a_bundle_that_came_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, began = BundleWriter.finish, False
+    first: Manifest | None = None
+
+    def late(self: BundleWriter, *given: Any) -> Manifest:
+        nonlocal began, first
+        if not began:
+            began = True
+            first = write(tmp_path / "b", Source(config(), seed=1))
+        return finish(self, *given)
+
+    monkeypatch.setattr(BundleWriter, "finish", late)
+    with pytest.raises(BundleError, match="exists already"):
+        write(tmp_path / "b", Source(config(), seed=2))
+    assert first is not None and Bundle.open(tmp_path / "b").model_id == first.model_id
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
