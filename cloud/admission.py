@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK
 from isthmus.protocol.errors import ServiceError
 
-SHORTEN = "begin a new conversation, shorten the text, or choose overflow slide with a smaller kv_tokens"
+SHORTEN = "begin a new conversation, shorten the text, or choose overflow='slide' with a smaller kv_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,9 @@ def refusal(load: Load, limits: ServiceLimits, need: int) -> str | None:
     """
     need = max(need, 1)
     if load.own_sessions >= load.share_sessions and not load.own_idle_sessions:
-        return f"{load.own_sessions} sessions are open with this key already"
+        return f"this key's owner has its {load.share_sessions} sessions open already"
     if load.sessions >= limits.max_sessions and not load.idle_sessions:
-        return f"all {limits.max_sessions} sessions of this cloud are busy"
+        return f"the sessions of this cloud ({limits.max_sessions}) are all in use"
     if (why := share_refusal(load.own_tokens, need, load.share_tokens)) is not None:
         return why[0]
     if load.free_tokens + load.idle_tokens < need:

@@ -74,7 +74,10 @@ class Metrics:
             "sessions_opened": (self.sessions_opened, "Sessions opened"),
             "sessions_evicted": (self.sessions_evicted, "Sessions whose KV was taken for others"),
             "sessions_expired": (self.sessions_expired, "Sessions forgotten after idling"),
-            "peers_dropped": (self.peers_dropped, "Connections dropped"),
+            "peers_dropped": (
+                self.peers_dropped,
+                "Connections dropped for silence or unread answers",
+            ),
         }
         for name, (value, help_) in counters.items():
             lines += [f"# HELP isthmus_{name}_total {help_}.", f"# TYPE isthmus_{name}_total counter"]

@@ -372,7 +372,8 @@ class Service:
         self._transport.poll(0.0)  # a spinning poll may never have looked at who wants in
         for route in self._transport.lost():
             if (peer := self._peers.get(route)) is not None:
-                peer.gone = True
+                self._drop(peer)
+                _log.info("%s left", peer.name)
         for session, _ in self._registry:
             if not session.work and now_s - session.used_s > self.limits.idle_s:
                 self._registry.forget(session)
@@ -381,6 +382,7 @@ class Service:
             if peer.outbox:
                 peer.flush()
             if peer.gone or now_s - peer.heard_s > self.limits.idle_s:
+                self.metrics.peers_dropped += 1
                 self._drop(peer)
                 _log.info("%s left", peer.name)
         if now_s >= self._refresh_at_s:
@@ -391,7 +393,6 @@ class Service:
         del self._peers[peer.route]
         peer.gone = True
         peer.ranges.clear()
-        self.metrics.peers_dropped += 1
         self._registry.orphan(peer)
 
     def _refresh(self) -> None:

@@ -364,7 +364,8 @@ class Device:
                 raise self._cloud_error
             mode = policy.choose(policy.Situation(self._link is not None, link_up, whole))
             if self._cloud_error is not None:
-                self._say(f"{self._cloud_error.problem}: this device goes on by itself")
+                hint = "" if self._served else f" ({self._cloud_error.remedy})"
+                self._say(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
         if mode == "local":
             return self._local_runner(options)
         if self._link is None:

@@ -90,7 +90,7 @@ class StreamRunner:
                 self._running = False
                 if news.reason == "full":
                     raise DeviceError(
-                        "the conversation is full in the cloud", "begin a new one, or choose overflow slide"
+                        "the conversation is full in the cloud", "begin a new one, or choose overflow='slide'"
                     )
         return self._ready.popleft()
 

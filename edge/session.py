@@ -345,7 +345,7 @@ class Session:
             self._setback(lane)
         elif code is m.Code.KV_FULL:
             problem = f"the conversation is full: {fault.problem}" if lane.opened else fault.problem
-            self._fail(DeviceError(problem, fault.remedy or "begin a new one, or choose overflow slide"))
+            self._fail(DeviceError(problem, fault.remedy or "begin a new one, or choose overflow='slide'"))
         elif code is m.Code.CLOSING:
             self._fail(LinkError(f"{self._where} is stopping", "try again later or name another cloud"))
         elif code is not m.Code.CANCELLED:

@@ -34,7 +34,7 @@ def address_fault(address: str, *, listening: bool = False) -> str:
         return f"{address!r} has a space in it"
     full = full_address(address)
     if not full.startswith(_TCP):
-        return f"{address!r} does not begin with {_TCP}"
+        return f"{address!r} {'does not begin with ' + _TCP if '://' in address else 'has no port'}"
     host, colon, port = full.removeprefix(_TCP).rpartition(":")
     if not colon or not _PORT.fullmatch(port) or not int(not listening) <= int(port) < 2**16:
         return f"{address!r} has no port in {int(not listening)}..65535"

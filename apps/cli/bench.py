@@ -65,7 +65,8 @@ def decode(
 
     contexts, batches, counts = numbers("--context", context), numbers("--batch", batch), numbers("--threads", threads)
     if max(contexts) > MAX_CONTEXT - 100 or not 0 <= prefill <= MAX_CONTEXT - 100:
-        raise EngineError(f"a context of {max(*contexts, prefill)}", f"measure up to {MAX_CONTEXT - 100} positions")
+        option, given = ("--prefill", prefill) if max(contexts) <= MAX_CONTEXT - 100 else ("--context", max(contexts))
+        raise EngineError(f"{option} is {given}", f"measure up to {MAX_CONTEXT - 100} positions")
     if turns < 1:
         raise EngineError(f"--turns is {turns}", "give 1 or more")
     cases = [Case(c, b) for b in batches for c in contexts if b == 1 or c == min(contexts)]

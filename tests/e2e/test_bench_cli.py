@@ -65,7 +65,7 @@ sys.exit(main())
         (["--threads", "0"], "--threads is '0'"),
         (["--context", "x"], "--context is 'x'"),
         (["--batch", "1,,2"], "--batch is '1,,2'"),
-        (["--context", "5000"], "a context of 5000"),
+        (["--context", "5000"], "--context is 5000"),
         (["--cpu", "abacus"], "'abacus' kernels"),
         (["--bits", "3"], "3"),
     ],

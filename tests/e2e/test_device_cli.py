@@ -97,7 +97,7 @@ def test_bytes_that_are_no_text_are_one_line_each(bundle: Path) -> None:
         (["--top-k", "9" * 11], "--top-k is 999"),
         (["--stop", ""], "stop word is empty"),
         (["--cloud", "tcp://127.0.0.1:9", "--keys", "nowhere"], "isthmus keys"),
-        (["--cloud", "", "--no-keys"], "does not begin with tcp://"),
+        (["--cloud", "", "--no-keys"], "has no port"),
         (["--cloud", "127.0.0.1:9", "--no-keys", "--mode", "stream"], "nothing answers at tcp://127.0.0.1:9"),
         (["--cloud", "tcp://:9", "--no-keys"], "'tcp://:9' has no host"),
         (["--cloud", "tcp://127.0.0.1:0", "--no-keys"], "no port in 1..65535"),
@@ -122,7 +122,10 @@ def test_a_cloud_that_does_not_answer_is_named(bundle: Path, arguments: list[str
     options = ["--prompt", "hello", "--greedy", "--max-tokens", "3", "--cloud", address, "--no-keys", *arguments]
     done = run(str(bundle), *options)
     assert done.returncode == 0
-    assert done.stderr == f"note: nothing answers at {address}: this device goes on by itself\n"
+    assert (
+        done.stderr
+        == f"note: nothing answers at {address}: this device goes on by itself (check that `isthmus serve` runs there)\n"
+    )
     assert done.stdout
 
 

@@ -201,7 +201,7 @@ def test_a_port_in_use_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--listen", "nonsense"], "does not begin with tcp://"),
+        (["--listen", "nonsense"], "has no port"),
         (["--listen", "tcp://:5"], "no host"),
         (["--listen", "tcp://0.0.0.0:0", "--no-keys"], "outside"),
         (["--http", "nonsense"], "--http"),

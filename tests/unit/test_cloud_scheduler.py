@@ -140,7 +140,7 @@ def test_what_a_session_may_come_to_hold_must_fit_its_owners_share(positions: in
     assert (why is None) is fits
     if why is not None:
         assert "512" in why[0]
-        assert ("kv_tokens of at most 320" if window else "overflow slide") in why[1]
+        assert ("kv_tokens of at most 320" if window else "overflow='slide'") in why[1]
 
 
 def test_limits_check_themselves() -> None:

@@ -342,7 +342,7 @@ def test_kv_that_one_session_fills_is_full() -> None:
     world.open()
     fault = world.ask(rows(list(range(40)), 40))[0]
     assert code(fault) == m.Code.KV_FULL
-    assert "overflow slide" in fault.remedy
+    assert "overflow='slide'" in fault.remedy
     assert world.ask(rows(PROMPT, 5))[0].tokens == TEXT[:1]
 
 

@@ -352,7 +352,7 @@ def test_a_failure_keeps_what_is_committed() -> None:
 
 def test_the_context_ends_with_a_clear_word() -> None:
     one = session(context=12)
-    assert "overflow slide" in refused(Code.KV_FULL, one.rows, ask(list(range(13)), 13), 0.0).remedy
+    assert "overflow='slide'" in refused(Code.KV_FULL, one.rows, ask(list(range(13)), 13), 0.0).remedy
     one.generate(Generate(4, 1, 0, Chain().head, PROMPT, 100), 0.0)
     replies = run(one)
     assert replies[-1].reason == "full"

@@ -109,7 +109,7 @@ def test_what_exceeds_a_share_by_itself_is_full(shared: Shared) -> None:
     fault = shared.fill(0, 129)
     assert code(fault) == m.Code.KV_FULL
     assert fault.committed == 0
-    assert "overflow slide" in fault.remedy
+    assert "overflow='slide'" in fault.remedy
     assert shared.part.steps == []  # nothing was computed for it
 
 

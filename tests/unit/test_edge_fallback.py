@@ -295,9 +295,10 @@ def test_a_cloud_that_cannot_exist_is_an_error_at_once(mode: str, nowhere: dict[
 def test_a_cloud_that_cannot_exist_is_not_needed_for_the_whole_model(nowhere: dict[str, Any]) -> None:
     for mode, note in (("local", ""), ("auto", "there is no host 'mistyped.example' (tcp://mistyped.example:5757)")):
         with device(mode=mode, **nowhere) as alone:
+            went_on = "this device goes on by itself (check the spelling of the cloud's address)"
             for _ in range(2):
                 assert ids(alone.generate(PROMPT, max_tokens=3)) == local(max_tokens=3)
-                assert alone.stats.note == (f"{note}: this device goes on by itself" if note else "")
+                assert alone.stats.note == (f"{note}: {went_on}" if note else "")
 
 
 class Counted(LossyWire):

@@ -39,8 +39,8 @@ def test_addresses_of_the_cloud_alone(address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "fault"),
     [
-        ("", "does not begin with tcp://"),
-        ("host", "does not begin with tcp://"),
+        ("", "has no port"),
+        ("host", "has no port"),
         ("::1:5757", "is no host"),
         (":5757", "has no host"),
         ("udp://127.0.0.1:5", "does not begin with tcp://"),
