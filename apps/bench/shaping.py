@@ -23,6 +23,7 @@ class LinkProfile:
     """A link between a device (which sends up) and a cloud (which sends down).
 
     Only payload counts: a real link also carries 40 bytes or more of headers with each segment.
+    What is under way is not bounded: an unlimited rate with a long delay holds all that is sent in that time.
 
     Attributes:
         delay_up_ms: one-way delay from device to cloud, in ms.
@@ -106,7 +107,12 @@ class Opportunities:
 
     @property
     def time_ns(self) -> int:
-        return self._start_ns + self._cycle * self._period_ns + self._times[self._index] * MS
+        return self.ahead(0)
+
+    def ahead(self, count: int) -> int:
+        """Time of the opportunity that is `count` further on."""
+        cycles, index = divmod(self._index + count, len(self._times))
+        return self._start_ns + (self._cycle + cycles) * self._period_ns + self._times[index] * MS
 
     def reach(self, ready_ns: int) -> None:
         """Goes on to the first opportunity, from here on, at `ready_ns` or later; those in between are lost."""
@@ -126,6 +132,24 @@ class Opportunities:
         self._index = bisect_left(self._times, -(-into_ns // MS))
 
 
+class _Chunk(Generic[T]):
+    """Bytes on their way, or the rest of them: when at the bottleneck, from where in what arrived, and where to."""
+
+    __slots__ = ("data", "offset", "ready", "to")
+
+    def __init__(self, ready: int, offset: int, data: memoryview, to: T) -> None:
+        self.ready, self.offset, self.data, self.to = ready, offset, data, to
+
+    def cut(self, size: int) -> tuple[_Chunk[T], _Chunk[T]]:
+        first = _Chunk(self.ready, self.offset, self.data[:size], self.to)
+        return first, _Chunk(self.ready, self.offset + size, self.data[size:], self.to)
+
+    @property
+    def packets(self) -> int:
+        """Segments of the whole that begin in these bytes."""
+        return -(-(self.offset + len(self.data)) // SEGMENT) + -self.offset // SEGMENT
+
+
 class Pipe(Generic[T]):
     """One direction of a link: says when each chunk is due, given every arrival.
 
@@ -136,6 +160,8 @@ class Pipe(Generic[T]):
 
     Attributes:
         queued: bytes that wait for the bottleneck; those that are only under way do not count.
+        bytes: bytes that came out.
+        packets: segments that came out: each chunk is cut into segments of 1,500 bytes and a shorter one.
     """
 
     def __init__(
@@ -153,15 +179,15 @@ class Pipe(Generic[T]):
         self._jitter_ns = round(jitter_ms * MS)
         self._random = random.Random(seed)
         self._rate_bps = rate_bps
-        self._piece = max(SEGMENT, int(rate_bps / 8 * GRAIN_NS / 1e9)) if rate_bps else 0
+        self._piece = max(int(rate_bps / 8 * GRAIN_NS / 1e9) // SEGMENT, 1) * SEGMENT if rate_bps else 0
         self._places = Opportunities(trace, start_ns) if trace else None
         self._bound = queue_bytes
-        self._waiting: deque[tuple[int, memoryview, T]] = deque()  # (at the bottleneck, bytes, to)
-        self._under_way: deque[tuple[int, int, memoryview, T]] = deque()  # (due, at the bottleneck, bytes, to)
+        self._waiting: deque[_Chunk[T]] = deque()
+        self._under_way: deque[tuple[int, _Chunk[T]]] = deque()  # (due, piece)
         self._head: tuple[int, int] | None = None  # (due, bytes) of the next piece, once decided
         self._last_ready = self._free = start_ns
         self._stalled = False
-        self.queued = 0
+        self.queued = self.bytes = self.packets = 0
 
     @property
     def room(self) -> int:
@@ -174,7 +200,7 @@ class Pipe(Generic[T]):
         if self._jitter_ns:
             ready += self._random.randrange(self._jitter_ns + 1)
         self._last_ready = ready = max(ready, self._last_ready)
-        self._waiting.append((ready, data, to))
+        self._waiting.append(_Chunk(ready, 0, data, to))
         self.queued += len(data)
 
     def serve(self, now: int) -> None:
@@ -184,12 +210,13 @@ class Pipe(Generic[T]):
             due, size = self._next_piece()
             if due > horizon:
                 return
-            ready, data, to = self._waiting.popleft()
-            if size < len(data):
-                self._waiting.appendleft((ready, data[size:], to))
+            piece = self._waiting.popleft()
+            if size < len(piece.data):
+                piece, rest = piece.cut(size)
+                self._waiting.appendleft(rest)
             if self._places and size:
                 self._places.left -= size
-            self._under_way.append((due, ready, data[:size], to))
+            self._under_way.append((due, piece))
             self.queued -= size
             self._free, self._head = due, None
 
@@ -198,17 +225,24 @@ class Pipe(Generic[T]):
         self.serve(now)
         out = []
         while self._under_way and not self._stalled and self._under_way[0][0] <= now:
-            _, _, data, to = self._under_way.popleft()
-            out.append((data, to))
+            _, piece = self._under_way.popleft()
+            self.bytes += len(piece.data)
+            self.packets += piece.packets
+            out.append((piece.data, piece.to))
         return out
 
-    def next_ns(self, *, room: bool = False) -> int | None:
-        """When something is due next, or, with `room`, when the queue gets shorter, if earlier. None is never."""
+    def next_ns(self, room: int = 0) -> int | None:
+        """When something is due next, or the queue may have that much room, if earlier. None is never."""
         if self._stalled or not (self._under_way or self._waiting):
             return None
         times = [self._under_way[0][0]] if self._under_way else []
         if self._waiting and (room or not times):
-            due, _ = self._next_piece()
+            due, size = self._next_piece()
+            more = room - self.room - size  # bytes to leave after this piece
+            if room and more > 0 and self._rate_bps:
+                due += math.ceil(more * 8e9 / self._rate_bps)
+            elif room and more > 0 and self._places:
+                due = self._places.ahead(-(-(room - self.room - self._places.left) // SEGMENT))
             times.append(due - self._delay_ns if room else due)
         return min(times)
 
@@ -216,9 +250,9 @@ class Pipe(Generic[T]):
         """Nothing leaves from now on; what is under way waits before the bottleneck again."""
         self._stalled = True
         while self._under_way:
-            _, ready, data, to = self._under_way.pop()
-            self._waiting.appendleft((ready, data, to))
-            self.queued += len(data)
+            _, piece = self._under_way.pop()
+            self._waiting.appendleft(piece)
+            self.queued += len(piece.data)
 
     def resume(self, now: int) -> None:
         """The bottleneck serves again, from now on; what it could have served meanwhile is lost."""
@@ -227,7 +261,7 @@ class Pipe(Generic[T]):
 
     def clear(self, now: int) -> int:
         """Loses everything, and says how many bytes that was."""
-        lost = self.queued + sum(len(data) for _, _, data, _ in self._under_way)
+        lost = self.queued + sum(len(piece.data) for _, piece in self._under_way)
         self._waiting.clear()
         self._under_way.clear()
         self.queued = 0
@@ -242,8 +276,8 @@ class Pipe(Generic[T]):
     def _next_piece(self) -> tuple[int, int]:
         """When the next piece leaves the bottleneck, and its bytes."""
         if self._head is None:
-            ready, data, _ = self._waiting[0]
-            start, size = max(ready, self._free), len(data)
+            first = self._waiting[0]
+            start, size = max(first.ready, self._free), len(first.data)
             if size and self._rate_bps:
                 size = min(size, self._piece)
                 start += math.ceil(size * 8e9 / self._rate_bps)

@@ -1,6 +1,6 @@
 """Traces of a changing link in mahimahi's format: one line for each 1,500 bytes it can deliver, in ms from its start.
 
-The format is that of mm-link (Netravali et al., Mahimahi, USENIX ATC 2015). A link is a pair, PREFIX.up and PREFIX.down.
+The format is that of mm-link (Netravali et al., Mahimahi, USENIX ATC 2015). A link has two: PREFIX.up and PREFIX.down.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def read(path: str | Path) -> Trace:
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
-        raise BenchError(f"{path} cannot be read: {error.strerror}", "name a file of PREFIX.up and PREFIX.down") from error
+        raise BenchError(
+            f"{path} cannot be read: {error.strerror}", "name a file of PREFIX.up and PREFIX.down"
+        ) from error
     times = []
     for number, line in enumerate(lines, 1):
         digits = line.strip()
@@ -94,7 +96,9 @@ def write(trace: Trace, path: str | Path) -> None:
     try:
         Path(path).write_bytes(b"".join(b"%d\n" % time_ms for time_ms in trace.times_ms))
     except OSError as error:
-        raise BenchError(f"{path} cannot be written: {error.strerror}", "name a file in a folder that exists") from error
+        raise BenchError(
+            f"{path} cannot be written: {error.strerror}", "name a file in a folder that exists"
+        ) from error
 
 
 def mean_rate(trace: Trace) -> float:
