@@ -1,0 +1,236 @@
+"""What exits are trained and measured on: token sequences, the states before chosen layers, the model's own choices.
+
+Sequences are documents, and the model's own greedy answers to questions about them: what it says itself is what an exit
+will have to foresee. States are those of the engine that will run (quantized weights and all), kept as float16 in files
+of a work folder, so that a run that was stopped goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.engine.part import Part, Rows, Sequence, Want
+from isthmus.protocol.errors import ModelError
+
+if TYPE_CHECKING:
+    from isthmus.split.tokenizer import Tokenizer
+
+F16_MAX = 65504.0
+BATCH = 16  # answers written at once
+_SAVE_EVERY = 50
+Progress = Callable[[int, int], None]  # sequences done, in all
+
+TOPICS = """the sea;a bicycle;photosynthesis;a black hole;the French Revolution;inflation;sleep;a dragon;chess;tea;rain;
+computer viruses;gravity;volcanoes;democracy;the moon;bread;electric cars;a lost dog;honey bees;Rome;the violin;autumn;
+antibiotics;an old lighthouse;friendship;saving money;soccer;jazz;recycling;the immune system;a robot;mathematics;yoga;
+a garden;public speaking;coffee;a snowman;the climate;vaccines;a job interview;music;the stars;cooking rice;poetry"""
+QUESTIONS = (
+    "Explain {} to a child.",
+    "Write a short story about {}.",
+    "What is {}?",
+    "Write a poem about {}.",
+    "Give me five facts about {}.",
+    "Why does {} matter?",
+    "How can I learn more about {}?",
+    "List three advantages and three disadvantages of {}.",
+    "Write an email to a friend about {}.",
+    "Describe {} in one paragraph.",
+)
+ABOUT_TEXT = ("Summarize the following text: {}", "What is this text about?\n\n{}")
+MAX_QUOTED_CHARS = 1200
+
+
+class Sample(NamedTuple):
+    """Token ids; those from `answer` on are the model's own, 0 where the text is somebody else's."""
+
+    tokens: list[int]
+    answer: int = 0
+
+
+def read_texts(paths: list[Path]) -> list[str]:
+    """Documents out of text files (one each) and .jsonl files (one a line: its "text", or its first string).
+
+    Raises:
+        ModelError: a file cannot be read, or holds no text.
+    """
+    found: list[str] = []
+    for path in paths:
+        try:
+            data = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read as text: {error}", "name text files, or .jsonl files") from error
+        documents = list(_lines(path, data)) if path.suffix == ".jsonl" else [data]
+        if not any(document.strip() for document in documents):
+            raise ModelError(f"{path} holds no text", "name text files, or .jsonl files")
+        found += [document for document in documents if document.strip()]
+    return found
+
+
+def _lines(path: Path, data: str) -> Iterator[str]:
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            texts = [value for value in fields.values() if isinstance(value, str)]
+            yield fields["text"] if isinstance(fields.get("text"), str) else texts[0]
+        except (ValueError, AttributeError, IndexError) as error:
+            raise ModelError(f"line {number} of {path} is no JSON object with a text", "mend or remove it") from error
+
+
+def questions(texts: list[str], count: int, seed: int = 0) -> list[str]:
+    """Questions to a model: half of them about topics, half about the given texts.
+
+    Args:
+        count: at most so many; topics times kinds of questions bound the first half.
+    """
+    rng = random.Random(seed)
+    topics = [topic.strip() for topic in TOPICS.split(";")]
+    about = [question.format(topic) for question in QUESTIONS for topic in topics]
+    rng.shuffle(about)
+    quoted = [rng.choice(ABOUT_TEXT).format(text[:MAX_QUOTED_CHARS]) for text in rng.sample(texts, len(texts))]
+    found = [question for pair in zip(about, quoted, strict=False) for question in pair]
+    return found[:count]
+
+
+def answers(
+    part: Part,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_tokens: int,
+    progress: Progress | None = None,
+) -> list[Sample]:
+    """The model's greedy answers to chat prompts, several written at once.
+
+    Args:
+        part: the whole model.
+
+    Raises:
+        ModelError: the model has no chat template.
+    """
+    waiting = [(i, tokenizer.chat([{"role": "user", "content": prompt}])) for i, prompt in enumerate(prompts)]
+    waiting.reverse()
+    eos = set(tokenizer.eos)
+    found: dict[int, Sample] = {}
+    running: list[_Answer] = []
+    while waiting or running:
+        while waiting and len(running) < BATCH:
+            index, prompt = waiting.pop()
+            sequence = part.open()
+            (first,) = part.step(Rows().tokens(sequence, 0, prompt)).tokens
+            running.append(_Answer(index, sequence, [*prompt, first], len(prompt)))
+        rows = Rows()
+        for one in running:
+            rows.tokens(one.sequence, len(one.tokens) - 1, one.tokens[-1:])
+        for one, token in zip(running, part.step(rows).tokens, strict=True):
+            one.tokens.append(token)
+        for one in [one for one in running if one.ended(eos, max_tokens)]:
+            running.remove(one)
+            one.sequence.close()
+            found[one.index] = Sample(one.tokens, one.start)
+            if progress:
+                progress(len(found), len(prompts))
+    return [found[i] for i in range(len(prompts))]
+
+
+@dataclass(eq=False, slots=True)
+class _Answer:
+    index: int
+    sequence: Sequence
+    tokens: list[int]
+    start: int
+
+    def ended(self, eos: set[int], max_tokens: int) -> bool:
+        return self.tokens[-1] in eos or len(self.tokens) - self.start >= max_tokens
+
+
+class States:
+    """States along samples, in files of a folder; a folder that was begun for the same samples is gone on with.
+
+    Args:
+        folder: of its own; what stands there for other samples, layers or another model is replaced.
+        layers: before which layers; the states after the last one are kept, too.
+        model_id: of the model that gives them.
+
+    Attributes:
+        done: samples whose states are there.
+    """
+
+    def __init__(self, folder: Path, samples: list[Sample], layers: list[int], d_model: int, model_id: str) -> None:
+        self.samples, self.layers = samples, layers
+        self.offsets = np.cumsum([0, *(len(sample.tokens) for sample in samples)])
+        self._folder, self._name = folder, folder / "states.json"
+        key = json.dumps([model_id, layers, samples], separators=(",", ":"))
+        self._key = hashlib.sha256(key.encode()).hexdigest()
+        self.done = self._read_done()
+        folder.mkdir(parents=True, exist_ok=True)
+        mode, total = ("r+" if self.done else "w+"), int(self.offsets[-1])
+        names = [*(f"before-{layer}.npy" for layer in layers), "last.npy"]
+        self._states = [np.lib.format.open_memmap(folder / name, mode, np.float16, (total, d_model)) for name in names]
+        self._choices = np.lib.format.open_memmap(folder / "choices.npy", mode, np.int32, (total,))
+
+    def collect(self, part: Part, progress: Progress | None = None) -> None:
+        """Computes what is missing.
+
+        Args:
+            part: the whole model.
+        """
+        for index in range(self.done, len(self.samples)):
+            tokens, rows = self.samples[index].tokens, self._rows(index)
+            sequence = part.open()
+            hidden: NDArray[np.float32] | None = None
+            for enter, leave, states in zip([0, *self.layers], [*self.layers, part.end], self._states, strict=True):
+                want = Want.HIDDEN | (Want.SAMPLE if leave == part.end else Want.NONE)
+                if hidden is None:
+                    step = Rows().tokens(sequence, 0, tokens, leave=leave, want=want, want_all=True)
+                else:
+                    step = Rows().hidden(sequence, 0, hidden, enter=enter, leave=leave, want=want, want_all=True)
+                result = part.step(step)
+                hidden = result.hidden
+                states[rows] = np.clip(hidden, -F16_MAX, F16_MAX)
+            self._choices[rows] = result.tokens
+            sequence.close()
+            self.done = index + 1
+            if self.done % _SAVE_EVERY == 0 or self.done == len(self.samples):
+                self._save()
+            if progress:
+                progress(self.done, len(self.samples))
+
+    def before(self, layer: int, index: int) -> NDArray[np.float16]:
+        """States of a sample before a layer, [n, d_model] f16."""
+        found: NDArray[np.float16] = self._states[self.layers.index(layer)][self._rows(index)]
+        return found
+
+    def last(self, index: int) -> NDArray[np.float16]:
+        """States of a sample after the last layer, before the last norm, [n, d_model] f16."""
+        found: NDArray[np.float16] = self._states[-1][self._rows(index)]
+        return found
+
+    def choices(self, index: int) -> NDArray[np.int32]:
+        """The model's most likely token after each of a sample's tokens, [n]."""
+        found: NDArray[np.int32] = self._choices[self._rows(index)]
+        return found
+
+    def _rows(self, index: int) -> slice:
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def _read_done(self) -> int:
+        try:
+            saved = json.loads(self._name.read_text())
+            return int(saved["done"]) if saved["key"] == self._key else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _save(self) -> None:
+        for states in (*self._states, self._choices):
+            states.flush()
+        part = self._name.with_suffix(".part")
+        part.write_text(json.dumps({"key": self._key, "done": self.done}))
+        part.replace(self._name)

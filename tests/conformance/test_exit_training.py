@@ -1,0 +1,158 @@
+"""States along samples, and heads trained on them, on a small random model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="training exits needs torch==2.13.0")
+
+from isthmus.engine.part import Part, Rows, Want  # noqa: E402
+from isthmus.protocol.errors import ModelError  # noqa: E402
+from isthmus.split.exit_states import Sample, States, questions, read_texts  # noqa: E402
+from isthmus.split.exit_training import (  # noqa: E402
+    ExitHead,
+    Recipe,
+    Teacher,
+    agreement,
+    foresee,
+    least_squares,
+    train,
+)
+from tests.native_tools import open_part  # noqa: E402
+from tests.random_model import RandomModel, random_config  # noqa: E402
+
+MODEL = RandomModel("f32", random_config(full=False), seed=3)
+WIDTH = MODEL.config.d_model
+
+
+@pytest.fixture(scope="module")
+def part() -> Iterator[Part]:
+    part = open_part(MODEL, format="f32")
+    yield part
+    part.close()
+
+
+def samples(count: int, seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    return [Sample(rng.integers(0, 101, rng.integers(9, 40)).tolist()) for _ in range(count)]
+
+
+def collected(folder: Path, part: Part, count: int, layers: list[int], seed: int = 0) -> States:
+    states = States(folder, samples(count, seed), layers, WIDTH, "aa")
+    states.collect(part)
+    return states
+
+
+def test_states_are_the_engines(tmp_path: Path, part: Part) -> None:
+    states = collected(tmp_path / "s", part, 3, [1, 2])
+    tokens = states.samples[1].tokens
+    sequence = part.open()
+    result = part.step(Rows().tokens(sequence, 0, tokens, want=Want.LOGITS | Want.HIDDEN, want_all=True))
+    assert states.choices(1).tolist() == result.logits.argmax(axis=1).tolist()
+    np.testing.assert_array_equal(states.last(1), result.hidden.astype(np.float16))
+    sequence.truncate(0)
+    for layer in (1, 2):
+        sequence.truncate(0)
+        rows = Rows().tokens(sequence, 0, tokens, leave=layer, want=Want.HIDDEN, want_all=True)
+        np.testing.assert_array_equal(states.before(layer, 1), part.step(rows).hidden.astype(np.float16))
+    sequence.close()
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_ended(
+    tmp_path: Path, part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.split.exit_states._SAVE_EVERY", 2)
+    whole = collected(tmp_path / "whole", part, 5, [2])
+
+    def stop(done: int, _: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        States(tmp_path / "s", samples(5), [2], WIDTH, "aa").collect(part, stop)
+    states = States(tmp_path / "s", samples(5), [2], WIDTH, "aa")
+    assert states.done == 2
+    seen: list[int] = []
+    states.collect(part, lambda done, _: seen.append(done))
+    assert seen == [3, 4, 5]
+    for index in range(5):
+        np.testing.assert_array_equal(states.before(2, index), whole.before(2, index))
+        np.testing.assert_array_equal(states.choices(index), whole.choices(index))
+
+
+def test_states_of_something_else_are_made_anew(tmp_path: Path, part: Part) -> None:
+    collected(tmp_path / "s", part, 4, [2])
+    assert States(tmp_path / "s", samples(4), [2], WIDTH, "aa").done == 4
+    assert States(tmp_path / "s", samples(4), [2], WIDTH, "bb").done == 0
+    collected(tmp_path / "s", part, 4, [2])
+    assert States(tmp_path / "s", samples(4, seed=1), [2], WIDTH, "aa").done == 0
+    (tmp_path / "s" / "states.json").write_text("{")
+    assert States(tmp_path / "s", samples(4), [2], WIDTH, "aa").done == 0
+
+
+def test_least_squares_finds_a_linear_map(tmp_path: Path, part: Part) -> None:
+    states = collected(tmp_path / "s", part, 60, [3])  # before a layer that is not there: the last states themselves
+    found = least_squares(states, list(range(60)), 3)
+    assert torch.dist(found, torch.eye(WIDTH)) < 0.1 * WIDTH**0.5
+
+
+def test_training_teaches(tmp_path: Path, part: Part) -> None:
+    states, teacher, every = collected(tmp_path / "s", part, 150, [2]), Teacher(MODEL), list(range(150))
+    start = ExitHead(MODEL.config, 32, teacher.norm, None)
+    linear = ExitHead(MODEL.config, 32, teacher.norm, least_squares(states, every, 2))
+    steps: list[tuple[int, int]] = []
+    recipe = Recipe(d_ff=64, epochs=10, batch_tokens=256, warmup=5)
+    head = train(states, every, 2, teacher, recipe, lambda done, total, _: steps.append((done, total)))
+    found = [agreement(one, states, every, 2, teacher) for one in (start, linear, head)]
+    assert found[0] < found[1] < found[2] and found[2] > 0.6, found
+    assert steps[-1][0] == steps[-1][1] == len(steps)
+    again = train(states, every, 2, teacher, recipe)
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
+
+
+def test_what_a_head_foresees_counts_from_the_answer_on(tmp_path: Path, part: Part) -> None:
+    states = States(tmp_path / "s", [Sample(list(range(20)), 12), Sample(list(range(20)))], [2], WIDTH, "aa")
+    states.collect(part)
+    teacher = Teacher(MODEL)
+    head = ExitHead(MODEL.config, 32, teacher.norm, None)
+    answer, text = (foresee(head, states, index, 2, teacher) for index in (0, 1))
+    assert len(answer.tokens) == 9 and len(text.tokens) == 20  # the state at 11 foresees token 12
+    assert answer.tokens.tolist() == text.tokens.tolist()[11:]
+    assert ((answer.confidence > 0) & (answer.confidence <= 1)).all()
+    assert answer.right.tolist() == [t == c for t, c in zip(answer.tokens, states.choices(0)[11:], strict=True)]
+
+
+def test_texts_are_read_from_files_and_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One document.\nTwo lines.")
+    (tmp_path / "b.jsonl").write_text('{"id": 3, "0": "first", "1": "second"}\n{"title": "x", "text": "the text"}\n')
+    assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == [
+        "One document.\nTwo lines.", "first", "the text",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "cannot be read as text"),
+        ("a.txt", b" \n", "holds no text"),
+        ("a.jsonl", b'{"0": "a"}\n[1]\n', "line 2 of .*a.jsonl is no JSON object with a text"),
+        ("a.jsonl", b'{"0": 1}\n', "line 1 of"),
+        ("none.txt", None, "cannot be read as text"),
+    ],
+)
+def test_what_is_no_text_is_refused(name: str, data: bytes | None, says: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelError, match=says):
+        read_texts([tmp_path / name])
+
+
+def test_questions_are_the_same_for_the_same_seed() -> None:
+    texts = [f"text {i}" for i in range(30)]
+    asked = questions(texts, 40)
+    assert len(asked) == len(set(asked)) == 40 and asked == questions(texts, 40) != questions(texts, 40, seed=1)
+    assert sum("text " in question for question in asked) == 20
