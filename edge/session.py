@@ -17,7 +17,7 @@ from isthmus.edge.events import Aligned, Answered, Behind, Busy, Event, Refused,
 from isthmus.edge.lane import Lane
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError, SlowLinkError
 
 _MAX_SETBACKS = 24  # realignments in a row without one answer
 
@@ -193,7 +193,7 @@ class Session:
         patience_ms = self._timeouts.connect_ms if self.welcome is None else self._timeouts.give_up_ms
         if self._closing:
             patience_ms = min(patience_ms, self._timeouts.retry_ms)
-        elif self.welcome is None and failure is not None:
+        elif self.welcome is None and failure is not None and not isinstance(failure, SlowLinkError):
             patience_ms //= 4  # somebody said no; a cloud that is just starting gets a moment
         put_off_ms = (now - self._put_off_at) * 1e3 if now < self._put_off_until else 0.0
         if (now - self._up_at) * 1e3 >= patience_ms:

@@ -29,6 +29,10 @@ class LinkError(ProtocolError):
     """The other side cannot be reached, refused the connection, or fell silent."""
 
 
+class SlowLinkError(LinkError):
+    """The link was too slow for what had to be through by a certain time; it may do better the next time."""
+
+
 class QuantError(IsthmusError):
     """A weight format that does not fit its data."""
 

@@ -16,7 +16,7 @@ class LinkLimits:
         max_queued_messages: high-water mark of each ZeroMQ queue; byte credits bound what waits there.
         credit_bytes: bytes that a device may have under way at the cloud.
         max_rows: rows in one message.
-        handshake_ms: a connection that is not through with CURVE by then is dropped.
+        handshake_ms: a connection that is not through with CURVE, which takes four round trips, by then is dropped.
         connect_ms: a device waits that long for Welcome.
         heartbeat_ms: silence after which a Ping is sent.
         silent_intervals: heartbeats without any sign of life after which a fresh connection is tried.
@@ -31,7 +31,7 @@ class LinkLimits:
     max_queued_messages: int = 256
     credit_bytes: int = 8 * 1024 * 1024
     max_rows: int = 1024
-    handshake_ms: int = 1000
+    handshake_ms: int = 3000
     connect_ms: int = 5000
     heartbeat_ms: int = 1000
     silent_intervals: int = 3

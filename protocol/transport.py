@@ -16,7 +16,7 @@ import zmq
 from zmq.utils import z85
 
 from isthmus.protocol.address import REMEDY, check_address, check_listening
-from isthmus.protocol.errors import LinkError, ServiceError
+from isthmus.protocol.errors import LinkError, ServiceError, SlowLinkError
 from isthmus.protocol.keys import AllowList, DeviceKeys, KeyPair
 from isthmus.protocol.limits import LIMITS, LinkLimits
 from isthmus.protocol.watch import Watch
@@ -76,6 +76,7 @@ class DealerTransport:
         self.address = address
         self._key = keys.pair.public if keys is not None else ""
         self._spin_s = limits.spin_us * 1e-6
+        self._slow_at = time.monotonic() + 0.9e-3 * limits.handshake_ms
         self._socket = _socket(zmq.Context.instance(), zmq.DEALER)
         _tune(self._socket, address, limits)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -152,6 +153,8 @@ class DealerTransport:
                 f"the cloud at {self.address} does not know this device's key",
                 f"on the cloud run: isthmus keys allow '{self._key}' NAME",
             )
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and time.monotonic() >= self._slow_at:
+            raise SlowLinkError(f"the encrypted handshake with {self.address} takes too long", "try again")
         if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
             raise LinkError(
                 f"the encrypted handshake with {self.address} failed",

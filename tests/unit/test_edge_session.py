@@ -12,7 +12,7 @@ from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import ROOT, Chain
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError, SlowLinkError
 
 TIMEOUTS = Timeouts(connect_ms=5000, retry_ms=1000, give_up_ms=3000, progress_ms=60_000)
 LOG = [5, 6, 7, 8]
@@ -418,3 +418,13 @@ def test_a_setting_that_does_not_fit_the_cloud_is_not_called_a_full_conversation
     session.align(lane, 3, 1.2)
     session.receive(fault(lane, m.Code.KV_FULL), 1.3)
     assert events(session)[-1].error.problem == "no"
+
+
+def test_a_slow_handshake_gets_more_patience_than_a_refusal() -> None:
+    for failure, patience in ((LinkError("nothing answers"), 1.25), (SlowLinkError("too slow"), 5.0)):
+        session = Session("aa", Chain(LOG), TIMEOUTS)
+        session.greet(0.0)
+        session.tick(patience - 0.01, False, failure)
+        assert events(session) == []
+        session.tick(patience, False, failure)
+        assert events(session) == [Refused(failure)]
