@@ -34,6 +34,7 @@ from models import BENCH, bundle
 from numpy.typing import NDArray
 from record import Cell, Record
 
+from isthmus.edge.drafts import NgramDrafts
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.split.bundle import Bundle
@@ -124,33 +125,19 @@ def emitted(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
     return float((wrong <= DISAGREEMENT).sum() / len(right))
 
 
-def ngram_rounds(sample: Sample, block: int, longest: int = 4) -> tuple[int, int]:
+def ngram_rounds(sample: Sample, block: int) -> tuple[int, int]:
     """Tokens and rounds when n-grams of the context draft and a cloud checks."""
-    tokens, seen, at, rounds = sample.tokens, dict[tuple[int, ...], int](), sample.answer, 0
-
-    def learn(end: int) -> None:
-        for n in range(2, longest + 1):
-            if end >= n:
-                seen[tuple(tokens[end - n : end])] = end
-
-    for end in range(at):
-        learn(end)
-    while at < len(tokens):
-        context, draft = tokens[:at], list[int]()
-        while len(draft) < block:
-            known = (seen.get(tuple(context[-n:])) for n in range(longest, 1, -1))
-            place = next((place for place in known if place is not None), None)
-            if place is None:
+    drafts, rest, rounds = NgramDrafts(), sample.tokens[sample.answer :], 0
+    drafts.extend(sample.tokens[: sample.answer])
+    while rest:
+        agreed = 0
+        for drafted, real in zip(drafts.draft(block), rest, strict=False):
+            if drafted != real:
                 break
-            draft.append(context[place])
-            context.append(context[place])
-        accepted = 0
-        while accepted < len(draft) and at + accepted < len(tokens) and tokens[at + accepted] == draft[accepted]:
-            accepted += 1
-        for end in range(at, min(at + accepted + 1, len(tokens))):
-            learn(end)
-        at, rounds = at + accepted + 1, rounds + 1
-    return min(at, len(tokens)) - sample.answer, rounds
+            agreed += 1
+        drafts.extend(rest[: agreed + 1])
+        rest, rounds = rest[agreed + 1 :], rounds + 1
+    return len(sample.tokens) - sample.answer, rounds
 
 
 def measure(part: Part, turns: int = 30, context: int = 200) -> Costs:
