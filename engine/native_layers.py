@@ -49,13 +49,23 @@ class Layers:
         part.layers = memory.keep(ffi.new("im_layer[]", end - start))
         self.c_part = part
         for i in range(start, end):
-            self._layer(part.layers[i - start], source.layer(i), i)
+            weights = source.layer(i)
+            self._layer(part.layers[i - start], weights, i)
+            if i == start and "input" in weights:
+                self._input(cast(PackedMatrix, weights["input"]))
 
     def _table(self, matrix: PackedMatrix, name: str) -> PackedMatrix:
         shape = self.config.vocab_size, self.config.d_model
         if (matrix.rows, matrix.cols) != shape:
             raise EngineError(f"the {name} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
         return matrix
+
+    def _input(self, matrix: PackedMatrix) -> None:
+        shape = self.config.d_model, self.config.d_model
+        if (matrix.rows, matrix.cols) != shape:
+            raise EngineError(f"the input map is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
+        self.c_part.has_input = 1
+        self._memory.matrix(self.c_part.input, matrix)
 
     def _layer(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
         config, memory = self.config, self._memory

@@ -104,6 +104,8 @@ class Builder:
                 g.input(f"past_{which}.{i}", np.float32, buffer)
                 g.output(f"{which}.{i}", np.float32, buffer)
             layer = self._source.layer(i)
+            if i == enter and "input" in layer:
+                (hidden,) = self._project(f"{i}.input", hidden, [_matrix(layer, "input")])
             spans = [w for w in (c.window(i), window) if w]
             attended = self._attention(i, layer, hidden, min(spans, default=-1))
             normed, total = f"{i}.ffn_in", f"{i}.mid"

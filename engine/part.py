@@ -26,7 +26,8 @@ class WeightSource(Protocol):
     `v` [n_kv_heads * head_dim, d_model], `o` [d_model, n_heads * head_dim], `ffn_norm` [d_model], `gate` and `up`
     [d_ff, d_model], `down` [d_model, d_ff]; with biases `q_bias`, `k_bias`, `v_bias`; with qk_norm `q_norm`,
     `k_norm` [head_dim]; with experts, instead of gate, up and down, `router` f32 [n_experts, d_model] and
-    `experts.E.gate`, `experts.E.up`, `experts.E.down`. Vectors and the router are float32 arrays.
+    `experts.E.gate`, `experts.E.up`, `experts.E.down`. Vectors and the router are float32 arrays. A part whose first
+    layer has an `input` [d_model, d_model] takes hidden states only, which go through that linear map first.
     """
 
     @property

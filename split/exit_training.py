@@ -122,7 +122,7 @@ class Teacher:
 
     def __init__(self, source: WeightSource) -> None:
         self.config = source.config
-        self.norm = np.asarray(source.final_norm(), np.float32)
+        self.norm = np.array(source.final_norm(), np.float32)
         self.head = torch.from_numpy(np.asarray(dequantize(source.head()), np.float32))
         self._norm = Norm(torch.from_numpy(self.norm), self.config.norm_eps).requires_grad_(False)
 

@@ -81,18 +81,42 @@ static void give_logits(walker *w) {
   }
 }
 
+// Rows of hidden states through the part's input map.
+static void map_rows(walker *w) {
+  im_engine *e = w->e;
+  im_step_call *c = w->c;
+  const im_part *p = c->parts[0];
+  const int d_pad = e->w.d_pad, quantized = is_quantized(&p->input);
+  int from, to;
+  own_rows(w, c->n_rows, &from, &to);
+  for (int i = from; i < to; i++) {
+    float *x = w->l->normed + (size_t)i * d_pad;
+    memcpy(x, c->hidden_in + (size_t)c->rows[i].hidden * p->d_model, (size_t)p->d_model * 4);
+    memset(x + p->d_model, 0, (size_t)(d_pad - p->d_model) * 4);
+    if (quantized) quantize_row(e, w->l, 1, w->l->normed, i, d_pad);
+  }
+  if (!w->single) meet(w);
+  im_acts acts = acts_of(w->l, w->l->normed, d_pad);
+  acts.low = w->l->low;
+  im_linear_targets(e, (target[]){{&p->input, e->shared.delta, (size_t)d_pad}}, 1, &acts, c->n_rows, w->thread);
+  meet(w);
+}
+
 static void start_rows(walker *w) {
   im_engine *e = w->e;
   im_step_call *c = w->c;
   const im_part *p = c->parts[0];
   int from, to;
+  if (p->has_input) map_rows(w);
   own_rows(w, c->n_rows, &from, &to);
   for (int i = from; i < to; i++) {
     const im_row *row = &c->rows[i];
     float *x = w->l->x + (size_t)i * e->w.d_pad;
     if (row->token >= 0) im_embed(&p->embedding, row->token, x);
     else {
-      memcpy(x, c->hidden_in + (size_t)row->hidden * p->d_model, (size_t)p->d_model * 4);
+      const float *hidden = p->has_input ? e->shared.delta + (size_t)i * e->w.d_pad
+                                         : c->hidden_in + (size_t)row->hidden * p->d_model;
+      memcpy(x, hidden, (size_t)p->d_model * 4);
       memset(x + p->d_model, 0, (size_t)(e->w.d_pad - p->d_model) * 4);
     }
     if (!w->single || w->thread == 0) {

@@ -31,8 +31,8 @@ typedef struct {  // layers [start, end)
   int32_t n_experts, top_k, renormalize, d_expert;
   float norm_eps, rope_scale;
   const float *inv_freq;  // [head_dim / 2]
-  int32_t has_embedding, has_head;
-  im_matrix embedding, head;
+  int32_t has_embedding, has_head, has_input;
+  im_matrix embedding, head, input;  // input: what hidden states that come in go through before the first layer
   const float *final_norm;
   im_layer *layers;  // [end - start]
   int32_t kv_f32;    // KV in float32 instead of float16

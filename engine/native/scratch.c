@@ -136,6 +136,7 @@ int im_plan_segments(im_engine *e, const im_step_call *c) {
     if (r->token >= 0 ? (r->enter || !c->parts[0]->has_embedding || r->token >= c->parts[0]->vocab_size)
                       : (!c->hidden_in || r->hidden < 0 || r->hidden >= c->n_hidden))
       return IM_BAD_ROW;
+    if (c->parts[0]->has_input && (r->token >= 0 || r->enter != start)) return IM_BAD_ROW;
     inputs += r->token < 0;
     same &= r->enter == c->rows[0].enter && r->leave == c->rows[0].leave;
   }
