@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
-from isthmus.quant.groups import dequantize
+from isthmus.quant.groups import dequantize, quantize
 from isthmus.split.exit_states import States
+from isthmus.split.roles import Weights
 
 MIN_TOKENS = 8  # shorter samples teach nothing
 _RIDGE = 1e-2
@@ -97,6 +98,14 @@ class ExitHead(nn.Module):
         y = self.ffn_norm(x)
         normed: Tensor = self.final_norm(x + self.down(functional.silu(self.gate(y)) * self.up(y)))
         return normed
+
+    def weights(self, format: str) -> Weights:
+        """As the engine takes them (see `exits.ExitSource`), matrices in one of `quant.groups.QUANTIZABLE`."""
+        names = {"input": self.map, "q": self.q, "k": self.k, "v": self.v, "o": self.o}
+        names |= {"gate": self.gate, "up": self.up, "down": self.down}
+        norms = {"attn_norm": self.attn_norm, "ffn_norm": self.ffn_norm, "final_norm": self.final_norm}
+        matrices = {name: quantize(layer.weight.detach().numpy(), format) for name, layer in names.items()}
+        return {**matrices, **{name: norm.weight.detach().numpy().copy() for name, norm in norms.items()}}
 
     def _attention(self, x: Tensor) -> Tensor:
         config, (batch, length, _) = self.config, x.shape

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="training exits needs torch==2.13.0")
 
+from isthmus.engine import KvConfig  # noqa: E402
+from isthmus.engine import open_part as open_engine_part  # noqa: E402
 from isthmus.engine.part import Part, Rows, Want  # noqa: E402
-from isthmus.protocol.errors import ModelError  # noqa: E402
+from isthmus.protocol.errors import BundleError, ModelError  # noqa: E402
 from isthmus.split.exit_states import Sample, States, questions, read_texts  # noqa: E402
 from isthmus.split.exit_training import (  # noqa: E402
     ExitHead,
@@ -22,11 +25,14 @@ from isthmus.split.exit_training import (  # noqa: E402
     least_squares,
     train,
 )
+from isthmus.split.exits import ExitSource  # noqa: E402
 from tests.native_tools import open_part  # noqa: E402
-from tests.random_model import RandomModel, random_config  # noqa: E402
+from tests.random_model import RandomModel, random_config, random_matrix  # noqa: E402
 
 MODEL = RandomModel("f32", random_config(full=False), seed=3)
 WIDTH = MODEL.config.d_model
+SHORT = Recipe(d_ff=48, epochs=2, batch_tokens=256, warmup=2)
+Trained = tuple[States, ExitHead]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,13 @@ def part() -> Iterator[Part]:
     part = open_part(MODEL, format="f32")
     yield part
     part.close()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, part: Part) -> Trained:
+    """A head for the exit before layer 2, trained for a moment."""
+    states = collected(tmp_path_factory.mktemp("states") / "s", part, 40, [2])
+    return states, train(states, list(range(40)), 2, Teacher(MODEL), SHORT)
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
@@ -101,16 +114,20 @@ def test_least_squares_finds_a_linear_map(tmp_path: Path, part: Part) -> None:
 
 
 def test_training_teaches(tmp_path: Path, part: Part) -> None:
-    states, teacher, every = collected(tmp_path / "s", part, 150, [2]), Teacher(MODEL), list(range(150))
+    states, teacher, every = collected(tmp_path / "s", part, 100, [2]), Teacher(MODEL), list(range(100))
     start = ExitHead(MODEL.config, 32, teacher.norm, None)
     linear = ExitHead(MODEL.config, 32, teacher.norm, least_squares(states, every, 2))
     steps: list[tuple[int, int]] = []
-    recipe = Recipe(d_ff=64, epochs=10, batch_tokens=256, warmup=5)
+    recipe = Recipe(d_ff=64, epochs=8, batch_tokens=512, warmup=5)
     head = train(states, every, 2, teacher, recipe, lambda done, total, _: steps.append((done, total)))
     found = [agreement(one, states, every, 2, teacher) for one in (start, linear, head)]
-    assert found[0] < found[1] < found[2] and found[2] > 0.6, found
+    assert found[0] < found[1] < found[2] - 0.05, found
     assert steps[-1][0] == steps[-1][1] == len(steps)
-    again = train(states, every, 2, teacher, recipe)
+
+
+def test_training_gives_the_same_head_again(trained: Trained, part: Part) -> None:
+    states, head = trained
+    again = train(states, list(range(40)), 2, Teacher(MODEL), SHORT)
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
 
 
@@ -156,3 +173,45 @@ def test_questions_are_the_same_for_the_same_seed() -> None:
     asked = questions(texts, 40)
     assert len(asked) == len(set(asked)) == 40 and asked == questions(texts, 40) != questions(texts, 40, seed=1)
     assert sum("text " in question for question in asked) == 20
+
+
+@pytest.mark.parametrize(("format", "least"), [("f32", 0.99), ("q8", 0.9), ("q4", 0.6)])
+def test_the_engine_says_what_the_trained_head_says(format: str, least: float, trained: Trained) -> None:
+    states, head = trained
+    teacher = Teacher(MODEL)
+    running = open_engine_part(ExitSource(MODEL, 2, head.weights(format)), 2, 3, threads=1, kv=KvConfig("f32", 256))
+    same = []
+    for index in range(40):
+        sequence = running.open()
+        rows = Rows().hidden(sequence, 0, states.before(2, index).astype(np.float32), enter=2, want_all=True)
+        said = foresee(head, states, index, 2, teacher).tokens
+        same += [a == b for a, b in zip(running.step(rows).tokens, said, strict=True)]
+        sequence.close()
+    running.close()
+    assert np.mean(same) >= least
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"final_norm": None}, "no final_norm"),
+        ({"input": None}, "no input"),
+        ({"q": None}, "'q' of layer 2 is missing"),
+        ({"gate": random_matrix("f32", 7, WIDTH, np.random.default_rng(0))}, "'up' of layer 2 is .*, not"),
+        ({"surprise": np.zeros(3, np.float32)}, "unknown weight 'surprise'"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(change: dict[str, Any], says: str) -> None:
+    head = ExitHead(MODEL.config, 48, MODEL.final_norm(), None)
+    weights = {name: value for name, value in {**head.weights("f32"), **change}.items() if value is not None}
+    with pytest.raises(BundleError, match=says):
+        ExitSource(MODEL, 2, weights)
+
+
+def test_an_exit_stands_before_a_layer_that_is_there() -> None:
+    weights = ExitHead(MODEL.config, 48, MODEL.final_norm(), None).weights("f32")
+    for layer in (0, 3, -1):
+        with pytest.raises(BundleError, match="choose 1"):
+            ExitSource(MODEL, layer, weights)
+    with pytest.raises(BundleError, match=r"open it as layers \[2, 3\)"):
+        ExitSource(MODEL, 2, weights).layer(1)
