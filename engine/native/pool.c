@@ -7,11 +7,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 static void sleep_while(_Atomic uint32_t *word, uint32_t value) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
@@ -66,6 +66,7 @@ struct im_pool {
   void (*work)(void *, int);
   void *argument;
   pthread_t *handles;
+  pid_t owner;  // the process whose threads these are
 };
 
 typedef struct {
@@ -168,6 +169,7 @@ im_pool *im_pool_new(int threads) {
   p->spins = (int)(SPIN_NS * 400ull / (least ? least : 1));
   if (p->spins > 100000) p->spins = 100000;
   p->threads = threads;
+  p->owner = getpid();
   for (int i = 1; i < threads; i++) {
     seat *s = malloc(sizeof *s);
     if (s) *s = (seat){p, i};
@@ -183,9 +185,11 @@ im_pool *im_pool_new(int threads) {
 
 void im_pool_free(im_pool *p) {
   if (!p) return;
-  p->closing = 1;
-  if (p->threads > 1) change(&p->job);
-  for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
+  if (p->owner == getpid()) {  // a forked child has none of these threads: joining them there is a crash
+    p->closing = 1;
+    if (p->threads > 1) change(&p->job);
+    for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
+  }
   free(p->handles);
   free(p->waiters);
   free(p);

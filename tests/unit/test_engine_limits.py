@@ -8,7 +8,7 @@ import os
 import pytest
 
 from isthmus import engine
-from isthmus.engine.binding import cpu_names
+from isthmus.engine.binding import Workers, cpu_names
 from isthmus.engine.part import Rows
 from isthmus.protocol.address import address_fault
 from isthmus.protocol.errors import EngineError
@@ -31,6 +31,19 @@ def test_a_forked_child_is_told_instead_of_left_waiting() -> None:
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert part.step(Rows().tokens(sequence, 3, [4])).tokens
+
+
+@pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_frees_pools_whose_threads_it_has_not() -> None:
+    pools = [Workers(3) for _ in range(20)]
+    if not (child := os.fork()):
+        pools.clear()
+        own = Workers(2)  # new threads get the stacks that freeing the lost ones would have handled twice
+        del own
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.mark.parametrize(
