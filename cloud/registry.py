@@ -18,9 +18,11 @@ from isthmus.cloud.admission import (
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer
-from isthmus.cloud.session import Session, Shape
+from isthmus.cloud.session import Session
+from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal, Reply
-from isthmus.protocol.messages import Code, Open, listed
+from isthmus.protocol.messages import Code, Open
+from isthmus.protocol.offers import listed
 
 
 class Registry:

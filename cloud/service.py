@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from isthmus.cloud import replies
 from isthmus.cloud.admission import ServiceLimits
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
@@ -19,12 +20,14 @@ from isthmus.protocol.errors import IsthmusError, ProtocolError, ServiceError
 from isthmus.protocol.keys import AllowList
 from isthmus.protocol.limits import LIMITS, LinkLimits
 from isthmus.protocol.messages import (
+    CAN_VERIFY,
     MIN_VERSION,
     VERSION,
     Bye,
     Cancel,
     Close,
     Code,
+    Draft,
     Fault,
     Generate,
     GetManifest,
@@ -100,6 +103,7 @@ class Service:
             Open: self._open,
             Rows: self._rows,
             Generate: self._rows,
+            Draft: self._rows,
             Cancel: self._cancel,
             Close: self._close_session,
             Truncate: self._truncate,
@@ -251,27 +255,27 @@ class Service:
         link = self._link_limits
         limits = Limits(link.max_message_bytes, link.credit_bytes, link.heartbeat_ms, link.max_rows)
         offers = tuple(model.offer for model in self.models.values())
-        peer.send(Welcome(version, MIN_VERSION, (), offers, limits))
+        peer.send(Welcome(version, MIN_VERSION, (CAN_VERIFY,), offers, limits))
 
     def _open(self, peer: Peer, message: Open, principal: str, size: int, now_s: float) -> None:
         self._only_while_running()
         session, model = self._registry.open(peer, message, principal, now_s)
         peer.done(size)
         self._registry.settle(session, model, peer)
-        peer.send(session.opened(model.offer.numerics, model.kv.format, self.limits.idle_s))
+        peer.send(replies.opened(session, model.offer.numerics, model.kv.format, self.limits.idle_s))
 
-    def _rows(self, peer: Peer, message: Rows | Generate, principal: str, size: int, now_s: float) -> None:
+    def _rows(self, peer: Peer, message: Rows | Generate | Draft, principal: str, size: int, now_s: float) -> None:
         session, model = self._registry.find(peer, message, principal)
         self._only_while_running()
         session.used_s = now_s
-        if type(message) is Rows:
+        before = len(session.work)
+        if isinstance(message, Rows):
             if len(message.tokens) > self._link_limits.max_rows:
                 raise Refusal(Code.BAD_MESSAGE, f"{len(message.tokens)} rows", f"at most {self._link_limits.max_rows}")
-            before = len(session.work)
             reply = session.rows(message, now_s, size)
+        elif isinstance(message, Draft):
+            reply = session.draft(message, now_s, size)
         else:
-            assert isinstance(message, Generate)
-            before = len(session.work)
             reply = session.generate(message, now_s, size)
         if len(session.work) == before and not session.freed_bytes:
             peer.done(size)  # answered from the log, or waiting already

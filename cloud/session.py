@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.cloud.admission import SHORTEN
+from isthmus.cloud import replies
+from isthmus.cloud.samples import Samples
+from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal, Reply, Work
 from isthmus.engine.part import Rows as EngineRows
 from isthmus.engine.part import Sequence, Want
@@ -28,37 +29,14 @@ from isthmus.protocol.messages import (
     WANT_NONE,
     WANT_SAMPLE,
     Code,
-    Fault,
+    Draft,
     Generate,
-    Opened,
-    Result,
     Rows,
     Sampler,
-    Tokens,
     Truncate,
 )
 
-_UNKNOWN = -1
 _WANTS = [Want(bits) for bits in range(8)]  # building one costs a microsecond
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a session's rows must fit.
-
-    Attributes:
-        vocab_size: token ids lie below it.
-        d_model: width of hidden states.
-        context_length: positions that the model was trained for; sessions without a window end there.
-        max_waiting: requests that may wait.
-        busy_retry_ms: told when more come.
-    """
-
-    vocab_size: int
-    d_model: int
-    context_length: int
-    max_waiting: int = 64
-    busy_retry_ms: int = 250
 
 
 class Session:
@@ -96,8 +74,7 @@ class Session:
         self.work: deque[Work] = deque()
         self.freed_bytes = 0
         self.refused = 0
-        self._sampled: list[int] = []  # token sampled from each committed row, or _UNKNOWN
-        self._sampler = GREEDY  # that all of them were sampled with
+        self._samples = Samples()
 
     # Requests
 
@@ -116,11 +93,6 @@ class Session:
             for work in self.work:
                 work.size_bytes = 0
         self.epoch, self.route, self.alias = epoch, route, alias
-
-    def opened(self, numerics: str, kv_format: str, idle_s: int) -> Opened:
-        """The answer to Open."""
-        held = self.committed
-        return Opened(self.alias, self.epoch, held, self.chain.at(held), numerics, kv_format, idle_s)
 
     def rows(self, message: Rows, now_s: float, size_bytes: int = 0) -> Reply | None:
         """Takes rows in; the reply when the log knows it, else None and there is work.
@@ -187,7 +159,7 @@ class Session:
             raise Refusal(Code.BAD_MESSAGE, "nothing to generate, or nothing to begin with", "send a prompt")
         for work in self.work:
             if work.max_tokens and work.position == message.position and work.prompt_end == end:
-                return self._progress(work)
+                return replies.progress(self, work)
         new_at = self._match(message.position, message.prefix_hash, message.tokens)
         if self.work and new_at == end:
             raise self._busy("an earlier request is not done yet")
@@ -210,7 +182,7 @@ class Session:
         reply = None
         if new_at == end:
             done = self._relive(work)
-            reply = self._progress(work, done) if work.tokens else None
+            reply = replies.progress(self, work, done) if work.tokens else None
             if done:
                 self.freed_bytes += size_bytes
                 return reply
@@ -218,6 +190,41 @@ class Session:
             self.chain.extend(message.tokens[new_at - message.position :])
         self.work.append(work)
         return reply
+
+    def draft(self, message: Draft, now_s: float, size_bytes: int = 0) -> Reply | None:
+        """Takes a block of guesses in; the reply when the log knows it, else None: there is work, or it was stale.
+
+        Raises:
+            Refusal: it does not fit.
+        """
+        self._fence(message.epoch)
+        position, tokens, known = message.position, message.tokens, len(self.chain)
+        if self.enter or not position:
+            where = f"enter at layer {self.enter}" if self.enter else "have no prompt yet"
+            raise Refusal(Code.UNSUPPORTED, f"drafts for a session whose rows {where}", "send Rows first, of tokens")
+        if position > known:
+            raise Refusal(Code.GAP, f"a draft starts at {position} and the log ends at {known}", "send Rows first")
+        if not self.chain.at(position).startswith(message.prefix_hash):
+            return None
+        if position < known:
+            return self._judged_before(position, tokens)
+        work = self.work[-1] if self.work else None
+        if work is not None and (work.max_tokens or not work.want & WANT_SAMPLE):
+            raise self._busy("an earlier request is not done yet")
+        if work is None and (first := self._samples.after(position - 1)) != tokens[0]:
+            if first is None:
+                raise Refusal(Code.GAP, f"nothing was sampled after position {position - 1}", "send Rows first")
+            return None
+        end = position + len(tokens)
+        self.shape.check(tokens, end, self.window)
+        self._room(drafted=True)
+        sampler = self._samples.sampler if work is None else work.sampler
+        self.chain.extend(tokens)
+        sampling = _sampling(sampler)
+        waits = Work(position, end, position, end, WANT_SAMPLE, True, sampler, sampling, now_s, size_bytes=size_bytes)
+        waits.drafted = True
+        self.work.append(waits)
+        return None
 
     def truncate(self, message: Truncate) -> Reply:
         """Forgets positions and raises the epoch; a repetition changes nothing.
@@ -231,14 +238,13 @@ class Session:
             self.cancel()
             self.epoch = message.epoch
             self.forget(message.length)
-        held = self.committed
-        return Result(self.alias, self.epoch, message.length, [], held, self.chain.at(held))
+        return replies.result(self, message.length, [])
 
     def cancel(self) -> list[Reply]:
         """Drops all work; streams get their last Tokens."""
-        replies: list[Reply] = [self._tokens(work, [], "cancelled") for work in self.work if work.max_tokens]
+        ended: list[Reply] = [replies.tokens(self, work, [], "cancelled") for work in self.work if work.max_tokens]
         self._drop_work()
-        return replies
+        return ended
 
     def forget(self, length: int) -> None:
         """Drops all work, and positions from `length` on."""
@@ -247,7 +253,7 @@ class Session:
             self.sequence.truncate(length)
             self.committed = length
             self.chain.truncate(length)
-            del self._sampled[length:]
+            self._samples.truncate(length)
 
     # The engine's side
 
@@ -287,14 +293,13 @@ class Session:
         """
         work = self.work[0]
         rows = min(rows, work.end - work.start)
-        self.committed += rows
-        work.start += rows
         self.refused = 0
         work.engine_us += engine_us
-        if tokens and work.sampler != self._sampler:
-            self._sampler = work.sampler
-            self._sampled = [_UNKNOWN] * len(self._sampled)
-        self._sampled += [_UNKNOWN] * (rows - len(tokens)) + tokens
+        if work.drafted:
+            return self._checked(work, rows, tokens)
+        self.committed += rows
+        work.start += rows
+        self._samples.extend(rows, tokens, work.sampler)
         if len(hidden):
             work.states.append(hidden)
         if work.max_tokens:
@@ -304,42 +309,17 @@ class Session:
             return None
         self.work.popleft()
         self.freed_bytes += work.size_bytes
-        tensor = tensors.encode(np.concatenate(work.states), "f32") if work.states else None
-        held = self.committed
-        return Result(
-            self.alias,
-            self.epoch,
-            work.position,
-            work.tokens,
-            held,
-            self.chain.at(held),
-            work.engine_us,
-            max(0, work.queue_us),
-            tensor,
-        )
+        if tokens:
+            self._follow(tokens[-1])
+        return replies.result(self, work.position, work.tokens, work)
 
     def fail(self, refusal: Refusal) -> list[Reply]:
         """Drops all work with a Fault for each request; the log keeps what is committed."""
         if self.sequence.length != self.committed:
             self.sequence.truncate(self.committed)
-        replies: list[Reply] = [self.fault(refusal, work.position) for work in self.work]
+        faults: list[Reply] = [replies.fault(self, refusal, work.position) for work in self.work]
         self._drop_work()
-        return replies
-
-    def fault(self, refusal: Refusal, position: int = 0) -> Fault:
-        """A refusal as a message."""
-        held = self.committed
-        return Fault(
-            Code(refusal.code),
-            refusal.problem[:1000],
-            refusal.remedy[:1000],
-            refusal.retry_ms,
-            self.alias,
-            self.epoch,
-            position,
-            held,
-            self.chain.at(held),
-        )
+        return faults
 
     def expire(self, now_s: float) -> list[Reply]:
         """Ends the first request whose time is up, and those that build on it."""
@@ -347,14 +327,14 @@ class Session:
         if late is None:
             return []
         refusal = Refusal(Code.DEADLINE, "the time allowed ran out", "allow more, or go on locally")
-        replies: list[Reply] = []
+        ended: list[Reply] = []
         for index, work in enumerate(self.work):
             if index == late and work.max_tokens:
-                replies.append(self._tokens(work, [], "deadline"))
+                ended.append(replies.tokens(self, work, [], "deadline"))
             elif index >= late:
-                replies.append(self.fault(refusal, work.position))
+                ended.append(replies.fault(self, refusal, work.position))
         self._drop_work(late)
-        return replies
+        return ended
 
     # Inside
 
@@ -377,25 +357,17 @@ class Session:
         new_at = min(known, end)
         if self.chain.tokens[position:new_at] != tokens[: new_at - position]:
             raise self._diverged(f"other tokens between {position} and {new_at}")
-        if tokens and max(tokens) >= self.shape.vocab_size:
-            raise Refusal(Code.BAD_MESSAGE, f"token {max(tokens)} of a vocabulary of {self.shape.vocab_size}")
-        if not self.window and end > self.shape.context_length:
-            problem = f"{end} positions exceed the model's context of {self.shape.context_length}"
-            raise Refusal(Code.KV_FULL, problem, SHORTEN)
+        self.shape.check(tokens, end, self.window)
         return new_at
 
     def _replay(self, message: Rows, end: int) -> Reply | None:
         if end > self.committed or message.want & WANT_HIDDEN:
             return None
-        tokens: list[int] = []
+        tokens: list[int] | None = []
         if message.want & WANT_SAMPLE:
-            if self._sampler != message.sampler:
-                return None
-            tokens = self._sampled[message.position : end] if message.want_all else [self._sampled[end - 1]]
-            if _UNKNOWN in tokens:
-                return None
-        held = self.committed
-        return Result(self.alias, self.epoch, message.position, tokens, held, self.chain.at(held))
+            start = message.position if message.want_all else end - 1
+            tokens = self._samples.between(start, end, message.sampler)
+        return None if tokens is None else replies.result(self, message.position, tokens)
 
     def _waits(self, position: int, end: int) -> bool:
         """Whether exactly these rows wait already, so that the answer will come."""
@@ -413,8 +385,8 @@ class Session:
         """Fills a stream with what the log knows of it; whether that is all of it."""
         at = work.prompt_end - 1
         while True:
-            token = self._sampled[at] if work.sampler == self._sampler else _UNKNOWN
-            if token == _UNKNOWN:
+            token = self._samples.after(at, work.sampler)
+            if token is None:
                 if at + 1 < self.committed:
                     raise self._diverged(f"the answer at {at + 1} is not in the log, and later positions build on it")
                 tail = self.chain.tokens[at:]
@@ -435,6 +407,43 @@ class Session:
             if self.chain.tokens[at] != token:
                 raise self._diverged(f"the log goes on with another token at {at}")
 
+    def _checked(self, work: Work, rows: int, sampled: list[int]) -> Reply | None:
+        """Commits the drafted rows up to the first whose sample is not what was drafted next."""
+        drafted = self.chain.tokens[work.start + 1 : work.end]
+        wrong = (i for i, (guess, token) in enumerate(zip(drafted, sampled, strict=False)) if guess != token)
+        kept = next(wrong, rows - 1) + 1
+        self.committed += kept
+        work.start += kept
+        self._samples.extend(kept, sampled[:kept], work.sampler)
+        token = sampled[kept - 1]
+        if kept == rows and work.start < work.end and self.chain.tokens[work.start] == token:
+            return None  # the rest of the block comes with the next step
+        self.work.popleft()
+        self.freed_bytes += work.size_bytes
+        if self.sequence.length > self.committed:
+            self.sequence.truncate(self.committed)
+        self._follow(token)
+        return replies.verdict(self, work.position, self.committed - work.position, token, work)
+
+    def _follow(self, token: int) -> None:
+        """Drops what builds on another token than the one that follows the committed log."""
+        if self.work and not self.work[0].drafted:
+            return
+        if self.chain.tokens[self.committed : self.committed + 1] != [token]:
+            self._drop_work()
+            self.chain.truncate(self.committed)
+
+    def _judged_before(self, position: int, tokens: list[int]) -> Reply | None:
+        """The answer to a repeated draft, None while it waits, or where none of it was right."""
+        if any(work.position == position for work in self.work):
+            return None
+        same = zip(tokens, self.chain.tokens[position : self.committed], strict=False)
+        accepted = next((i for i, (guess, token) in enumerate(same) if guess != token), None)
+        if accepted is None:
+            accepted = min(len(tokens), self.committed - position)
+        token = self._samples.after(position + accepted - 1)
+        return replies.verdict(self, position, accepted, token) if accepted and token is not None else None
+
     def _streamed(self, work: Work, tokens: list[int]) -> Reply | None:
         if not tokens:
             return None
@@ -453,26 +462,11 @@ class Session:
         else:
             self.chain.extend(tokens)
             work.end += 1
-        return self._tokens(work, tokens, reason)
+        return replies.tokens(self, work, tokens, reason)
 
-    def _tokens(self, work: Work, tokens: list[int], reason: str) -> Tokens:
-        held, engine_us = self.committed, work.engine_us
-        work.engine_us = 0
-        at = work.prompt_end + len(work.tokens) - len(tokens)
-        return Tokens(self.alias, self.epoch, at, tokens, bool(reason), reason, held, self.chain.at(held), engine_us)
-
-    def _progress(self, work: Work, done: bool = False) -> Tokens:
-        """All that a stream gave so far, in one message."""
-        reason = ""
-        if done:
-            reason = "full"
-            if work.tokens[-1] in work.stop:
-                reason = "stop"
-            elif len(work.tokens) >= work.max_tokens:
-                reason = "length"
-        return self._tokens(work, work.tokens.copy(), reason)
-
-    def _room(self) -> None:
+    def _room(self, drafted: bool = False) -> None:
+        if self.work and self.work[-1].drafted and not drafted:
+            raise self._busy("drafts wait to be checked")
         if len(self.work) >= self.shape.max_waiting:
             raise self._busy(f"{len(self.work)} requests of this session wait already")
 

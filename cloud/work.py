@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.sampling import Sampling
-from isthmus.protocol.messages import Fault, Opened, Result, Sampler, Tokens
+from isthmus.protocol.messages import Fault, Opened, Result, Sampler, Tokens, Verdict
 
-Reply = Result | Tokens | Fault | Opened
+Reply = Result | Tokens | Verdict | Fault | Opened
 
 
 class Refusal(Exception):
@@ -45,6 +45,7 @@ class Work:
         states: hidden states given so far, each [n, d_model] f32.
         received_s, deadline_s: on the service's clock.
         size_bytes: credit to give back when it is done.
+        drafted: its tokens are guesses; what is not right of them is taken back.
     """
 
     position: int
@@ -66,6 +67,7 @@ class Work:
     states: list[NDArray[np.float32]] = field(default_factory=list)
     engine_us: int = 0
     queue_us: int = -1
+    drafted: bool = False
 
     @property
     def rows(self) -> int:

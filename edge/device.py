@@ -7,13 +7,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from isthmus.edge import policy
 from isthmus.edge.chat import Chat, Message, parse
+from isthmus.edge.drafting import NGRAMS, Drafting
 from isthmus.edge.events import Busy, Timeouts
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
@@ -30,8 +31,9 @@ from isthmus.edge.options import (
     stop_words,
 )
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
-from isthmus.edge.text import Text
+from isthmus.edge.text import Text, token_ids
 from isthmus.edge.token import Mode, Stats, Token
+from isthmus.edge.verify import VerifyRunner
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
@@ -57,9 +59,13 @@ class Device:
         model: which of the cloud's models to fetch, by the beginning of its id or a name of its own; None for its only.
         keys: folder of this device's key and the cloud's public key, or the keys; None for the user's own folder.
         encrypted: off speaks in the clear, which is possible with a cloud on this machine only.
-        mode: "auto" (the cloud while it answers, else this device), "local", "stream" or "split".
+        mode: "auto" (the cloud while it answers, else this device), "local", "stream", "split", or "verify" (drafted
+            here and checked in the cloud: the cloud model's own text).
         cut: layer before which hidden states leave the device in split mode; None for the middle.
         codec: how hidden states travel: "f32", "f16" or "int8".
+        draft: what verify mode drafts with: "ngrams" of the conversation, or the folder of a small model's bundle with
+            the same tokenizer.
+        draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.
         threads: threads of the engine, 0 for one per core.
         memory_mb: most memory that this process may need, in 10^6 bytes; None for no limit.
         kv_tokens: positions that a conversation may have; None for the model's context, at most 4,096.
@@ -91,6 +97,8 @@ class Device:
         mode: str = "auto",
         cut: int | None = None,
         codec: str = "f16",
+        draft: str | Path = NGRAMS,
+        draft_depth: int = 8,
         threads: int = 0,
         memory_mb: float | None = None,
         kv_tokens: int | None = None,
@@ -132,6 +140,8 @@ class Device:
                 threads=threads,
             )
             opened.callback(self._holding.close)
+            self._drafting = Drafting(self._bundle, draft, draft_depth, self._kv_tokens, backend, threads)
+            opened.callback(self._drafting.close)
             self._cloud_error: IsthmusError | None = opening.absent  # of when the cloud was last looked for
             if opening.absent is not None and not self._holding.whole:
                 raise opening.absent
@@ -211,7 +221,7 @@ class Device:
         options = self._options(max_tokens, sampling, stop, mode, cut, codec)
         self._stop_active()
         if prompt is not None:
-            self._set_log(self._ids(prompt))
+            self._set_log(token_ids(prompt, self._tokenizer, self.config.vocab_size))
         elif not len(self._log):
             raise DeviceError("there is nothing to go on from", "give a prompt")
         return self._begin(options, started)
@@ -257,6 +267,7 @@ class Device:
         self._closed = True
         if self._link is not None:
             self._link.close()
+        self._drafting.close()
         self._holding.close()
 
     def __enter__(self) -> Device:
@@ -343,6 +354,8 @@ class Device:
             runner.stop()
         except LinkError:
             pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
+        if isinstance(runner, VerifyRunner):
+            stats.drafted, stats.accepted = runner.drafted, runner.accepted
         if stats.tokens and runner.source != "device":
             self._cloud_error = None
             self._rest.end()
@@ -373,6 +386,8 @@ class Device:
         with offering_local(whole):
             self._link.welcome()
         self._served = True
+        if mode == "verify":
+            return self._drafting.runner(self._link, self._log, options.sampling, self._eos)
         if mode == "stream":
             return StreamRunner(self._link, self._log, options.sampling, self._eos)
         cut = self._default_cut() if options.cut is None else options.cut
@@ -394,6 +409,8 @@ class Device:
             raise error
         if not (self._fallback and may_go_on(error, options.mode, self._served)):
             raise with_local(error) from error
+        with suppress(IsthmusError):
+            runner.stop()
         self._cloud_error = error
         if isinstance(error, Busy):
             self._rest.begin(self._clock())
@@ -429,15 +446,6 @@ class Device:
 
     # -- the log
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        if not ids:
-            raise DeviceError("the prompt is empty", "give at least one token")
-        for token in ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise DeviceError(f"the prompt has token {token}", f"the vocabulary has {self.config.vocab_size}")
-        return ids
-
     def _set_log(self, ids: list[int]) -> None:
         log = self._log.tokens
         common = next((i for i, (a, b) in enumerate(zip(log, ids, strict=False)) if a != b), min(len(log), len(ids)))
@@ -450,6 +458,7 @@ class Device:
             if self._link is not None:
                 self._link.session.edited(length)
             self._holding.truncate(length)
+            self._drafting.truncate(length)
             self._log.truncate(length)
 
     def _check_room(self, length: int) -> None:

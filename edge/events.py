@@ -72,6 +72,17 @@ class Streamed:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """Of the tokens drafted at `position`, the first `accepted` are the model's own, and `token` follows them."""
+
+    lane: Lane
+    position: int
+    accepted: int
+    token: int
+    engine_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class Behind:
     """What was under way on a lane is void: align it and send again from what is then committed."""
 
@@ -92,4 +103,4 @@ class Refused:
     error: IsthmusError
 
 
-Event = Up | Aligned | Answered | Streamed | Behind | Served | Refused
+Event = Up | Aligned | Answered | Verified | Streamed | Behind | Served | Refused

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed
+from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Verified
 from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
@@ -129,6 +129,26 @@ class Link:
             if isinstance(event, Answered) and event.lane is lane and event.position == position:
                 return event.tokens
 
+    def draft(self, lane: Lane, draft: m.Draft, head: bytes) -> None:
+        """Sends guesses; `verdict` waits for what becomes of them.
+
+        Args:
+            head: chain over the tokens before the first guess.
+        """
+        self.session.draft(lane, draft, head, self._clock())
+        self.flush()
+
+    def verdict(self, lane: Lane, wait: bool = True) -> Answered | Verified | None:
+        """What the cloud says next of rows or guesses of the lane; None when it has not, and `wait` is off.
+
+        Raises:
+            Restart: send again what the cloud lacks.
+        """
+        while True:
+            event = self._awaited() if wait else self._heard()
+            if event is None or (isinstance(event, Answered | Verified) and event.lane is lane):
+                return event
+
     def stream(self, lane: Lane) -> Streamed:
         """The next tokens of the lane's stream.
 
@@ -178,8 +198,12 @@ class Link:
             self.flush()
 
     def _awaited(self) -> Event:
-        event = self._next()
+        event = self._heard(None)
         assert event is not None
+        return event
+
+    def _heard(self, deadline: float | None = 0.0) -> Event | None:
+        event = self._next(deadline)
         if isinstance(event, Refused):
             raise event.error
         if isinstance(event, Behind):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isthmus.protocol.errors import DeviceError
-from isthmus.protocol.messages import Offer, listed
+from isthmus.protocol.messages import Offer
+from isthmus.protocol.offers import listed
 
 
 def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> Offer:

@@ -26,7 +26,7 @@ class GenerateOptions:
         max_tokens: tokens at most, the end-of-sequence token included.
         sampling: how tokens are chosen.
         stop: words that end the text and do not appear in it.
-        mode: "auto", "local", "stream" or "split".
+        mode: "auto", "local", "stream", "split" or "verify".
         cut: layer before which the hidden states leave the device in split mode; None for the middle.
         codec: how hidden states travel: "f32", "f16" or "int8".
     """
@@ -101,7 +101,7 @@ def layers_wanted(model: Layered, mode: Mode, cut: int | None, held: int | None 
     """
     if cut is not None:
         check_cut(cut, model)
-    if mode == "stream":
+    if mode in ("stream", "verify"):
         return 0
     if mode == "local" or (mode == "auto" and held is None):
         return model.n_layers

@@ -10,35 +10,30 @@ opened again with a higher epoch and goes on from what the cloud still holds.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.edge.events import Aligned, Answered, Behind, Busy, Event, Refused, Served, Streamed, Timeouts, Up
+from isthmus.edge.events import (
+    Aligned,
+    Answered,
+    Behind,
+    Busy,
+    Event,
+    Refused,
+    Served,
+    Streamed,
+    Timeouts,
+    Up,
+    Verified,
+)
 from isthmus.edge.lane import Lane
+from isthmus.edge.pending import Pending
+from isthmus.edge.stream import Stream
 from isthmus.protocol import messages as m
-from isthmus.protocol.chain import Chain
+from isthmus.protocol.chain import Chain, extend
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError, SlowLinkError
 
 _MAX_SETBACKS = 24  # realignments in a row without one answer
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A message that waits for its answer."""
-
-    message: Any
-    lane: Lane | None
-    asked_at: float  # or put off until then
-    retry_at: float
-    tries: int = 0
-
-
-@dataclass(slots=True)
-class _Stream:
-    """Tokens of a Generate as they come."""
-
-    position: int  # of the next token in order
-    early: dict[int, m.Tokens] = field(default_factory=dict)
+_MAX_REPEATS = 3  # of a draft, which a cloud drops without a word when it does not fit
 
 
 class Session:
@@ -75,8 +70,8 @@ class Session:
         self._where, self._kv_format, self._window = where, kv_format, window
         self._lanes: dict[int, Lane] = {}
         self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
-        self._pending: dict[tuple[Any, ...], _Pending] = {}
-        self._streams: dict[int, _Stream] = {}
+        self._pending: dict[tuple[Any, ...], Pending] = {}
+        self._streams: dict[int, Stream] = {}
         self._up_at = self._progress_at = 0.0
         self._closing = False
         self._setbacks = 0
@@ -129,8 +124,22 @@ class Session:
         """Starts a stream on an aligned lane; `Streamed` events or `Behind` follow."""
         self._busy(now)
         self.round_trips += 1
-        self._streams[lane.alias] = _Stream(request.position + len(request.tokens))
+        self._streams[lane.alias] = Stream(request.position + len(request.tokens))
         self._post(("stream", lane.alias), request, lane, now)
+
+    def draft(self, lane: Lane, draft: m.Draft, head: bytes, now: float) -> None:
+        """Sends guesses that follow what an aligned lane holds or was sent; `Verified` or `Behind` follows.
+
+        Args:
+            head: chain over the tokens before the first guess.
+        """
+        self._busy(now)
+        self._post(("rows", lane.alias, draft.position), draft, lane, now, head)
+
+    def void(self, lane: Lane, position: int) -> None:
+        """Guesses from `position` on build on what was not right: the cloud drops them, and no answer will come."""
+        for key in [key for key in self._pending if key[:2] == ("rows", lane.alias) and key[2] >= position]:
+            del self._pending[key]
 
     def cancel(self, lane: Lane) -> None:
         """Gives up what is under way on a lane."""
@@ -162,6 +171,8 @@ class Session:
                 self._result(message, now)
             case m.Tokens():
                 self._tokens(message, now)
+            case m.Verdict():
+                self._verdict(message, now)
             case m.Opened():
                 self._opened(message, now)
             case m.Welcome():
@@ -209,9 +220,12 @@ class Session:
                 self.waiting = ""
             elif not self.waiting:
                 self.waiting = f"{self._where} is busy: waiting ({self._put_off})"
-            for pending in self._pending.values():
-                if pending.retry_at <= now:
-                    self._overdue(pending, now)
+            overdue = [pending for pending in self._pending.values() if pending.retry_at <= now]
+            for pending in overdue:
+                if isinstance(pending.message, m.Draft) and pending.tries >= _MAX_REPEATS and pending.lane:
+                    self._setback(pending.lane)  # what it builds on is gone: ask where the cloud stands
+                    break
+                self._overdue(pending, now)
 
     @property
     def wake_at(self) -> float:
@@ -300,26 +314,36 @@ class Session:
         pending = self._pending[("stream", message.alias)]
         pending.retry_at = now + self._timeouts.retry_ms / 1e3
         pending.tries = 0
-        stream.early[message.position] = message
-        while stream.early:
-            first = stream.early[min(stream.early)]
-            if first.position > stream.position:
-                return
-            del stream.early[first.position]
-            self._in_order(lane, stream, first, now)
+        for fresh, taken in stream.take(message):
+            lane.committed, lane.head = taken.committed, taken.prefix_hash
+            self._progressed(now)
+            self._setbacks = 0
+            if taken.done:
+                del self._streams[lane.alias], self._pending[("stream", lane.alias)]
+            self.events.append(Streamed(lane, fresh, taken.done, taken.reason))
 
-    def _in_order(self, lane: Lane, stream: _Stream, message: m.Tokens, now: float) -> None:
-        fresh = message.tokens[stream.position - message.position :]
-        if not fresh and not message.done:
+    def _verdict(self, message: m.Verdict, now: float) -> None:
+        lane, key = self._lanes.get(message.alias), ("rows", message.alias, message.position)
+        pending = self._pending.get(key)
+        if lane is None or pending is None or lane.epoch != message.epoch or not isinstance(pending.message, m.Draft):
             return
-        stream.position += len(fresh)
-        lane.committed, lane.head = message.committed, message.prefix_hash
+        guesses, accepted = pending.message.tokens, message.accepted
+        if accepted > len(guesses):
+            problem = f"{self._where} answers nonsense: it accepts {accepted} of {len(guesses)} drafted tokens"
+            self._fail(LinkError(problem, "both sides must be one version"))
+            return
+        head = pending.head
+        for token in guesses[:accepted]:
+            head = extend(head, token)
+        if head != message.prefix_hash:
+            self._setback(lane)
+            return
+        del self._pending[key]
+        self.round_trips += 1
         self._progressed(now)
         self._setbacks = 0
-        if message.done:
-            del self._streams[lane.alias], self._pending[("stream", lane.alias)]
-            stream.early.clear()
-        self.events.append(Streamed(lane, fresh, message.done, message.reason))
+        lane.committed, lane.head = message.position + accepted, head
+        self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
 
     def _fault(self, fault: m.Fault, now: float) -> None:
         error = ServiceError(f"{self._where} refused: {fault.problem}", fault.remedy)
@@ -396,8 +420,8 @@ class Session:
 
     # -- requests
 
-    def _post(self, key: tuple[Any, ...], message: Any, lane: Lane | None, now: float) -> None:
-        self._pending[key] = _Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3)
+    def _post(self, key: tuple[Any, ...], message: Any, lane: Lane | None, now: float, head: bytes = b"") -> None:
+        self._pending[key] = Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3, head=head)
         if self.welcome is not None:
             self.outbox.append(message)
 
@@ -414,7 +438,7 @@ class Session:
         self._answered(("control", alias), now)
         return pending.lane
 
-    def _overdue(self, pending: _Pending, now: float) -> None:
+    def _overdue(self, pending: Pending, now: float) -> None:
         pending.tries += 1
         pending.retry_at = now + self._timeouts.retry_ms / 1e3 * min(2**pending.tries, 8)
         self.outbox.append(pending.message)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from isthmus.protocol.errors import DeviceError
+
 
 class Pieces(Protocol):
     """Text of ids that arrive one by one."""
@@ -67,3 +69,24 @@ def _overlap(text: str, word: str) -> int:
         if text.endswith(word[:size]):
             return size
     return 0
+
+
+class Encoder(Protocol):
+    """Turns text into ids."""
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+
+def token_ids(prompt: str | Sequence[int], tokenizer: Encoder, vocab_size: int) -> list[int]:
+    """A prompt's token ids.
+
+    Raises:
+        DeviceError: it is empty, or an id is none of the vocabulary.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not ids:
+        raise DeviceError("the prompt is empty", "give at least one token")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise DeviceError(f"the prompt has token {token}", f"the vocabulary has {vocab_size}")
+    return ids

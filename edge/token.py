@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Source = Literal["device", "cloud", "split"]
-Mode = Literal["auto", "local", "stream", "split"]
-MODES: tuple[Mode, ...] = ("auto", "local", "stream", "split")
+Source = Literal["device", "cloud", "split", "verified"]
+Mode = Literal["auto", "local", "stream", "split", "verify"]
+MODES: tuple[Mode, ...] = ("auto", "local", "stream", "split", "verify")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class Token:
         id: the token's id; the end-of-sequence token is yielded too, as the last one.
         text: what this token adds to the text. It may be empty while a character or a stop word is incomplete, and
             the joined texts of all tokens are the whole answer.
-        source: where it was computed: "device" and "cloud" ran the whole model, "split" is both.
+        source: where it was computed: "device" and "cloud" ran the whole model, "split" is both, and "verified" was
+            drafted on the device and is what the cloud's model says.
         position: index in the conversation's token log.
         finish: on the last token why it is the last: "eos", "stop" (a stop word), or "length"; else empty.
     """
@@ -44,6 +45,7 @@ class Stats:
         tok_s: tokens a second after the first one; 0 when there was only one.
         bytes_up, bytes_down: bytes of messages, without the transport's own framing.
         round_trips: questions to the cloud whose answer was waited for.
+        drafted, accepted: guesses that the cloud checked, and those of them that were right.
         finish: why it ended: "eos", "stop", "length", or "cancelled"; empty while it runs.
         note: what did not go as asked, such as a cloud that went away; empty when all went well.
     """
@@ -58,6 +60,8 @@ class Stats:
     bytes_up: int = 0
     bytes_down: int = 0
     round_trips: int = 0
+    drafted: int = 0
+    accepted: int = 0
     finish: str = ""
     note: str = ""
 
@@ -74,6 +78,8 @@ class Stats:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "round_trips": self.round_trips,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
             "finish": self.finish,
             "note": self.note,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from isthmus.protocol.messages import HASH_BYTES
+from isthmus.protocol.fields import HASH_BYTES
 
 ROOT = bytes(HASH_BYTES)
 
@@ -40,6 +40,12 @@ class Chain:
     def at(self, length: int) -> bytes:
         """Hash of the first `length` tokens, 0 <= length <= len(self)."""
         return self._hashes[length]
+
+    def copy(self) -> Chain:
+        """Another log with the same tokens."""
+        twin = Chain()
+        twin.tokens, twin._hashes = self.tokens.copy(), self._hashes.copy()
+        return twin
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Appends tokens."""

@@ -9,63 +9,39 @@ from 0; `prefix_hash` is the chain (`protocol.chain`) over all tokens before a p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
+from isthmus.protocol.codes import Code as Code
 from isthmus.protocol.errors import ProtocolError
+from isthmus.protocol.fields import (
+    HASH_BYTES,
+    I31,
+    U8,
+    U16,
+    U32,
+    U64,
+    Hash,
+    Line,
+    Micros,
+    Name,
+    Names,
+    Prompt,
+    SessionId,
+    Tokens32,
+)
 
 VERSION = 1
 MIN_VERSION = 1
 INLINE_BYTES = 16 * 1024
-HASH_BYTES = 16
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_RANGE_BYTES = 64 * 1024
-MAX_ROWS = 4096
-
-U8 = Annotated[int, Meta(ge=0, le=2**8 - 1)]
-U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
-U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-U64 = Annotated[int, Meta(ge=0)]  # msgpack's own unsigned range is the upper bound
-I31 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Micros = Annotated[int, Meta(ge=0, le=2**53)]
-Name = Annotated[str, Meta(max_length=200)]
-Names = Annotated[tuple[Name, ...], Meta(max_length=64)]
-Line = Annotated[str, Meta(max_length=1000)]
-Hash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
-SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
-Tokens32 = Annotated[list[U32], Meta(max_length=MAX_ROWS)]
-Prompt = Annotated[list[U32], Meta(max_length=2**20)]
+MAX_DRAFT = 32
+CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft is understood
 
 WANT_NONE, WANT_HIDDEN, WANT_SAMPLE = 0, 1, 4  # the same bits as engine.part.Want
-
-
-class Code(IntEnum):
-    """Why something was refused; each says what the device does next."""
-
-    UNKNOWN = 0  # a newer side's code: treat as fatal for the request
-    BAD_MESSAGE = 1  # malformed or too large: a bug, do not repeat
-    VERSION = 2  # no common protocol version
-    NOT_ALLOWED = 3  # the key is not (or no longer) on the list
-    UNKNOWN_MODEL = 4  # no such model_id here
-    UNKNOWN_SESSION = 5  # expired, evicted or never opened: Open again and send everything
-    STALE_EPOCH = 6  # a newer epoch owns the session: drop the request
-    GAP = 7  # position lies beyond `committed`: send again from there
-    DIVERGED = 8  # another token or hash at a committed position: Truncate with a higher epoch
-    BUSY = 9  # no room now: try again after retry_ms
-    KV_FULL = 10  # this session's context does not fit any more
-    DEADLINE = 11  # budget_ms ran out before it was computed
-    CANCELLED = 12
-    UNSUPPORTED = 13  # this cloud cannot do what was asked (codec, want, KV format, numerics)
-    CLOSING = 14  # the cloud is stopping: go elsewhere
-    NOT_FOUND = 15  # no such file in the bundle
-    ENGINE = 16  # the engine failed on this request
-
-    @classmethod
-    def _missing_(cls, value: object) -> Code:
-        return cls.UNKNOWN
 
 
 class Sampler(Struct, array_like=True, frozen=True):
@@ -409,6 +385,48 @@ class Bye(Struct, array_like=True, tag=20):
     problem: Line = ""
 
 
+class Draft(Struct, array_like=True, tag=21):
+    """Device -> cloud: guesses at what the whole model says next, to be checked in one pass.
+
+    The first follows what the log holds or earlier blocks promise; it must be the token that was sampled there, with
+    the sampler that the prompt's Rows named. A block that builds on what was not accepted is dropped without a word:
+    the answer to what came before has told that already. Repeating one gives the same Verdict from the log.
+
+    Attributes:
+        position: of the first token, at least 1.
+        prefix_hash: the first 4 bytes or more of the chain over the tokens before `position`.
+        tokens: the guesses, [n].
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    prefix_hash: Annotated[bytes, Meta(min_length=4, max_length=HASH_BYTES)]
+    tokens: Annotated[list[U32], Meta(min_length=1, max_length=MAX_DRAFT)]
+
+
+class Verdict(Struct, array_like=True, tag=22):
+    """Cloud -> device: how many guesses of a Draft are what the model says, and its own next token.
+
+    Attributes:
+        position: of the request.
+        accepted: leading tokens of the block that are right, at least 1; they are committed.
+        token: what follows them.
+        prefix_hash: chain over the `position + accepted` tokens that are committed.
+        engine_us: time in the engine, microseconds.
+        queue_us: from receipt to the first step, microseconds.
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    accepted: Annotated[int, Meta(ge=1, le=MAX_DRAFT)]
+    token: U32
+    prefix_hash: Hash
+    engine_us: Micros = 0
+    queue_us: Micros = 0
+
+
 Message = (
     Hello
     | Welcome
@@ -430,6 +448,8 @@ Message = (
     | GetRange
     | Range
     | Bye
+    | Draft
+    | Verdict
 )
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -468,11 +488,6 @@ def decode(frames: Sequence[bytes]) -> Message:
     elif len(frames) == 2:
         raise ProtocolError(f"a {kind.__name__} has one frame, not two")
     return message
-
-
-def listed(offers: Sequence[Offer]) -> str:
-    """Models for people: of each the name, the weights' format and the beginning of the id."""
-    return ", ".join(f"{o.name} ({o.weights + ', ' if o.weights else ''}{o.model_id[:12]})" for o in offers)
 
 
 def agree(version: int, min_version: int, *, ours: int = VERSION, ours_min: int = MIN_VERSION) -> int | None:

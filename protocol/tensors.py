@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.protocol.errors import ProtocolError
-from isthmus.protocol.messages import MAX_ROWS, Tensor
+from isthmus.protocol.fields import MAX_ROWS
+from isthmus.protocol.messages import Tensor
 
 CODECS: Final = ("f32", "f16", "int8")
 MAX_WIDTH: Final = 65_536

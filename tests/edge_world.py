@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.cloud.models import serve_part
+from isthmus.cloud.service import Service
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import KvConfig, Numerics, Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
@@ -21,6 +23,7 @@ from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import EngineError, LinkError, OutOfBlocks
 from isthmus.split.tokenizer import TextStream
+from tests.fakes import MemoryServer
 
 N_LAYERS, D_MODEL, VOCAB, EOS = 6, 8, 257, 256
 CONFIG = DecoderConfig(
@@ -231,6 +234,11 @@ class ToyCloud:
             del self.aliases[message.alias]
         return []
 
+    def forget(self) -> None:
+        """Loses its memory, as a cloud that was started again."""
+        self.sessions.clear()
+        self.aliases.clear()
+
     def _open(self, message: m.Open) -> Any:
         session = self.sessions.get(message.session)
         if session is None:
@@ -313,6 +321,30 @@ class ToyCloud:
         return m.Fault(code, code.name.lower(), "", 0, message.alias, message.epoch, position, held)
 
 
+class ToyService:
+    """The real service over a toy part, in place of a `ToyCloud`; each Hello is a new connection."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Is started again."""
+        self.part = ToyPart()
+        self._wire = MemoryServer()
+        self._service = Service([serve_part(self.part, MODEL_ID, "toy")], self._wire, None, clock=lambda: 0.0)
+
+    def receive(self, message: Any) -> list[tuple[float, Any]]:
+        """Answers with (delay in seconds, message)."""
+        self.connections += isinstance(message, m.Hello)
+        route = b"%d" % self.connections
+        self._wire.put(message, route)
+        self._service.turn(0.0)
+        while any(model.ready for model in self._service.models.values()):
+            self._service.turn(0.0)
+        return [(0.0, answer) for answer in self._wire.take(route)]
+
+
 class LossyWire:
     """A link in simulated time; every message is encoded, and may be dropped, repeated or late.
 
@@ -324,14 +356,14 @@ class LossyWire:
 
     def __init__(
         self,
-        cloud: ToyCloud,
+        cloud: ToyCloud | ToyService,
         seed: int = 0,
         *,
         drop: float = 0.0,
         repeat: float = 0.0,
         delay_s: tuple[float, float] = (0.005, 0.005),
     ) -> None:
-        self.cloud: ToyCloud | None = cloud
+        self.cloud: ToyCloud | ToyService | None = cloud
         self.now = 100.0
         self.connections = 1
         self.sent: list[Any] = []
@@ -402,8 +434,7 @@ class LossyWire:
         if self.cloud is not None:
             self._put(False, m.encode(answer), delay)
             if self.restart_after == 0:
-                self.cloud.sessions.clear()
-                self.cloud.aliases.clear()
+                self.cloud.forget()
 
     def _put(self, up: bool, frames: list[bytes], delay: float) -> None:
         copies = 0 if self._random.random() < self._drop else 2 if self._random.random() < self._repeat else 1

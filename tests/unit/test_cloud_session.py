@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud.session import Session, Shape
+from isthmus.cloud.session import Session
+from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal
 from isthmus.engine.part import Rows as EngineRows
 from isthmus.engine.part import Want

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import ProtocolError
+from isthmus.protocol.fields import MAX_ROWS
 
 HASH = bytes(range(16))
 SESSION = bytes(16)
@@ -37,6 +38,8 @@ MESSAGES: list[m.Message] = [
     m.GetRange("ab", "weights/x", "0" * 64, 5, 65536),
     m.Range("ab", "weights/x", 5, 10, b"data"),
     m.Bye(100, "going"),
+    m.Draft(1, 2, 3, HASH[:4], [4, 5, 300]),
+    m.Verdict(1, 2, 3, 2, 9, HASH, 10, 20),
 ]
 
 
@@ -91,7 +94,7 @@ def test_a_large_tensor_travels_in_its_own_frame(kind: Any) -> None:
         [5, 1, 2**32, 3, HASH, [9]],
         [5, 1, 2, 3, HASH + b"x", [9]],
         [5, 1, 2, 3, HASH, [2**32]],
-        [5, 1, 2, 3, HASH, [0] * (m.MAX_ROWS + 1)],
+        [5, 1, 2, 3, HASH, [0] * (MAX_ROWS + 1)],
         [5, 1, 2, 3, HASH, [9], None, 4, [float("nan"), 0, 1.0, 0, 0]],
         [5, 1, 2, 3, HASH, [9], None, 4, [float("inf"), 0, 1.0, 0, 0]],
         [5, 1, 2, 3, HASH, [9], None, 4, [0.0, 0, float("nan"), 0, 0]],

@@ -1,0 +1,43 @@
+"""What a session's rows must fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.cloud.admission import SHORTEN
+from isthmus.cloud.work import Refusal
+from isthmus.protocol.messages import Code
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a session's rows must fit.
+
+    Attributes:
+        vocab_size: token ids lie below it.
+        d_model: width of hidden states.
+        context_length: positions that the model was trained for; sessions without a window end there.
+        max_waiting: requests that may wait.
+        busy_retry_ms: told when more come.
+    """
+
+    vocab_size: int
+    d_model: int
+    context_length: int
+    max_waiting: int = 64
+    busy_retry_ms: int = 250
+
+    def check(self, tokens: list[int], end: int, window: int) -> None:
+        """Refuses tokens that are none, and positions up to `end` that are too many.
+
+        Args:
+            window: the session's attention window, 0 for none.
+
+        Raises:
+            Refusal: they do not fit.
+        """
+        if tokens and max(tokens) >= self.vocab_size:
+            raise Refusal(Code.BAD_MESSAGE, f"token {max(tokens)} of a vocabulary of {self.vocab_size}")
+        if not window and end > self.context_length:
+            problem = f"{end} positions exceed the model's context of {self.context_length}"
+            raise Refusal(Code.KV_FULL, problem, SHORTEN)

@@ -1,0 +1,93 @@
+"""What a device drafts with, and how far, while a cloud checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isthmus.edge.drafts import NgramDrafts
+from isthmus.edge.link import Link
+from isthmus.edge.local import LocalPart
+from isthmus.edge.model_drafts import ModelDrafts
+from isthmus.edge.pace import Pace
+from isthmus.edge.verify import VerifyRunner
+from isthmus.engine.part import KvConfig
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.messages import CAN_VERIFY
+from isthmus.split.bundle import Bundle
+
+NGRAMS = "ngrams"
+MAX_DEPTH = 64
+
+
+class Drafting:
+    """Drafts by the conversation's n-grams, or by a small model of the same tokenizer.
+
+    Args:
+        bundle: the model that the cloud runs.
+        source: "ngrams", or the folder of the small model's bundle.
+        depth: blocks that may be under way at once; 1 waits for each answer before it drafts on.
+        kv_tokens, backend, threads: of the small model, as in `Device`.
+
+    Raises:
+        DeviceError: the small model has another tokenizer, or the depth is none.
+        BundleError: there is no bundle.
+    """
+
+    def __init__(
+        self, bundle: Bundle, source: str | Path, depth: int, kv_tokens: int, backend: str = "auto", threads: int = 0
+    ) -> None:
+        if not 1 <= depth <= MAX_DEPTH:
+            raise DeviceError(f"draft_depth is {depth}", f"choose 1 (wait for each answer) to {MAX_DEPTH}")
+        self._ngrams = NgramDrafts()
+        self._model: ModelDrafts | None = None
+        self._part: LocalPart | None = None
+        self._free = source == NGRAMS
+        self.pace = Pace(depth, acceptance=0.3 if self._free else 0.5)
+        if not self._free:
+            from isthmus.engine import open_part
+
+            small = Bundle.open(source)
+            check_tokenizer(small, bundle)
+            kv = KvConfig(max_tokens=min(kv_tokens, small.config.context_length) + 32)
+            self._part = LocalPart(open_part(small, 0, small.config.n_layers, backend=backend, threads=threads, kv=kv))
+            self._model = ModelDrafts(self._part)
+
+    def runner(self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int]) -> VerifyRunner:
+        """A runner for one answer.
+
+        Raises:
+            DeviceError: the cloud cannot check drafts.
+        """
+        welcome = link.welcome()
+        if welcome is None or CAN_VERIFY not in welcome.capabilities:
+            raise DeviceError("this cloud does not check drafts", "update isthmus there, or use stream mode")
+        if self._model is not None:
+            self._model.speak(sampling)
+            return VerifyRunner(link, log, sampling, eos, self._model, self.pace)
+        return VerifyRunner(link, log, sampling, eos, self._ngrams, self.pace)
+
+    def truncate(self, length: int) -> None:
+        """The conversation is cut back to `length` tokens."""
+        drafts = self._ngrams if self._model is None else self._model
+        drafts.truncate(min(length, len(drafts)))
+
+    def close(self) -> None:
+        """Frees the small model."""
+        if self._part is not None:
+            self._part.close()
+
+
+def check_tokenizer(small: Bundle, large: Bundle) -> None:
+    """Refuses a model that drafts in other tokens.
+
+    Raises:
+        DeviceError: its tokenizer is another.
+    """
+    files = [bundle.manifest.files[bundle.manifest.tokenizer.file].sha256 for bundle in (small, large)]
+    sizes = [bundle.config.vocab_size for bundle in (small, large)]
+    if files[0] != files[1] or sizes[0] != sizes[1]:
+        problem = f"{small.name} has another tokenizer than {large.name}, so it cannot draft for it"
+        raise DeviceError(problem, "draft with a model of the same family, or with n-grams")

@@ -1,0 +1,98 @@
+"""Guesses by a model on this device: a small one of the same tokenizer, or the first layers with an exit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from isthmus.edge.local import LocalPart
+from isthmus.engine.part import Part, Rows, Want
+from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol.chain import Chain
+
+
+class Speaker(Protocol):
+    """Says what comes after a log."""
+
+    def sample(self, log: Chain, sampling: Sampling) -> int:
+        """The token after the whole log."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """The log is cut back to `length`, or goes on otherwise from there."""
+        ...
+
+
+class ExitSpeaker:
+    """The layers before an exit, and the exit.
+
+    Args:
+        part: with layers [0, cut) at least.
+        head: layers [cut, cut + 1) of the exit; see `split.exits`.
+    """
+
+    def __init__(self, part: LocalPart, head: Part, cut: int) -> None:
+        self._part, self._head, self._cut = part, head, cut
+        self._sequence = head.open()
+
+    def sample(self, log: Chain, sampling: Sampling) -> int:
+        """See `Speaker`."""
+        start, end = min(self._sequence.length, len(log) - 1), len(log)
+        self._sequence.truncate(start)
+        tokens: list[int] = []
+        for at, states in self._part.hidden(log, start, self._cut):
+            want = Want.SAMPLE if at + len(states) == end else Want.NONE
+            rows = Rows().hidden(self._sequence, at, states, enter=self._cut, want=want, sampling=sampling)
+            tokens = self._head.step(rows).tokens
+        return tokens[0]
+
+    def truncate(self, length: int) -> None:
+        """See `Speaker`."""
+        self._part.truncate(length)
+        if length < self._sequence.length:
+            self._sequence.truncate(length)
+
+
+class ModelDrafts:
+    """Drafts what a speaker says, which is kept: going on from there costs nothing twice."""
+
+    def __init__(self, speaker: Speaker) -> None:
+        self._speaker, self._sampling = speaker, GREEDY
+        self._log = Chain()
+        self._said = 0  # tokens at the log's end that were drafted and are not taken up yet
+
+    def __len__(self) -> int:
+        """Tokens that the drafts go on from."""
+        return len(self._log) - self._said
+
+    def speak(self, sampling: Sampling) -> None:
+        """Samples so from now on; with the model's own noise on both sides the same token wins more often."""
+        if sampling != self._sampling:
+            self.truncate(len(self))
+            self._sampling = sampling
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """The conversation goes on with these tokens."""
+        for token in tokens:
+            at = len(self)
+            if self._said and self._log.tokens[at] != token:
+                self.truncate(at)
+            if self._said:
+                self._said -= 1
+            else:
+                self._log.extend((token,))
+
+    def truncate(self, length: int) -> None:
+        """The conversation is cut back to `length` tokens."""
+        if length < len(self._log):
+            self._log.truncate(length)
+            self._speaker.truncate(length)
+        self._said = 0
+
+    def draft(self, count: int) -> list[int]:
+        """The next `count` tokens as the speaker has them."""
+        at = len(self)
+        while self._said < count:
+            self._log.extend((self._speaker.sample(self._log, self._sampling),))
+            self._said += 1
+        return self._log.tokens[at : at + count]

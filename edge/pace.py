@@ -1,0 +1,80 @@
+"""How far to draft before asking: from acceptance, drafting time, round trip and the cloud's time, all as measured."""
+
+from __future__ import annotations
+
+import math
+
+BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens that may be drafted for one question
+FREE_S = 2e-4  # drafting that takes less costs nothing
+_FORGET = 0.97  # of what was seen, with each answer
+_ROW = 0.2  # what a further row of a pass costs, of the first one
+
+
+class Pace:
+    """Learns while drafts are checked; pure but for what it is told.
+
+    Args:
+        depth: blocks that may be under way at once; 1 waits for each answer.
+        acceptance: share of drafted tokens that are right, until it is known.
+        floor: guesses go on while they are all right with at least this probability, when they cost nothing but bytes
+            (a device that has to draft drafts on anyway).
+    """
+
+    def __init__(self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.25) -> None:
+        self.depth, self._floor = depth, floor
+        self._right, self._wrong = 4 * acceptance, 4 * (1 - acceptance)
+        self._draft_s = self._trip_s = self._pass_s = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Probability that a drafted token is right when those before it are."""
+        return self._right / (self._right + self._wrong)
+
+    def drafted(self, tokens: int, took_s: float) -> None:
+        """So many tokens were drafted."""
+        if tokens:
+            self._draft_s = _mean(self._draft_s, took_s / tokens)
+
+    def answered(self, guesses: int, right: int, rows: int, took_s: float, engine_s: float) -> None:
+        """An answer came.
+
+        Args:
+            guesses: drafted tokens that were checked, the first wrong one the last.
+            right: how many of them were right.
+            rows: tokens of the block.
+            took_s: from question to answer.
+            engine_s: the cloud's part of that.
+        """
+        self._right = _FORGET * self._right + right
+        self._wrong = _FORGET * self._wrong + (guesses - right)
+        self._trip_s = _mean(self._trip_s, max(0.0, took_s - engine_s))
+        self._pass_s = _mean(self._pass_s, engine_s / (1 + _ROW * (rows - 1)))
+
+    def length(self) -> int:
+        """Tokens to draft for the next question.
+
+        One question at a time: as many as give most tokens a second, E / (g t_d + R + t_v(g + 1)) with
+        E = (1 - a^(g+1)) / (1 - a). Several at once: as few as keep the cloud from falling behind, t_v(g) <= g t_d.
+        """
+        if not self._pass_s:
+            return 4
+        if self.depth > 1 and self._draft_s > FREE_S:
+            return next((g for g in BLOCKS if self._check_s(g) <= g * self._draft_s), 8)
+        a = min(self.acceptance, 0.99)
+
+        def rate(g: int) -> float:
+            tokens = (1 - a ** (g + 1)) / (1 - a)
+            return tokens / (g * self._draft_s + self._trip_s + self._check_s(g + 1) + 1e-4)
+
+        return max(BLOCKS, key=rate)
+
+    def ahead(self) -> int:
+        """Guesses that may be under way unchecked when more are drafted."""
+        return max(1, int(math.log(self._floor) / math.log(min(max(self.acceptance, 0.05), 0.98))))
+
+    def _check_s(self, rows: int) -> float:
+        return self._pass_s * (1 + _ROW * (rows - 1))
+
+
+def _mean(mean: float, seen: float) -> float:
+    return seen if not mean else 0.8 * mean + 0.2 * seen

@@ -1,0 +1,20 @@
+"""A request whose answer has not come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.edge.lane import Lane
+
+
+@dataclass(slots=True)
+class Pending:
+    """A message that waits for its answer."""
+
+    message: Any
+    lane: Lane | None
+    asked_at: float  # or put off until then
+    retry_at: float
+    tries: int = 0
+    head: bytes = b""  # of a draft: chain over the tokens before it

@@ -1,0 +1,213 @@
+"""Drafted here, checked in the cloud: exactly the text that the cloud's model would have written by itself."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from isthmus.edge.events import Answered, Verified
+from isthmus.edge.link import Link, Restart
+from isthmus.edge.pace import Pace
+from isthmus.edge.runners import TOKENS_LANE, sampler
+from isthmus.edge.token import Source
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol.chain import Chain
+
+_HASH_BYTES = 4  # of a draft's prefix: enough, since a wrong draft can only be refused
+
+
+class Drafts(Protocol):
+    """Guesses at what comes next in a conversation that it is told."""
+
+    def __len__(self) -> int: ...
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """The conversation goes on."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """It is cut back to `length` tokens."""
+        ...
+
+    def draft(self, count: int) -> list[int]:
+        """Up to `count` next tokens."""
+        ...
+
+
+@dataclass(slots=True)
+class _Block:
+    """Rows or guesses that the cloud was asked about.
+
+    Attributes:
+        position: of the first.
+        end: after the last.
+        guessed: from here on they are guesses.
+    """
+
+    position: int
+    end: int
+    guessed: int
+    sent_s: float
+
+
+class VerifyRunner:
+    """See the module.
+
+    The log goes up once; then blocks of guesses, each beginning with a token that is known to be right or that an
+    earlier block leads to. With a depth above 1 the device drafts on while blocks are under way, and what was built
+    on a wrong guess is dropped on both sides.
+
+    Args:
+        drafts: whose conversation may be any; it is brought to the log.
+        pace: how much to draft.
+        eos: tokens after which nothing is drafted.
+
+    Attributes:
+        source: of the token given last: "verified" was drafted here, "cloud" is the cloud's own.
+        drafted, accepted: guesses that were checked, and that were right.
+    """
+
+    source: Source = "cloud"
+
+    def __init__(
+        self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int], drafts: Drafts, pace: Pace | None = None
+    ) -> None:
+        self._link, self._log, self._eos, self._drafts = link, log, frozenset(eos), drafts
+        self._pace = pace or Pace()
+        self._sampler = sampler(sampling)
+        self._lane = link.session.lane(TOKENS_LANE, 0)
+        self._ready: deque[tuple[int, Source]] = deque()
+        self._flight: deque[_Block] = deque()
+        self._early: dict[int, Answered | Verified] = {}  # that overtook the answer to an earlier block
+        self._told = Chain()  # the log, what is known to follow, and guesses
+        self._sure = 0  # leading tokens of it that are known to be right
+        self._sent = 0  # leading tokens of it that went up
+        self._running = False
+        self.drafted = self.accepted = 0
+
+    def next(self, remaining: int) -> int:
+        """See `Runner`."""
+        goal = len(self._log) + remaining
+        while True:
+            try:
+                if not self._running:
+                    self._begin()
+                sent = self._ask(goal)
+                if self._ready:
+                    break
+                news = self._link.verdict(self._lane, wait=not sent)
+                if news is not None:
+                    self._early[news.position] = news
+                while self._flight and (news := self._early.pop(self._flight[0].position, None)):
+                    self._learn(news)
+            except Restart:
+                self._land()
+                self._running = False
+        token, self.source = self._ready.popleft()
+        return token
+
+    def reused(self) -> int:
+        """See `Runner`."""
+        self._lane.check(self._log)
+        return min(self._lane.agreed, len(self._log) - 1)
+
+    def stop(self) -> None:
+        """See `Runner`."""
+        self._drafts.truncate(min(len(self._drafts), len(self._log)))
+        if self._flight:
+            self._link.cancel(self._lane)
+        self._land()
+        self._running = False
+
+    def _begin(self) -> None:
+        """Sends what the cloud lacks of the log, and asks for the token after it."""
+        log, lane = self._log, self._lane
+        self._ready.clear()
+        at = self._link.align(lane, len(log) - 1)
+        self._flight.append(_Block(at, len(log), len(log), time.perf_counter()))
+        while at < len(log):
+            ids = log.tokens[at : at + self._link.max_rows]
+            want = m.WANT_SAMPLE if at + len(ids) == len(log) else m.WANT_NONE
+            if want:
+                self._flight[0].position = at
+            self._link.rows(lane, m.Rows(lane.alias, lane.epoch, at, log.at(at), ids, want=want, sampler=self._sampler))
+            at += len(ids)
+        self._told = log.copy()
+        self._sure = self._sent = len(log)
+        self._drafts.truncate(min(len(self._drafts), len(log)))
+        self._drafts.extend(log.tokens[len(self._drafts) :])
+        self._running = True
+
+    def _ask(self, goal: int) -> bool:
+        """Sends one more block if that is worth it; whether it did.
+
+        Args:
+            goal: tokens that the log will have at most.
+        """
+        told, flight, pace = self._told, self._flight, self._pace
+        room = goal - 1 - self._sent  # the last token wanted is the answer to the one before it
+        known = told.tokens[self._sent :]  # the cloud's own word, which no block has carried yet
+        if flight and (len(flight) >= pace.depth or len(told) - self._sure >= pace.ahead()):
+            return False
+        if room < len(known) or (known and known[-1] in self._eos):
+            return False
+        began = time.perf_counter()
+        most = min(pace.length(), room - len(known), m.MAX_DRAFT - len(known))
+        guesses = self._before_eos(self._drafts.draft(most) if most > 0 else [])
+        now = time.perf_counter()
+        pace.drafted(len(guesses), now - began)
+        if not known and not guesses:
+            return False
+        at, lane = self._sent, self._lane
+        draft = m.Draft(lane.alias, lane.epoch, at, told.at(at)[:_HASH_BYTES], known + guesses)
+        self._link.draft(lane, draft, told.at(at))
+        told.extend(guesses)
+        self._drafts.extend(guesses)
+        flight.append(_Block(at, len(told), at + len(known), now))
+        self._sent = len(told)
+        return True
+
+    def _learn(self, news: Answered | Verified) -> None:
+        block = self._flight.popleft()
+        told, token = self._told, news.tokens[0] if isinstance(news, Answered) else news.token
+        right = block.end if isinstance(news, Answered) else news.position + news.accepted
+        goes_on = token in told.tokens[right : right + 1]
+        if isinstance(news, Verified):
+            self._count(block, news, right, goes_on)
+        self._ready.extend((known, "verified") for known in told.tokens[self._sure : right])
+        if not goes_on:
+            if right < len(told):
+                self._link.session.void(self._lane, right)
+                self._land()
+                told.truncate(right)
+                self._drafts.truncate(right)
+            told.extend((token,))
+            self._drafts.extend((token,))
+            self._sent = right
+        self._ready.append((token, "verified" if goes_on else "cloud"))
+        self._sure = right + 1
+
+    def _land(self) -> None:
+        """Nothing that is under way counts any more."""
+        self._flight.clear()
+        self._early.clear()
+
+    def _count(self, block: _Block, news: Verified, right: int, goes_on: bool) -> None:
+        """Guesses were checked; the first of a block that follows another was checked by that one's answer."""
+        hits = max(0, right - max(block.guessed, self._sure))
+        missed = len(self._told) > right and not goes_on
+        self.drafted += hits + (goes_on or missed)
+        self.accepted += hits + goes_on
+        took_s = time.perf_counter() - block.sent_s
+        self._pace.answered(
+            hits + (goes_on or missed), hits + goes_on, block.end - block.position, took_s, news.engine_us * 1e-6
+        )
+
+    def _before_eos(self, guesses: list[int]) -> list[int]:
+        """Nothing follows the end: the model's own word on it is the answer to the token before."""
+        ended = next((i for i, token in enumerate(guesses) if token in self._eos), len(guesses))
+        return guesses[:ended]
