@@ -76,7 +76,7 @@ def _command(device: Device, line: str, cloud: bool, options: dict[str, Any]) ->
     if name == "/mode":
         if argument.strip():
             mode = as_mode(argument.strip())
-            if mode in ("split", "stream") and not cloud:
+            if mode in ("split", "stream", "verify") and not cloud:
                 raise DeviceError(f"{mode} mode needs a cloud", "leave with /quit and begin again with --cloud ADDRESS")
             options["mode"] = mode
         print(f"mode: {options.get('mode', device.mode)}")

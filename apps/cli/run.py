@@ -17,9 +17,26 @@ def command(
         Path, typer.Argument(help="The bundle's folder; with --cloud, one that is not there is fetched from the cloud")
     ],
     prompt: Annotated[str | None, typer.Option(help="Ask this and end; - reads it from standard input")] = None,
-    mode: Annotated[str, typer.Option(help="auto, local, stream (the cloud computes all) or split")] = "auto",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="auto, local, stream (the cloud computes all), verify (this device drafts, the cloud checks) or split"
+        ),
+    ] = "auto",
     cut: Annotated[int | None, typer.Option(help="Layers on this device in split mode; by default the middle")] = None,
     codec: Annotated[str, typer.Option(help="How hidden states travel in split mode: f32, f16 or int8")] = "f16",
+    draft: Annotated[
+        str,
+        typer.Option(
+            metavar="ngrams|FOLDER",
+            help="What verify mode drafts with: the conversation's n-grams, or a small model's bundle with the same "
+            "tokenizer",
+        ),
+    ] = "ngrams",
+    draft_depth: Annotated[
+        int,
+        typer.Option("--draft-depth", help="Drafts that may be under way at once in verify mode; 1 waits for each"),
+    ] = 8,
     cloud: Annotated[str | None, typer.Option(help="The cloud's address: HOST:PORT")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME|ID", help="Which of the cloud's models to fetch, when it serves several")
@@ -61,8 +78,9 @@ def command(
     """Ask a model, or chat with it when there is no --prompt.
 
     Without --cloud everything is computed on this device. With it, auto lets the cloud answer while it can be reached
-    and goes on alone when it cannot. With the codec f32 the text does not depend on where its tokens are
-    computed; f16 and int8 send less and may change it.
+    and goes on alone when it cannot. In verify mode this device guesses ahead and the cloud checks: the text is that
+    of stream mode, in fewer round trips. With the codec f32 the text does not depend on where its tokens are computed;
+    f16 and int8 send less and may change it.
     """
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
@@ -90,6 +108,8 @@ def command(
             mode=mode,
             cut=cut,
             codec=codec,
+            draft=draft,
+            draft_depth=draft_depth,
             threads=threads,
             memory_mb=memory_mb,
             kv_tokens=kv_tokens,
@@ -135,7 +155,7 @@ def _check_effects(ctx: typer.Context) -> None:
     given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
     mode = as_mode(ctx.params["mode"])
     if "cloud" not in given:
-        if mode in ("split", "stream"):
+        if mode in ("split", "stream", "verify"):
             raise DeviceError(f"{mode} mode needs a cloud", "name one with --cloud HOST:PORT")
         for name in ("keys", "no_keys"):
             if name in given:
@@ -148,6 +168,10 @@ def _check_effects(ctx: typer.Context) -> None:
         for name in ("cut", "codec"):
             if name in given:
                 refuse(name, "has no effect without --mode split", "add that, or leave it out")
+    if mode != "verify" and not ("cloud" in given and "prompt" not in given):
+        for name in ("draft", "draft_depth"):
+            if name in given:
+                refuse(name.replace("_", "-"), "has no effect without --mode verify", "add that, or leave it out")
 
 
 def _read(prompt: str) -> str:
