@@ -146,7 +146,7 @@ class Registry:
     def settle(self, session: Session, model: Model, peer: Peer | None) -> None:
         """After a session changed: is there work, and credit to give back?"""
         number = self._numbers[session]
-        if session.work:
+        if session.ready:
             model.ready[number] = session
         else:
             model.ready.pop(number, None)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from isthmus.cloud.admission import SHORTEN, ServiceLimits
+from isthmus.cloud.feed import take
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.registry import Registry
@@ -81,7 +82,7 @@ class Runner:
             if work.queue_us < 0:
                 work.queue_us = int((now_s - work.received_s) * 1e6)
                 self._metrics.queue_ms.add(work.queue_us * 1e-3)
-            n_tokens, n_hidden = session.take(pick.rows, rows)
+            n_tokens, n_hidden = take(session, pick.rows, rows)
             taken.append((session, pick.rows, n_tokens, n_hidden))
         begin_s = time.perf_counter()
         result = model.part.step(rows)

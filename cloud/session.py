@@ -13,12 +13,11 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.cloud import replies
+from isthmus.cloud import refusals, replies, streaming
 from isthmus.cloud.samples import Samples
 from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal, Reply, Work
-from isthmus.engine.part import Rows as EngineRows
-from isthmus.engine.part import Sequence, Want
+from isthmus.engine.part import Sequence
 from isthmus.engine.sampling import GREEDY as ENGINE_GREEDY
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import tensors
@@ -26,17 +25,17 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.messages import (
     GREEDY,
     WANT_HIDDEN,
-    WANT_NONE,
     WANT_SAMPLE,
     Code,
     Draft,
     Generate,
     Rows,
     Sampler,
+    Tensor,
     Truncate,
 )
 
-_WANTS = [Want(bits) for bits in range(8)]  # building one costs a microsecond
+LAZY_ROWS = 64  # that wait for something to go with: more at once are no cheaper
 
 
 class Session:
@@ -52,6 +51,7 @@ class Session:
         committed: positions whose KV the engine holds.
         work: requests that wait, in order; the engine computes the first.
         route, alias: connection to answer on.
+        samples: tokens sampled along the log.
         freed_bytes: credit of requests that are done, to be given back.
         refused: times in a row that there was no KV for it.
     """
@@ -74,7 +74,12 @@ class Session:
         self.work: deque[Work] = deque()
         self.freed_bytes = 0
         self.refused = 0
-        self._samples = Samples()
+        self.samples = Samples()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is work for the engine now."""
+        return any(not work.lazy or work.rows >= LAZY_ROWS for work in self.work)
 
     # Requests
 
@@ -85,7 +90,7 @@ class Session:
             Refusal: a higher epoch owns the session.
         """
         if epoch < self.epoch:
-            raise self._stale(epoch)
+            raise refusals.stale(epoch, self.epoch)
         if epoch > self.epoch:
             self.cancel()
         if route != self.route:  # bytes that came on another connection give this one no credit
@@ -104,29 +109,29 @@ class Session:
         tokens, hidden = message.tokens, message.hidden
         if not tokens or message.want & ~(WANT_HIDDEN | WANT_SAMPLE):
             raise Refusal(Code.BAD_MESSAGE, f"{len(tokens)} rows that want {message.want}", "send rows; want is 0..5")
-        if (hidden is not None) != (self.enter > 0) or (hidden is not None and hidden.shape[0] != len(tokens)):
-            raise Refusal(
-                Code.BAD_MESSAGE,
-                f"{len(tokens)} tokens {'without' if hidden is None else 'with'} hidden states for rows that enter at "
-                f"layer {self.enter}",
-                "send a hidden state for each token, or tokens alone where enter is 0",
-            )
+        self._check_states(tokens, hidden)
+        if message.lazy and (message.want or self._stale_prefix(message.position, message.prefix_hash)):
+            if message.want:
+                raise Refusal(Code.BAD_MESSAGE, "lazy rows that want something", "let lazy rows want nothing")
+            return None
         new_at = self._match(message.position, message.prefix_hash, tokens)
         end = message.position + len(tokens)
         if new_at == end:
             reply = self._replay(message, end)
+            if message.lazy:
+                return None
             if reply is not None or self._waits(message.position, end):
                 return reply
             self._rewind(message.position, end)
             new_at = message.position
         elif message.want_all and message.want and new_at > message.position:
-            raise self._diverged("rows that want all overlap the log")
-        self._room()
+            raise refusals.diverged("rows that want all overlap the log")
+        self._room(drafted=message.lazy)
         states = None
         if hidden is not None:
             states = tensors.decode(hidden, self.shape.d_model)[new_at - message.position :]
         self.chain.extend(tokens[new_at - message.position :])
-        self.work.append(
+        self._add(
             Work(
                 message.position,
                 end,
@@ -141,6 +146,7 @@ class Session:
                 new_at,
                 deadline_s=now_s + message.budget_ms * 1e-3 if message.budget_ms else math.inf,
                 size_bytes=size_bytes,
+                lazy=message.lazy,
             )
         )
         return None
@@ -162,7 +168,7 @@ class Session:
                 return replies.progress(self, work)
         new_at = self._match(message.position, message.prefix_hash, message.tokens)
         if self.work and new_at == end:
-            raise self._busy("an earlier request is not done yet")
+            raise refusals.busy("an earlier request is not done yet", self.shape.busy_retry_ms)
         self._room()
         work = Work(
             message.position,
@@ -181,7 +187,7 @@ class Session:
         )
         reply = None
         if new_at == end:
-            done = self._relive(work)
+            done = streaming.relive(self, work)
             reply = replies.progress(self, work, done) if work.tokens else None
             if done:
                 self.freed_bytes += size_bytes
@@ -199,31 +205,44 @@ class Session:
         """
         self._fence(message.epoch)
         position, tokens, known = message.position, message.tokens, len(self.chain)
-        if self.enter or not position:
-            where = f"enter at layer {self.enter}" if self.enter else "have no prompt yet"
-            raise Refusal(Code.UNSUPPORTED, f"drafts for a session whose rows {where}", "send Rows first, of tokens")
-        if position > known:
+        self._check_states(tokens, message.hidden)
+        if not position or position > known:
             raise Refusal(Code.GAP, f"a draft starts at {position} and the log ends at {known}", "send Rows first")
-        if not self.chain.at(position).startswith(message.prefix_hash):
+        if self._stale_prefix(position, message.prefix_hash):
             return None
         if position < known:
             return self._judged_before(position, tokens)
         work = self.work[-1] if self.work else None
-        if work is not None and (work.max_tokens or not work.want & WANT_SAMPLE):
-            raise self._busy("an earlier request is not done yet")
-        if work is None and (first := self._samples.after(position - 1)) != tokens[0]:
+        if work is not None and not work.lazy and (work.max_tokens or not work.want & WANT_SAMPLE):
+            raise refusals.busy("an earlier request is not done yet", self.shape.busy_retry_ms)
+        first = self.samples.after(position - 1, message.sampler) if work is None else None
+        if work is None and first != tokens[0] and (first is not None or not self.enter):
             if first is None:
                 raise Refusal(Code.GAP, f"nothing was sampled after position {position - 1}", "send Rows first")
             return None
         end = position + len(tokens)
         self.shape.check(tokens, end, self.window)
         self._room(drafted=True)
-        sampler = self._samples.sampler if work is None else work.sampler
+        sampler = message.sampler or (self.samples.sampler if work is None or work.lazy else work.sampler)
+        states = None if message.hidden is None else tensors.decode(message.hidden, self.shape.d_model)
         self.chain.extend(tokens)
-        sampling = _sampling(sampler)
-        waits = Work(position, end, position, end, WANT_SAMPLE, True, sampler, sampling, now_s, size_bytes=size_bytes)
-        waits.drafted = True
-        self.work.append(waits)
+        self._add(
+            Work(
+                position,
+                end,
+                position,
+                end,
+                WANT_SAMPLE,
+                True,
+                sampler,
+                _sampling(sampler),
+                now_s,
+                states,
+                position,
+                size_bytes=size_bytes,
+                drafted=True,
+            )
+        )
         return None
 
     def truncate(self, message: Truncate) -> Reply:
@@ -233,7 +252,7 @@ class Session:
             Refusal: a higher epoch owns the session.
         """
         if message.epoch < self.epoch:
-            raise self._stale(message.epoch)
+            raise refusals.stale(message.epoch, self.epoch)
         if message.epoch > self.epoch:
             self.cancel()
             self.epoch = message.epoch
@@ -253,36 +272,9 @@ class Session:
             self.sequence.truncate(length)
             self.committed = length
             self.chain.truncate(length)
-            self._samples.truncate(length)
+            self.samples.truncate(length)
 
     # The engine's side
-
-    def take(self, rows: int, into: EngineRows) -> tuple[int, int]:
-        """Adds up to `rows` rows of the first request to a step.
-
-        Returns:
-            how many tokens and how many hidden states they will give.
-        """
-        work = self.work[0]
-        start = work.start
-        stop = min(start + rows, work.end)
-        want = work.want if work.want_all or stop == work.end else WANT_NONE
-        if work.hidden is None:
-            tokens = self.chain.tokens[start:stop]
-            into.tokens(self.sequence, start, tokens, want=_WANTS[want], want_all=work.want_all, sampling=work.sampling)
-        else:
-            states = work.hidden[start - work.hidden_at : stop - work.hidden_at]
-            into.hidden(
-                self.sequence,
-                start,
-                states,
-                enter=self.enter,
-                want=_WANTS[want],
-                want_all=work.want_all,
-                sampling=work.sampling,
-            )
-        given = stop - start if work.want_all else 1
-        return given if want & WANT_SAMPLE else 0, given if want & WANT_HIDDEN else 0
 
     def commit(self, rows: int, tokens: list[int], hidden: NDArray[np.float32], engine_us: int) -> Reply | None:
         """Takes in what `take`n rows gave.
@@ -295,15 +287,15 @@ class Session:
         rows = min(rows, work.end - work.start)
         self.refused = 0
         work.engine_us += engine_us
-        if work.drafted:
+        if work.drafted and work.start + rows > work.position:
             return self._checked(work, rows, tokens)
         self.committed += rows
         work.start += rows
-        self._samples.extend(rows, tokens, work.sampler)
+        self.samples.extend(rows, tokens, work.sampler)
         if len(hidden):
             work.states.append(hidden)
         if work.max_tokens:
-            return self._streamed(work, tokens)
+            return streaming.streamed(self, work, tokens)
         work.tokens += tokens
         if work.start < work.end:
             return None
@@ -311,7 +303,7 @@ class Session:
         self.freed_bytes += work.size_bytes
         if tokens:
             self._follow(tokens[-1])
-        return replies.result(self, work.position, work.tokens, work)
+        return None if work.lazy else replies.result(self, work.position, work.tokens, work)
 
     def fail(self, refusal: Refusal) -> list[Reply]:
         """Drops all work with a Fault for each request; the log keeps what is committed."""
@@ -340,7 +332,7 @@ class Session:
 
     def _fence(self, epoch: int) -> None:
         if epoch < self.epoch:
-            raise self._stale(epoch)
+            raise refusals.stale(epoch, self.epoch)
         if epoch > self.epoch:
             raise Refusal(
                 Code.STALE_EPOCH, f"epoch {epoch} was never opened, {self.epoch} was", "send Open or Truncate first"
@@ -352,11 +344,11 @@ class Session:
         if position > known:
             raise Refusal(Code.GAP, f"rows start at {position} and the log ends at {known}", f"send from {known} on")
         if self.chain.at(position) != prefix_hash:
-            raise self._diverged(f"another prefix before position {position}")
+            raise refusals.diverged(f"another prefix before position {position}")
         end = position + len(tokens)
         new_at = min(known, end)
         if self.chain.tokens[position:new_at] != tokens[: new_at - position]:
-            raise self._diverged(f"other tokens between {position} and {new_at}")
+            raise refusals.diverged(f"other tokens between {position} and {new_at}")
         self.shape.check(tokens, end, self.window)
         return new_at
 
@@ -366,8 +358,29 @@ class Session:
         tokens: list[int] | None = []
         if message.want & WANT_SAMPLE:
             start = message.position if message.want_all else end - 1
-            tokens = self._samples.between(start, end, message.sampler)
+            tokens = self.samples.between(start, end, message.sampler)
         return None if tokens is None else replies.result(self, message.position, tokens)
+
+    def _add(self, work: Work) -> None:
+        """Adds work at the end, or to the lazy rows there."""
+        last = self.work[-1] if self.work else None
+        if last is not None and last.lazy and (last.rows < LAZY_ROWS or not work.lazy):
+            last.join(work)
+        else:
+            self.work.append(work)
+
+    def _check_states(self, tokens: list[int], hidden: Tensor | None) -> None:
+        if (hidden is not None) != (self.enter > 0) or (hidden is not None and hidden.shape[0] != len(tokens)):
+            raise Refusal(
+                Code.BAD_MESSAGE,
+                f"{len(tokens)} tokens {'without' if hidden is None else 'with'} hidden states for rows that enter at "
+                f"layer {self.enter}",
+                "send a hidden state for each token, or tokens alone where enter is 0",
+            )
+
+    def _stale_prefix(self, position: int, prefix_hash: bytes) -> bool:
+        """Whether rows build on something that the log does not say (any more)."""
+        return position <= len(self.chain) and not self.chain.at(position).startswith(prefix_hash)
 
     def _waits(self, position: int, end: int) -> bool:
         """Whether exactly these rows wait already, so that the answer will come."""
@@ -376,45 +389,24 @@ class Session:
     def _rewind(self, position: int, end: int) -> None:
         """Makes room to compute the log's last rows once more, for another sampler or for their hidden states."""
         if self.work:
-            raise self._busy("an earlier request is not done yet")
+            raise refusals.busy("an earlier request is not done yet", self.shape.busy_retry_ms)
         if end < self.committed:
-            raise self._diverged(f"the answer at {end} is not in the log, and later positions build on it")
+            raise refusals.diverged(f"the answer at {end} is not in the log, and later positions build on it")
         self.forget(position)
-
-    def _relive(self, work: Work) -> bool:
-        """Fills a stream with what the log knows of it; whether that is all of it."""
-        at = work.prompt_end - 1
-        while True:
-            token = self._samples.after(at, work.sampler)
-            if token is None:
-                if at + 1 < self.committed:
-                    raise self._diverged(f"the answer at {at + 1} is not in the log, and later positions build on it")
-                tail = self.chain.tokens[at:]
-                self.forget(at)
-                self.chain.extend(tail)
-                work.start, work.end = at, at + 1
-                return False
-            work.tokens.append(token)
-            if token in work.stop or len(work.tokens) >= work.max_tokens:
-                return True
-            at += 1
-            if at == self.committed:
-                if at + 1 > self.shape.context_length and not self.window:
-                    return True
-                self.chain.extend((token,))
-                work.start, work.end = at, at + 1
-                return False
-            if self.chain.tokens[at] != token:
-                raise self._diverged(f"the log goes on with another token at {at}")
 
     def _checked(self, work: Work, rows: int, sampled: list[int]) -> Reply | None:
         """Commits the drafted rows up to the first whose sample is not what was drafted next."""
+        given = max(0, work.position - work.start)
+        self.samples.extend(given, [], work.sampler)
+        self.committed += given
+        work.start += given
+        rows -= given
         drafted = self.chain.tokens[work.start + 1 : work.end]
         wrong = (i for i, (guess, token) in enumerate(zip(drafted, sampled, strict=False)) if guess != token)
         kept = next(wrong, rows - 1) + 1
         self.committed += kept
         work.start += kept
-        self._samples.extend(kept, sampled[:kept], work.sampler)
+        self.samples.extend(kept, sampled[:kept], work.sampler)
         token = sampled[kept - 1]
         if kept == rows and work.start < work.end and self.chain.tokens[work.start] == token:
             return None  # the rest of the block comes with the next step
@@ -441,49 +433,20 @@ class Session:
         accepted = next((i for i, (guess, token) in enumerate(same) if guess != token), None)
         if accepted is None:
             accepted = min(len(tokens), self.committed - position)
-        token = self._samples.after(position + accepted - 1)
+        token = self.samples.after(position + accepted - 1)
         return replies.verdict(self, position, accepted, token) if accepted and token is not None else None
-
-    def _streamed(self, work: Work, tokens: list[int]) -> Reply | None:
-        if not tokens:
-            return None
-        token = tokens[0]
-        work.tokens.append(token)
-        reason = ""
-        if token in work.stop:
-            reason = "stop"
-        elif len(work.tokens) >= work.max_tokens:
-            reason = "length"
-        elif not self.window and self.committed >= self.shape.context_length:
-            reason = "full"
-        if reason:
-            self.work.popleft()
-            self.freed_bytes += work.size_bytes
-        else:
-            self.chain.extend(tokens)
-            work.end += 1
-        return replies.tokens(self, work, tokens, reason)
 
     def _room(self, drafted: bool = False) -> None:
         if self.work and self.work[-1].drafted and not drafted:
-            raise self._busy("drafts wait to be checked")
+            raise refusals.busy("drafts wait to be checked", self.shape.busy_retry_ms)
         if len(self.work) >= self.shape.max_waiting:
-            raise self._busy(f"{len(self.work)} requests of this session wait already")
+            raise refusals.busy(f"{len(self.work)} requests of this session wait already", self.shape.busy_retry_ms)
 
     def _drop_work(self, first: int = 0) -> None:
         while len(self.work) > first:
             work = self.work.pop()
             self.freed_bytes += work.size_bytes
             self.chain.truncate(max(work.start, self.committed))
-
-    def _busy(self, problem: str) -> Refusal:
-        return Refusal(Code.BUSY, problem, "wait for its answer", self.shape.busy_retry_ms)
-
-    def _stale(self, epoch: int) -> Refusal:
-        return Refusal(Code.STALE_EPOCH, f"epoch {epoch} is over, {self.epoch} owns the session", "drop this request")
-
-    def _diverged(self, problem: str) -> Refusal:
-        return Refusal(Code.DIVERGED, problem, "send Truncate with a higher epoch")
 
 
 def _sampling(sampler: Sampler) -> Sampling:

@@ -45,7 +45,8 @@ class Work:
         states: hidden states given so far, each [n, d_model] f32.
         received_s, deadline_s: on the service's clock.
         size_bytes: credit to give back when it is done.
-        drafted: its tokens are guesses; what is not right of them is taken back.
+        drafted: its tokens from `position` on are guesses; what is not right of them is taken back.
+        lazy: nobody waits for it.
     """
 
     position: int
@@ -68,8 +69,25 @@ class Work:
     engine_us: int = 0
     queue_us: int = -1
     drafted: bool = False
+    lazy: bool = False
 
     @property
     def rows(self) -> int:
         """Rows that could be computed next."""
         return self.end - self.start
+
+    def join(self, after: Work) -> None:
+        """Goes on with the rows that follow, in one pass, and answers what they ask."""
+        if self.hidden is not None and after.hidden is not None:
+            self.hidden = np.concatenate([self.hidden[self.start - self.hidden_at :], after.hidden])
+            self.hidden_at = self.start
+        self.position, self.prompt_end, self.end = after.position, after.prompt_end, after.end
+        self.want, self.want_all, self.sampler, self.sampling = (
+            after.want,
+            after.want_all,
+            after.sampler,
+            after.sampling,
+        )
+        self.received_s, self.deadline_s = after.received_s, after.deadline_s
+        self.size_bytes += after.size_bytes
+        self.drafted, self.lazy = after.drafted, after.lazy

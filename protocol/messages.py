@@ -193,6 +193,8 @@ class Rows(Struct, array_like=True, tag=5):
         sampler: for WANT_SAMPLE.
         budget_ms: from receipt until the answer must be sent, 0 for no deadline.
         want_all: every row gives what `want` says.
+        lazy: nobody waits for these rows, which want nothing and are not answered: they are computed together with the
+            rows that follow, in one pass.
     """
 
     alias: U32
@@ -205,6 +207,7 @@ class Rows(Struct, array_like=True, tag=5):
     sampler: Sampler = GREEDY
     budget_ms: U32 = 0
     want_all: bool = False
+    lazy: bool = False
 
 
 class Result(Struct, array_like=True, tag=6):
@@ -388,14 +391,16 @@ class Bye(Struct, array_like=True, tag=20):
 class Draft(Struct, array_like=True, tag=21):
     """Device -> cloud: guesses at what the whole model says next, to be checked in one pass.
 
-    The first follows what the log holds or earlier blocks promise; it must be the token that was sampled there, with
-    the sampler that the prompt's Rows named. A block that builds on what was not accepted is dropped without a word:
-    the answer to what came before has told that already. Repeating one gives the same Verdict from the log.
+    The first follows what the log holds or earlier blocks promise; where the log knows what was sampled there, it must
+    be that. A block that builds on what was not accepted is dropped without a word: the answer to what came before has
+    told that already. Repeating one gives the same Verdict from the log.
 
     Attributes:
         position: of the first token, at least 1.
         prefix_hash: the first 4 bytes or more of the chain over the tokens before `position`.
         tokens: the guesses, [n].
+        hidden: [n, d_model], in sessions whose rows enter at a layer above 0; the first token is taken as it is there.
+        sampler: how the model's own tokens are chosen; none for the one that is in use.
     """
 
     alias: U32
@@ -403,6 +408,8 @@ class Draft(Struct, array_like=True, tag=21):
     position: U32
     prefix_hash: Annotated[bytes, Meta(min_length=4, max_length=HASH_BYTES)]
     tokens: Annotated[list[U32], Meta(min_length=1, max_length=MAX_DRAFT)]
+    hidden: Tensor | None = None
+    sampler: Sampler | None = None
 
 
 class Verdict(Struct, array_like=True, tag=22):
@@ -458,7 +465,7 @@ _decode: Any = msgspec.msgpack.Decoder(Message).decode
 
 def encode(message: Message) -> list[bytes]:
     """A message as one frame, or two when its tensor is larger than `INLINE_BYTES`."""
-    if type(message) is Rows or type(message) is Result:
+    if isinstance(message, Rows | Result | Draft):
         tensor = message.hidden
         if tensor is not None and len(tensor.data) > INLINE_BYTES:
             bare = Tensor(tensor.codec, tensor.shape, tensor.plain)
@@ -478,15 +485,14 @@ def decode(frames: Sequence[bytes]) -> Message:
         message: Message = _decode(frames[0])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise ProtocolError(f"malformed message: {error}", "both sides must speak the same protocol") from error
-    kind = type(message)
-    if kind is Rows or kind is Result:
-        tensor = message.hidden  # type: ignore[union-attr]
+    if isinstance(message, Rows | Result | Draft):
+        tensor = message.hidden
         if len(frames) == 2:
             if tensor is None or tensor.data:
                 raise ProtocolError("a second frame without a tensor that needs it")
             tensor.data = frames[1]
     elif len(frames) == 2:
-        raise ProtocolError(f"a {kind.__name__} has one frame, not two")
+        raise ProtocolError(f"a {type(message).__name__} has one frame, not two")
     return message
 
 

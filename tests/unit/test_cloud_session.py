@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.cloud.feed import take
 from isthmus.cloud.session import Session
 from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal
@@ -52,7 +53,7 @@ def run(one: Session, rows: int = 1000, steps: int = 1000) -> list[Any]:
         steps -= 1
         into = EngineRows()
         chunk = min(rows, one.work[0].rows)
-        n_tokens, n_hidden = one.take(chunk, into)
+        n_tokens, n_hidden = take(one, chunk, into)
         result = part.step(into)
         assert (len(result.tokens), len(result.hidden)) == (n_tokens, n_hidden)
         replies.append(one.commit(chunk, result.tokens, result.hidden, 5))
