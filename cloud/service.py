@@ -29,6 +29,7 @@ from isthmus.protocol.messages import (
     Code,
     Draft,
     Fault,
+    Fill,
     Generate,
     GetManifest,
     GetRange,
@@ -56,6 +57,9 @@ _REFRESH_S = 1.0
 _BYE_S = 0.1
 _EXPELLED = ("this device's key is not allowed any more", "ask the cloud's owner to run: isthmus keys allow")
 _LOCAL = "local"  # principal of connections in the clear, which only this machine can make
+
+
+Computed = Rows | Generate | Draft | Fill
 
 
 class Service:
@@ -104,6 +108,7 @@ class Service:
             Rows: self._rows,
             Generate: self._rows,
             Draft: self._rows,
+            Fill: self._rows,
             Cancel: self._cancel,
             Close: self._close_session,
             Truncate: self._truncate,
@@ -264,17 +269,21 @@ class Service:
         self._registry.settle(session, model, peer)
         peer.send(replies.opened(session, model.offer.numerics, model.kv.format, self.limits.idle_s))
 
-    def _rows(self, peer: Peer, message: Rows | Generate | Draft, principal: str, size: int, now_s: float) -> None:
+    def _rows(
+        self, peer: Peer, message: Rows | Generate | Draft | Fill, principal: str, size: int, now_s: float
+    ) -> None:
         session, model = self._registry.find(peer, message, principal)
         self._only_while_running()
         session.used_s = now_s
-        before = len(session.work)
+        before, reply = len(session.work), None
         if isinstance(message, Rows):
             if len(message.tokens) > self._link_limits.max_rows:
                 raise Refusal(Code.BAD_MESSAGE, f"{len(message.tokens)} rows", f"at most {self._link_limits.max_rows}")
             reply = session.rows(message, now_s, size)
         elif isinstance(message, Draft):
             reply = session.draft(message, now_s, size)
+        elif isinstance(message, Fill):
+            session.fill(message, now_s, size)
         else:
             reply = session.generate(message, now_s, size)
         if len(session.work) == before and not session.freed_bytes:

@@ -25,9 +25,11 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.messages import (
     GREEDY,
     WANT_HIDDEN,
+    WANT_NONE,
     WANT_SAMPLE,
     Code,
     Draft,
+    Fill,
     Generate,
     Rows,
     Sampler,
@@ -110,23 +112,17 @@ class Session:
         if not tokens or message.want & ~(WANT_HIDDEN | WANT_SAMPLE):
             raise Refusal(Code.BAD_MESSAGE, f"{len(tokens)} rows that want {message.want}", "send rows; want is 0..5")
         self._check_states(tokens, hidden)
-        if message.lazy and (message.want or self._stale_prefix(message.position, message.prefix_hash)):
-            if message.want:
-                raise Refusal(Code.BAD_MESSAGE, "lazy rows that want something", "let lazy rows want nothing")
-            return None
         new_at = self._match(message.position, message.prefix_hash, tokens)
         end = message.position + len(tokens)
         if new_at == end:
             reply = self._replay(message, end)
-            if message.lazy:
-                return None
             if reply is not None or self._waits(message.position, end):
                 return reply
             self._rewind(message.position, end)
             new_at = message.position
         elif message.want_all and message.want and new_at > message.position:
             raise refusals.diverged("rows that want all overlap the log")
-        self._room(drafted=message.lazy)
+        self._room()
         states = None
         if hidden is not None:
             states = tensors.decode(hidden, self.shape.d_model)[new_at - message.position :]
@@ -146,7 +142,6 @@ class Session:
                 new_at,
                 deadline_s=now_s + message.budget_ms * 1e-3 if message.budget_ms else math.inf,
                 size_bytes=size_bytes,
-                lazy=message.lazy,
             )
         )
         return None
@@ -196,6 +191,28 @@ class Session:
             self.chain.extend(message.tokens[new_at - message.position :])
         self.work.append(work)
         return reply
+
+    def fill(self, message: Fill, now_s: float, size_bytes: int = 0) -> None:
+        """Takes rows in that wait for the next question; what is stale or known is dropped.
+
+        Raises:
+            Refusal: they do not fit.
+        """
+        self._fence(message.epoch)
+        self._check_states(message.tokens, message.hidden)
+        if message.position <= len(self.chain) and self._stale_prefix(message.position, message.prefix_hash):
+            return
+        at = self._match(message.position, self.chain.at(min(message.position, len(self.chain))), message.tokens)
+        end = message.position + len(message.tokens)
+        if at == end:
+            return
+        self._room(drafted=True)
+        states = None
+        if message.hidden is not None:
+            states = tensors.decode(message.hidden, self.shape.d_model)[at - message.position :]
+        self.chain.extend(message.tokens[at - message.position :])
+        asks = (WANT_NONE, False, GREEDY, ENGINE_GREEDY, now_s)
+        self._add(Work(message.position, end, at, end, *asks, states, at, size_bytes=size_bytes, lazy=True))
 
     def draft(self, message: Draft, now_s: float, size_bytes: int = 0) -> Reply | None:
         """Takes a block of guesses in; the reply when the log knows it, else None: there is work, or it was stale.

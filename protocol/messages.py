@@ -19,6 +19,7 @@ from isthmus.protocol.errors import ProtocolError
 from isthmus.protocol.fields import (
     HASH_BYTES,
     I31,
+    MAX_ROWS,
     U8,
     U16,
     U32,
@@ -39,7 +40,7 @@ INLINE_BYTES = 16 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_RANGE_BYTES = 64 * 1024
 MAX_DRAFT = 32
-CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft is understood
+CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft and Fill are understood
 
 WANT_NONE, WANT_HIDDEN, WANT_SAMPLE = 0, 1, 4  # the same bits as engine.part.Want
 
@@ -193,8 +194,6 @@ class Rows(Struct, array_like=True, tag=5):
         sampler: for WANT_SAMPLE.
         budget_ms: from receipt until the answer must be sent, 0 for no deadline.
         want_all: every row gives what `want` says.
-        lazy: nobody waits for these rows, which want nothing and are not answered: they are computed together with the
-            rows that follow, in one pass.
     """
 
     alias: U32
@@ -207,7 +206,6 @@ class Rows(Struct, array_like=True, tag=5):
     sampler: Sampler = GREEDY
     budget_ms: U32 = 0
     want_all: bool = False
-    lazy: bool = False
 
 
 class Result(Struct, array_like=True, tag=6):
@@ -412,6 +410,21 @@ class Draft(Struct, array_like=True, tag=21):
     sampler: Sampler | None = None
 
 
+class Fill(Struct, array_like=True, tag=23):
+    """Device -> cloud: rows that nobody waits for, computed in one pass with the question that follows; no answer.
+
+    Attributes:
+        position, prefix_hash, tokens, hidden: as in `Draft`, but the tokens are the conversation's own.
+    """
+
+    alias: U32
+    epoch: U32
+    position: U32
+    prefix_hash: Annotated[bytes, Meta(min_length=4, max_length=HASH_BYTES)]
+    tokens: Annotated[list[U32], Meta(min_length=1, max_length=MAX_ROWS)]
+    hidden: Tensor | None = None
+
+
 class Verdict(Struct, array_like=True, tag=22):
     """Cloud -> device: how many guesses of a Draft are what the model says, and its own next token.
 
@@ -457,6 +470,7 @@ Message = (
     | Bye
     | Draft
     | Verdict
+    | Fill
 )
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -465,7 +479,7 @@ _decode: Any = msgspec.msgpack.Decoder(Message).decode
 
 def encode(message: Message) -> list[bytes]:
     """A message as one frame, or two when its tensor is larger than `INLINE_BYTES`."""
-    if isinstance(message, Rows | Result | Draft):
+    if isinstance(message, Rows | Result | Draft | Fill):
         tensor = message.hidden
         if tensor is not None and len(tensor.data) > INLINE_BYTES:
             bare = Tensor(tensor.codec, tensor.shape, tensor.plain)
@@ -485,7 +499,7 @@ def decode(frames: Sequence[bytes]) -> Message:
         message: Message = _decode(frames[0])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise ProtocolError(f"malformed message: {error}", "both sides must speak the same protocol") from error
-    if isinstance(message, Rows | Result | Draft):
+    if isinstance(message, Rows | Result | Draft | Fill):
         tensor = message.hidden
         if len(frames) == 2:
             if tensor is None or tensor.data:

@@ -18,7 +18,7 @@ from isthmus.engine.part import Rows as EngineRows
 from isthmus.engine.part import Want
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.messages import GREEDY, WANT_NONE, WANT_SAMPLE, Code, Draft, Result, Rows, Sampler, Verdict
+from isthmus.protocol.messages import GREEDY, WANT_NONE, Code, Draft, Fill, Result, Rows, Sampler, Verdict
 from tests.fakes import FakePart, fake_text
 
 PROMPT = [3, 1, 4, 1, 5, 9]
@@ -171,7 +171,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
 def test_lazy_rows_wait_for_a_question_and_are_computed_with_it(pieces: list[tuple[int, bool, int]]) -> None:
     one, at = session(CUT), 6
     part = one.sequence._part  # type: ignore[attr-defined]
-    one.rows(Rows(4, 1, 0, CHAIN.at(0), PROMPT, tensors.encode(states(0, 6), "f32"), WANT_NONE, lazy=True), 0.0)
+    one.fill(Fill(4, 1, 0, CHAIN.at(0), PROMPT, tensors.encode(states(0, 6), "f32")), 0.0)
     for size, asked, right in pieces:
         end = min(at + size, 60)
         if end == at:
@@ -179,8 +179,10 @@ def test_lazy_rows_wait_for_a_question_and_are_computed_with_it(pieces: list[tup
         hidden = tensors.encode(states(at, end), "f32")
         steps = len(part.steps)
         if not asked:
-            message = Rows(4, 1, at, CHAIN.at(at), TEXT[at:end], hidden, WANT_NONE, lazy=True)
-            assert one.rows(message, 0.0) is one.rows(message, 0.0) is None
+            message = Fill(4, 1, at, CHAIN.at(at)[:4], TEXT[at:end], hidden)
+            one.fill(message, 0.0)
+            one.fill(message, 0.0)
+            one.fill(Fill(4, 1, at, b"else", TEXT[at:end], hidden), 0.0)
             assert run(one) == []
             assert len(part.steps) == steps
             at = end
@@ -193,8 +195,7 @@ def test_lazy_rows_wait_for_a_question_and_are_computed_with_it(pieces: list[tup
         assert len(part.steps) == steps + 1
         at += right
         assert one.committed == at
-    message = Rows(4, 1, at, CHAIN.at(at), TEXT[at : at + 1], tensors.encode(states(at, at + 1), "f32"), WANT_SAMPLE)
-    one.rows(message, 0.0)
+    one.rows(Rows(4, 1, at, CHAIN.at(at), TEXT[at : at + 1], tensors.encode(states(at, at + 1), "f32")), 0.0)
     (result,) = run(one)
     assert (result.position, result.tokens, result.committed) == (at, TEXT[at + 1 : at + 2], at + 1)
 
@@ -206,8 +207,9 @@ def test_lazy_rows_do_not_wait_without_end() -> None:
     chain = Chain(prompt)
     for at in range(len(prompt)):
         tensor = tensors.encode(hidden[at : at + 1], "f32")
-        one.rows(Rows(4, 1, at, chain.at(at), prompt[at : at + 1], tensor, WANT_NONE, lazy=True), 0.0)
+        one.fill(Fill(4, 1, at, chain.at(at), prompt[at : at + 1], tensor), 0.0)
         assert run(one) == []
     assert one.committed >= 2 * LAZY_ROWS
-    with pytest.raises(Refusal):
-        one.rows(Rows(4, 1, 0, chain.at(0), prompt[:1], tensor, WANT_SAMPLE, lazy=True), 0.0)
+    with pytest.raises(Refusal) as gap:
+        one.fill(Fill(4, 1, 500, bytes(4), prompt[:1], tensor), 0.0)
+    assert gap.value.code == Code.GAP

@@ -39,6 +39,8 @@ MESSAGES: list[m.Message] = [
     m.Range("ab", "weights/x", 5, 10, b"data"),
     m.Bye(100, "going"),
     m.Draft(1, 2, 3, HASH[:4], [4, 5, 300]),
+    m.Draft(1, 2, 3, HASH[:4], [4], m.Tensor("f16", (1, 4), 0, bytes(8)), SAMPLER),
+    m.Fill(1, 2, 3, HASH[:4], [4, 5], m.Tensor("f16", (2, 4), 0, bytes(16))),
     m.Verdict(1, 2, 3, 2, 9, HASH, 10, 20),
 ]
 
