@@ -62,16 +62,18 @@ class Tensor(Struct, array_like=True):
     """A coded tensor; `protocol.tensors` encodes and decodes it.
 
     Attributes:
-        codec: "f32", "f16" or "int8".
+        codec: "f32", "f16", "int8" or one of `tensors.ENTROPY_CODECS`.
         shape: [rows, width].
-        plain: leading rows that are coded as f16 whatever the codec (int8 keeps the first position so).
+        plain: leading rows that are coded as f16 whatever the codec (the lossy ones keep the first position so).
         data: the coded bytes, little-endian; empty on the wire when they follow as frame 1.
+        stats: digest of the channel statistics that decoding needs; empty for none.
     """
 
     codec: Annotated[str, Meta(max_length=16)]
     shape: Annotated[tuple[U32, ...], Meta(min_length=1, max_length=4)]
     plain: U16 = 0
     data: bytes = b""
+    stats: Annotated[bytes, Meta(max_length=8)] = b""
 
 
 class Limits(Struct, array_like=True, frozen=True):
