@@ -14,16 +14,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.protocol.codes import Code as Code
+from isthmus.protocol import codes, fields
 from isthmus.protocol.errors import ProtocolError
 from isthmus.protocol.fields import (
     HASH_BYTES,
-    I31,
     MAX_ROWS,
     U8,
     U16,
     U32,
-    U64,
     Hash,
     Line,
     Micros,
@@ -34,6 +32,13 @@ from isthmus.protocol.fields import (
     Tokens32,
 )
 
+Code = codes.Code  # what stands in messages may be named as they are
+Sampler = fields.Sampler
+Tensor = fields.Tensor
+Limits = fields.Limits
+Offer = fields.Offer
+GREEDY = fields.GREEDY
+
 VERSION = 1
 MIN_VERSION = 1
 INLINE_BYTES = 16 * 1024
@@ -43,80 +48,6 @@ MAX_DRAFT = 32
 CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft and Fill are understood
 
 WANT_NONE, WANT_HIDDEN, WANT_SAMPLE = 0, 1, 4  # the same bits as engine.part.Want
-
-
-class Sampler(Struct, array_like=True, frozen=True):
-    """How a token is chosen; temperature 0 is greedy. top_k is 31-bit, seed 64-bit, stream 32-bit."""
-
-    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
-    top_k: I31 = 0
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    seed: U64 = 0
-    stream: U32 = 0
-
-
-GREEDY = Sampler()
-
-
-class Tensor(Struct, array_like=True):
-    """A coded tensor; `protocol.tensors` encodes and decodes it.
-
-    Attributes:
-        codec: "f32", "f16", "int8" or one of `tensors.ENTROPY_CODECS`.
-        shape: [rows, width].
-        plain: leading rows that are coded as f16 whatever the codec (the lossy ones keep the first position so).
-        data: the coded bytes, little-endian; empty on the wire when they follow as frame 1.
-        stats: digest of the channel statistics that decoding needs; empty for none.
-    """
-
-    codec: Annotated[str, Meta(max_length=16)]
-    shape: Annotated[tuple[U32, ...], Meta(min_length=1, max_length=4)]
-    plain: U16 = 0
-    data: bytes = b""
-    stats: Annotated[bytes, Meta(max_length=8)] = b""
-
-
-class Limits(Struct, array_like=True, frozen=True):
-    """What a peer may send to this side.
-
-    Attributes:
-        max_message_bytes: largest frame.
-        credit_bytes: bytes that may be under way without a Credit.
-        heartbeat_ms: this side answers a Ping; after three silent intervals the peer counts as gone.
-        max_rows: rows in one Rows message.
-    """
-
-    max_message_bytes: U32
-    credit_bytes: U32
-    heartbeat_ms: U32
-    max_rows: U32
-
-
-class Offer(Struct, array_like=True, frozen=True):
-    """A model that this cloud serves.
-
-    Attributes:
-        model_id: hex, names weights and configuration.
-        name: for people.
-        numerics: id of the engine's arithmetic; the same id, model_id and KV format give the same bits.
-        exact: whether results are free of batch, chunking and threads.
-        kv_formats: such as "f16".
-        codecs: tensor codecs that rows may come in.
-        context_length: positions that the model was trained for.
-        weights: the weights' format, such as "q4" or "keep", for people; empty when it is not told.
-    """
-
-    model_id: Name
-    name: Name
-    n_layers: U32
-    d_model: U32
-    vocab_size: U32
-    numerics: Name
-    exact: bool
-    kv_formats: Names
-    codecs: Names
-    context_length: U32
-    weights: Name = ""
 
 
 class Hello(Struct, array_like=True, tag=1):
