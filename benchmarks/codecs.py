@@ -120,7 +120,7 @@ def compare(
         hidden = states[layer]
         plain = probabilities(part, layer, hidden) if divergence else None
         chosen = choices(part, layer, hidden) if plain is None else plain.argmax(axis=1)
-        weights = None if plain is None else np.exp(plain)
+        weights = np.empty(0, np.float32) if plain is None else np.exp(plain)
         for codec, tally in tallies.items():
             tensor = tensors.encode(hidden, codec, plain=1, stats=stats)
             decoded = tensors.decode(tensor, hidden.shape[1], stats=stats)
