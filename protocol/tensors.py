@@ -171,7 +171,7 @@ def _encode_steps(hidden: NDArray[np.float32], codec: str, plain: int, stats: Ch
     step = np.maximum(typical * np.float32(unit * _DEVIATIONS / (steps * width)), largest * np.float32(1.0 / MAX_CODE))
     halves = (step.astype(_F32).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)  # upwards, to keep codes small
     step = (halves << np.uint32(16)).view(_F32)
-    codes = rest * np.divide(1.0, step, out=np.zeros_like(step), where=step > _TINY)[:, None]
+    codes = rest * (1.0 / np.maximum(step, _TINY))[:, None]
     streams = [coder.encode(row) for row in np.rint(codes).astype(np.int64)]
     lengths = np.array([len(stream) for stream in streams[:-1]], _U16)
     data = b"".join((head, halves.astype(_U16).tobytes(), lengths.tobytes(), *streams))
@@ -191,7 +191,7 @@ def _decode_steps(tensor: Tensor, rows: int, width: int, stats: ChannelStats | N
     coder = _coder(steps, width, stats)
     coded, at = rows - plain, plain * width * 2
     begin = at + 2 * coded + 2 * max(0, coded - 1)  # of the streams
-    if len(data) < begin:
+    if len(data) < begin + coded * ((width + 7) // 8):  # a code has at least one bit
         raise ProtocolError(f"{len(data)} bytes for a [{rows}, {width}] tensor in {tensor.codec}", "it is truncated")
     lengths = np.frombuffer(data, _U16, max(0, coded - 1), at + 2 * coded)
     ends = [begin, *(begin + np.cumsum(lengths, dtype=np.int64)).tolist(), len(data)][: coded + 1]
