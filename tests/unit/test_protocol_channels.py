@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.entropy import MAX_K
 from isthmus.protocol.errors import ProtocolError
 
-MEAN = np.arange(12, dtype=np.float32) / 2 - 3
-SPREAD = (2.0 ** np.arange(-6, 6)).astype(np.float32)
+MEAN: NDArray[np.float32] = (np.arange(12) / 2 - 3).astype(np.float32)
+SPREAD: NDArray[np.float32] = (2.0 ** np.arange(-6, 6)).astype(np.float32)
 
 
 def test_the_digest_names_both() -> None:
@@ -20,7 +21,7 @@ def test_the_digest_names_both() -> None:
     assert len(stats.digest) == 8
     assert stats.digest == ChannelStats(MEAN.copy(), SPREAD.copy()).digest
     assert stats.digest.hex() == "e37e2e8072700c5f"
-    others = [ChannelStats(MEAN + 1, SPREAD), ChannelStats(MEAN, SPREAD * 2)]
+    others = [ChannelStats(MEAN + np.float32(1), SPREAD), ChannelStats(MEAN, SPREAD * np.float32(2))]
     assert len({stats.digest, *(other.digest for other in others)}) == 3
 
 
@@ -34,7 +35,7 @@ def test_they_cannot_be_changed() -> None:
 
 
 def test_outlier_rows_do_not_count() -> None:
-    states = np.random.default_rng(0).standard_normal((4000, 12)).astype(np.float32) * SPREAD + MEAN
+    states = (np.random.default_rng(0).standard_normal((4000, 12)) * SPREAD + MEAN).astype(np.float32)
     clean = ChannelStats.of(states)
     assert np.allclose(clean.spread, SPREAD, rtol=0.05)
     assert np.allclose(clean.mean, MEAN, atol=0.1 * SPREAD.max())

@@ -108,8 +108,8 @@ def test_a_row_is_coded_as_it_is_among_others() -> None:
 @pytest.mark.parametrize("codec", GOLDEN)
 def test_bytes_and_values_are_golden(codec: str) -> None:
     channel = np.arange(24, dtype=np.float32)
-    stats = ChannelStats(channel - 12, 2.0 ** (channel % 5))
-    hidden = (np.arange(72, dtype=np.float32).reshape(3, 24) * 29 % 41 - 20) * stats.spread / 16 + stats.mean
+    stats = ChannelStats((channel - 12).astype(np.float32), (2.0 ** (channel % 5)).astype(np.float32))
+    hidden = ((np.arange(72).reshape(3, 24) * 29 % 41 - 20) * stats.spread / 16 + stats.mean).astype(np.float32)
     tensor = tensors.encode(hidden, codec, plain=1, stats=stats)
     decoded = tensors.decode(tensor, 24, stats=stats)
     found = (tensor.data[48:].hex(), hashlib.sha256(decoded.tobytes()).hexdigest()[:16])
@@ -121,8 +121,9 @@ def test_bytes_and_values_are_golden(codec: str) -> None:
     ("codec", "digest"), [("f32", "4ffa1f8dd9ba752b"), ("f16", "8542d486924d2bd0"), ("int8", "8ad0377733df1bde")]
 )
 def test_bytes_of_the_older_codecs_stay(codec: str, digest: str) -> None:
-    hidden = (np.arange(72, dtype=np.float32).reshape(3, 24) * 29 % 41 - 20) / 16
-    tensor = tensors.encode(hidden, codec, plain=1, stats=ChannelStats(np.ones(24), np.ones(24)))
+    hidden = ((np.arange(72).reshape(3, 24) * 29 % 41 - 20) / 16).astype(np.float32)
+    ones = np.ones(24, np.float32)
+    tensor = tensors.encode(hidden, codec, plain=1, stats=ChannelStats(ones, ones))
     assert (hashlib.sha256(tensor.data).hexdigest()[:16], tensor.stats) == (digest, b"")
 
 
