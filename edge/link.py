@@ -138,6 +138,11 @@ class Link:
         self.session.draft(lane, draft, head, self._clock())
         self.flush()
 
+    def fill(self, fill: m.Fill) -> None:
+        """Sends rows that nobody waits for."""
+        self.session.outbox.append(fill)
+        self.flush()
+
     def verdict(self, lane: Lane, wait: bool = True) -> Answered | Verified | None:
         """What the cloud says next of rows or guesses of the lane; None when it has not, and `wait` is off.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from isthmus.edge.local import LocalPart
-from isthmus.engine.part import Part, Rows, Want
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.chain import Chain
 
@@ -21,36 +19,6 @@ class Speaker(Protocol):
     def truncate(self, length: int) -> None:
         """The log is cut back to `length`, or goes on otherwise from there."""
         ...
-
-
-class ExitSpeaker:
-    """The layers before an exit, and the exit.
-
-    Args:
-        part: with layers [0, cut) at least.
-        head: layers [cut, cut + 1) of the exit; see `split.exits`.
-    """
-
-    def __init__(self, part: LocalPart, head: Part, cut: int) -> None:
-        self._part, self._head, self._cut = part, head, cut
-        self._sequence = head.open()
-
-    def sample(self, log: Chain, sampling: Sampling) -> int:
-        """See `Speaker`."""
-        start, end = min(self._sequence.length, len(log) - 1), len(log)
-        self._sequence.truncate(start)
-        tokens: list[int] = []
-        for at, states in self._part.hidden(log, start, self._cut):
-            want = Want.SAMPLE if at + len(states) == end else Want.NONE
-            rows = Rows().hidden(self._sequence, at, states, enter=self._cut, want=want, sampling=sampling)
-            tokens = self._head.step(rows).tokens
-        return tokens[0]
-
-    def truncate(self, length: int) -> None:
-        """See `Speaker`."""
-        self._part.truncate(length)
-        if length < self._sequence.length:
-            self._sequence.truncate(length)
 
 
 class ModelDrafts:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Source = Literal["device", "cloud", "split", "verified"]
-Mode = Literal["auto", "local", "stream", "split", "verify"]
-MODES: tuple[Mode, ...] = ("auto", "local", "stream", "split", "verify")
+Source = Literal["device", "cloud", "split", "verified", "exit"]
+Mode = Literal["auto", "local", "stream", "split", "verify", "exit"]
+MODES: tuple[Mode, ...] = ("auto", "local", "stream", "split", "verify", "exit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,8 @@ class Token:
         id: the token's id; the end-of-sequence token is yielded too, as the last one.
         text: what this token adds to the text. It may be empty while a character or a stop word is incomplete, and
             the joined texts of all tokens are the whole answer.
-        source: where it was computed: "device" and "cloud" ran the whole model, "split" is both, and "verified" was
-            drafted on the device and is what the cloud's model says.
+        source: where it was computed: "device" and "cloud" ran the whole model, "split" is both, "verified" was
+            drafted on the device and is what the cloud's model says, and "exit" is an exit's word alone.
         position: index in the conversation's token log.
         finish: on the last token why it is the last: "eos", "stop" (a stop word), or "length"; else empty.
     """

@@ -1,0 +1,260 @@
+"""Exit mode: the device says what it is sure of by itself, and asks the cloud about the rest."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.edge.events import Verified
+from isthmus.edge.link import Link, Restart
+from isthmus.edge.local import LocalPart
+from isthmus.edge.pace import Pace
+from isthmus.edge.runners import HIDDEN_LANE, sampler
+from isthmus.edge.token import Source
+from isthmus.engine.part import Part, Rows, Want
+from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol import tensors
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.channels import ChannelStats
+
+AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
+_HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
+
+
+class Said(NamedTuple):
+    """What an exit says comes next.
+
+    Attributes:
+        confidence: probability of its most likely token.
+    """
+
+    token: int
+    confidence: float
+
+
+class ExitSpeaker:
+    """The layers before an exit, and the exit; also a `model_drafts.Speaker`.
+
+    Args:
+        part: with layers [0, cut) at least.
+        head: layers [cut, cut + 1) of the exit; see `split.exits`.
+
+    Attributes:
+        cut: before which layer the exit stands.
+    """
+
+    def __init__(self, part: LocalPart, head: Part, cut: int) -> None:
+        self._part, self._head, self.cut = part, head, cut
+        self._sequence = head.open()
+        self._states: deque[NDArray[np.float32]] = deque()  # of the last positions, each [n, d_model]
+        self._first = 0  # position of the first of them
+
+    def say(self, log: Chain, sampling: Sampling) -> Said:
+        """What comes after the whole log."""
+        start, end = min(self._sequence.length, len(log) - 1), len(log)
+        self._cut_back(start)
+        result = None
+        for at, states in self._part.hidden(log, start, self.cut):
+            self._keep(at, states)
+            want = Want.SAMPLE | Want.CONFIDENCE if at + len(states) == end else Want.NONE
+            rows = Rows().hidden(self._sequence, at, states, enter=self.cut, want=want, sampling=sampling)
+            result = self._head.step(rows)
+        assert result is not None
+        return Said(result.tokens[0], float(result.confidence[0]))
+
+    def sample(self, log: Chain, sampling: Sampling) -> int:
+        """See `model_drafts.Speaker`."""
+        return self.say(log, sampling).token
+
+    def states(self, log: Chain, start: int, end: int) -> NDArray[np.float32]:
+        """The hidden states before layer `cut` of positions [start, end), which were said before: [n, d_model] f32."""
+        if start < self._first or not self._states:
+            self._states.clear()
+            for at, states in self._part.hidden(log, start, self.cut):
+                self._keep(at, states)
+        held = np.concatenate(self._states)
+        return held[start - self._first : end - self._first]
+
+    def sent(self, end: int) -> None:
+        """States before `end` are not asked for again, as long as all goes well."""
+        while self._states and self._first + len(self._states[0]) <= end:
+            self._first += len(self._states.popleft())
+
+    def truncate(self, length: int) -> None:
+        """See `model_drafts.Speaker`."""
+        self._part.truncate(length)
+        self._cut_back(length)
+
+    def close(self) -> None:
+        """Frees the exit."""
+        self._sequence.close()
+        self._head.close()
+
+    def _keep(self, at: int, states: NDArray[np.float32]) -> None:
+        if not self._states:
+            self._first = at
+        end = self._first + sum(map(len, self._states))
+        if at < end:
+            states = states[end - at :]
+        if len(states):
+            self._states.append(states)
+
+    def _cut_back(self, length: int) -> None:
+        if length < self._sequence.length:
+            self._sequence.truncate(length)
+        end = self._first + sum(map(len, self._states))
+        while self._states and end > length:
+            last = self._states.pop()
+            end -= len(last)
+            if end < length:
+                self._states.append(last[: length - end])
+                break
+
+
+class ExitRunner:
+    """See the module.
+
+    Token t is the exit's where its confidence reaches the threshold. Where it does not, the device goes on for some
+    tokens as if the exit were right, and asks the cloud about all of them at once: the answer says how many were what
+    the full model says, and what follows them. The states of all tokens travel ahead of the questions, and the cloud
+    computes those that nobody asked about together with the next question.
+
+    Args:
+        threshold: confidence from which on the exit is believed; above 1 never.
+        codec, stats: how states travel.
+        pace: how far to go on before asking.
+
+    Attributes:
+        source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
+        drafted, accepted: guesses that the cloud was asked about, and those that were right.
+    """
+
+    source: Source = "exit"
+
+    def __init__(
+        self,
+        link: Link,
+        log: Chain,
+        sampling: Sampling,
+        eos: Sequence[int],
+        speaker: ExitSpeaker,
+        threshold: float,
+        codec: str,
+        stats: ChannelStats | None,
+        pace: Pace,
+    ) -> None:
+        self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
+        self._speaker, self._threshold, self._codec, self._stats, self._pace = speaker, threshold, codec, stats, pace
+        self._sampler = None if sampling == GREEDY else sampler(sampling)
+        self._lane = link.session.lane(HIDDEN_LANE, speaker.cut)
+        self._told = Chain()  # the log, what is said beyond it, and guesses
+        self._ready: deque[tuple[int, Source]] = deque()
+        self._sent = 0  # positions whose states went up
+        self._unsure = -1  # the position after which the first unsure guess stands
+        self._running = self._waiting = False
+        self.drafted = self.accepted = 0
+
+    def next(self, remaining: int) -> int:
+        """See `Runner`."""
+        goal = len(self._log) + remaining
+        while not self._ready:
+            try:
+                if not self._running:
+                    self._begin()
+                self._go_on(goal)
+            except Restart:
+                self._running = False
+        token, self.source = self._ready.popleft()
+        return token
+
+    def reused(self) -> int:
+        """See `Runner`."""
+        self._lane.check(self._log)
+        return min(self._lane.agreed, len(self._log) - 1)
+
+    def stop(self) -> None:
+        """See `Runner`."""
+        self._speaker.truncate(len(self._log))
+        if self._waiting:
+            self._link.cancel(self._lane)
+        self._running = self._waiting = False
+
+    def _begin(self) -> None:
+        self._told = self._log.copy()
+        self._sent = self._link.align(self._lane, len(self._log) - 1)
+        self._speaker.truncate(len(self._log))
+        self._unsure = -1
+        self._running = True
+
+    def _go_on(self, goal: int) -> None:
+        """One more token, said or guessed; or the question."""
+        told, began = self._told, time.perf_counter()
+        said = self._speaker.say(told, self._sampling)
+        self._pace.drafted(1, time.perf_counter() - began)
+        if self._unsure < 0:
+            if said.confidence >= self._threshold:
+                self._ready.append((said.token, "exit"))
+                if len(told) - self._sent >= AHEAD_ROWS:
+                    self._send_ahead(len(told))
+                told.extend((said.token,))
+                return
+            self._unsure = len(told) - 1
+        guesses = len(told) - 1 - self._unsure
+        if guesses < min(self._pace.length(), m.MAX_DRAFT - 1, goal - 2 - self._unsure) and said.token not in self._eos:
+            told.extend((said.token,))
+            return
+        self._ask(said.token)
+
+    def _ask(self, guess: int) -> None:
+        """Asks about the guesses and what follows them.
+
+        Args:
+            guess: what the exit says that it is; no row carries it.
+        """
+        told, lane, at = self._told, self._lane, self._unsure
+        self._send_ahead(at)
+        tensor = self._coded(at, len(told))
+        began = time.perf_counter()
+        draft = m.Draft(
+            lane.alias, lane.epoch, at, told.at(at)[:_HASH_BYTES], told.tokens[at:], tensor, self._sampler or m.GREEDY
+        )
+        self._link.draft(lane, draft, told.at(at))
+        self._waiting = True
+        news = self._link.verdict(lane)
+        self._waiting = False
+        assert isinstance(news, Verified)
+        right, asked = at + news.accepted, len(told) - at
+        hits, checked = right - at - 1, min(right - at, asked - 1)
+        if right == len(told):
+            hits, checked = hits + (guess == news.token), checked + 1
+        self.drafted, self.accepted = self.drafted + checked, self.accepted + hits
+        self._pace.answered(checked, hits, asked, time.perf_counter() - began, news.engine_us * 1e-6)
+        self._ready.extend((token, "verified") for token in told.tokens[at + 1 : right])
+        self._ready.append((news.token, "cloud"))
+        if right < len(told):
+            told.truncate(right)
+            self._speaker.truncate(right)
+        told.extend((news.token,))
+        self._sent, self._unsure = right, -1
+        self._speaker.sent(right)
+
+    def _send_ahead(self, end: int) -> None:
+        """States of positions before `end` that the cloud has not got, with nobody waiting for them."""
+        told, lane = self._told, self._lane
+        while self._sent < end:
+            at, stop = self._sent, min(end, self._sent + self._link.max_rows)
+            tensor = self._coded(at, stop)
+            head = told.at(at)[:_HASH_BYTES]
+            self._link.fill(m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor))
+            self._sent = stop
+            self._speaker.sent(stop)
+
+    def _coded(self, start: int, end: int) -> m.Tensor:
+        states = self._speaker.states(self._told, start, end)
+        return tensors.encode(states, self._codec, plain=1 if start == 0 else 0, stats=self._stats)
