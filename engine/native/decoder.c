@@ -53,10 +53,10 @@ static void give_logits(walker *w) {
     for (int i = from; i < to; i++) {
       e->k->rms_norm(w->l->x + (size_t)rows[i] * d_pad, p->final_norm, w->l->normed + (size_t)i * d_pad, p->d_model,
                      p->norm_eps);
-      if (is_quantized(&p->head)) quantize_row(e, w->l, 0, w->l->normed, i, d_pad);
+      if (is_quantized(&p->head)) quantize_row(e, w->l, 0, w->l->normed, i, count, d_pad);
     }
     if (!w->single) meet(w);
-    im_acts acts = acts_of(w->l, w->l->normed, d_pad);
+    im_acts acts = acts_of(w->l, w->l->normed, d_pad, 0);
     im_linear_targets(e, (target[]){{&p->head, e->logits, (size_t)ldy}}, 1, &acts, count, w->thread);
     meet(w);
     for (int i = 0; i < count; i++) {
@@ -93,11 +93,10 @@ static void map_rows(walker *w) {
     float *x = w->l->normed + (size_t)i * d_pad;
     memcpy(x, c->hidden_in + (size_t)c->rows[i].hidden * p->d_model, (size_t)p->d_model * 4);
     memset(x + p->d_model, 0, (size_t)(d_pad - p->d_model) * 4);
-    if (quantized) quantize_row(e, w->l, 1, w->l->normed, i, d_pad);
+    if (quantized) quantize_row(e, w->l, 1, w->l->normed, i, c->n_rows, d_pad);
   }
   if (!w->single) meet(w);
-  im_acts acts = acts_of(w->l, w->l->normed, d_pad);
-  acts.low = w->l->low;
+  im_acts acts = acts_of(w->l, w->l->normed, d_pad, 1);
   im_linear_targets(e, (target[]){{&p->input, e->shared.delta, (size_t)d_pad}}, 1, &acts, c->n_rows, w->thread);
   meet(w);
 }

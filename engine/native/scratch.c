@@ -47,10 +47,8 @@ static void carve_lane(arena *a, lane *l, const widths *w, int rows) {
   l->attention = carve(a, (size_t)rows * (size_t)w->widest * 4);
   l->gate = carve(a, (size_t)rows * (size_t)w->ff_pad * 4);
   l->delta = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
-  l->q = carve(a, (size_t)rows * (size_t)w->widest);
-  l->low = carve(a, (size_t)rows * (size_t)w->d_pad);
-  l->scale = carve(a, (size_t)rows * (size_t)(w->widest / 32) * 4);
-  l->sums = carve(a, (size_t)rows * (size_t)(w->widest / 32) * 8);
+  const size_t fine = im_panels_bytes(rows, w->d_pad, 1), plain = im_panels_bytes(rows, w->widest, 0);
+  l->panels = carve(a, fine > plain ? fine : plain);
 }
 
 static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context, size_t logits) {
