@@ -43,7 +43,8 @@ static void give_logits(walker *w) {
   im_step_call *c = w->c;
   const im_part *p = c->parts[c->n_parts - 1];
   const int d_pad = e->w.d_pad, ldy = e->w.vocab_pad;
-  int logits = 0, tokens = 0;
+  const int n = p->head.rows;
+  int logits = 0, tokens = 0, confidences = 0;
   if (!w->single && e->n_logit_rows) meet(w);
   for (int start = 0; start < e->n_logit_rows; start += HEAD_ROWS) {
     const int count = e->n_logit_rows - start < HEAD_ROWS ? e->n_logit_rows - start : HEAD_ROWS;
@@ -64,17 +65,21 @@ static void give_logits(walker *w) {
       const float *y = e->logits + (size_t)i * ldy;
       const int mine = i % e->threads == w->thread;
       if (row->want & IM_WANT_LOGITS) {
-        if (mine) memcpy(c->logits_out + (size_t)logits * p->vocab_size, y, (size_t)p->vocab_size * 4);
+        if (mine) memcpy(c->logits_out + (size_t)logits * (size_t)n, y, (size_t)n * 4);
         logits++;
       }
+      float max = 0;
+      const int chosen = row->want & (IM_WANT_SAMPLE | IM_WANT_CONFIDENCE);
+      const int best = mine && chosen ? e->k->argmax(y, n, &max) : 0;
       if (row->want & IM_WANT_SAMPLE) {
-        if (mine) {
-          float max;
-          int best = e->k->argmax(y, p->vocab_size, &max);
-          c->tokens_out[tokens] = im_sample(y, p->vocab_size, best, &c->samplings[row->sampling],
+        if (mine)
+          c->tokens_out[tokens] = im_sample(y, n, best, p->head_tokens, &c->samplings[row->sampling],
                                             (uint32_t)row->position, e->candidates[w->thread]);
-        }
         tokens++;
+      }
+      if (row->want & IM_WANT_CONFIDENCE) {
+        if (mine) c->confidence_out[confidences] = e->k->confidence(y, n, max);
+        confidences++;
       }
     }
     meet(w);

@@ -50,6 +50,7 @@ typedef struct {
   void (*attend)(const im_kv_view *kv, const float *q, int heads, int first, int last, float *scores, float *out);
   void (*store_half)(uint16_t *out, const float *x, int n);  // n a multiple of 16
   int (*argmax)(const float *x, int n, float *max);          // the lowest index of the largest
+  float (*confidence)(const float *x, int n, float max);     // 1 / sum exp(x - max); x padded to a multiple of 16
 } im_kernels;
 
 extern const im_kernels im_kernels_plain;

@@ -280,6 +280,17 @@ static int argmax(const float *x, int n, float *max) {
   return 0;
 }
 
+// Each lane adds its places in ascending order, then the tree of vf_sum.
+static float confidence(const float *x, int n, float max) {
+  const vf m = vf_set1(max);
+  vf sum = vf_zero();
+  for (int i = 0; i < n; i += 16) {
+    const vf e = vf_exp(vf_sub(vf_load(x + i), m));
+    sum = vf_add(sum, n - i < 16 ? vf_keep(e, 0, n - i, 0.f) : e);
+  }
+  return 1.f / vf_sum(sum);
+}
+
 // ---- attention. A block of a KV head is K [head_dim][16 positions], then V [16 positions][head_dim].
 INLINE const uint8_t *kv_block(const im_kv_view *kv, int index) {
   return kv->base + (size_t)kv->blocks[index] * kv->block_bytes;
@@ -409,5 +420,6 @@ static void attend(const im_kv_view *kv, const float *q, int heads, int first, i
   }
 }
 
-#define KERNELS(symbol, simd_name) \
-  const im_kernels symbol = {simd_name, quantize, linear, rms_norm, silu_mul, add, attend, store_half, argmax}
+#define KERNELS(symbol, simd_name)                                                \
+  const im_kernels symbol = {simd_name, quantize, linear,     rms_norm, silu_mul, \
+                             add,       attend,   store_half, argmax,   confidence}

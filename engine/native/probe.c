@@ -32,7 +32,7 @@ int32_t im_sample_one(const float *logits, int32_t n, const im_sampling *samplin
   im_candidate *scratch = malloc((size_t)n * sizeof *scratch);
   if (!scratch) return -1;
   int32_t best = im_kernels_choose(NULL)->argmax(logits, n, &max);
-  int32_t token = im_sample(logits, n, best, sampling, position, scratch);
+  int32_t token = im_sample(logits, n, best, NULL, sampling, position, scratch);
   free(scratch);
   return token;
 }

@@ -12,6 +12,7 @@
 #include "sampler.h"
 
 enum { HEAD_ROWS = 32 };  // rows that go through the output head together
+enum { NEEDS_HEAD = IM_WANT_LOGITS | IM_WANT_SAMPLE | IM_WANT_CONFIDENCE };
 
 typedef struct {
   int first_layer, last_layer, first, count;
