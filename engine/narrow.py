@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.config import DecoderConfig
+from isthmus.engine.head import head_tokens
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import EngineError
 from isthmus.quant.nested import view
@@ -50,3 +51,7 @@ class Narrowed:
     def head(self) -> PackedMatrix:
         """The source's output head."""
         return self._source.head()
+
+    def head_tokens(self) -> NDArray[np.int32] | None:
+        """The tokens of the source's output head."""
+        return head_tokens(self._source)

@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.part import Span, StepResult, Want
+from isthmus.engine.part import NO_CONFIDENCE, Span, StepResult, Want
 
 ROW = struct.Struct("8i")  # an `im_row`
 NOTHING: NDArray[np.float32] = np.zeros((0, 0), np.float32)
 _F32 = np.dtype(np.float32)
-_HIDDEN, _SAMPLE = int(Want.HIDDEN), int(Want.SAMPLE)
+_HIDDEN, _SAMPLE, _CONFIDENCE = int(Want.HIDDEN), int(Want.SAMPLE), int(Want.CONFIDENCE)
 # Whether a count of references tells that nobody else holds an array: CPython's does, under its global lock. Without
 # the lock counts change while they are read, and other interpreters have none: there each state gets its own array.
 COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -33,7 +33,19 @@ class DecodeRow:
         call: the `im_step_call *`.
     """
 
-    __slots__ = ("_alive", "_end", "_ffi", "_hidden_in", "_hidden_out", "_row", "_shape", "_tokens", "_vocab", "call")
+    __slots__ = (
+        "_alive",
+        "_confidence",
+        "_end",
+        "_ffi",
+        "_hidden_in",
+        "_hidden_out",
+        "_row",
+        "_shape",
+        "_tokens",
+        "_vocab",
+        "call",
+    )
 
     def __init__(self, ffi: Any, common: Any, vocab_size: int, d_model: int, end: int) -> None:
         self._ffi, self._vocab, self._shape, self._end = ffi, vocab_size, (1, d_model), end
@@ -42,6 +54,7 @@ class DecodeRow:
         self._row, self._tokens = ffi.buffer(row), common.tokens_out
         self.call = ffi.new("im_step_call *", common[0])
         self.call.rows, self.call.n_rows, self.call.hidden_in, self.call.n_hidden = row, 1, hidden, 1
+        self._confidence = self.call.confidence_out = ffi.new("float *")
         self._alive = row, hidden
         self._renew()
 
@@ -72,4 +85,5 @@ class DecodeRow:
     def result(self, want: int) -> StepResult:
         """What the row gave; the hidden state is the caller's."""
         hidden = self._hidden_out if want & _HIDDEN else NOTHING
-        return StepResult([self._tokens[0]] if want & _SAMPLE else [], hidden, NOTHING)
+        confidence = np.array([self._confidence[0]], _F32) if want & _CONFIDENCE else NO_CONFIDENCE
+        return StepResult([self._tokens[0]] if want & _SAMPLE else [], hidden, NOTHING, confidence)

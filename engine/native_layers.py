@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.binding import Memory, native
 from isthmus.engine.experts import Expert, ExpertSource
+from isthmus.engine.head import check_head, head_tokens
 from isthmus.engine.kv import KvPool
 from isthmus.engine.part import KvConfig, WeightSource
 from isthmus.protocol.errors import EngineError
@@ -41,10 +42,10 @@ class Layers:
         part.kv_block_bytes = self.pool.memory.shape[1]
         if start == 0:
             part.has_embedding = 1
-            memory.matrix(part.embedding, self._table(source.embedding(), "embedding"))
+            memory.matrix(part.embedding, self._embedding(source.embedding()))
         if end == config.n_layers:
             part.has_head = 1
-            memory.matrix(part.head, self._table(source.head(), "output head"))
+            self._head(part, source)
             part.final_norm = memory.vector(sized(source.final_norm(), config.d_model, "the final norm"))
         part.layers = memory.keep(ffi.new("im_layer[]", end - start))
         self.c_part = part
@@ -54,11 +55,18 @@ class Layers:
             if i == start and "input" in weights:
                 self._input(cast(PackedMatrix, weights["input"]))
 
-    def _table(self, matrix: PackedMatrix, name: str) -> PackedMatrix:
+    def _embedding(self, matrix: PackedMatrix) -> PackedMatrix:
         shape = self.config.vocab_size, self.config.d_model
         if (matrix.rows, matrix.cols) != shape:
-            raise EngineError(f"the {name} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
+            raise EngineError(f"the embedding is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}")
         return matrix
+
+    def _head(self, part: Any, source: WeightSource) -> None:
+        tokens, matrix = head_tokens(source), source.head()
+        check_head(matrix.rows, matrix.cols, tokens, self.config.vocab_size, self.config.d_model)
+        self._memory.matrix(part.head, matrix)
+        if tokens is not None:
+            part.head_tokens = self._memory.pointer(tokens, "int32_t *")
 
     def _input(self, matrix: PackedMatrix) -> None:
         shape = self.config.d_model, self.config.d_model

@@ -19,6 +19,7 @@ from isthmus.engine.part import (
     KV_BLOCK,
     KV_SINKS,
     KV_SLACK,
+    NO_CONFIDENCE,
     KvConfig,
     Numerics,
     Rows,
@@ -34,7 +35,8 @@ NUMERICS = Numerics("native-1")
 STEP_ROWS = 256  # rows of one native call; longer prefills are cut, which changes no bit
 _F32 = np.dtype(np.float32)
 _HIDDEN, _LOGITS, _SAMPLE = int(Want.HIDDEN), int(Want.LOGITS), int(Want.SAMPLE)
-_NEEDS_HEAD = _LOGITS | _SAMPLE
+_CONFIDENCE = int(Want.CONFIDENCE)
+_NEEDS_HEAD = _LOGITS | _SAMPLE | _CONFIDENCE
 _FAILURES = {
     -1: ("no memory for the step's scratch", "use fewer rows or a shorter context"),
     -2: ("a row does not fit the part", "check its token, hidden state, layers and what it wants"),
@@ -243,18 +245,17 @@ class NativePart:
                 )
 
     def _run_pieces(self, steps: list[list[Span]]) -> StepResult:
-        tokens: list[int] = []
-        hidden: list[NDArray[np.float32]] = []
-        logits: list[NDArray[np.float32]] = []
-        for step in steps:
-            result = self._run(step)
-            tokens += result.tokens
-            hidden += [result.hidden] if len(result.hidden) else []
-            logits += [result.logits] if len(result.logits) else []
-        return StepResult(tokens, join(hidden), join(logits))
+        results = [self._run(step) for step in steps]
+        return StepResult(
+            [token for result in results for token in result.tokens],
+            join([result.hidden for result in results if len(result.hidden)]),
+            join([result.logits for result in results if len(result.logits)]),
+            np.concatenate([result.confidence for result in results]),
+        )
 
     def _run(self, spans: list[Span]) -> StepResult:
         call, row, n_hidden, n_logits, n_tokens, n_inputs, n_samplings = self._call, 0, 0, 0, 0, 0, 1
+        n_confidences = 0
         inputs: list[NDArray[np.float32]] = []
         firsts: dict[int, int] = {}  # the first position of each sequence in this call
         for span in spans:
@@ -290,8 +291,9 @@ class NativePart:
             n_hidden += wanting if want & _HIDDEN else 0
             n_logits += wanting if want & _LOGITS else 0
             n_tokens += wanting if want & _SAMPLE else 0
+            n_confidences += wanting if want & _CONFIDENCE else 0
             row += count
-        hidden = logits = NOTHING
+        hidden, logits, confidence = NOTHING, NOTHING, NO_CONFIDENCE
         pointer = self._ffi.from_buffer
         if inputs:
             stacked = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
@@ -302,14 +304,17 @@ class NativePart:
             hidden = np.empty((n_hidden, self.config.d_model), np.float32)
             call.hidden_out = pointer("float[]", hidden)
         if n_logits:
-            logits = np.empty((n_logits, self.config.vocab_size), np.float32)
+            logits = np.empty((n_logits, self._parts[len(self._layers) - 1].head.rows), np.float32)
             call.logits_out = pointer("float[]", logits)
+        if n_confidences:
+            confidence = np.empty(n_confidences, np.float32)
+            call.confidence_out = pointer("float[]", confidence)
         call.n_rows = row
         if status := self._im_step(self._engine, call):
             self._finish(call, status, spans)
         for span in spans:
             cast(NativeSequence, span.sequence).fill(span)
-        return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits)
+        return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits, confidence)
 
     def _finish(self, call: Any, status: int, spans: list[Span]) -> None:
         """Goes on with a call that paused for experts; where it failed, gives back what was reserved for it."""

@@ -16,6 +16,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engine.head import check_head, head_tokens
 from isthmus.engine.onnx_proto import MICROSOFT, Graph
 from isthmus.engine.part import WeightSource
 from isthmus.quant.groups import dequantize, unpack
@@ -121,12 +122,13 @@ class Builder:
         return g
 
     def head(self) -> Graph:
-        """The last norm and the output head: hidden [1, s, d_model] -> logits [1, s, vocab_size]."""
-        c, g = self._config, self.graph
+        """The last norm and the output head: hidden [1, s, d_model] -> logits [1, s, rows of the head]."""
+        c, g, matrix = self._config, self.graph, self._source.head()
+        check_head(matrix.rows, matrix.cols, head_tokens(self._source), c.vocab_size, c.d_model)
         g.input("hidden", np.float32, (1, "s", c.d_model))
-        g.output("logits", np.float32, (1, "s", c.vocab_size))
+        g.output("logits", np.float32, (1, "s", matrix.rows))
         normed = self._norm("hidden", self._vector("final_norm", self._source.final_norm()), c.norm_eps, "normed")
-        (logits,) = self._project("head", normed, [self._source.head()])
+        (logits,) = self._project("head", normed, [matrix])
         g.node("Identity", [logits], ["logits"])
         return g
 

@@ -15,11 +15,22 @@ from numpy.typing import NDArray
 
 from isthmus.engine.binding import default_threads
 from isthmus.engine.config import DecoderConfig
+from isthmus.engine.head import head_tokens
 from isthmus.engine.onnx_graph import Builder, Weights
 from isthmus.engine.onnx_kv import SLACK, OnnxSequence, blocks
 from isthmus.engine.onnx_proto import Graph
 from isthmus.engine.onnx_session import Session, bind_input, bind_output, onnxruntime
-from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, Span, StepResult, Want, WeightSource
+from isthmus.engine.part import (
+    KV_BLOCK,
+    NO_CONFIDENCE,
+    KvConfig,
+    Numerics,
+    Rows,
+    Span,
+    StepResult,
+    Want,
+    WeightSource,
+)
 from isthmus.engine.sampler import sample
 from isthmus.protocol.errors import EngineError, OutOfBlocks
 from isthmus.quant.groups import dequantize
@@ -28,6 +39,7 @@ from isthmus.quant.packed import LANES, PackedMatrix
 PRECISIONS = ("f32", "q4")
 CHUNK = 256  # rows that run together, so that long prompts do not hold large activations
 SESSIONS = 8  # layer ranges that stay ready
+NEEDS_HEAD = Want.LOGITS | Want.SAMPLE | Want.CONFIDENCE
 
 
 def open_onnx(
@@ -74,6 +86,7 @@ class OnnxPart:
         self._sessions: OrderedDict[tuple[int, int, int], Session] = OrderedDict()
         self._head: tuple[Session, Any] | None = None
         self._embedding = source.embedding() if start == 0 else None
+        self._head_tokens = head_tokens(source) if end == config.n_layers else None
 
     @property
     def config(self) -> DecoderConfig:
@@ -153,9 +166,10 @@ class OnnxPart:
         tokens: list[int] = []
         hidden: list[NDArray[np.float32]] = []
         logits: list[NDArray[np.float32]] = []
+        confidence: list[NDArray[np.float32]] = []
         try:
             for span in rows.spans:
-                self._span(span, tokens, hidden, logits)
+                self._span(span, tokens, hidden, logits, confidence)
         except BaseException as error:
             for sequence, held, base in before:
                 sequence.held = held
@@ -169,6 +183,7 @@ class OnnxPart:
             tokens,
             np.concatenate(hidden) if hidden else np.empty((0, c.d_model), np.float32),
             np.concatenate(logits) if logits else np.empty((0, c.vocab_size), np.float32),
+            np.concatenate(confidence) if confidence else NO_CONFIDENCE,
         )
 
     def _span(
@@ -177,6 +192,7 @@ class OnnxPart:
         tokens: list[int],
         hidden: list[NDArray[np.float32]],
         logits: list[NDArray[np.float32]],
+        confidence: list[NDArray[np.float32]],
     ) -> None:
         sequence, leave = cast(OnnxSequence, span.sequence), self._leave(span)
         for at in range(0, len(span), CHUNK):
@@ -193,13 +209,24 @@ class OnnxPart:
                 continue
             if span.want & Want.HIDDEN:
                 hidden.append(x.copy())
-            if span.want & (Want.LOGITS | Want.SAMPLE):
+            if span.want & NEEDS_HEAD:
                 y = self._logits(x)
                 if span.want & Want.LOGITS:
                     logits.append(y)
                 if span.want & Want.SAMPLE:
                     first = span.position + at + n - len(x)
-                    tokens.extend(sample(row, span.sampling, first + i) for i, row in enumerate(y))
+                    tokens.extend(sample(row, span.sampling, first + i) for i, row in enumerate(self._spread(y)))
+                if span.want & Want.CONFIDENCE:
+                    below = y.astype(np.float64) - y.max(axis=1, keepdims=True)
+                    confidence.append((1 / np.exp(below).sum(axis=1)).astype(np.float32))
+
+    def _spread(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [n, rows of the head] f32 by token, minus infinity where the head has none: [n, vocab_size] f32."""
+        if self._head_tokens is None:
+            return logits
+        spread = np.full((len(logits), self._config.vocab_size), -np.inf, np.float32)
+        spread[:, self._head_tokens] = logits
+        return spread
 
     def _layers(
         self, sequence: OnnxSequence, position: int, x: NDArray[np.float32], enter: int, leave: int
@@ -233,12 +260,14 @@ class OnnxPart:
         return cast(NDArray[np.float32], out[0])
 
     def _logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The last layer's state [n, d_model] f32 -> logits [n, vocab_size] f32."""
+        """The last layer's state [n, d_model] f32 -> logits [n, rows of the head] f32."""
         if self._head is None:
             session = self._session(lambda builder: builder.head())
             self._head = session, session.binding()
         session, binding = self._head
-        out = np.empty((1, len(x), self._config.vocab_size), np.float32)
+        tokens = self._head_tokens
+        width = self._config.vocab_size if tokens is None else len(tokens)
+        out = np.empty((1, len(x), width), np.float32)
         session.run(binding, {"hidden": np.ascontiguousarray(x[None])}, "logits", out)
         return cast(NDArray[np.float32], out[0])
 
@@ -274,7 +303,7 @@ class OnnxPart:
                 raise EngineError(
                     f"a row goes through layers [{span.enter}, {leave})", f"the part has [{self._start}, {self._end})"
                 )
-            if span.want & (Want.LOGITS | Want.SAMPLE) and leave != self._config.n_layers:
+            if span.want & NEEDS_HEAD and leave != self._config.n_layers:
                 raise EngineError(f"logits were asked for before layer {leave}", "only the last layer's state has them")
             counts = held.setdefault(id(sequence), (sequence, list(sequence.held)))[1]
             low, high = span.enter - self._start, leave - self._start

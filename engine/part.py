@@ -28,6 +28,9 @@ class WeightSource(Protocol):
     `k_norm` [head_dim]; with experts, instead of gate, up and down, `router` f32 [n_experts, d_model] and
     `experts.E.gate`, `experts.E.up`, `experts.E.down`. Vectors and the router are float32 arrays. A part whose first
     layer has an `input` [d_model, d_model] takes hidden states only, which go through that linear map first.
+
+    A source may have a method `head_tokens() -> NDArray[np.int32] | None` as well: ascending ids of the tokens that
+    the head has rows for, None for all. Such a head chooses, and gives logits, among those tokens only.
     """
 
     @property
@@ -46,7 +49,7 @@ class WeightSource(Protocol):
         ...
 
     def head(self) -> PackedMatrix:
-        """The output head [vocab_size, d_model]; the embedding itself when they are tied."""
+        """The output head [vocab_size or len(head_tokens), d_model]; the embedding itself when they are tied."""
         ...
 
 
@@ -57,6 +60,7 @@ class Want(IntFlag):
     HIDDEN = 1
     LOGITS = 2
     SAMPLE = 4
+    CONFIDENCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,18 +188,24 @@ class Span:
         return self.count
 
 
+NO_CONFIDENCE: NDArray[np.float32] = np.zeros(0, np.float32)
+NO_CONFIDENCE.flags.writeable = False
+
+
 class StepResult(NamedTuple):
     """What the rows gave, each list in row order, only of the rows that wanted it.
 
     Attributes:
         tokens: sampled token ids.
         hidden: [n, d_model] f32, a copy.
-        logits: [n, vocab_size] f32, a copy.
+        logits: [n, vocab_size] f32, a copy; [n, len(head_tokens)] where the head has rows for some tokens only.
+        confidence: [n] f32, the softmax probability, at temperature 1 and over the whole head, of the largest logit.
     """
 
     tokens: list[int]
     hidden: NDArray[np.float32]
     logits: NDArray[np.float32]
+    confidence: NDArray[np.float32] = NO_CONFIDENCE
 
 
 class Part(Protocol):

@@ -107,12 +107,11 @@ void im_attention(walker *w, const im_part *p, int part, int layer, const int32_
     e->k->rms_norm(w->l->x + (size_t)active[i] * d_pad, l->attn_norm, w->l->normed + (size_t)i * d_pad, p->d_model,
                    p->norm_eps);
     if (is_quantized(&l->q) || is_quantized(&l->k) || is_quantized(&l->v))
-      quantize_row(e, w->l, 1, w->l->normed, i, d_pad);
+      quantize_row(e, w->l, 1, w->l->normed, i, count, d_pad);
   }
   if (!w->single) meet(w);
   // q, k and v see 16-bit activations: a third of the whole error for a sixth of the products (k and v are remembered)
-  im_acts acts = acts_of(w->l, w->l->normed, d_pad);
-  acts.low = w->l->low;
+  im_acts acts = acts_of(w->l, w->l->normed, d_pad, 1);
   const int ldy = e->w.qkv;
   float *q = e->qkv, *k = q + e->w.q_rows, *v = k + e->w.kv_rows;
   im_linear_targets(e, (target[]){{&l->q, q, ldy}, {&l->k, k, ldy}, {&l->v, v, ldy}}, 3, &acts, count, w->thread);
@@ -147,10 +146,10 @@ void im_attention(walker *w, const im_part *p, int part, int layer, const int32_
   }
   meet(w);
   if (is_quantized(&l->o)) {
-    for (int i = from; i < to; i++) quantize_row(e, w->l, 0, out, i, att_pad);
+    for (int i = from; i < to; i++) quantize_row(e, w->l, 0, out, i, count, att_pad);
     if (!w->single) meet(w);
   }
-  acts = acts_of(w->l, out, att_pad);
+  acts = acts_of(w->l, out, att_pad, 0);
   im_linear_targets(e, (target[]){{&l->o, e->shared.delta, d_pad}}, 1, &acts, count, w->thread);
   meet(w);
   for (int i = from; i < to; i++)

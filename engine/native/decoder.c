@@ -43,7 +43,8 @@ static void give_logits(walker *w) {
   im_step_call *c = w->c;
   const im_part *p = c->parts[c->n_parts - 1];
   const int d_pad = e->w.d_pad, ldy = e->w.vocab_pad;
-  int logits = 0, tokens = 0;
+  const int n = p->head.rows;
+  int logits = 0, tokens = 0, confidences = 0;
   if (!w->single && e->n_logit_rows) meet(w);
   for (int start = 0; start < e->n_logit_rows; start += HEAD_ROWS) {
     const int count = e->n_logit_rows - start < HEAD_ROWS ? e->n_logit_rows - start : HEAD_ROWS;
@@ -53,10 +54,10 @@ static void give_logits(walker *w) {
     for (int i = from; i < to; i++) {
       e->k->rms_norm(w->l->x + (size_t)rows[i] * d_pad, p->final_norm, w->l->normed + (size_t)i * d_pad, p->d_model,
                      p->norm_eps);
-      if (is_quantized(&p->head)) quantize_row(e, w->l, 0, w->l->normed, i, d_pad);
+      if (is_quantized(&p->head)) quantize_row(e, w->l, 0, w->l->normed, i, count, d_pad);
     }
     if (!w->single) meet(w);
-    im_acts acts = acts_of(w->l, w->l->normed, d_pad);
+    im_acts acts = acts_of(w->l, w->l->normed, d_pad, 0);
     im_linear_targets(e, (target[]){{&p->head, e->logits, (size_t)ldy}}, 1, &acts, count, w->thread);
     meet(w);
     for (int i = 0; i < count; i++) {
@@ -64,17 +65,21 @@ static void give_logits(walker *w) {
       const float *y = e->logits + (size_t)i * ldy;
       const int mine = i % e->threads == w->thread;
       if (row->want & IM_WANT_LOGITS) {
-        if (mine) memcpy(c->logits_out + (size_t)logits * p->vocab_size, y, (size_t)p->vocab_size * 4);
+        if (mine) memcpy(c->logits_out + (size_t)logits * (size_t)n, y, (size_t)n * 4);
         logits++;
       }
+      float max = 0;
+      const int chosen = row->want & (IM_WANT_SAMPLE | IM_WANT_CONFIDENCE);
+      const int best = mine && chosen ? e->k->argmax(y, n, &max) : 0;
       if (row->want & IM_WANT_SAMPLE) {
-        if (mine) {
-          float max;
-          int best = e->k->argmax(y, p->vocab_size, &max);
-          c->tokens_out[tokens] = im_sample(y, p->vocab_size, best, &c->samplings[row->sampling],
+        if (mine)
+          c->tokens_out[tokens] = im_sample(y, n, best, p->head_tokens, &c->samplings[row->sampling],
                                             (uint32_t)row->position, e->candidates[w->thread]);
-        }
         tokens++;
+      }
+      if (row->want & IM_WANT_CONFIDENCE) {
+        if (mine) c->confidence_out[confidences] = e->k->confidence(y, n, max);
+        confidences++;
       }
     }
     meet(w);
@@ -93,11 +98,10 @@ static void map_rows(walker *w) {
     float *x = w->l->normed + (size_t)i * d_pad;
     memcpy(x, c->hidden_in + (size_t)c->rows[i].hidden * p->d_model, (size_t)p->d_model * 4);
     memset(x + p->d_model, 0, (size_t)(d_pad - p->d_model) * 4);
-    if (quantized) quantize_row(e, w->l, 1, w->l->normed, i, d_pad);
+    if (quantized) quantize_row(e, w->l, 1, w->l->normed, i, c->n_rows, d_pad);
   }
   if (!w->single) meet(w);
-  im_acts acts = acts_of(w->l, w->l->normed, d_pad);
-  acts.low = w->l->low;
+  im_acts acts = acts_of(w->l, w->l->normed, d_pad, 1);
   im_linear_targets(e, (target[]){{&p->input, e->shared.delta, (size_t)d_pad}}, 1, &acts, c->n_rows, w->thread);
   meet(w);
 }

@@ -35,22 +35,29 @@ static int missing_experts(im_engine *e, const im_part *p, const im_layer *l, in
   return c->n_need;
 }
 
-static void gather(walker *w, const im_part *p, int expert, int count, const im_acts *from, lane *to, int *rows) {
+static int rows_of(const im_engine *e, const im_part *p, int expert, int count) {
+  int rows = 0;
+  for (int i = 0; i < count * p->top_k; i++) rows += e->chosen[i] == expert;
+  return rows;
+}
+
+// the expert's `rows` of the `count` rows of `from`
+static void gather(walker *w, const im_part *p, int expert, int count, const im_acts *from, lane *to, int rows) {
   im_engine *e = w->e;
-  const int stride = from->stride, groups = stride / 32;
+  const int stride = from->stride;
   int n = 0;
   for (int i = 0; i < count; i++)
     for (int r = 0; r < p->top_k; r++)
       if (e->chosen[(size_t)i * p->top_k + r] == expert) {
         if (n % e->threads == w->thread) {
+          size_t its, step;
+          const uint8_t *panel = from->panels + im_panel_at(i, count, stride, 0, &its);
+          uint8_t *target = to->panels + im_panel_at(n, rows, stride, 0, &step);
           memcpy(to->normed + (size_t)n * stride, from->x + (size_t)i * stride, (size_t)stride * 4);
-          memcpy(to->q + (size_t)n * stride, from->q + (size_t)i * stride, (size_t)stride);
-          memcpy(to->scale + (size_t)n * groups, from->scale + (size_t)i * groups, (size_t)groups * 4);
-          memcpy(to->sums + (size_t)n * groups * 2, from->sums + (size_t)i * groups * 2, (size_t)groups * 8);
+          for (int g = 0; g < stride / 32; g++) memcpy(target + g * step, panel + g * its, IM_GROUP);
         }
         n++;
       }
-  *rows = n;
 }
 
 // returns 0 to pause: every thread sees the same
@@ -58,7 +65,7 @@ int im_experts(walker *w, const im_part *p, const im_layer *l, int layer, const 
                int resumed) {
   im_engine *e = w->e;
   const int d_pad = e->w.d_pad;
-  im_acts acts = acts_of(&e->shared, e->shared.normed, d_pad);
+  im_acts acts = acts_of(&e->shared, e->shared.normed, d_pad, 0);
   if (!resumed) {
     im_ffn_norm(w, p, l, active, count, 1);
     im_linear_targets(e, (target[]){{&l->router, e->router, (size_t)im_pad(p->n_experts, 16)}}, 1, &acts, count,
@@ -72,16 +79,14 @@ int im_experts(walker *w, const im_part *p, const im_layer *l, int layer, const 
   if (e->need) return 0;
   lane *gathered = &e->own[e->threads];
   for (int x = 0; x < p->n_experts; x++) {
-    int n;
-    gather(w, p, x, count, &acts, gathered, &n);
+    int n = rows_of(e, p, x, count);
     if (!n) continue;
+    gather(w, p, x, count, &acts, gathered, n);
     meet(w);
     lane *before = w->l;
-    im_acts its = acts_of(gathered, gathered->normed, d_pad);
+    im_acts its = acts_of(gathered, gathered->normed, d_pad, 0);
     lane hidden = *gathered;  // the hidden activations go behind the gathered ones
-    hidden.q = gathered->attention ? (int8_t *)gathered->attention : hidden.q;
-    hidden.scale = gathered->gate;
-    hidden.sums = (int32_t *)gathered->delta;
+    hidden.panels = (uint8_t *)gathered->attention;  // 4 bytes an activation, of which panels take at most 4
     w->l = &hidden;
     im_gated_mlp(w, &l->experts[x].gate, &l->experts[x].up, &l->experts[x].down, &its, n, e->shared.delta);
     w->l = before;

@@ -21,10 +21,10 @@ void im_gated_mlp(walker *w, const im_matrix *gate, const im_matrix *up, const i
   if (is_quantized(down)) {
     int from, to;
     own_rows(w, count, &from, &to);
-    for (int i = from; i < to; i++) quantize_row(e, w->l, 0, g, i, stride);
+    for (int i = from; i < to; i++) quantize_row(e, w->l, 0, g, i, count, stride);
     if (!w->single) meet(w);
   }
-  im_acts hidden = acts_of(w->l, g, stride);
+  im_acts hidden = acts_of(w->l, g, stride, 0);
   im_linear_targets(e, (target[]){{down, delta, (size_t)e->w.d_pad}}, 1, &hidden, count, w->thread);
   meet(w);
 }
@@ -36,7 +36,7 @@ void im_ffn_norm(walker *w, const im_part *p, const im_layer *l, const int32_t *
   for (int i = from; i < to; i++) {
     e->k->rms_norm(w->l->x + (size_t)active[i] * e->w.d_pad, l->ffn_norm, w->l->normed + (size_t)i * e->w.d_pad,
                    p->d_model, p->norm_eps);
-    if (quantized) quantize_row(e, w->l, 0, w->l->normed, i, e->w.d_pad);
+    if (quantized) quantize_row(e, w->l, 0, w->l->normed, i, count, e->w.d_pad);
   }
   if (!w->single) meet(w);
 }
@@ -44,7 +44,7 @@ void im_ffn_norm(walker *w, const im_part *p, const im_layer *l, const int32_t *
 void im_dense(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count) {
   im_engine *e = w->e;
   im_ffn_norm(w, p, l, active, count, is_quantized(&l->gate) || is_quantized(&l->up));
-  im_acts acts = acts_of(w->l, w->l->normed, e->w.d_pad);
+  im_acts acts = acts_of(w->l, w->l->normed, e->w.d_pad, 0);
   im_gated_mlp(w, &l->gate, &l->up, &l->down, &acts, count, e->shared.delta);
   int from, to;
   own_rows(w, count, &from, &to);

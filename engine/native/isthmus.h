@@ -6,7 +6,7 @@
 // BEGIN SHARED WITH PYTHON
 // formats of quant/packed.py
 enum { IM_F32, IM_F16, IM_BF16, IM_Q8, IM_Q8X, IM_Q4, IM_Q4M, IM_Q4X, IM_N2, IM_N4, IM_N8 };
-enum { IM_WANT_HIDDEN = 1, IM_WANT_LOGITS = 2, IM_WANT_SAMPLE = 4 };
+enum { IM_WANT_HIDDEN = 1, IM_WANT_LOGITS = 2, IM_WANT_SAMPLE = 4, IM_WANT_CONFIDENCE = 8 };
 enum { IM_DONE = 0, IM_NEED = 1, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3 };
 
 typedef struct {  // a weight matrix, rows and cols before padding to 16 and 32
@@ -34,6 +34,7 @@ typedef struct {  // layers [start, end)
   int32_t has_embedding, has_head, has_input;
   im_matrix embedding, head, input;  // input: what hidden states that come in go through before the first layer
   const float *final_norm;
+  const int32_t *head_tokens;  // [head.rows] the token of each of the head's rows, ascending; NULL: row i is token i
   im_layer *layers;  // [end - start]
   int32_t kv_f32;    // KV in float32 instead of float16
   uint8_t *kv;       // blocks of 16 positions
@@ -70,6 +71,7 @@ typedef struct {
   int32_t n_parts, n_rows, n_hidden;
   int32_t need_layer, n_need;  // after IM_NEED: the layer, and how many experts are missing
   int32_t *need_experts;       // [n_experts] room
+  float *confidence_out;       // of the rows that want it: the softmax probability of their largest logit
 } im_step_call;
 
 typedef struct im_engine im_engine;

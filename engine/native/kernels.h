@@ -2,20 +2,44 @@
 #pragma once
 #include "isthmus.h"
 
-// Activations quantized to int8 in groups of 32, and as floats for the float formats.
+// 32 activations of a row, quantized: scale times q or, in 16 bits, scale times (256 q + low). With their sum t come
+// the terms that the weight formats' offsets make of it.
 typedef struct {
-  const float *x;       // [rows][stride] f32, zero in the padding
-  const int8_t *q;      // [rows][stride]
-  const int8_t *low;    // NULL, or [rows][stride]: then an activation is scale (254 q + low), 16 bits in two halves
-  const float *scale;   // [rows][stride / 32]
-  const int32_t *sums;  // [rows][stride / 32][2]: sums of q (of 254 q + low) over the halves of a group
-  int32_t stride;       // columns, a multiple of 32
+  int8_t q[32];
+  float scale, shift;                  // shift = scale t
+  int32_t halves[2];                   // -128 t of columns 0..15 and of 16..31
+  int32_t eight, four, two, nested8;   // -128 t, -8 t, -13 t, -271 t
+  int8_t low[];                        // [32] in 16 bits
+} im_group;
+
+// Rows lie in panels of up to 16, group by group: [rows / 16][stride / 32][rows of a panel] of im_group. So one pass
+// over a weight block reads them in order, with one pointer. Up to 16 rows are one panel of as many.
+enum { IM_PANEL = 16, IM_GROUP = 64, IM_GROUP_FINE = 96 };
+
+// Activations, quantized and as floats for the float formats.
+typedef struct {
+  const float *x;         // [rows][stride] f32, zero in the padding
+  const uint8_t *panels;
+  int32_t stride;         // columns, a multiple of 32
+  int32_t fine;           // 16 bits
 } im_acts;
+
+static inline int32_t im_panel_rows(int32_t rows) { return rows < IM_PANEL ? rows : IM_PANEL; }
+static inline size_t im_group_bytes(int fine) { return fine ? IM_GROUP_FINE : IM_GROUP; }
+// where group 0 of a row stands; the next group is `step` behind
+static inline size_t im_panel_at(int32_t row, int32_t rows, int32_t stride, int fine, size_t *step) {
+  *step = (size_t)im_panel_rows(rows) * im_group_bytes(fine);
+  return (size_t)(row / IM_PANEL) * (size_t)(stride / 32) * *step + (size_t)(row % IM_PANEL) * im_group_bytes(fine);
+}
+static inline size_t im_panels_bytes(int32_t rows, int32_t stride, int fine) {
+  const size_t padded = (size_t)(rows <= IM_PANEL ? rows : (rows + IM_PANEL - 1) / IM_PANEL * IM_PANEL);
+  return padded * (size_t)(stride / 32) * im_group_bytes(fine);
+}
 
 typedef struct {
   const char *name;
-  // q, scale and sums of one row x[n], n a multiple of 32; with 16 bits when `low` is not NULL
-  void (*quantize)(const float *x, int n, int8_t *q, int8_t *low, float *scale, int32_t *sums);
+  // the groups of one row x[n], n a multiple of 32, `step` bytes from one to the next; in 16 bits when `fine`
+  void (*quantize)(const float *x, int n, int fine, uint8_t *to, size_t step);
   // y[m][ldy] = rows [16 b0, 16 b1) of w times `rows` rows of activations
   void (*linear)(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1);
   // out = x / rms(x) * w; n real columns, the rest up to a multiple of 16 are zero in x and w
@@ -26,6 +50,7 @@ typedef struct {
   void (*attend)(const im_kv_view *kv, const float *q, int heads, int first, int last, float *scores, float *out);
   void (*store_half)(uint16_t *out, const float *x, int n);  // n a multiple of 16
   int (*argmax)(const float *x, int n, float *max);          // the lowest index of the largest
+  float (*confidence)(const float *x, int n, float max);     // 1 / sum exp(x - max); x padded to a multiple of 16
 } im_kernels;
 
 extern const im_kernels im_kernels_plain;

@@ -27,42 +27,94 @@ INLINE vf vf_exp(vf x) {  // Cody-Waite reduction and a polynomial of degree 6: 
 
 INLINE vi vi_times254(vi x) { return vi_sub(vi_shl(x, 8), vi_shl(x, 1)); }
 
-// The rest that 8 bits leave, in units of 1 / 254 of their step; returns 254 q + low.
-INLINE vi store_low(int8_t *low, vf scaled, vi q) {
-  return vi_add(vi_times254(q), vf_store_int8(low, vf_mul(vf_sub(scaled, vf_from_vi(q)), vf_set1(254.f))));
+// The rest that 8 bits leave, in units of 1 / 254 of their step, makes 254 q + low; stored as 256 q + low.
+INLINE vi store_fine(int8_t *q, int8_t *low, vf scaled, vi coarse) {
+  const vf rest = vf_mul(vf_sub(scaled, vf_from_vi(coarse)), vf_set1(254.f));
+  const vi all = vi_add(vi_times254(coarse), vf_store_int8(low, rest));
+  const vi high = vf_store_int8(q, vf_mul(vf_add(vf_from_vi(all), vf_set1(0.5f)), vf_set1(0.00390625f)));
+  vf_store_int8(low, vf_from_vi(vi_sub(all, vi_shl(high, 8))));
+  return all;
 }
 
-static void quantize(const float *x, int n, int8_t *q, int8_t *low, float *scale, int32_t *sums) {
-  for (int g = 0; g < n / 32; g++) {
+static void quantize(const float *x, int n, int fine, uint8_t *to, size_t step) {
+  for (int g = 0; g < n / 32; g++, to += step) {
+    im_group *o = (im_group *)to;
     vf a = vf_load(x + 32 * g), b = vf_load(x + 32 * g + 16);
     const float m = vf_maxall(vf_max(vf_abs(a), vf_abs(b)));
     const int flat = !(m > 1e-30f);
     const vf k = vf_set1(flat ? 0.f : 127.f / m);
     a = vf_mul(a, k);
     b = vf_mul(b, k);
-    vi ia = vf_store_int8(q + 32 * g, a), ib = vf_store_int8(q + 32 * g + 16, b);
-    if (low) {
-      ia = store_low(low + 32 * g, a, ia);
-      ib = store_low(low + 32 * g + 16, b, ib);
+    vi ia = vf_store_int8(o->q, a), ib = vf_store_int8(o->q + 16, b);
+    if (fine) {
+      ia = store_fine(o->q, o->low, a, ia);
+      ib = store_fine(o->q + 16, o->low + 16, b, ib);
     }
-    scale[g] = flat ? 0.f : low ? m / 32258.f : m / 127.f;  // 32258 = 254 * 127
-    sums[2 * g] = vi_sum(ia);
-    sums[2 * g + 1] = vi_sum(ib);
+    const int32_t t0 = vi_sum(ia), t1 = vi_sum(ib), t = t0 + t1;
+    o->scale = flat ? 0.f : fine ? m / 32258.f : m / 127.f;  // 32258 = 254 * 127
+    o->shift = o->scale * (float)t;
+    o->halves[0] = -128 * t0;
+    o->halves[1] = -128 * t1;
+    o->eight = -128 * t;
+    o->four = -8 * t;
+    o->two = -13 * t;
+    o->nested8 = -271 * t;
   }
 }
 
-// init + the dot of `count` vecs with the activations at `at`, 16 bits of them when `fine`
-INLINE vi activations_dot(const int format, const int fine, const codes_t *k, const int8_t *q, const int8_t *low,
-                          size_t at, const int from, const int count, vi init) {
-  if (!fine) return codes_dot(format, k, q + at, from, count, init);
-  vi high = codes_dot(format, k, q + at, from, count, vi_set1(0));
-  return vi_add(vi_times254(high), codes_dot(format, k, low + at, from, count, init));
+enum { ROWS_AT_ONCE = 4 };  // of a panel: their sums, all waiting for themselves, hide each other's latency
+
+// a[r] += the dot of `count` vecs with the group of row r < n, 16 bits of it when `fine`
+INLINE void group_dots(const int format, const int fine, const int many, const int n, const codes_t *k,
+                       const im_group *const x[], const int from, const int count, vi a[]) {
+  const int8_t *q[ROWS_AT_ONCE];
+  vi high[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) {
+    q[r] = fine ? x[r]->low : x[r]->q;
+    high[r] = vi_set1(0);
+  }
+  codes_dots(format, many, n, k, q, from, count, a);
+  if (!fine) return;
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) q[r] = x[r]->q;
+  codes_dots(format, many, n, k, q, from, count, high);
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) a[r] = vi_add(vi_shl(high[r], 8), a[r]);
 }
 
-// y[m][16 b ..] for `batch` rows of one weight block in a quantized format; both are constants where it is inlined
-INLINE void block_quantized(const int format, const int fine, const int batch, const im_matrix *w, const im_acts *acts,
-                            int m0, float *y, size_t ldy, int b) {
-  const int groups = acts->stride / 32;
+// acc[r] += a group's weights times the activations of row r < n; s, s1 and mn are the weights' scales and minima
+INLINE void group_add(const int format, const int fine, const int many, const int n, const codes_t *k,
+                      const uint8_t *panel, vf s, vf s1, vf mn, vf acc[]) {
+  const im_group *x[ROWS_AT_ONCE];
+  vi a[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) {
+    x[r] = (const im_group *)(panel + r * im_group_bytes(fine));
+    a[r] = vi_set1(format == IM_Q8X                       ? x[r]->halves[0]
+                   : format == IM_Q8                      ? x[r]->eight
+                   : format == IM_Q4 || format == IM_N4   ? x[r]->four
+                                                          : 0);
+  }
+  group_dots(format, fine, many, n, k, x, 0, format == IM_Q8X ? 4 : 8, a);
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) {
+    if (format == IM_N2) a[r] = vi_add(vi_shl(a[r], 3), vi_set1(x[r]->two));      // 8 (q - 1.625) = 8 q - 13
+    if (format == IM_N8) a[r] = vi_add(vi_shl(a[r], 1), vi_set1(x[r]->nested8));  // 2 (q - 135.5) = 2 q - 271
+    acc[r] = vf_fma(vf_from_vi(a[r]), vf_mul(vf_set1(x[r]->scale), s), acc[r]);
+    if (format == IM_Q4M || format == IM_Q4X) acc[r] = vf_fma(vf_set1(x[r]->shift), mn, acc[r]);
+    if (format == IM_Q8X) a[r] = vi_set1(x[r]->halves[1]);
+  }
+  if (format != IM_Q8X) return;
+  group_dots(format, fine, many, n, k, x, 4, 4, a);
+#pragma GCC unroll 4
+  for (int r = 0; r < n; r++) acc[r] = vf_fma(vf_from_vi(a[r]), vf_mul(vf_set1(x[r]->scale), s1), acc[r]);
+}
+
+// y[m][16 b ..] for the `rows` rows of a panel and one weight block in a quantized format; constants where it is
+// inlined are format, fine, and many: whether the codes are unpacked once for several rows, whose sums stay in memory
+INLINE void block_quantized(const int format, const int fine, const int many, const im_matrix *w, const uint8_t *panel,
+                            size_t step, int groups, int rows, float *y, size_t ldy, int b) {
   const int line = format == IM_Q8 || format == IM_Q8X                     ? 512
                    : format == IM_N2 || format == IM_N4 || format == IM_N8 ? 128
                                                                            : 256;
@@ -73,61 +125,40 @@ INLINE void block_quantized(const int format, const int fine, const int batch, c
                  *mh = (const uint16_t *)w->mins + (size_t)b * groups * 16;
   const float *sf = (const float *)w->scales + (size_t)b * groups * (format == IM_Q8X ? 32 : 16);
   const float *mf = (const float *)w->mins + (size_t)b * groups * 16;
-  const float *xs = acts->scale + (size_t)m0 * groups;
-  const int32_t *xt = acts->sums + (size_t)m0 * groups * 2;
-  vf acc[MAX_BATCH];
-#pragma GCC unroll 8
-  for (int m = 0; m < batch; m++) acc[m] = vf_zero();
-  for (int g = 0; g < groups; g++) {
-    codes_t k = codes_load(format, c, p1, p2);
+  vf one = vf_zero(), acc[IM_PANEL];
+  if (many)
+    for (int m = 0; m < rows; m++) acc[m] = one;
+  for (int g = 0; g < groups; g++, panel += step) {
+    const codes_t k = codes_load(format, many, c, p1, p2);
     c += line;
     if (format == IM_N4 || format == IM_N8) p1 += 128;
     if (format == IM_N8) p2 += 256;
-    if (batch <= 2) {
-      for (int i = 0; i < line && i < 256; i += 64) __builtin_prefetch(c + 1536 - 64 + i);
-      if (format == IM_N4 || format == IM_N8) {
-        __builtin_prefetch(p1 + 1536);
-        __builtin_prefetch(p1 + 1600);
-      }
+    for (int i = 0; i < line && i < 256; i += 64) __builtin_prefetch(c + 1536 - 64 + i);
+    if (format == IM_N4 || format == IM_N8) {
+      __builtin_prefetch(p1 + 1536);
+      __builtin_prefetch(p1 + 1600);
     }
     const vf s = format == IM_Q4X   ? vf_load(sf + 16 * g)
                  : format == IM_Q8X ? vf_load(sf + 32 * g)
                                     : vf_load_half(sh + 16 * g);
     const vf s1 = format == IM_Q8X ? vf_load(sf + 32 * g + 16) : s;
     const vf mn = format == IM_Q4X ? vf_load(mf + 16 * g) : format == IM_Q4M ? vf_load_half(mh + 16 * g) : s;
-#pragma GCC unroll 8
-    for (int m = 0; m < batch; m++) {
-      const size_t x = (size_t)(m0 + m) * acts->stride + 32 * g;
-      const float d = xs[m * groups + g];
-      const int32_t t0 = xt[2 * (m * groups + g)], t1 = xt[2 * (m * groups + g) + 1], t = t0 + t1;
-      if (format == IM_Q8X) {
-        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 4, vi_set1(-128 * t0)),
-           e = activations_dot(format, fine, &k, acts->q, acts->low, x, 4, 4, vi_set1(-128 * t1));
-        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
-        acc[m] = vf_fma(vf_from_vi(e), vf_mul(vf_set1(d), s1), acc[m]);
-      } else if (format == IM_Q4M || format == IM_Q4X) {
-        vi a = activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0));
-        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
-        acc[m] = vf_fma(vf_set1(d * (float)t), mn, acc[m]);
-      } else if (format == IM_N2) {  // 8 (q - 1.625) = 8 q - 13
-        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 3),
-                      vi_set1(-13 * t));
-        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
-      } else if (format == IM_N8) {  // 2 (q - 135.5) = 2 q - 271
-        vi a = vi_add(vi_shl(activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1(0)), 1),
-                      vi_set1(-271 * t));
-        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
-      } else {
-        vi a =
-            activations_dot(format, fine, &k, acts->q, acts->low, x, 0, 8, vi_set1((format == IM_Q8 ? -128 : -8) * t));
-        acc[m] = vf_fma(vf_from_vi(a), vf_mul(vf_set1(d), s), acc[m]);
-      }
+    if (!many) {
+      group_add(format, fine, 0, 1, &k, panel, s, s1, mn, &one);
+      continue;
     }
+    const uint8_t *x = panel;
+    int m = 0;
+    for (; m + 4 <= rows; m += 4, x += 4 * im_group_bytes(fine))
+      group_add(format, fine, 1, 4, &k, x, s, s1, mn, acc + m);
+    if (rows - m == 3) group_add(format, fine, 1, 3, &k, x, s, s1, mn, acc + m);
+    else if (rows - m == 2) group_add(format, fine, 1, 2, &k, x, s, s1, mn, acc + m);
+    else if (rows - m == 1) group_add(format, fine, 1, 1, &k, x, s, s1, mn, acc + m);
   }
   const float unit = format == IM_N2 ? 0.125f : format == IM_N8 ? 0.03125f : 1.f;
-#pragma GCC unroll 8
-  for (int m = 0; m < batch; m++)
-    vf_store(y + (size_t)(m0 + m) * ldy + 16 * b, unit == 1.f ? acc[m] : vf_mul(acc[m], vf_set1(unit)));
+  if (!many) acc[0] = one;
+  for (int m = 0; m < (many ? rows : 1); m++)
+    vf_store(y + (size_t)m * ldy + 16 * b, unit == 1.f ? acc[m] : vf_mul(acc[m], vf_set1(unit)));
 }
 
 // the same in a float format: four chains (column mod 4), then (0 + 2) + (1 + 3)
@@ -154,28 +185,28 @@ INLINE void block_float(const int format, const int batch, const im_matrix *w, c
     vf_store(y + (size_t)(m0 + m) * ldy + 16 * b, vf_add(vf_add(acc[m][0], acc[m][2]), vf_add(acc[m][1], acc[m][3])));
 }
 
-#define ROWS_QUANTIZED(format, fine, batch) \
-  for (; m + batch <= rows; m += batch) block_quantized(format, fine, batch, w, acts, m, y, ldy, b)
 #define ROWS_FLOAT(format, batch) \
   for (; m + batch <= rows; m += batch) block_float(format, batch, w, acts, m, y, ldy, b)
 
+INLINE void linear_quantized(const int format, const int fine, const im_matrix *w, const im_acts *acts, int rows,
+                             float *y, size_t ldy, int b0, int b1) {
+  const int groups = acts->stride / 32;
+  if (rows == 1) {
+    for (int b = b0; b < b1; b++)
+      block_quantized(format, fine, 0, w, acts->panels, im_group_bytes(fine), groups, 1, y, ldy, b);
+    return;
+  }
+  for (int b = b0; b < b1; b++)
+    for (int m = 0; m < rows; m += IM_PANEL) {
+      size_t step;
+      const uint8_t *panel = acts->panels + im_panel_at(m, rows, acts->stride, fine, &step);
+      block_quantized(format, fine, 1, w, panel, step, groups, im_panel_rows(rows - m), y + (size_t)m * ldy, ldy, b);
+    }
+}
 #define DEFINE_QUANTIZED(name, format)                                                                        \
   static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) { \
-    if (acts->low) {                                                                                          \
-      for (int b = b0; b < b1; b++) {                                                                         \
-        int m = 0;                                                                                            \
-        if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 1, (MAX_BATCH >= 4 ? 4 : 1));                              \
-        ROWS_QUANTIZED(format, 1, 1);                                                                         \
-      }                                                                                                       \
-      return;                                                                                                 \
-    }                                                                                                         \
-    for (int b = b0; b < b1; b++) {                                                                           \
-      int m = 0;                                                                                              \
-      if (MAX_BATCH >= 8) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 8 ? 8 : 1));                                \
-      if (MAX_BATCH >= 4) ROWS_QUANTIZED(format, 0, (MAX_BATCH >= 4 ? 4 : 1));                                \
-      ROWS_QUANTIZED(format, 0, 2);                                                                           \
-      ROWS_QUANTIZED(format, 0, 1);                                                                           \
-    }                                                                                                         \
+    if (acts->fine) linear_quantized(format, 1, w, acts, rows, y, ldy, b0, b1);                               \
+    else linear_quantized(format, 0, w, acts, rows, y, ldy, b0, b1);                                          \
   }
 #define DEFINE_FLOAT(name, format)                                                                            \
   static void name(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1) { \
@@ -247,6 +278,17 @@ static int argmax(const float *x, int n, float *max) {
   for (int j = chunk; j < n; j++)
     if (x[j] == best) return j;
   return 0;
+}
+
+// Each lane adds its places in ascending order, then the tree of vf_sum.
+static float confidence(const float *x, int n, float max) {
+  const vf m = vf_set1(max);
+  vf sum = vf_zero();
+  for (int i = 0; i < n; i += 16) {
+    const vf e = vf_exp(vf_sub(vf_load(x + i), m));
+    sum = vf_add(sum, n - i < 16 ? vf_keep(e, 0, n - i, 0.f) : e);
+  }
+  return 1.f / vf_sum(sum);
 }
 
 // ---- attention. A block of a KV head is K [head_dim][16 positions], then V [16 positions][head_dim].
@@ -378,5 +420,6 @@ static void attend(const im_kv_view *kv, const float *q, int heads, int first, i
   }
 }
 
-#define KERNELS(symbol, simd_name) \
-  const im_kernels symbol = {simd_name, quantize, linear, rms_norm, silu_mul, add, attend, store_half, argmax}
+#define KERNELS(symbol, simd_name)                                                \
+  const im_kernels symbol = {simd_name, quantize, linear,     rms_norm, silu_mul, \
+                             add,       attend,   store_half, argmax,   confidence}

@@ -17,24 +17,14 @@ static void linear_work(void *argument, int thread) {
 
 int im_linear(im_engine *e, const im_matrix *w, const float *x, int rows, int fine, float *y) {
   const int stride = im_pad(w->cols, 32);
-  const size_t n = (size_t)rows * (size_t)stride;
   lane l = {0};
-  l.q = malloc(n);
-  l.low = malloc(n);
-  l.scale = malloc(n / 32 * 4);
-  l.sums = malloc(n / 32 * 8);
-  int status = l.q && l.low && l.scale && l.sums ? IM_DONE : IM_NO_MEMORY;
-  if (status == IM_DONE) {
-    for (int i = 0; i < rows; i++) quantize_row(e, &l, fine, x, i, stride);
-    linear_call c = {e, w, acts_of(&l, x, stride), rows, y};
-    c.acts.low = fine ? l.low : NULL;
-    im_pool_run(e->pool, linear_work, &c);
-  }
-  free(l.q);
-  free(l.low);
-  free(l.scale);
-  free(l.sums);
-  return status;
+  l.panels = aligned_alloc(64, (im_panels_bytes(rows, stride, fine) + 63) / 64 * 64);
+  if (!l.panels) return IM_NO_MEMORY;
+  for (int i = 0; i < rows; i++) quantize_row(e, &l, fine, x, i, rows, stride);
+  linear_call c = {e, w, acts_of(&l, x, stride, fine), rows, y};
+  im_pool_run(e->pool, linear_work, &c);
+  free(l.panels);
+  return IM_DONE;
 }
 
 int32_t im_sample_one(const float *logits, int32_t n, const im_sampling *sampling, uint32_t position) {
@@ -42,7 +32,7 @@ int32_t im_sample_one(const float *logits, int32_t n, const im_sampling *samplin
   im_candidate *scratch = malloc((size_t)n * sizeof *scratch);
   if (!scratch) return -1;
   int32_t best = im_kernels_choose(NULL)->argmax(logits, n, &max);
-  int32_t token = im_sample(logits, n, best, sampling, position, scratch);
+  int32_t token = im_sample(logits, n, best, NULL, sampling, position, scratch);
   free(scratch);
   return token;
 }

@@ -124,24 +124,25 @@ static void run(race *r, int32_t id, float z, const im_sampling *s, uint32_t pos
   }
 }
 
-int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const im_sampling *s, uint32_t position,
-                  im_candidate *scratch) {
-  if (s->temperature == 0 || s->top_k == 1) return argmax;
+int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const int32_t *ids, const im_sampling *s,
+                  uint32_t position, im_candidate *scratch) {
+  const int32_t greedy = ids ? ids[argmax] : argmax;
+  if (s->temperature == 0 || s->top_k == 1) return greedy;
   const float inverse = 1.f / s->temperature, zmax = logits[argmax] * inverse;
-  if (!isfinite(inverse) || !isfinite(zmax)) return argmax;  // a temperature that float32 cannot divide by
+  if (!isfinite(inverse) || !isfinite(zmax)) return greedy;  // a temperature that float32 cannot divide by
   const double highest = 17.4;                               // above the largest value of the noise
-  race r = {-INFINITY, argmax, {0}, -1};
-  run(&r, argmax, zmax, s, position);
+  race r = {-INFINITY, greedy, {0}, -1};
+  run(&r, greedy, zmax, s, position);
   if ((s->top_k == 0 || s->top_k >= n) && s->top_p >= 1) {
     for (int32_t i = 0; i < n; i++) {
       float z = logits[i] * inverse;
-      if ((double)z + highest > r.best) run(&r, i, z, s, position);
+      if ((double)z + highest > r.best) run(&r, ids ? ids[i] : i, z, s, position);
     }
     return r.id;
   }
   int32_t kept = n;
   im_candidate *c = scratch;
-  for (int32_t i = 0; i < n; i++) c[i] = (im_candidate){logits[i], i};
+  for (int32_t i = 0; i < n; i++) c[i] = (im_candidate){logits[i], ids ? ids[i] : i};
   if (s->top_k > 0 && s->top_k < n) {
     select_first(c, n, s->top_k);
     kept = s->top_k;

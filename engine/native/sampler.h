@@ -7,6 +7,6 @@ typedef struct {
   int32_t id;
 } im_candidate;
 
-// scratch: room for n candidates
-int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const im_sampling *sampling, uint32_t position,
-                  im_candidate *scratch);
+// ids: NULL, or [n] the token of each logit, ascending. scratch: room for n candidates
+int32_t im_sample(const float *logits, int32_t n, int32_t argmax, const int32_t *ids, const im_sampling *sampling,
+                  uint32_t position, im_candidate *scratch);

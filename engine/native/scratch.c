@@ -17,7 +17,7 @@ static void measure(im_engine *e, const im_step_call *c, int *context, size_t *l
     w.kv_rows = im_pad(p->n_kv_heads * p->head_dim, 16);
     w.qkv = w.q_rows + 2 * w.kv_rows;
     w.ff_pad = im_pad(max_int(p->d_ff, p->d_expert), 32);
-    w.vocab_pad = im_pad(p->vocab_size, 16);
+    w.vocab_pad = p->has_head ? im_pad(p->head.rows, 16) : 0;
     w.max_experts = max_int(w.max_experts, p->n_experts);
     w.top_k = max_int(w.top_k, p->top_k);
   }
@@ -25,7 +25,7 @@ static void measure(im_engine *e, const im_step_call *c, int *context, size_t *l
   *logits = 0;
   for (int i = 0; i < c->n_rows; i++) {
     far = max_int(far, c->rows[i].position);
-    *logits += (c->rows[i].want & (IM_WANT_LOGITS | IM_WANT_SAMPLE)) != 0;
+    *logits += (c->rows[i].want & NEEDS_HEAD) != 0;
   }
   *context = im_pad(far + 1, 16) + 16;
   e->w = w;
@@ -47,10 +47,8 @@ static void carve_lane(arena *a, lane *l, const widths *w, int rows) {
   l->attention = carve(a, (size_t)rows * (size_t)w->widest * 4);
   l->gate = carve(a, (size_t)rows * (size_t)w->ff_pad * 4);
   l->delta = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
-  l->q = carve(a, (size_t)rows * (size_t)w->widest);
-  l->low = carve(a, (size_t)rows * (size_t)w->d_pad);
-  l->scale = carve(a, (size_t)rows * (size_t)(w->widest / 32) * 4);
-  l->sums = carve(a, (size_t)rows * (size_t)(w->widest / 32) * 8);
+  const size_t fine = im_panels_bytes(rows, w->d_pad, 1), plain = im_panels_bytes(rows, w->widest, 0);
+  l->panels = carve(a, fine > plain ? fine : plain);
 }
 
 static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context, size_t logits) {
@@ -106,7 +104,7 @@ int im_prepare(im_engine *e, im_step_call *c) {
   e->n_logit_rows = 0;
   const im_part *last = c->parts[c->n_parts - 1];
   for (int i = 0; i < c->n_rows; i++)
-    if (c->rows[i].want & (IM_WANT_LOGITS | IM_WANT_SAMPLE)) {
+    if (c->rows[i].want & NEEDS_HEAD) {
       if (!last->has_head || c->rows[i].leave != last->end) return IM_BAD_ROW;
       e->logit_rows[e->n_logit_rows++] = i;
     }

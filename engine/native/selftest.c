@@ -180,7 +180,7 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
         rows[n++] = (im_row){
             q,    i, (i * 37 + q * 101 + 5) % VOCAB, 0, 0, LAYERS, IM_WANT_HIDDEN | IM_WANT_LOGITS | IM_WANT_SAMPLE,
             i % 3};
-    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, 0, need};
+    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, 0, need, NULL};
     if (im_step(e, &c) != IM_DONE) exit(5);
     for (int i = 0; i < n; i++) {
       uint64_t o = fnv(14695981039346656037ull, logits + (size_t)i * VOCAB, VOCAB * 4);

@@ -1,10 +1,9 @@
 // The 16 virtual lanes on AVX2 with FMA and F16C: two registers each. Codes of up to 4 bits are summed in 16 bits
-// (8 products of at most 2 * 15 * 127 fit); 8-bit codes are split into nibbles, so that nothing saturates.
+// (8 products of at most 2 * 15 * 128 fit); 8-bit codes are split into nibbles, so that nothing saturates.
 #pragma once
 #include <immintrin.h>
 
 #define SIMD_NAME "avx2"
-#define MAX_BATCH 4
 #define V_TILE 1
 #define K_TILE 1
 
@@ -100,16 +99,14 @@ static inline vi vf_store_int8(int8_t *p, vf x) {
   return i;
 }
 
-// ---- integer dots: the codes stay packed until a half (8 rows) of a vec is needed
+// ---- integer dots: for one row the codes stay packed until a half (8 rows) of a vec is needed, for many they are
+// unpacked once, 8-bit codes into nibbles
 typedef struct {
   const uint8_t *c, *p1, *p2;
+  __m256i low[8][2], high[8][2];
 } codes_t;
 
-static inline __attribute__((always_inline)) codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1,
-                                                                const uint8_t *p2) {
-  (void)format;
-  return (codes_t){c, p1, p2};
-}
+#define WIDE(format) ((format) == IM_Q8 || (format) == IM_Q8X || (format) == IM_N8)
 #define HALF(p, j, h) _mm256_loadu_si256((const __m256i *)((p) + 64 * (j) + 32 * (h)))
 // the low 4 (or 2) bits of vec j, rows 8 h .. 8 h + 7, and with `high` the upper nibble of an 8-bit code
 static inline __attribute__((always_inline)) __m256i vec_low(const int format, const codes_t *k, const int j,
@@ -131,22 +128,43 @@ static inline __attribute__((always_inline)) __m256i vec_high(const int format, 
   return _mm256_and_si256(_mm256_srli_epi16(HALF(k->c, j, h), 4), _mm256_set1_epi8(15));
 }
 #undef HALF
-static inline __attribute__((always_inline)) __m256i half_dot(const int format, const codes_t *k, const int32_t *x4,
-                                                              const int from, const int count, const int h) {
+static inline __attribute__((always_inline)) codes_t codes_load(const int format, const int many, const uint8_t *c,
+                                                                const uint8_t *p1, const uint8_t *p2) {
+  codes_t k;
+  k.c = c;
+  k.p1 = p1;
+  k.p2 = p2;
+  if (many)
+    for (int j = 0; j < 8; j++)
+      for (int h = 0; h < 2; h++) {
+        k.low[j][h] = vec_low(format, &k, j, h);
+        if (WIDE(format)) k.high[j][h] = vec_high(format, &k, j, h);
+      }
+  return k;
+}
+static inline __attribute__((always_inline)) __m256i half_dot(const int format, const int many, const codes_t *k,
+                                                              const int32_t *x4, const int from, const int count,
+                                                              const int h) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
-  const int wide = format == IM_Q8 || format == IM_Q8X || format == IM_N8;
   for (int j = from; j < from + count; j++) {
     __m256i x = _mm256_set1_epi32(x4[j]);
-    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(vec_low(format, k, j, h), x));
-    if (wide) high = _mm256_add_epi16(high, _mm256_maddubs_epi16(vec_high(format, k, j, h), x));
+    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(many ? k->low[j][h] : vec_low(format, k, j, h), x));
+    if (WIDE(format))
+      high = _mm256_add_epi16(high, _mm256_maddubs_epi16(many ? k->high[j][h] : vec_high(format, k, j, h), x));
   }
   __m256i d = _mm256_madd_epi16(low, ones);
-  return wide ? _mm256_add_epi32(d, _mm256_madd_epi16(high, _mm256_set1_epi16(16))) : d;
+  return WIDE(format) ? _mm256_add_epi32(d, _mm256_madd_epi16(high, _mm256_set1_epi16(16))) : d;
 }
-static inline __attribute__((always_inline)) vi codes_dot(const int format, const codes_t *k, const int8_t *x,
-                                                          const int from, const int count, vi init) {
+static inline __attribute__((always_inline)) vi codes_dot(const int format, const int many, const codes_t *k,
+                                                          const int8_t *x, const int from, const int count, vi init) {
   const int32_t *x4 = (const int32_t *)x;
-  return (vi){_mm256_add_epi32(init.a, half_dot(format, k, x4, from, count, 0)),
-              _mm256_add_epi32(init.b, half_dot(format, k, x4, from, count, 1))};
+  return (vi){_mm256_add_epi32(init.a, half_dot(format, many, k, x4, from, count, 0)),
+              _mm256_add_epi32(init.b, half_dot(format, many, k, x4, from, count, 1))};
 }
+static inline __attribute__((always_inline)) void codes_dots(const int format, const int many, const int n,
+                                                             const codes_t *k, const int8_t *const x[],
+                                                             const int from, const int count, vi a[]) {
+  for (int r = 0; r < n; r++) a[r] = codes_dot(format, many, k, x[r], from, count, a[r]);
+}
+#undef WIDE

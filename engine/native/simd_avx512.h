@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #define SIMD_NAME "avx512-vnni"
-#define MAX_BATCH 8  // rows of activations that one pass over a weight block serves
 #define V_TILE 4     // 16-lane vectors of the value head that attention accumulates at once
 #define K_TILE 4     // KV blocks that attention scores at once
 
@@ -115,9 +114,10 @@ typedef struct {
   vi v[8];
 } codes_t;
 
-static inline __attribute__((always_inline)) codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1,
-                                                                const uint8_t *p2) {
+static inline __attribute__((always_inline)) codes_t codes_load(const int format, const int many, const uint8_t *c,
+                                                                const uint8_t *p1, const uint8_t *p2) {
   codes_t k;
+  (void)many;
   if (format == IM_N2) unpack_pairs(c, k.v);
   else if (format == IM_N4) unpack_nested4(c, p1, k.v);
   else if (format == IM_N8) unpack_nested8(c, p1, p2, k.v);
@@ -125,15 +125,24 @@ static inline __attribute__((always_inline)) codes_t codes_load(const int format
   else unpack_nibbles(c, k.v);
   return k;
 }
-// init + dot of vecs [from, from + 4 or 8) with the activations x of the group (int8, 4 a vec)
-static inline __attribute__((always_inline)) vi codes_dot(const int format, const codes_t *k, const int8_t *x,
-                                                          const int from, const int count, vi init) {
-  const int32_t *x4 = (const int32_t *)x;
+// a[r] += dot of vecs [from, from + 4 or 8) with the activations x[r] of the group (int8, 4 a vec), r < n
+static inline __attribute__((always_inline)) void codes_dots(const int format, const int many, const int n,
+                                                             const codes_t *k, const int8_t *const x[],
+                                                             const int from, const int count, vi a[]) {
   (void)format;
-  vi a = init, b = _mm512_setzero_si512();
+  if (many) {  // compilers do not put the broadcast into the instruction by themselves
+#pragma GCC unroll 8
+    for (int j = from; j < from + count; j++)
+#pragma GCC unroll 4
+      for (int r = 0; r < n; r++)
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(a[r]) : "v"(k->v[j]), "m"(((const int32_t *)x[r])[j]));
+    return;
+  }
+  const int32_t *x4 = (const int32_t *)x[0];
+  vi b = _mm512_setzero_si512();
   for (int j = from; j < from + count; j += 2) {
-    a = _mm512_dpbusd_epi32(a, k->v[j], _mm512_set1_epi32(x4[j]));
+    a[0] = _mm512_dpbusd_epi32(a[0], k->v[j], _mm512_set1_epi32(x4[j]));
     b = _mm512_dpbusd_epi32(b, k->v[j + 1], _mm512_set1_epi32(x4[j + 1]));
   }
-  return _mm512_add_epi32(a, b);
+  a[0] = _mm512_add_epi32(a[0], b);
 }

@@ -3,7 +3,6 @@
 #pragma once
 #include <arm_neon.h>
 
-#define MAX_BATCH 4
 #define V_TILE 2
 #define K_TILE 1
 
@@ -131,16 +130,12 @@ static inline vi vf_store_int8(int8_t *p, vf x) {
   return r;
 }
 
-// ---- integer dots: quarter i of vec j holds rows 4 i .. 4 i + 3
+// ---- integer dots: quarter i of vec j holds rows 4 i .. 4 i + 3; for many rows the codes are unpacked once
 typedef struct {
   const uint8_t *c, *p1, *p2;
+  uint8x16_t v[8][4];
 } codes_t;
 
-static inline __attribute__((always_inline)) codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1,
-                                                                const uint8_t *p2) {
-  (void)format;
-  return (codes_t){c, p1, p2};
-}
 static inline __attribute__((always_inline)) uint8x16_t bits(const uint8_t *p, int line, int quarter, int shift,
                                                              uint8_t mask) {
   uint8x16_t t = vshlq_u8(vld1q_u8(p + 64 * line + 16 * quarter), vdupq_n_s8((int8_t)-shift));
@@ -157,8 +152,18 @@ static inline __attribute__((always_inline)) uint8x16_t code(const int format, c
   if (format == IM_N8) return vorrq_u8(vshlq_n_u8(nested4(k, j, i), 4), bits(k->p2, j / 2, i, 4 * (j % 2), 15));
   return bits(k->c, j / 2, i, 4 * (j % 2), 15);
 }
-static inline __attribute__((always_inline)) vi codes_dot(const int format, const codes_t *k, const int8_t *x,
-                                                          const int from, const int count, vi init) {
+static inline __attribute__((always_inline)) codes_t codes_load(const int format, const int many, const uint8_t *c,
+                                                                const uint8_t *p1, const uint8_t *p2) {
+  codes_t k;
+  k.c = c;
+  k.p1 = p1;
+  k.p2 = p2;
+  if (many)
+    for (int j = 0; j < 8; j++) EACH k.v[j][i] = code(format, &k, j, i);
+  return k;
+}
+static inline __attribute__((always_inline)) vi codes_dot(const int format, const int many, const codes_t *k,
+                                                          const int8_t *x, const int from, const int count, vi init) {
   const int wide = format == IM_Q8 || format == IM_Q8X || format == IM_N8;
 #ifdef IM_DOTPROD
   if (wide) {  // q = (q - 128) + 128: the second part is 128 times the activations' sum
@@ -171,7 +176,7 @@ static inline __attribute__((always_inline)) vi codes_dot(const int format, cons
     memcpy(&x4, x + 4 * j, 4);
     int8x16_t xv = vreinterpretq_s8_s32(vdupq_n_s32(x4));
     EACH {
-      uint8x16_t q = code(format, k, j, i);
+      uint8x16_t q = many ? k->v[j][i] : code(format, k, j, i);
       int8x16_t w = vreinterpretq_s8_u8(wide ? veorq_u8(q, vdupq_n_u8(0x80)) : q);
       init.v[i] = vdotq_s32(init.v[i], w, xv);
     }
@@ -183,7 +188,7 @@ static inline __attribute__((always_inline)) vi codes_dot(const int format, cons
       int32_t x4;
       memcpy(&x4, x + 4 * j, 4);
       int8x16_t xv = vreinterpretq_s8_s32(vdupq_n_s32(x4));
-      uint8x16_t q = code(format, k, j, i);
+      uint8x16_t q = many ? k->v[j][i] : code(format, k, j, i);
       int8x16_t low = vreinterpretq_s8_u8(wide ? vandq_u8(q, vdupq_n_u8(15)) : q);
       la = vmlal_s8(la, vget_low_s8(low), vget_low_s8(xv));
       lb = vmlal_s8(lb, vget_high_s8(low), vget_high_s8(xv));
@@ -199,5 +204,10 @@ static inline __attribute__((always_inline)) vi codes_dot(const int format, cons
   }
 #endif
   return init;
+}
+static inline __attribute__((always_inline)) void codes_dots(const int format, const int many, const int n,
+                                                             const codes_t *k, const int8_t *const x[],
+                                                             const int from, const int count, vi a[]) {
+  for (int r = 0; r < n; r++) a[r] = codes_dot(format, many, k, x[r], from, count, a[r]);
 }
 #undef EACH

@@ -4,7 +4,6 @@
 #include <string.h>
 
 #define SIMD_NAME "plain"
-#define MAX_BATCH 2
 #define V_TILE 1
 #define K_TILE 1
 
@@ -156,8 +155,10 @@ typedef struct {
   uint8_t v[8][64];
 } codes_t;
 
-static inline codes_t codes_load(const int format, const uint8_t *c, const uint8_t *p1, const uint8_t *p2) {
+static inline codes_t codes_load(const int format, const int many, const uint8_t *c, const uint8_t *p1,
+                                 const uint8_t *p2) {
   codes_t k;
+  (void)many;
   for (int j = 0; j < 8; j++)
     for (int i = 0; i < 64; i++) {
       int base = (c[64 * (j / 4) + i] >> (2 * (j % 4))) & 3, q;  // the 2-bit plane's code, where there is one
@@ -172,12 +173,18 @@ static inline codes_t codes_load(const int format, const uint8_t *c, const uint8
     }
   return k;
 }
-static inline vi codes_dot(const int format, const codes_t *k, const int8_t *x, const int from, const int count,
-                           vi init) {
+static inline vi codes_dot(const int format, const int many, const codes_t *k, const int8_t *x, const int from,
+                           const int count, vi init) {
   (void)format;
+  (void)many;
   for (int j = from; j < from + count; j++)
     for (int r = 0; r < 16; r++)
       for (int c = 0; c < 4; c++) init.v[r] += k->v[j][4 * r + c] * x[4 * j + c];
   return init;
+}
+static inline __attribute__((always_inline)) void codes_dots(const int format, const int many, const int n,
+                                                             const codes_t *k, const int8_t *const x[],
+                                                             const int from, const int count, vi a[]) {
+  for (int r = 0; r < n; r++) a[r] = codes_dot(format, many, k, x[r], from, count, a[r]);
 }
 #undef EACH

@@ -12,6 +12,7 @@
 #include "sampler.h"
 
 enum { HEAD_ROWS = 32 };  // rows that go through the output head together
+enum { NEEDS_HEAD = IM_WANT_LOGITS | IM_WANT_SAMPLE | IM_WANT_CONFIDENCE };
 
 typedef struct {
   int first_layer, last_layer, first, count;
@@ -19,9 +20,7 @@ typedef struct {
 
 typedef struct {  // what one thread (or all of them together) needs for some rows
   float *x, *normed, *attention, *gate, *delta;
-  int8_t *q, *low;
-  float *scale;
-  int32_t *sums;
+  uint8_t *panels;
 } lane;
 
 typedef struct {
@@ -61,13 +60,15 @@ void im_linear_targets(im_engine *e, const target *t, int n, const im_acts *acts
 
 static inline int is_quantized(const im_matrix *w) { return w->format >= IM_Q8; }
 
-static inline im_acts acts_of(const lane *l, const float *x, int stride) {
-  return (im_acts){x, l->q, NULL, l->scale, l->sums, stride};
+static inline im_acts acts_of(const lane *l, const float *x, int stride, int fine) {
+  return (im_acts){x, l->panels, stride, fine};
 }
 
-static inline void quantize_row(const im_engine *e, lane *l, int fine, const float *x, int row, int stride) {
-  const size_t at = (size_t)row * (size_t)stride, group = (size_t)row * (size_t)(stride / 32);
-  e->k->quantize(x + at, stride, l->q + at, fine ? l->low + at : NULL, l->scale + group, l->sums + 2 * group);
+// row `row` of `rows` that go through a linear map together
+static inline void quantize_row(const im_engine *e, lane *l, int fine, const float *x, int row, int rows, int stride) {
+  size_t step;
+  uint8_t *to = l->panels + im_panel_at(row, rows, stride, fine, &step);
+  e->k->quantize(x + (size_t)row * (size_t)stride, stride, fine, to, step);
 }
 
 typedef struct {
