@@ -33,6 +33,12 @@ TOPICS = """the sea;a bicycle;photosynthesis;a black hole;the French Revolution;
 computer viruses;gravity;volcanoes;democracy;the moon;bread;electric cars;a lost dog;honey bees;Rome;the violin;autumn;
 antibiotics;an old lighthouse;friendship;saving money;soccer;jazz;recycling;the immune system;a robot;mathematics;yoga;
 a garden;public speaking;coffee;a snowman;the climate;vaccines;a job interview;music;the stars;cooking rice;poetry"""
+# Nothing is trained on these: what is measured and certified on the model's own answers is asked about them.
+CHECK_TOPICS = """the desert;a train;evolution;a comet;the Silk Road;taxes;dreams;a giant;backgammon;chocolate;snow;
+search engines;magnetism;earthquakes;elections;the sun;cheese;wind power;a missing cat;whales;Venice;the piano;spring;
+painkillers;a haunted house;loyalty;insurance;tennis;opera;compost;the heart;a time machine;statistics;meditation;
+a balcony;negotiation;wine;a kite;the ozone layer;pandemics;a first day at school;dancing;the planets;baking bread;
+a museum"""
 QUESTIONS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -85,18 +91,18 @@ def _lines(path: Path, data: str) -> Iterator[str]:
             raise ModelError(f"line {number} of {path} is no JSON object with a text", "mend or remove it") from error
 
 
-def questions(texts: list[str], count: int, seed: int = 0) -> list[str]:
-    """Questions to a model: half of them about topics, half about the given texts.
+def questions(texts: list[str], count: int, seed: int = 0, topics: str = TOPICS) -> list[str]:
+    """Questions to a model: half of them about topics, half about the given texts; all about topics without any.
 
     Args:
         count: at most so many; topics times kinds of questions bound the first half.
+        topics: separated by semicolons.
     """
     rng = random.Random(seed)
-    topics = [topic.strip() for topic in TOPICS.split(";")]
-    about = [question.format(topic) for question in QUESTIONS for topic in topics]
+    about = [question.format(topic.strip()) for question in QUESTIONS for topic in topics.split(";")]
     rng.shuffle(about)
     quoted = [rng.choice(ABOUT_TEXT).format(text[:MAX_QUOTED_CHARS]) for text in rng.sample(texts, len(texts))]
-    found = [question for pair in zip(about, quoted, strict=False) for question in pair]
+    found = [question for pair in zip(about, quoted, strict=False) for question in pair] if texts else about
     return found[:count]
 
 
