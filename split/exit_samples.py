@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,9 +54,9 @@ def divided(paths: list[Path], documents: int | None = None) -> Texts:
     return Texts(taught, [text for texts, n in zip(kinds, held, strict=True) for text in texts[len(texts) - n :]])
 
 
-def chunks(tokenizer: Tokenizer, texts: list[str]) -> list[Sample]:
+def chunks(tokenizer: Tokenizer, texts: list[str], context_length: int) -> list[Sample]:
     """The beginnings of documents."""
-    return [Sample(tokenizer.encode(text)[:CHUNK_TOKENS]) for text in texts]
+    return [Sample(tokenizer.encode(text)[: min(CHUNK_TOKENS, context_length)]) for text in texts]
 
 
 def check_questions(held: list[str], count: int) -> list[str]:
@@ -63,9 +65,17 @@ def check_questions(held: list[str], count: int) -> list[str]:
 
 
 def kept_answers(
-    folder: Path, part: Part, tokenizer: Tokenizer, model_id: str, prompts: list[str], progress: Progress | None = None
+    folder: Path,
+    opened: Callable[[], AbstractContextManager[Part]],
+    tokenizer: Tokenizer,
+    model_id: str,
+    prompts: list[str],
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """The model's greedy answers to chat prompts, kept in a file of a work folder; what is there is not made again.
+
+    Args:
+        opened: opens the whole model, if any answer is lacking.
 
     Raises:
         ModelError: the model has no chat template.
@@ -76,17 +86,19 @@ def kept_answers(
         found = [Sample(list(map(int, tokens)), int(start)) for tokens, start in json.loads(file.read_text())]
     except (OSError, ValueError, TypeError):
         found = []
-    while len(found) < len(prompts):
-        begun = len(found)
-        found += answers(
-            part,
-            tokenizer,
-            prompts[begun : begun + _AT_ONCE],
-            ANSWER_TOKENS,
-            (lambda done, _, begun=begun: progress(begun + done, len(prompts))) if progress else None,  # type: ignore[misc]
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + PARTIAL)
-        partial.write_text(json.dumps(found))
-        partial.replace(file)
+    if len(found) >= len(prompts):
+        return found[: len(prompts)]
+    with opened() as part:
+        while lacking := prompts[len(found) : len(found) + _AT_ONCE]:
+            begun = len(found)
+
+            def tell(done: int, _: int, begun: int = begun) -> None:
+                if progress:
+                    progress(begun + done, len(prompts))
+
+            found += answers(part, tokenizer, lacking, ANSWER_TOKENS, tell)
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(file.name + PARTIAL)
+            partial.write_text(json.dumps(found))
+            partial.replace(file)
     return found

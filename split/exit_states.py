@@ -166,6 +166,7 @@ class States:
         model_id: of the model that gives them.
 
     Attributes:
+        key: of samples, layers and model: states with the same key are the same.
         done: samples whose states are there.
     """
 
@@ -174,7 +175,7 @@ class States:
         self.offsets = np.cumsum([0, *(len(sample.tokens) for sample in samples)])
         self._folder, self._name = folder, folder / "states.json"
         key = json.dumps([model_id, layers, samples], separators=(",", ":"))
-        self._key = hashlib.sha256(key.encode()).hexdigest()
+        self.key = hashlib.sha256(key.encode()).hexdigest()
         self.done = self._read_done()
         folder.mkdir(parents=True, exist_ok=True)
         mode, total = ("r+" if self.done else "w+"), int(self.offsets[-1])
@@ -230,7 +231,7 @@ class States:
     def _read_done(self) -> int:
         try:
             saved = json.loads(self._name.read_text())
-            return int(saved["done"]) if saved["key"] == self._key else 0
+            return int(saved["done"]) if saved["key"] == self.key else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
@@ -238,5 +239,5 @@ class States:
         for states in (*self._states, self._choices):
             states.flush()
         part = self._name.with_suffix(".part")
-        part.write_text(json.dumps({"key": self._key, "done": self.done}))
+        part.write_text(json.dumps({"key": self.key, "done": self.done}))
         part.replace(self._name)

@@ -38,7 +38,7 @@ def put_exits(path: Path, model_id: str, exits: Sequence[tuple[ExitEntry, bytes]
 
     Args:
         model_id: of the bundle for which they were trained.
-        exits: what is said of each, and its file.
+        exits: what is said of each, and its file. One that is there already keeps its certificate.
 
     Raises:
         BundleError: the bundle is another model's, another process writes to it, or it cannot be written.
@@ -51,13 +51,18 @@ def put_exits(path: Path, model_id: str, exits: Sequence[tuple[ExitEntry, bytes]
         files, old = dict(bundle.manifest.files), bundle.manifest
         for entry, data in exits:
             files[entry.file] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        certified = {one.file: one.certificate for one in old.exits if files[one.file] == old.files[one.file]}
         replaced = {entry.layer for entry, _ in exits}
         kept = tuple(entry for entry in old.exits if entry.layer not in replaced)
         if len(kept) < len(old.exits):  # a file is not replaced while bundle.json has its hash
             listed = {name: entry for name, entry in old.files.items() if name not in {e.file for e, _ in exits}}
             _write(path / MANIFEST_FILE, msgspec.structs.replace(old, files=listed, exits=kept).encode())
-        entries = sorted([*kept, *(entry for entry, _ in exits)], key=lambda entry: entry.layer)
-        manifest = msgspec.structs.replace(old, files=files, exits=tuple(entries))
+        new = [
+            msgspec.structs.replace(entry, certificate=entry.certificate or certified.get(entry.file))
+            for entry, _ in exits
+        ]
+        entries = tuple(sorted([*kept, *new], key=lambda entry: entry.layer))
+        manifest = msgspec.structs.replace(old, files=files, exits=entries)
         Manifest.parse(manifest.encode())
         for entry, data in exits:
             _write(path / entry.file, data)

@@ -223,6 +223,18 @@ class Manifest(msgspec.Struct, frozen=True):
         remedy = f"choose one of {layers}" if layers else "train some: isthmus exits train"
         raise BundleError(f"{self.name} has no exit before layer {layer}", remedy)
 
+    def exit_bytes(self, layer: int) -> int:
+        """Bytes of weights that one decision of an exit reads: the layers before it, its own, its output head's rows.
+
+        Raises:
+            BundleError: there is no exit before the layer.
+        """
+        entry = self.exit(layer)
+        head = self.files[EMBEDDING if self.config.tied else HEAD].bytes
+        if entry.head_tokens:
+            head = head * entry.head_tokens // self.config.vocab_size
+        return sum(self.files[layer_file(i)].bytes for i in range(layer)) + self.files[entry.file].bytes + head
+
 
 def model_id(config: DecoderConfig, files: Mapping[str, FileEntry]) -> str:
     """BLAKE2b-128 over the configuration and the hashes of the weight files, in hex; no path or label enters."""
