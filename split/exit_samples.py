@@ -34,6 +34,21 @@ class Texts(NamedTuple):
     held: list[str]
 
 
+def text_files(paths: list[Path]) -> list[Path]:
+    """Files and, of folders, the .jsonl and .txt files in them, by name.
+
+    Raises:
+        ModelError: a folder holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.glob("*") if p.suffix in (".jsonl", ".txt")) if path.is_dir() else [path]
+        if not inside:
+            raise ModelError(f"{path} holds no .jsonl and no .txt file", "name text files")
+        found += inside
+    return found
+
+
 def divided(paths: list[Path], documents: int | None = None) -> Texts:
     """Documents of files, divided.
 

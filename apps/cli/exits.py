@@ -34,7 +34,10 @@ BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's
 Layers = Annotated[str | None, typer.Option(help="Before which layers, as 15,20,24,27")]
 Text = Annotated[
     list[Path] | None,
-    typer.Option(help="A text file, or a .jsonl file with a document a line; repeat it for more. A tenth is held out"),
+    typer.Option(
+        help="A text file, a .jsonl file with a document a line, or a folder of them; repeat it for more. "
+        "A tenth of each file is held out"
+    ),
 ]
 Prompts = Annotated[
     Path | None,
@@ -77,7 +80,7 @@ def train(
     from isthmus.protocol.errors import ModelError
     from isthmus.split.bundle import Bundle
     from isthmus.split.exit_run import ExitRun, usual_head, usual_layers, work_folder
-    from isthmus.split.exit_samples import check_questions, chunks, divided
+    from isthmus.split.exit_samples import check_questions, chunks, divided, text_files
     from isthmus.split.exit_scores import would_emit
     from isthmus.split.exit_states import questions
     from isthmus.split.exit_writer import put_exits
@@ -90,7 +93,9 @@ def train(
     opened = Bundle.open(bundle)
     n_layers = opened.config.n_layers
     chosen = _numbers(layers, n_layers) if layers is not None else usual_layers(n_layers)
-    texts = divided(_texts(text), documents)
+    if not text:
+        raise ModelError("there is nothing to train on", "name files with --text; isthmus fetch texts brings some")
+    texts = divided(text_files(text), documents)
     passes = _integers("--epochs", epochs)
     if min(passes) < 1 or len(passes) not in (1, len(chosen)):
         raise ModelError(f"--epochs is {epochs}", f"give one number from 1 on, or {len(chosen)} of them")
@@ -303,11 +308,11 @@ def _said(run: ExitRun, entries: list[ExitEntry], samples: list[Sample]) -> Iter
 def _asked(run: ExitRun, text: list[Path] | None, prompts: Path | None, count: int) -> list[Sample]:
     """The model's answers to what is asked."""
     from isthmus.split.exit_run import read_prompts
-    from isthmus.split.exit_samples import check_questions, divided
+    from isthmus.split.exit_samples import check_questions, divided, text_files
 
     if prompts is not None:
         return run.answered(read_prompts(prompts))
-    return run.answered(check_questions(divided(text).held if text else [], count))
+    return run.answered(check_questions(divided(text_files(text)).held if text else [], count))
 
 
 def _chosen(bundle: Bundle, layers: str | None) -> list[ExitEntry]:
@@ -321,14 +326,6 @@ def _chosen(bundle: Bundle, layers: str | None) -> list[ExitEntry]:
     for entry in found:
         bundle.exit(entry.layer)  # refused now, if it is another model's
     return found
-
-
-def _texts(text: list[Path] | None) -> list[Path]:
-    from isthmus.protocol.errors import ModelError
-
-    if not text:
-        raise ModelError("there is nothing to train on", "name files with --text; isthmus fetch texts brings some")
-    return text
 
 
 def _integers(option: str, text: str) -> list[int]:
