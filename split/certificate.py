@@ -160,7 +160,8 @@ def calibrate(
     order, delta = np.random.default_rng(seed).permutation(len(said)), 1 - confidence
 
     def test(threshold: float) -> bool:
-        return p_value(losses(said, threshold)[order], disagreement, delta) <= delta
+        found = losses(said, threshold)  # bets may have won before all losses were seen
+        return float(found.mean()) <= disagreement and p_value(found[order], disagreement, delta) <= delta
 
     threshold = lowest(test)
     if threshold is None:
@@ -175,7 +176,7 @@ def calibrate(
         confidence=confidence,
         threshold=threshold,
         risk=float(found.mean()),
-        bound=min(disagreement, upper_bound(found[order], delta)),
+        bound=min(disagreement, max(float(found.mean()), upper_bound(found[order], delta))),
         emitted=emitted(said, threshold),
     )
 

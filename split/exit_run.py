@@ -31,7 +31,8 @@ from isthmus.split.files import PARTIAL
 if TYPE_CHECKING:
     from isthmus.split.exit_training import Recipe
 
-FORMAT = "q4"  # of a head's matrices
+# Of a head's matrices. With its linear map in 4 bits, too, an exit of SmolLM2 agrees on 2.7 % of tokens less.
+FORMAT, INPUT_FORMAT = "q4", "q8"
 Say = Callable[[str], Progress]  # begins a step of that name
 
 
@@ -123,7 +124,7 @@ class ExitRun:
         teacher, kept = Teacher(self.bundle), self.work / f"training-{layer:03d}.pt"
         head = train(states, indices, layer, teacher, recipe, lambda done, total, _: tell(done, total), kept)
         mean, spread = channels(states, indices, layer)
-        weights = {**head.weights(FORMAT), "channel_mean": mean, "channel_spread": spread}
+        weights = {**head.weights(FORMAT, INPUT_FORMAT), "channel_mean": mean, "channel_spread": spread}
         tokens = None
         if 0 < head_tokens < self.bundle.config.vocab_size:
             tokens = np.sort(frequent_tokens(states, indices, head_tokens)).astype(np.int32)

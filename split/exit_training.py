@@ -105,12 +105,19 @@ class ExitHead(nn.Module):
         normed: Tensor = self.final_norm(x + self.down(functional.silu(self.gate(y)) * self.up(y)))
         return normed
 
-    def weights(self, format: str) -> Weights:
-        """As the engine takes them (see `exits.ExitSource`), matrices in one of `quant.groups.QUANTIZABLE`."""
+    def weights(self, format: str, input_format: str | None = None) -> Weights:
+        """As the engine takes them (see `exits.ExitSource`), matrices in one of `quant.groups.QUANTIZABLE`.
+
+        Args:
+            input_format: of the linear map, whose few large weights 4 bits blur; `format` by default.
+        """
         names = {"input": self.map, "q": self.q, "k": self.k, "v": self.v, "o": self.o}
         names |= {"gate": self.gate, "up": self.up, "down": self.down}
         norms = {"attn_norm": self.attn_norm, "ffn_norm": self.ffn_norm, "final_norm": self.final_norm}
-        matrices = {name: quantize(layer.weight.detach().numpy(), format) for name, layer in names.items()}
+        formats = {"input": input_format or format}
+        matrices = {
+            name: quantize(layer.weight.detach().numpy(), formats.get(name, format)) for name, layer in names.items()
+        }
         return {**matrices, **{name: norm.weight.detach().numpy().copy() for name, norm in norms.items()}}
 
     def _attention(self, x: Tensor) -> Tensor:
