@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.packed import PackedMatrix
+from isthmus.split.exit_entry import ExitEntry
+from isthmus.split.exits import ExitSource
 from isthmus.split.files import open_regular, read_regular, regular_size
 from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, check_name, layer_file
 from isthmus.split.roles import Weights, check_layer
@@ -114,6 +116,26 @@ class Bundle:
     def head(self) -> PackedMatrix:
         """The output head [vocab_size, d_model]; the embedding when they are tied."""
         return self.embedding() if self.config.tied else self._matrix(HEAD, "head")
+
+    @property
+    def exits(self) -> tuple[ExitEntry, ...]:
+        """What bundle.json says of the exits, in ascending order of their layers."""
+        return self.manifest.exits
+
+    def exit(self, layer: int) -> ExitSource:
+        """The exit before a layer.
+
+        Raises:
+            BundleError: there is none, its file is absent or was altered, or it was trained for another model.
+        """
+        entry = self.manifest.exit(layer)
+        source = ExitSource.from_file(self, self.model_id, layer, self._start(entry.file).result())
+        tokens = source.head_tokens()
+        found = source.config.d_ff, 0 if tokens is None else len(tokens)
+        if found != (entry.d_ff, entry.head_tokens):
+            problem = f"{entry.file} has d_ff {found[0]} and {found[1]} head tokens, which is not what bundle.json says"
+            raise BundleError(problem, "train it again")
+        return source
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, its file checked.

@@ -33,6 +33,12 @@ TOPICS = """the sea;a bicycle;photosynthesis;a black hole;the French Revolution;
 computer viruses;gravity;volcanoes;democracy;the moon;bread;electric cars;a lost dog;honey bees;Rome;the violin;autumn;
 antibiotics;an old lighthouse;friendship;saving money;soccer;jazz;recycling;the immune system;a robot;mathematics;yoga;
 a garden;public speaking;coffee;a snowman;the climate;vaccines;a job interview;music;the stars;cooking rice;poetry"""
+# Nothing is trained on these: what is measured and certified on the model's own answers is asked about them.
+CHECK_TOPICS = """the desert;a train;evolution;a comet;the Silk Road;taxes;dreams;a giant;backgammon;chocolate;snow;
+search engines;magnetism;earthquakes;elections;the sun;cheese;wind power;a missing cat;whales;Venice;the piano;spring;
+painkillers;a haunted house;loyalty;insurance;tennis;opera;compost;the heart;a time machine;statistics;meditation;
+a balcony;negotiation;wine;a kite;the ozone layer;pandemics;a first day at school;dancing;the planets;baking bread;
+a museum"""
 QUESTIONS = (
     "Explain {} to a child.",
     "Write a short story about {}.",
@@ -85,18 +91,18 @@ def _lines(path: Path, data: str) -> Iterator[str]:
             raise ModelError(f"line {number} of {path} is no JSON object with a text", "mend or remove it") from error
 
 
-def questions(texts: list[str], count: int, seed: int = 0) -> list[str]:
-    """Questions to a model: half of them about topics, half about the given texts.
+def questions(texts: list[str], count: int, seed: int = 0, topics: str = TOPICS) -> list[str]:
+    """Questions to a model: half of them about topics, half about the given texts; all about topics without any.
 
     Args:
         count: at most so many; topics times kinds of questions bound the first half.
+        topics: separated by semicolons.
     """
     rng = random.Random(seed)
-    topics = [topic.strip() for topic in TOPICS.split(";")]
-    about = [question.format(topic) for question in QUESTIONS for topic in topics]
+    about = [question.format(topic.strip()) for question in QUESTIONS for topic in topics.split(";")]
     rng.shuffle(about)
     quoted = [rng.choice(ABOUT_TEXT).format(text[:MAX_QUOTED_CHARS]) for text in rng.sample(texts, len(texts))]
-    found = [question for pair in zip(about, quoted, strict=False) for question in pair]
+    found = [question for pair in zip(about, quoted, strict=False) for question in pair] if texts else about
     return found[:count]
 
 
@@ -160,6 +166,7 @@ class States:
         model_id: of the model that gives them.
 
     Attributes:
+        key: of samples, layers and model: states with the same key are the same.
         done: samples whose states are there.
     """
 
@@ -168,7 +175,7 @@ class States:
         self.offsets = np.cumsum([0, *(len(sample.tokens) for sample in samples)])
         self._folder, self._name = folder, folder / "states.json"
         key = json.dumps([model_id, layers, samples], separators=(",", ":"))
-        self._key = hashlib.sha256(key.encode()).hexdigest()
+        self.key = hashlib.sha256(key.encode()).hexdigest()
         self.done = self._read_done()
         folder.mkdir(parents=True, exist_ok=True)
         mode, total = ("r+" if self.done else "w+"), int(self.offsets[-1])
@@ -224,7 +231,7 @@ class States:
     def _read_done(self) -> int:
         try:
             saved = json.loads(self._name.read_text())
-            return int(saved["done"]) if saved["key"] == self._key else 0
+            return int(saved["done"]) if saved["key"] == self.key else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
@@ -232,5 +239,5 @@ class States:
         for states in (*self._states, self._choices):
             states.flush()
         part = self._name.with_suffix(".part")
-        part.write_text(json.dumps({"key": self._key, "done": self.done}))
+        part.write_text(json.dumps({"key": self.key, "done": self.done}))
         part.replace(self._name)

@@ -8,9 +8,13 @@ and the model's own output head follow. It is distilled on the model's choices a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +26,11 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.quant.groups import dequantize, quantize
 from isthmus.split.exit_states import States
+from isthmus.split.files import PARTIAL
 from isthmus.split.roles import Weights
 
 MIN_TOKENS = 8  # shorter samples teach nothing
+KEPT_STEPS = 50  # between two savings of a training
 _RIDGE = 1e-2
 _LEVEL = 10.0  # at which all last states count the same
 
@@ -99,12 +105,19 @@ class ExitHead(nn.Module):
         normed: Tensor = self.final_norm(x + self.down(functional.silu(self.gate(y)) * self.up(y)))
         return normed
 
-    def weights(self, format: str) -> Weights:
-        """As the engine takes them (see `exits.ExitSource`), matrices in one of `quant.groups.QUANTIZABLE`."""
+    def weights(self, format: str, input_format: str | None = None) -> Weights:
+        """As the engine takes them (see `exits.ExitSource`), matrices in one of `quant.groups.QUANTIZABLE`.
+
+        Args:
+            input_format: of the linear map, whose few large weights 4 bits blur; `format` by default.
+        """
         names = {"input": self.map, "q": self.q, "k": self.k, "v": self.v, "o": self.o}
         names |= {"gate": self.gate, "up": self.up, "down": self.down}
         norms = {"attn_norm": self.attn_norm, "ffn_norm": self.ffn_norm, "final_norm": self.final_norm}
-        matrices = {name: quantize(layer.weight.detach().numpy(), format) for name, layer in names.items()}
+        formats = {"input": input_format or format}
+        matrices = {
+            name: quantize(layer.weight.detach().numpy(), formats.get(name, format)) for name, layer in names.items()
+        }
         return {**matrices, **{name: norm.weight.detach().numpy().copy() for name, norm in norms.items()}}
 
     def _attention(self, x: Tensor) -> Tensor:
@@ -148,24 +161,36 @@ def train(
     teacher: Teacher,
     recipe: Recipe,
     progress: Callable[[int, int, float], None] | None = None,
+    kept: Path | None = None,
 ) -> ExitHead:
     """A head for the exit before a layer.
 
     Args:
         indices: the samples to train on.
         progress: called with steps done, steps in all, and the last one's loss.
+        kept: a file in which training is kept, to go on from where it was stopped, or to be done at once when it was
+            finished. What it holds of other samples or another recipe is trained anew.
     """
     torch.manual_seed(recipe.seed)
     indices = [i for i in indices if len(states.samples[i].tokens) >= MIN_TOKENS]
-    head = ExitHead(teacher.config, recipe.d_ff, teacher.norm, least_squares(states, indices, layer))
-    frequent = _frequent(states, indices, recipe.frequent)
+    keeper = _Keeper(kept, json.dumps([states.key, layer, indices, asdict(recipe)]))
+    saved = keeper.load()
+    start = torch.eye(teacher.config.d_model) if saved else least_squares(states, indices, layer)
+    head = ExitHead(teacher.config, recipe.d_ff, teacher.norm, start)
+    frequent = torch.from_numpy(frequent_tokens(states, indices, recipe.frequent))
     plain = [p for p in head.parameters() if p.ndim == 1]
     matrices = [p for p in head.parameters() if p.ndim > 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     rng = np.random.default_rng(recipe.seed)
     plan = [batch for _ in range(recipe.epochs) for batch in _batches(states, indices, recipe.batch_tokens, rng)]
-    for step, batch in enumerate(plan):
+    begun = 0
+    if saved:
+        begun = saved["step"]
+        head.load_state_dict(saved["head"])
+        if begun < len(plan):
+            optimizer.load_state_dict(saved["optimizer"])
+    for step, batch in enumerate(plan[begun:], begun):
         rising = min(1.0, (step + 1) / recipe.warmup)
         falling = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / len(plan)))
         for group in optimizer.param_groups:
@@ -175,9 +200,54 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
+        if step + 1 == len(plan):
+            keeper.save(step + 1, head, None)
+        elif (step + 1) % KEPT_STEPS == 0:
+            keeper.save(step + 1, head, optimizer)
         if progress:
             progress(step + 1, len(plan), loss.item())
     return head.requires_grad_(False)
+
+
+class _Keeper:
+    """The file in which one training is kept."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._key = path, hashlib.sha256(key.encode()).hexdigest()
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved of the same training; None if nothing was."""
+        if self._path is None or not self._path.is_file():
+            return None
+        try:
+            saved: dict[str, Any] = torch.load(self._path, weights_only=True)
+            return saved if saved["key"] == self._key else None
+        except Exception:  # damage raises whatever the unpickler that reads only weights comes upon
+            return None
+
+    def save(self, step: int, head: ExitHead, optimizer: torch.optim.Optimizer | None) -> None:
+        """Keeps a training after so many steps; without an optimizer it is finished."""
+        if self._path is None:
+            return
+        found = {"key": self._key, "step": step, "head": head.state_dict()}
+        if optimizer is not None:
+            found["optimizer"] = optimizer.state_dict()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_name(self._path.name + PARTIAL)
+        torch.save(found, partial)
+        partial.replace(self._path)
+
+
+def channels(states: States, indices: list[int], layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and standard deviation of the states before a layer, positions from 1 on: [d_model] f32 each."""
+    count = sum(max(0, len(states.samples[index].tokens) - 1) for index in indices)
+    rows = (np.asarray(states.before(layer, index)[1:], np.float64) for index in indices)
+    total, squares = np.zeros(1), np.zeros(1)
+    for x in rows:
+        total, squares = total + x.sum(axis=0), squares + (x * x).sum(axis=0)
+    mean = total / count
+    spread = np.sqrt(np.maximum(0, squares / count - mean * mean))
+    return mean.astype(np.float32), spread.astype(np.float32)
 
 
 def least_squares(states: States, indices: list[int], layer: int) -> Tensor:
@@ -226,10 +296,11 @@ def agreement(head: ExitHead, states: States, indices: list[int], layer: int, te
     return float(np.concatenate(right).mean())
 
 
-def _frequent(states: States, indices: list[int], count: int) -> Tensor:
-    choices = np.concatenate([states.choices(index) for index in indices])
-    counts = np.bincount(choices)
-    return torch.from_numpy(np.argsort(-counts, kind="stable")[:count].copy())
+def frequent_tokens(states: States, indices: list[int], count: int) -> NDArray[np.int64]:
+    """The model's most frequent choices along samples, most frequent first: at most `count`."""
+    counts = np.bincount(np.concatenate([states.choices(index) for index in indices]))
+    order = np.argsort(-counts, kind="stable")[:count]
+    return order.copy()
 
 
 def _batches(states: States, indices: list[int], batch_tokens: int, rng: np.random.Generator) -> Iterator[list[int]]:

@@ -10,38 +10,71 @@ from numpy.typing import NDArray
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
-from isthmus.quant.packed import PackedMatrix
+from isthmus.quant.packed import LANES, PackedMatrix
+from isthmus.split.exit_entry import MAX_HEAD_TOKENS
 from isthmus.split.roles import Weights, check_layer
+from isthmus.split.tensorfile import TensorFile
+
+MODEL_ID = "model_id"  # in the metadata of an exit's file
+HEAD_TOKENS = "head_tokens"
+AGAIN = "train it again"
+_OURS = ("final_norm", "channel_mean", "channel_spread")  # vectors that are not the layer's
 
 
 class ExitSource:
     """A `WeightSource` with one layer, the exit that stands before the model's layer of the same number.
 
-        part = open_part(ExitSource(bundle, 20, weights), 20, 21)
+        exit = bundle.exit(20)
+        part = open_part(exit, 20, 21)
         part.step(Rows().hidden(sequence, position, states, enter=20))
 
     Args:
         model: what the exit belongs to.
         layer: before which it stands.
         weights: a layer's matrices and norms, with `input` [d_model, d_model] and `final_norm` [d_model]; the width of
-            the feed-forward network is its own, everything else the model's.
+            the feed-forward network is its own, everything else the model's. With `channel_mean` and `channel_spread`
+            [d_model], mean and standard deviation of the hidden states before the layer, positions from 1 on.
+        head_tokens: the tokens that it can name [n] i32, ascending; None for all.
+
+    Attributes:
+        channel_mean, channel_spread: [d_model] f32; 0 and 1 where the weights have none.
 
     Raises:
         BundleError: the weights are not of this model's shapes.
     """
 
-    def __init__(self, model: WeightSource, layer: int, weights: Weights) -> None:
+    def __init__(
+        self, model: WeightSource, layer: int, weights: Weights, head_tokens: NDArray[np.int32] | None = None
+    ) -> None:
         shape, width = model.config, model.config.d_model
         if not 0 < layer < shape.n_layers:
             raise BundleError(f"an exit before layer {layer}", f"choose 1..{shape.n_layers - 1}")
-        self._model, self._index = model, layer
-        self._layer = {name: value for name, value in weights.items() if name != "final_norm"}
+        where = f"the exit before layer {layer}"
+        self._model, self._index, self._head_tokens = model, layer, head_tokens
+        self._layer = {name: value for name, value in weights.items() if name not in _OURS}
         gate, norm, first = weights.get("gate"), weights.get("final_norm"), weights.get("input")
         if not isinstance(norm, np.ndarray) or norm.shape != (width,):
-            raise BundleError(f"the exit before layer {layer} has no final_norm [{width}]", "train it again")
+            raise BundleError(f"{where} has no final_norm [{width}]", AGAIN)
         if not isinstance(first, PackedMatrix) or (first.rows, first.cols) != (width, width):
-            raise BundleError(f"the exit before layer {layer} has no input [{width}, {width}]", "train it again")
-        self._norm = norm
+            raise BundleError(f"{where} has no input [{width}, {width}]", AGAIN)
+        mean = weights.get("channel_mean", np.zeros(width, np.float32))
+        spread = weights.get("channel_spread", np.ones(width, np.float32))
+        for name, vector in (("channel_mean", mean), ("channel_spread", spread)):
+            if not isinstance(vector, np.ndarray) or vector.shape != (width,) or not np.isfinite(vector).all():
+                raise BundleError(f"{where} has no finite {name} [{width}]", AGAIN)
+        assert isinstance(mean, np.ndarray) and isinstance(spread, np.ndarray)
+        if (spread < 0).any():
+            raise BundleError(f"{where} has a negative channel_spread", AGAIN)
+        self._norm, self.channel_mean, self.channel_spread = norm, mean, spread
+        if head_tokens is not None and not (
+            head_tokens.ndim == 1
+            and 0 < len(head_tokens) <= MAX_HEAD_TOKENS
+            and head_tokens[0] >= 0
+            and head_tokens[-1] < shape.vocab_size
+            and (np.diff(head_tokens) > 0).all()
+        ):
+            problem = f"{where} has head_tokens that do not ascend within the vocabulary of {shape.vocab_size}"
+            raise BundleError(problem, f"{AGAIN} with at most {MAX_HEAD_TOKENS}")
         self._config = replace(
             shape,
             n_layers=layer + 1,
@@ -53,6 +86,29 @@ class ExitSource:
             tied=False,
         )
         check_layer(self._config, layer, {n: w for n, w in self._layer.items() if n != "input"}, BundleError)
+
+    @classmethod
+    def from_file(cls, model: WeightSource, model_id: str, layer: int, file: TensorFile) -> ExitSource:
+        """Of an exit's file.
+
+        Args:
+            model_id: of the model, for which the exit must have been trained.
+
+        Raises:
+            BundleError: it was trained for another model, or its weights are not of this model's shapes.
+        """
+        trained_for = file.metadata.get(MODEL_ID)
+        if trained_for != model_id:
+            problem = f"{file.path.name} was trained for the model {str(trained_for)[:32]}, not for {model_id}"
+            raise BundleError(problem, "train exits for this bundle: isthmus exits train")
+        tokens = None
+        if HEAD_TOKENS in file.tensors:
+            tokens = file.array(HEAD_TOKENS)
+            if tokens.dtype != np.int32:
+                raise BundleError(f"{HEAD_TOKENS} of the exit before layer {layer} is {tokens.dtype}", AGAIN)
+        return cls(
+            model, layer, file.weights(but=(HEAD_TOKENS,)), tokens.view(np.int32) if tokens is not None else None
+        )
 
     @property
     def config(self) -> DecoderConfig:
@@ -76,6 +132,26 @@ class ExitSource:
         """See `WeightSource`."""
         return self._norm
 
+    def head_tokens(self) -> NDArray[np.int32] | None:
+        """Which token each row of `head()` stands for [n] i32, ascending; None where it is the model's whole head."""
+        return self._head_tokens
+
     def head(self) -> PackedMatrix:
-        """See `WeightSource`."""
-        return self._model.head()
+        """The model's output head, or its rows of `head_tokens()`, copied."""
+        head = self._model.head()
+        if self._head_tokens is None:
+            return head
+        return head_rows(head, self._head_tokens)
+
+
+def head_rows(matrix: PackedMatrix, rows: NDArray[np.int32]) -> PackedMatrix:
+    """Some rows of a packed matrix, in the given order, as they are packed: nothing is quantized again."""
+    blocks = -(-len(rows) // LANES)
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, array in matrix.arrays.items():
+        lines, width = array.shape[1], array.shape[2] // LANES  # a row's values of a line stand together
+        taken = np.zeros((blocks * LANES, lines, width), array.dtype)
+        taken[: len(rows)] = array.reshape(-1, lines, LANES, width)[rows // LANES, :, rows % LANES]
+        lanes_last = taken.reshape(blocks, LANES, lines, width).transpose(0, 2, 1, 3)
+        arrays[name] = np.ascontiguousarray(lanes_last).reshape(blocks, lines, LANES * width)
+    return PackedMatrix(matrix.format, len(rows), matrix.cols, arrays)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import BundleError, EngineError, IsthmusError
+from isthmus.split.exit_entry import ExitEntry, check_exits
 
 FORMAT_VERSION = 1
 KIND = "decoder"
@@ -100,6 +101,7 @@ class _Wire(msgspec.Struct, frozen=True):
     weights: str
     tokenizer: TokenizerEntry
     files: dict[str, FileEntry]
+    exits: tuple[ExitEntry, ...] = ()
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -114,6 +116,7 @@ class Manifest(msgspec.Struct, frozen=True):
         model_id: BLAKE2b-128 over the configuration and the hashes of all weight files, in hex.
         weights: the format asked for when the bundle was written ("keep", "q4", ...).
         files: every file but bundle.json, by its name within the bundle.
+        exits: trained on the model and no part of its identity, in ascending order of their layers.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Manifest(msgspec.Struct, frozen=True):
     weights: str
     tokenizer: TokenizerEntry
     files: dict[str, FileEntry]
+    exits: tuple[ExitEntry, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
@@ -164,17 +168,18 @@ class Manifest(msgspec.Struct, frozen=True):
                 raise BundleError(f"bundle.json has no valid size and hash of {name}", again)
         if config.n_layers > len(wire.files):
             raise BundleError(f"bundle.json lists {len(wire.files)} files for {config.n_layers} layers", again)
-        manifest = cls(wire.name, wire.model_id, config, wire.weights, wire.tokenizer, wire.files)
+        manifest = cls(wire.name, wire.model_id, config, wire.weights, wire.tokenizer, wire.files, wire.exits)
         for name in [*manifest.part_files(0, config.n_layers), wire.tokenizer.file]:
             if name not in wire.files:
                 raise BundleError(f"bundle.json lists no {name}", again)
         if wire.model_id != model_id(config, wire.files):
             raise BundleError(f"model_id {wire.model_id!r} does not follow from the bundle's files", again)
+        check_exits(wire.exits, config.n_layers, {name: entry.sha256 for name, entry in wire.files.items()})
         return manifest
 
     def encode(self) -> bytes:
         """The bytes of a `bundle.json`."""
-        fields = {
+        fields: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "kind": KIND,
             "name": self.name,
@@ -184,6 +189,8 @@ class Manifest(msgspec.Struct, frozen=True):
             "tokenizer": msgspec.to_builtins(self.tokenizer),
             "files": {name: msgspec.to_builtins(self.files[name]) for name in sorted(self.files)},
         }
+        if self.exits:
+            fields["exits"] = msgspec.to_builtins(self.exits)
         return json.dumps(fields, indent=1).encode() + b"\n"
 
     def part_files(self, start: int, end: int) -> Sequence[str]:
@@ -194,6 +201,39 @@ class Manifest(msgspec.Struct, frozen=True):
         if end == self.config.n_layers:
             names += [NORM] if self.config.tied else [NORM, HEAD]
         return names
+
+    def exit_files(self, layers: Iterable[int] | None = None) -> Sequence[str]:
+        """The weight files of the exits before some layers, by default of all; they need the output head, too.
+
+        Raises:
+            BundleError: there is no exit before one of the layers.
+        """
+        return [entry.file for entry in (self.exits if layers is None else map(self.exit, layers))]
+
+    def exit(self, layer: int) -> ExitEntry:
+        """What is said of the exit before a layer.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for entry in self.exits:
+            if entry.layer == layer:
+                return entry
+        layers = ", ".join(str(entry.layer) for entry in self.exits)
+        remedy = f"choose one of {layers}" if layers else "train some: isthmus exits train"
+        raise BundleError(f"{self.name} has no exit before layer {layer}", remedy)
+
+    def exit_bytes(self, layer: int) -> int:
+        """Bytes of weights that one decision of an exit reads: the layers before it, its own, its output head's rows.
+
+        Raises:
+            BundleError: there is no exit before the layer.
+        """
+        entry = self.exit(layer)
+        head = self.files[EMBEDDING if self.config.tied else HEAD].bytes
+        if entry.head_tokens:
+            head = head * entry.head_tokens // self.config.vocab_size
+        return sum(self.files[layer_file(i)].bytes for i in range(layer)) + self.files[entry.file].bytes + head
 
 
 def model_id(config: DecoderConfig, files: Mapping[str, FileEntry]) -> str:

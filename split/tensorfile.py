@@ -10,7 +10,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from isthmus.protocol.errors import BundleError, IsthmusError, QuantError
 from isthmus.quant.groups import shapes
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.files import open_regular
-from isthmus.split.roles import Weights
 
 ALIGN = 4096
 MAX_HEADER_BYTES = 64 << 20
@@ -177,11 +176,11 @@ class TensorFile:
                 raise self._damaged(f"{name}.{part} is not aligned")
         return PackedMatrix(format, rows, cols, arrays)
 
-    def weights(self) -> dict[str, PackedMatrix | NDArray[np.float32]]:
-        """All matrices, and all tensors that belong to none."""
+    def weights(self, but: Container[str] = ()) -> dict[str, PackedMatrix | NDArray[np.float32]]:
+        """All matrices, and all tensors that belong to none, but those named."""
         found: dict[str, PackedMatrix | NDArray[np.float32]] = {name: self.matrix(name) for name in self.matrices}
         for name, info in self.tensors.items():
-            if name.rpartition(".")[0] not in self.matrices:
+            if name.rpartition(".")[0] not in self.matrices and name not in but:
                 if info.tag != "F32":
                     raise self._damaged(f"{name} is {info.tag}, not F32")
                 found[name] = self.array(name).view(np.float32)
@@ -193,8 +192,14 @@ def _alignment(nbytes: int) -> int:
     return min(64, nbytes & -nbytes) or 64
 
 
-def encode(weights: Weights) -> Iterator[bytes | memoryview]:
-    """The bytes of a file that holds packed matrices and f32 arrays, piece by piece."""
+def encode(
+    weights: Mapping[str, PackedMatrix | NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file that holds packed matrices and arrays, piece by piece.
+
+    Args:
+        metadata: kept beside what describes the matrices.
+    """
     matrices: dict[str, dict[str, str | int]] = {}
     arrays: dict[str, NDArray[Any]] = {}
     for name, value in weights.items():
@@ -204,7 +209,8 @@ def encode(weights: Weights) -> Iterator[bytes | memoryview]:
         else:
             arrays[name] = value
     ordered = sorted(arrays.items(), key=lambda item: -_alignment(item[1].nbytes))
-    header: dict[str, Any] = {"__metadata__": {"format": "isthmus", "matrices": json.dumps(matrices)}}
+    described = {**(metadata or {}), "format": "isthmus", "matrices": json.dumps(matrices)}
+    header: dict[str, Any] = {"__metadata__": described}
     at = 0
     for name, array in ordered:
         offsets = [at, at + array.nbytes]

@@ -14,7 +14,9 @@ from types import TracebackType
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
+from isthmus.split.exit_entry import ExitEntry
 from isthmus.split.files import is_there, locked, remove_left, work_folder
+from isthmus.split.heads import shipped
 from isthmus.split.manifest import (
     EMBEDDING,
     HEAD,
@@ -114,14 +116,21 @@ class BundleWriter:
         """Writes matrices and vectors into one safetensors file."""
         self.add(name, encode(weights))
 
-    def finish(self, name: str, config: DecoderConfig, weights: str, tokenizer: TokenizerEntry) -> Manifest:
+    def finish(
+        self,
+        name: str,
+        config: DecoderConfig,
+        weights: str,
+        tokenizer: TokenizerEntry,
+        exits: tuple[ExitEntry, ...] = (),
+    ) -> Manifest:
         """Writes bundle.json and gives the folder its name.
 
         Raises:
             BundleError: the rename failed, or another process writes to the folder or has made it meanwhile.
         """
         files = dict(self.files)
-        manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files)
+        manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files, exits)
         Manifest.parse(manifest.encode())
         self.add("bundle.json", [manifest.encode()])
         old = self._work.with_suffix(".old")
@@ -169,7 +178,7 @@ def write_bundle(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Writes every weight of a source, one file a layer.
+    """Writes every weight of a source, one file a layer, and the exits that come with isthmus for this very model.
 
     Args:
         name: for people.
@@ -196,7 +205,10 @@ def write_bundle(
         writer.add_weights(NORM, {"final_norm": source.final_norm()})
         if not config.tied:
             writer.add_weights(HEAD, {"head": source.head()})
-        manifest = writer.finish(name, config, weights, entry)
+        exits = shipped(model_id(config, writer.files))
+        for one, data in exits:
+            writer.add(one.file, [data])
+        manifest = writer.finish(name, config, weights, entry, tuple(one for one, _ in exits))
         if progress:
             progress("done", total, total)
         return manifest

@@ -79,12 +79,17 @@ def _bundle(console: Console) -> Path:
     from isthmus.protocol.errors import BundleError
     from isthmus.split.bundle import Bundle
     from isthmus.split.checkpoints import open_checkpoint
+    from isthmus.split.exit_writer import put_exits
     from isthmus.split.fetch import cache_folder, fetch
+    from isthmus.split.heads import shipped
     from isthmus.split.writer import write_bundle
 
     folder = cache_folder().parent / "bundles" / MODEL
     try:
-        if Bundle.open(folder).whole:
+        found = Bundle.open(folder)
+        if found.whole:
+            if not found.exits and (exits := shipped(found.model_id)):
+                put_exits(folder, found.model_id, exits)  # split before they came with the package
             return folder
     except BundleError:
         pass  # absent, or left by another version: written anew

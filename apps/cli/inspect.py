@@ -33,6 +33,8 @@ def command(
 
 def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
     """A bundle as plain JSON types; of weight files only the headers are read."""
+    import msgspec
+
     from isthmus.split.tensorfile import TensorFile
 
     files: list[dict[str, Any]] = []
@@ -54,6 +56,14 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
         "bytes": sum(entry.bytes for entry in bundle.manifest.files.values()),
         "bytes_here": sum(file["bytes"] for file in files if file["here"]),
         "verified": verified,
+        "exits": [
+            {
+                **msgspec.to_builtins(entry),
+                "here": bundle.holds(entry.file),
+                "read_bytes": bundle.manifest.exit_bytes(entry.layer),
+            }
+            for entry in bundle.exits
+        ],
         "chat_template": bundle.manifest.tokenizer.chat_template is not None,
         "files": files,
     }
@@ -79,6 +89,8 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(f"tokens   vocabulary {c['vocab_size']}, context {c['context_length']}, head {head}{sliding}")
     here, whole = facts["bytes_here"] / 1e6, facts["bytes"] / 1e6
     console.print(f"here     {facts['layers_here']} of {c['n_layers']} layers, {here:.1f} of {whole:.1f} MB")
+    for entry in facts["exits"]:
+        console.print(_exit(entry))
     if facts["verified"]:
         console.print("hashes   all files here are what the bundle says")
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -91,3 +103,22 @@ def _print(facts: dict[str, Any]) -> None:
         state = " ".join(file["formats"]) if file["here"] else "not here"
         table.add_row(escape(file["name"]), f"{file['bytes']:,}", state, file["sha256"][:16], style=style)
     console.print(table)
+
+
+def _exit(entry: dict[str, Any]) -> str:
+    """An exit and its certificate."""
+    import msgspec
+
+    from isthmus.apps.cli.exits import certificate_text
+    from isthmus.split.certificate import Certificate
+
+    agrees, names = entry["agreement"], f"{entry['head_tokens']} tokens" if entry["head_tokens"] else "all tokens"
+    certificate = entry["certificate"]
+    promise = (
+        certificate_text(msgspec.convert(certificate, Certificate))
+        if certificate
+        else "no certificate: it drafts, but never emits (isthmus exits calibrate)"
+    )
+    agreed = f"{agrees['documents']:.1%} of documents, {agrees['answers']:.1%} of own answers"
+    reads = f"reads {entry['read_bytes'] / 1e6:.1f} MB a token"
+    return f"exit     before layer {entry['layer']}, names {names}, {reads}; agrees on {agreed}\n         {promise}"

@@ -15,13 +15,16 @@ from isthmus.engine import KvConfig  # noqa: E402
 from isthmus.engine import open_part as open_engine_part  # noqa: E402
 from isthmus.engine.part import Part, Rows, Want  # noqa: E402
 from isthmus.protocol.errors import BundleError, ModelError  # noqa: E402
+from isthmus.split.exit_scores import ExitScores  # noqa: E402
 from isthmus.split.exit_states import Sample, States, questions, read_texts  # noqa: E402
 from isthmus.split.exit_training import (  # noqa: E402
     ExitHead,
     Recipe,
     Teacher,
     agreement,
+    channels,
     foresee,
+    frequent_tokens,
     least_squares,
     train,
 )
@@ -215,3 +218,79 @@ def test_an_exit_stands_before_a_layer_that_is_there() -> None:
             ExitSource(MODEL, layer, weights)
     with pytest.raises(BundleError, match=r"open it as layers \[2, 3\)"):
         ExitSource(MODEL, 2, weights).layer(1)
+
+
+def test_a_training_that_was_stopped_goes_on_where_it_ended(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.split.exit_training.KEPT_STEPS", 2)
+    states, whole = trained
+    every, teacher, kept = list(range(40)), Teacher(MODEL), tmp_path / "work" / "t.pt"
+
+    def stop(done: int, *_: object) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(states, every, 2, teacher, SHORT, stop, kept)
+    steps: list[int] = []
+    head = train(states, every, 2, teacher, SHORT, lambda done, *_: steps.append(done), kept)
+    assert steps[0] == 5 and len(steps) > 1
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), whole.parameters(), strict=True))
+    steps.clear()
+    again = train(states, every, 2, teacher, SHORT, lambda done, *_: steps.append(done), kept)
+    assert steps == []
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a zip", b"\x80\x02]q."])
+def test_a_kept_training_that_is_damaged_or_another_is_made_anew(
+    damage: bytes, trained: Trained, tmp_path: Path
+) -> None:
+    states, whole = trained
+    every, teacher, kept = list(range(40)), Teacher(MODEL), tmp_path / "t.pt"
+    kept.write_bytes(damage)
+    steps: list[int] = []
+    head = train(states, every, 2, teacher, SHORT, lambda done, *_: steps.append(done), kept)
+    assert steps[0] == 1
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), whole.parameters(), strict=True))
+    other = Recipe(d_ff=48, epochs=2, batch_tokens=256, warmup=2, seed=1)
+    steps.clear()
+    train(states, every, 2, teacher, other, lambda done, *_: steps.append(done), kept)
+    assert steps[0] == 1
+
+
+def test_channels_are_those_of_the_states(trained: Trained) -> None:
+    states, _ = trained
+    mean, spread = channels(states, list(range(40)), 2)
+    every = np.concatenate([states.before(2, index)[1:].astype(np.float64) for index in range(40)])
+    np.testing.assert_allclose(mean, every.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(spread, every.std(axis=0), rtol=1e-4)
+
+
+def test_frequent_tokens_are_the_most_frequent_choices(trained: Trained) -> None:
+    states, _ = trained
+    choices = np.concatenate([states.choices(index) for index in range(40)])
+    found = frequent_tokens(states, list(range(40)), 5)
+    counts = np.bincount(choices)
+    assert len(set(found.tolist())) == 5 and counts[found].tolist() == sorted(counts.tolist())[-1:-6:-1]
+
+
+@pytest.mark.parametrize("count", [0, 60])
+def test_scores_are_what_the_head_foresees(count: int, trained: Trained, part: Part, tmp_path: Path) -> None:
+    _, head = trained
+    given = [Sample(list(range(30)), 12), Sample(list(range(50, 90)))]
+    states = States(tmp_path / "s", given, [2], WIDTH, "aa")
+    states.collect(part)
+    teacher, tokens = Teacher(MODEL), None
+    if count:
+        tokens = np.sort(frequent_tokens(trained[0], list(range(40)), count)).astype(np.int32)
+        teacher.head = teacher.head[torch.from_numpy(tokens).long()]
+    with ExitScores(ExitSource(MODEL, 2, head.weights("f32"), tokens), 2, states) as scores:
+        for index, end in ((0, 18), (1, 40)):  # of answers only what stands in them
+            said, wanted = scores.along(index), foresee(head, states, index, 2, teacher)
+            named = wanted.tokens if tokens is None else tokens[wanted.tokens]
+            start = max(0, given[index].answer - 1)
+            assert len(said.right) == end
+            np.testing.assert_allclose(said.confidence, wanted.confidence[:end], rtol=2e-3)
+            assert np.mean(said.right == (named[:end] == states.choices(index)[start : start + end])) > 0.95

@@ -52,6 +52,9 @@ def test_wheel_holds_every_module_and_nothing_else(built: tuple[list[str], zipfi
     for package, folder in FOLDERS.items():
         expected |= {f"{package.replace('.', '/')}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         expected.add(f"{package.replace('.', '/')}/py.typed")
+    heads = [path for path in (ROOT / "split" / "heads").glob("*/*") if path.is_file()]
+    expected |= {f"isthmus/{path.relative_to(ROOT)}" for path in heads}
+    assert sum(path.stat().st_size for path in heads) <= 8_000_000
     assert {name for name in built[1].namelist() if ".dist-info/" not in name} == expected
 
 

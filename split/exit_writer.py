@@ -1,0 +1,117 @@
+"""Puts exits into a bundle that is there already; whoever is killed meanwhile leaves a bundle that opens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.protocol.errors import BundleError
+from isthmus.split.bundle import MANIFEST_FILE, Bundle
+from isthmus.split.certificate import Certificate
+from isthmus.split.exit_entry import ExitEntry
+from isthmus.split.exits import HEAD_TOKENS, MODEL_ID
+from isthmus.split.files import PARTIAL, locked
+from isthmus.split.manifest import FileEntry, Manifest
+from isthmus.split.roles import Weights
+from isthmus.split.tensorfile import encode
+
+
+def exit_bytes(model_id: str, weights: Weights, head_tokens: NDArray[np.int32] | None) -> bytes:
+    """An exit's file.
+
+    Args:
+        model_id: of the model that it was trained for.
+        weights: see `exits.ExitSource`.
+    """
+    arrays = dict(weights) if head_tokens is None else {**weights, HEAD_TOKENS: head_tokens}
+    return b"".join(encode(arrays, {MODEL_ID: model_id}))
+
+
+def put_exits(path: Path, model_id: str, exits: Sequence[tuple[ExitEntry, bytes]]) -> Manifest:
+    """Writes exits into a bundle, in place of those before the same layers.
+
+    Args:
+        model_id: of the bundle for which they were trained.
+        exits: what is said of each, and its file. One that is there already keeps its certificate.
+
+    Raises:
+        BundleError: the bundle is another model's, another process writes to it, or it cannot be written.
+    """
+
+    def change(bundle: Bundle) -> Manifest:
+        if bundle.model_id != model_id:
+            problem = f"the exits were trained for the model {model_id}, and {path} holds {bundle.model_id}"
+            raise BundleError(problem, "train exits for this bundle: isthmus exits train")
+        files, old = dict(bundle.manifest.files), bundle.manifest
+        for entry, data in exits:
+            files[entry.file] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        certified = {one.file: one.certificate for one in old.exits if files[one.file] == old.files[one.file]}
+        replaced = {entry.layer for entry, _ in exits}
+        kept = tuple(entry for entry in old.exits if entry.layer not in replaced)
+        if len(kept) < len(old.exits):  # a file is not replaced while bundle.json has its hash
+            listed = {name: entry for name, entry in old.files.items() if name not in {e.file for e, _ in exits}}
+            _write(path / MANIFEST_FILE, msgspec.structs.replace(old, files=listed, exits=kept).encode())
+        new = [
+            msgspec.structs.replace(entry, certificate=entry.certificate or certified.get(entry.file))
+            for entry, _ in exits
+        ]
+        entries = tuple(sorted([*kept, *new], key=lambda entry: entry.layer))
+        manifest = msgspec.structs.replace(old, files=files, exits=entries)
+        Manifest.parse(manifest.encode())
+        for entry, data in exits:
+            _write(path / entry.file, data)
+        return manifest
+
+    return _changed(path, change)
+
+
+def put_certificates(path: Path, certificates: Mapping[int, Certificate | None]) -> Manifest:
+    """Writes the certificates of exits into a bundle, by layer; None takes one away.
+
+    Raises:
+        BundleError: there is no such exit, it has other weights by now, or the bundle cannot be written.
+    """
+
+    def change(bundle: Bundle) -> Manifest:
+        old = bundle.manifest
+        for layer in certificates:
+            old.exit(layer)
+        entries = tuple(
+            msgspec.structs.replace(entry, certificate=certificates[entry.layer])
+            if entry.layer in certificates
+            else entry
+            for entry in old.exits
+        )
+        return msgspec.structs.replace(old, exits=entries)
+
+    return _changed(path, change)
+
+
+def _changed(path: Path, change: Callable[[Bundle], Manifest]) -> Manifest:
+    try:
+        with locked(path):
+            manifest = change(Bundle.open(path))
+            data = manifest.encode()
+            Manifest.parse(data)
+            _write(path / MANIFEST_FILE, data)
+    except BlockingIOError as error:
+        raise BundleError(f"another process writes to {path}", "wait until it is done") from error
+    except OSError as error:
+        raise BundleError(f"cannot write to {path}: {error.strerror}", "free some space, or copy the bundle") from error
+    return manifest
+
+
+def _write(target: Path, data: bytes) -> None:
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(target.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
