@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from isthmus.edge.figures import (
     CloudFigures,
     CodecFigures,
-    DeviceFigures,
     DraftFigures,
     ExitFigures,
     Figures,
@@ -108,171 +107,163 @@ def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candida
     The first three and the synchronous round are those of CE-CoLLM (2411.02829) and speculative decoding (2211.17192);
     a pipelined mismatch lies in the middle of its block in the mean, so half a block is drafted before it is sent.
     """
-    found = [_local(figures, standing)]
-    if figures.cloud is not None and figures.link is not None:
-        found += _Priced(figures.device, figures.cloud, figures.link, standing).all(figures)
     pace = dict(figures.pace)
-    return [_judged(one, figures, wish, standing, pace.get(one.mode, 1.0)) for one in found]
+    found = [_local(figures, wish, standing, pace.get("local", 1.0))]
+    if figures.cloud is not None and figures.link is not None:
+        found += _Priced(figures, figures.cloud, figures.link, wish, standing, pace).all()
+    return found
 
 
-def _judged(one: Candidate, figures: Figures, wish: Wish, standing: Standing, pace: float) -> Candidate:
-    ms = one.ms_per_token * pace
-    setup = one.setup_ms
-    if one.mode != "local" and figures.link is not None:
-        setup += figures.link.silent_ms  # what has lasted so long lasts as long again
-    total = setup + ms * max(1, standing.remaining)
-    return replace(
-        one, ms_per_token=ms, setup_ms=setup, total_ms=total, why_not=one.why_not or _why_not(one, figures, wish)
-    )
-
-
-def _why_not(one: Candidate, figures: Figures, wish: Wish) -> str:
+def _local(figures: Figures, wish: Wish, standing: Standing, pace: float) -> Candidate:
     device, cloud, link = figures.device, figures.cloud, figures.link
-    if one.mode == "local":
-        if not device.whole:
-            return f"the device holds {device.held} of {device.n_layers} layers"
-        answers = wish.prefer != "privacy" and cloud is not None and link is not None and link.up
-        if answers and cloud is not None and not cloud.same_model and wish.max_disagreement < 1:
-            return "the cloud's model is another one"
-        return ""
-    if wish.prefer == "privacy":
-        return "nothing may be sent"
-    if link is None or not link.up:
-        return "the cloud does not answer"
-    if one.cut > device.held:
-        return f"the device holds {device.held} of {device.n_layers} layers"
-    if one.mode in ("split", "exit"):
-        if cloud is not None and not cloud.same_model:
-            return "the cloud's model is another one"
-        lost = _disagreement(one, figures)
-        if lost > wish.max_disagreement:
-            return f"{100 * lost:.3g} % of tokens may differ"
-    return ""
-
-
-def _disagreement(one: Candidate, figures: Figures) -> float:
-    if one.mode == "exit":
-        same = (e for e in figures.exits if (e.layer, e.threshold, e.codec) == (one.cut, one.threshold, one.codec))
-        return next(e.disagreement for e in same)
-    return next(codec.disagreement for codec in figures.codecs if codec.name == one.codec)
-
-
-def _local(figures: Figures, standing: Standing) -> Candidate:
-    device = figures.device
     rows = _missing(standing.device_missing, device.n_layers)
     current = standing.current is not None and standing.current.mode == "local"
-    setup = 0.0 if current else device.prefill(max(0, rows - 1), device.n_layers)
-    return Candidate("local", ms_per_token=device.token_ms, setup_ms=setup)
+    setup = 0.0 if current else device.prefill(max(0.0, rows - 1), device.n_layers)
+    ms = pace * device.token_ms
+    why_not = ""
+    if not device.whole:
+        why_not = f"the device holds {device.held} of {device.n_layers} layers"
+    elif wish.prefer != "privacy" and cloud is not None and link is not None and link.up:
+        why_not = "" if cloud.same_model or wish.max_disagreement >= 1 else "the cloud's model is another one"
+    total = setup + ms * max(1, standing.remaining)
+    return Candidate("local", ms_per_token=ms, setup_ms=setup, total_ms=total, why_not=why_not)
 
 
-@dataclass(frozen=True, slots=True)
 class _Priced:
-    device: DeviceFigures
-    cloud: CloudFigures
-    link: LinkFigures
-    standing: Standing
+    """Ways that need the cloud, priced."""
 
-    def all(self, figures: Figures) -> Iterator[Candidate]:
+    def __init__(
+        self,
+        figures: Figures,
+        cloud: CloudFigures,
+        link: LinkFigures,
+        wish: Wish,
+        standing: Standing,
+        pace: Mapping[str, float],
+    ) -> None:
+        self._figures, self._device, self._cloud, self._link = figures, figures.device, cloud, link
+        self._wish, self._standing, self._pace = wish, standing, pace
+        self._current = standing.current.key if standing.current is not None else None
+        self._trip_ms = link.expected_trip_ms + cloud.queue_ms
+        rows = standing.cloud_missing
+        self._tokens_ms = rows * TOKEN_BYTES * 8e3 / link.up_bps + cloud.prefill(max(0, rows - 1))
+        self._never = ""
+        if wish.prefer == "privacy":
+            self._never = "nothing may be sent"
+        elif not link.up:
+            self._never = "the cloud does not answer"
+
+    def all(self) -> Iterator[Candidate]:
+        figures, device = self._figures, self._device
         yield self.stream()
-        exact = [codec for codec in figures.codecs if codec.name != "coded"]
         codecs = {codec.name: codec for codec in figures.codecs}
-        for cut in sorted({exit.layer for exit in figures.exits} | {self.device.held}):
-            if 0 < cut < self.device.n_layers:
-                yield from (self.split(cut, codec) for codec in exact)
+        for cut in sorted({exit.layer for exit in figures.exits} | {device.held}):
+            if 0 < cut < device.n_layers:
+                yield from (self.split(cut, codec) for codec in figures.codecs if codec.name != "coded")
         yield from (self.exit(one, codecs[one.codec]) for one in figures.exits if one.codec in codecs)
         for drafts in figures.drafts:
+            setup = self._draft_ms(drafts)
             for g, tokens in drafts.tokens_a_round:
-                yield self.verify(drafts, g, tokens)
+                yield self.verify(drafts, g, tokens, setup)
                 if drafts.source != "ngram":
-                    yield self.pipelined(drafts, g)
+                    yield self.pipelined(drafts, g, setup)
 
     def stream(self) -> Candidate:
-        on_wire = (NEWS_BYTES + MESSAGE_BYTES) * 8e3 / self.link.down_low_bps
-        step = self.cloud.step(1)
-        return self._begun(
-            Candidate("stream", ms_per_token=max(step + self.cloud.queue_ms, on_wire), cloud_ms=step),
-            self._tokens_ms() + self.link.expected_trip_ms,
-        )
+        on_wire = (NEWS_BYTES + MESSAGE_BYTES) * 8e3 / self._link.down_low_bps
+        step = self._cloud.step(1)
+        setup = self._tokens_ms + self._link.expected_trip_ms
+        return self._priced("stream", max(step + self._cloud.queue_ms, on_wire), step, setup)
 
     def split(self, cut: int, codec: CodecFigures) -> Candidate:
-        rest = self.cloud.rest(cut)
-        ms = self.device.through(cut) + self.device.codec_ms + self._trip(codec.row_bytes) + rest
-        return self._begun(
-            Candidate("split", cut, codec.name, ms_per_token=ms, cloud_ms=rest), self._hidden_ms(cut, codec)
-        )
+        rest = self._cloud.rest(cut)
+        ms = self._device.through(cut) + self._device.codec_ms + self._trip(codec.row_bytes) + rest
+        setup = self._hidden_ms(cut, codec)
+        return self._priced("split", ms, rest, setup, cut, codec.name, lost=codec.disagreement)
 
     def exit(self, one: ExitFigures, codec: CodecFigures) -> Candidate:
         asked = 1.0 - one.emitted
-        rest = self.cloud.rest(one.layer, round(1.0 / max(asked, 1e-2)))
-        chain = self.device.drafted(one.layer) + self.device.codec_ms + asked * (self._trip(codec.row_bytes) + rest)
-        on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self.link.up_bps
-        return self._begun(
-            Candidate(
-                "exit", one.layer, codec.name, one.threshold, ms_per_token=max(chain, on_wire), cloud_ms=asked * rest
-            ),
-            self._hidden_ms(one.layer, codec),
+        rest = self._cloud.rest(one.layer, round(1.0 / max(asked, 1e-2)))
+        chain = self._device.drafted(one.layer) + self._device.codec_ms + asked * (self._trip(codec.row_bytes) + rest)
+        on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
+        setup, ms = self._hidden_ms(one.layer, codec), max(chain, on_wire)
+        return self._priced(
+            "exit", ms, asked * rest, setup, one.layer, codec.name, threshold=one.threshold, lost=one.disagreement
         )
 
-    def verify(self, drafts: DraftFigures, g: int, tokens: float) -> Candidate:
-        rows = between(drafts.rows_a_round, g)
-        check = between(self.cloud.rows_ms, 1) if rows <= 1 else _at(self.cloud, rows)
-        ms = (g * drafts.draft_ms + self._trip(TOKEN_BYTES * g) + check) / max(1.0, tokens)
-        return self._begun(
-            Candidate(
-                "verify",
-                drafts.layer,
-                source=drafts.source,
-                draft_tokens=g,
-                ms_per_token=ms,
-                cloud_ms=check / max(1.0, tokens),
-            ),
-            self._draft_ms(drafts),
-        )
+    def verify(self, drafts: DraftFigures, g: int, tokens: float, setup: float) -> Candidate:
+        tokens = max(1.0, tokens)
+        check = self._check(between(drafts.rows_a_round, g))
+        ms = (g * drafts.draft_ms + self._trip(TOKEN_BYTES * g) + check) / tokens
+        return self._priced("verify", ms, check / tokens, setup, drafts.layer, source=drafts.source, drafted=g)
 
-    def pipelined(self, drafts: DraftFigures, g: int) -> Candidate:
-        a, draft, check = drafts.accepted, drafts.draft_ms, _at(self.cloud, g)
+    def pipelined(self, drafts: DraftFigures, g: int, setup: float) -> Candidate:
+        a, draft, check = drafts.accepted, drafts.draft_ms, self._check(g)
         ms = a * draft + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 1) / 2)
-        one = Candidate(
+        slow = "the cloud checks more slowly than drafts are made" if check > g * draft else ""
+        return self._priced(
             "verify",
+            ms,
+            check * (a / g + (1 - a)),
+            setup,
             drafts.layer,
             source=drafts.source,
-            draft_tokens=g,
+            drafted=g,
             depth=DEPTH,
-            ms_per_token=ms,
-            cloud_ms=check * (a / g + (1 - a)),
+            why_not=slow,
         )
-        if check > g * draft:
-            one = replace(one, why_not="the cloud checks more slowly than drafts are made")
-        return self._begun(one, self._draft_ms(drafts))
 
-    def _begun(self, one: Candidate, setup_ms: float) -> Candidate:
-        current = self.standing.current
-        return replace(one, setup_ms=0.0 if current is not None and current.key == one.key else setup_ms)
+    def _priced(
+        self,
+        mode: Way,
+        ms: float,
+        cloud_ms: float,
+        setup: float,
+        cut: int = 0,
+        codec: str = "",
+        *,
+        threshold: float = 0.0,
+        source: str = "",
+        drafted: int = 0,
+        depth: int = 1,
+        lost: float = 0.0,
+        why_not: str = "",
+    ) -> Candidate:
+        if self._current == (mode, cut, codec, source, drafted, depth > 1):
+            setup = 0.0
+        setup += self._link.silent_ms  # what has lasted so long lasts as long again
+        ms *= self._pace.get(mode, 1.0)
+        total = setup + ms * max(1, self._standing.remaining)
+        why_not = self._never or self._why_not(mode, cut, lost) or why_not
+        return Candidate(mode, cut, codec, threshold, source, drafted, depth, ms, setup, total, cloud_ms, why_not)
+
+    def _why_not(self, mode: Way, cut: int, lost: float) -> str:
+        device = self._device
+        if cut > device.held:
+            return f"the device holds {device.held} of {device.n_layers} layers"
+        if mode in ("split", "exit") and not self._cloud.same_model:
+            return "the cloud's model is another one"
+        return f"{100 * lost:.3g} % of tokens may differ" if lost > self._wish.max_disagreement else ""
+
+    def _check(self, rows: float) -> float:
+        low = int(rows)
+        ms = self._cloud.step(low)
+        return ms if rows == low else ms + (self._cloud.step(low + 1) - ms) * (rows - low)
 
     def _trip(self, row_bytes: float) -> float:
-        over = max(0.0, row_bytes + MESSAGE_BYTES - SEGMENT_BYTES)
-        return self.link.expected_trip_ms + over * 8e3 / self.link.up_bps + self.cloud.queue_ms
-
-    def _tokens_ms(self) -> float:
-        rows = self.standing.cloud_missing
-        return rows * TOKEN_BYTES * 8e3 / self.link.up_bps + self.cloud.prefill(max(0, rows - 1))
+        over = row_bytes + MESSAGE_BYTES - SEGMENT_BYTES
+        return self._trip_ms + over * 8e3 / self._link.up_bps if over > 0 else self._trip_ms
 
     def _hidden_ms(self, cut: int, codec: CodecFigures) -> float:
-        rows = max(0.0, _missing(self.standing.hidden_missing, cut) - 1)
+        rows = max(0.0, _missing(self._standing.hidden_missing, cut) - 1)
         # A state that was not kept is computed again together with all before it that the cloud lacks.
-        device = self.device.prefill(max(rows, _missing(self.standing.device_missing, cut) - 1), cut)
-        upload = rows * codec.row_bytes * 8e3 / self.link.up_bps
-        return max(device, upload) + self.cloud.prefill(rows, cut)
+        device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
+        upload = rows * codec.row_bytes * 8e3 / self._link.up_bps
+        return max(device, upload) + self._cloud.prefill(rows, cut)
 
     def _draft_ms(self, drafts: DraftFigures) -> float:
-        rows = max(0.0, _missing(self.standing.device_missing, drafts.layer) - 1) if drafts.layer else 0.0
-        return max(self._tokens_ms(), self.device.prefill(rows, drafts.layer))
+        rows = max(0.0, _missing(self._standing.device_missing, drafts.layer) - 1) if drafts.layer else 0.0
+        return max(self._tokens_ms, self._device.prefill(rows, drafts.layer))
 
 
 def _missing(points: Points, layer: int) -> float:
-    return dict(points).get(layer, 0.0)
-
-
-def _at(cloud: CloudFigures, rows: float) -> float:
-    low = int(rows)
-    return cloud.step(low) + (cloud.step(low + 1) - cloud.step(low)) * (rows - low)
+    return next((rows for at, rows in points if at == layer), 0.0)

@@ -52,7 +52,8 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     else:
         best, rivals = first, allowed
     current = standing.current
-    held = next((one for one in rivals if current is not None and one.key == current.key), None)
+    same = [one for one in rivals if current is not None and one.key == current.key]
+    held = min(same, key=lambda one: one.total_ms, default=None)
     if held is not None and held.key != best.key and not _worth(held, best, wish):
         return Plan(
             held, weighed, f"{held.name} goes on: {best.name} would save less than {MARGIN:.0%} of what remains"
