@@ -101,11 +101,12 @@ def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candida
         stream      max(t_cloud, bytes / downlink)
         split       t(k) + codec + R + t_rest(k)
         exit        max(t(k) + t_exit + codec + (1 - c) (R + t_rest(k, 1 / (1 - c) rows)), bytes / uplink)
-        verify      (g t_d + R + t_v(rows)) / E
-        pipelined   a t_d + (1 - a) (R + t_v(g) + t_d (g + 1) / 2), where t_v(g) <= g t_d
+        verify      (g t_d + a^g t_row + R + t_v(rows)) / E
+        pipelined   a t_d + (1 - a) (R + t_v(g) + t_d (g + 2) / 2), where t_v(g) <= g t_d
 
     The first three and the synchronous round are those of CE-CoLLM (2411.02829) and speculative decoding (2211.17192);
-    a pipelined mismatch lies in the middle of its block in the mean, so half a block is drafted before it is sent.
+    where all drafts are taken, the device has a row t_row more to compute. In a pipe a mismatch lies in the middle of
+    its block in the mean, so half a block is drafted before it is sent, and its answer comes in the middle of a draft.
     """
     pace = dict(figures.pace)
     found = [_local(figures, wish, standing, pace.get("local", 1.0))]
@@ -193,12 +194,13 @@ class _Priced:
     def verify(self, drafts: DraftFigures, g: int, tokens: float, setup: float) -> Candidate:
         tokens = max(1.0, tokens)
         check = self._check(between(drafts.rows_a_round, g))
-        ms = (g * drafts.draft_ms + self._trip(TOKEN_BYTES * g) + check) / tokens
+        more = drafts.accepted**g * self._device.prefill(1, drafts.layer)
+        ms = (g * drafts.draft_ms + more + self._trip(TOKEN_BYTES * g) + check) / tokens
         return self._priced("verify", ms, check / tokens, setup, drafts.layer, source=drafts.source, drafted=g)
 
     def pipelined(self, drafts: DraftFigures, g: int, setup: float) -> Candidate:
         a, draft, check = drafts.accepted, drafts.draft_ms, self._check(g)
-        ms = a * draft + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 1) / 2)
+        ms = a * draft + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 2) / 2)
         slow = "the cloud checks more slowly than drafts are made" if check > g * draft else ""
         return self._priced(
             "verify",

@@ -38,10 +38,20 @@ class Cloud:
 
 @dataclass
 class Sight:
-    """What a device makes of what it sees: nothing, in a fixed mode."""
+    """What a device makes of what it sees, from one answer to the next: nothing, in a fixed mode.
+
+    Attributes:
+        pings: when those that are not answered were sent, by tag.
+        last_ping, last_trip: when a ping was sent, and when the link's trip was last seen, in ns.
+        tags: questions so far.
+    """
 
     estimator: Estimator | None = None
     patience: Patience | None = None
+    pings: dict[int, int] = field(default_factory=dict)
+    last_ping: int = -(10**12)
+    last_trip: int = -(10**12)
+    tags: int = 0
 
 
 class Conversation:
@@ -74,9 +84,6 @@ class Conversation:
         self.made = self.wrong = 0
         self.filled: dict[int, int] = {}
         self.sent: dict[int, int] = {}
-        self._tags = 0
-        self._pings: dict[int, int] = {}
-        self.last_ping = self.last_trip = -(10**12)
 
     @property
     def total(self) -> int:
@@ -95,8 +102,8 @@ class Conversation:
 
     def tag(self) -> int:
         """A new question's mark."""
-        self._tags += 1
-        return self._tags
+        self.sight.tags += 1
+        return self.sight.tags
 
     def emit(self, count: int) -> None:
         """The user gets tokens."""
@@ -129,12 +136,12 @@ class Conversation:
         inbox, estimator = self.world.inbox, self.sight.estimator
         while inbox:
             note = inbox.popleft()
-            sent = self._pings.pop(note.tag, None)
+            sent = self.sight.pings.pop(note.tag, None)
             if sent is None:
                 return note
             if estimator:
                 estimator.link.trip(self.now_s, (self.world.now - sent) / MS)
-                self.last_trip = self.world.now
+                self.sight.last_trip = self.world.now
         return None
 
     def await_note(self, wanted: Callable[[Note], bool], late_after_ms: float) -> Note:
@@ -162,16 +169,16 @@ class Conversation:
 
     def ping(self, every_ms: float) -> None:
         """Asks the cloud for nothing but an answer, unless the trip is known from lately or still asked for."""
-        last = max(self.last_ping, self.last_trip)
-        if self.sight.estimator is None or self._pings or self.world.now - last < every_ms * MS:
+        last = max(self.sight.last_ping, self.sight.last_trip)
+        if self.sight.estimator is None or self.sight.pings or self.world.now - last < every_ms * MS:
             return
         tag = self.tag()
-        self.last_ping = self._pings[tag] = self.world.now
+        self.sight.last_ping = self.sight.pings[tag] = self.world.now
         self.lay(20, lambda: self.reply(tag, 0, 20))
 
     def silence(self, usual_ms: float) -> float:
         """For how many ms more than is usual a ping has not been answered."""
-        oldest = min(self._pings.values(), default=self.world.now)
+        oldest = min(self.sight.pings.values(), default=self.world.now)
         return max(0.0, (self.world.now - oldest) / MS - usual_ms)
 
     def tell_trip(self, asked_ns: int, note: Note, size: float) -> None:
@@ -182,7 +189,7 @@ class Conversation:
         ms = (self.world.now - asked_ns) / MS - note.took_ms
         if size < BULK_BYTES:
             estimator.link.trip(self.now_s, ms)
-            self.last_trip = self.world.now
+            self.sight.last_trip = self.world.now
         else:
             trip = estimator.link.figures(self.now_s).trip_ms
             estimator.link.moved("up", self.now_s, size, max(ms - trip, 1.0))

@@ -23,6 +23,7 @@ from isthmus.edge.policy import decide
 DECIDE_MS = 50.0  # between two decisions at least
 PING_MS = 500.0  # of a link that is not otherwise measured
 GREETINGS = 4  # trips that opening a connection has shown before the first question
+BULK = 9000  # bytes each way that it moves to see the link's rate
 CODECS = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003), CodecFigures("coded", 384, 0.0))
 LENGTHS = (1, 2, 3, 4, 6)
 
@@ -133,7 +134,8 @@ def fixed_modes(point: Point, wish: Wish) -> list[Candidate]:
     """Every way of working that the wish allows at a point."""
     from isthmus.edge.costs import Standing
 
-    link = LinkFigures(point.link.rtt_ms, point.link.rtt_ms, 1e6, 1e6, 1e6, 1e6)
+    trip, up, down = point.link.rtt_ms, point.link.up_bps or 1e9, point.link.down_bps or 1e9
+    link = LinkFigures(trip, trip, up, down, up, down)
     found = candidates(replace(point.figures, link=link), wish, Standing(100))
     return [one for one in found if not one.why_not]
 
@@ -166,8 +168,8 @@ class _Game:
         self._greet(self._estimator or Estimator(self._point.figures))
         begin = self._world.now
         tokens = wrong = 0
+        sight = Sight(self._estimator, self._impatient if self._wish is not None else None)
         for answer in self._window.answers:
-            patience = self._impatient if self._wish is not None else None
             self._talk = Conversation(
                 self._world,
                 self._ways,
@@ -175,10 +177,9 @@ class _Game:
                 self._point.device,
                 self._point.cloud,
                 answer,
-                Sight(self._estimator, patience),
+                sight,
             )
             self._player = None
-            self._world.inbox.clear()
             if self._wish is not None:
                 self._choice = None
                 self._answer_auto()
@@ -200,6 +201,11 @@ class _Game:
         for _ in range(GREETINGS):
             there = down.send(up.send(at, 150), 150)
             estimator.link.trip(there / 1e9, (there - at) / MS)
+            at = there
+        for size_up, size_down, way in ((BULK, 150, "up"), (150, BULK, "down")):
+            there = down.send(up.send(at, size_up), size_down)
+            trip = estimator.link.figures(there / 1e9).trip_ms
+            estimator.link.moved("up" if way == "up" else "down", there / 1e9, BULK, max((there - at) / MS - trip, 1.0))
             at = there
         self._world.now = at
 
