@@ -20,7 +20,8 @@ from isthmus.edge.figures import (
 Direction = Literal["up", "down"]
 SPAN_S = 20.0  # how long an observation of the link counts
 TRIPS, MOVES = 48, 12  # observations kept at most
-RECENT = 3  # trips that may make the link worse at once; to make it better takes the whole window
+RECENT = 6  # trips that may make the link worse at once; to make it better takes the whole window
+QUEUE_SPAN_S, QUEUED = 5.0, 9
 START_BPS = 1e6  # of a link over which nothing was moved yet
 BULK_BYTES = 3000  # fewer bytes tell of delay, not of rate
 TRUST = 60.0  # tokens that a calibration counts like
@@ -145,24 +146,27 @@ class Estimator:
         self._known = known
         self.link = LinkEstimator(trip_ms)
         self._device = self._cloud = 1.0
-        self._queue_ms = known.cloud.queue_ms if known.cloud else 0.0
+        self._queued = Window(QUEUE_SPAN_S, QUEUED)
         self._emitted = {(one.layer, one.threshold): Share(one.emitted) for one in known.exits}
         self._accepted = {(one.source, one.layer): Share(one.accepted) for one in known.drafts}
-        self._rounds = {
-            (one.source, one.layer, g): Share(tokens, TRUST / 2, HALF_LIFE / 2)
-            for one in known.drafts
-            for g, tokens in one.tokens_a_round
+        self._expected = {
+            (one.source, one.layer, g): tokens - 1.0 for one in known.drafts for g, tokens in one.tokens_a_round
         }
+        # Tokens taken over those expected, for all lengths at once: else one that is not in use would seem better.
+        self._luck = {(one.source, one.layer): Share(1.0, TRUST / 2) for one in known.drafts}
         self._pace: dict[str, _Pace] = {}
 
     def device_step(self, expected_ms: float, ms: float) -> None:
         """A step of this device that its figures put at `expected_ms`."""
         self._device = _drawn(self._device, expected_ms, ms)
 
-    def cloud_step(self, expected_ms: float, ms: float, queue_ms: float = 0.0) -> None:
-        """A step of the cloud, as it says itself, that its figures put at `expected_ms`."""
+    def cloud_step(self, expected_ms: float, ms: float) -> None:
+        """A step of the cloud, as it says itself and without its queue, that its figures put at `expected_ms`."""
         self._cloud = _drawn(self._cloud, expected_ms, ms)
-        self._queue_ms += 0.2 * (queue_ms - self._queue_ms)
+
+    def queued(self, now_s: float, ms: float) -> None:
+        """How long work waited in the cloud before it began."""
+        self._queued.add(now_s, ms)
 
     def exit(self, layer: int, threshold: float, emitted: bool) -> None:
         """An exit looked at a token."""
@@ -171,8 +175,9 @@ class Estimator:
     def block(self, source: DraftSource, layer: int, g: int, drafted: int, taken: int) -> None:
         """A block of up to g drafts was checked: so many were drafted, so many taken."""
         self._accepted[source, layer].saw(taken, taken + (taken < drafted))
-        if (source, layer, g) in self._rounds:
-            self._rounds[source, layer, g].saw(taken + 1.0, 1.0)
+        expected = self._expected.get((source, layer, g), 0.0)
+        if expected > 0:
+            self._luck[source, layer].saw(taken, expected)
 
     def paced(self, mode: str, now_s: float, predicted_ms: float, ms: float) -> None:
         """Tokens of a mode that its formula put at `predicted_ms` together."""
@@ -184,10 +189,12 @@ class Estimator:
     def figures(self, now_s: float, silent_ms: float = 0.0, up: bool = True) -> Figures:
         """What to decide on now."""
         known = self._known
+        queued = self._queued.values(now_s)
+        queue_ms = statistics.median(queued) if queued else known.cloud.queue_ms if known.cloud else 0.0
         return replace(
             known,
             device=_slower_device(known.device, self._device),
-            cloud=known.cloud and replace(_slower_cloud(known.cloud, self._cloud), queue_ms=self._queue_ms),
+            cloud=known.cloud and replace(_slower_cloud(known.cloud, self._cloud), queue_ms=queue_ms),
             link=self.link.figures(now_s, silent_ms, up) if known.cloud else None,
             exits=tuple(self._exit(one) for one in known.exits),
             drafts=tuple(self._drafts(one) for one in known.drafts),
@@ -198,7 +205,8 @@ class Estimator:
         return replace(one, emitted=self._emitted[one.layer, one.threshold].value)
 
     def _drafts(self, one: DraftFigures) -> DraftFigures:
-        rounds = tuple((g, self._rounds[one.source, one.layer, g].value) for g, _ in one.tokens_a_round)
+        luck = self._luck[one.source, one.layer].value
+        rounds = tuple((g, min(g + 1.0, 1.0 + (tokens - 1.0) * luck)) for g, tokens in one.tokens_a_round)
         return replace(
             one,
             accepted=self._accepted[one.source, one.layer].value,

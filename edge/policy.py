@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from isthmus.edge.costs import Candidate, Standing, candidates
 from isthmus.edge.figures import Figures, Wish
@@ -11,6 +11,7 @@ from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
 
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
+HOPE = 4.0  # times the known uplink that the real one may be
 PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
 
 
@@ -44,6 +45,10 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     allowed = [one for one in weighed if not one.why_not]
     if not allowed:
         raise _nothing(figures, wish, weighed)
+    current = standing.current
+    if current is not None and current.mode != "local" and figures.link is not None and figures.link.silent_ms > 0:
+        # A link that is late is late for every way that needs it: to begin another is to ask again.
+        allowed = [one for one in allowed if one.mode == "local" or one.key == current.key] or allowed
     first = min(allowed, key=lambda one: one.total_ms)
     if wish.prefer == "cloud-cost":
         bearable = [one for one in allowed if one.total_ms <= PATIENCE * first.total_ms]
@@ -51,7 +56,6 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
         rivals = bearable
     else:
         best, rivals = first, allowed
-    current = standing.current
     same = [one for one in rivals if current is not None and one.key == current.key]
     held = min(same, key=lambda one: one.total_ms, default=None)
     if held is not None and held.key != best.key and not _worth(held, best, wish):
@@ -59,6 +63,18 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
             held, weighed, f"{held.name} goes on: {best.name} would save less than {MARGIN:.0%} of what remains"
         )
     return Plan(best, weighed, _reason(best, first, allowed, wish))
+
+
+def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
+    """Whether it pays to measure the uplink: hidden states would travel if it were `HOPE` times as fast."""
+    link, current = figures.link, standing.current
+    if link is None or not link.up or wish.prefer == "privacy" or (current is not None and current.codec):
+        return False
+    fast = replace(figures, link=replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps))
+    try:
+        return bool(decide(fast, wish, standing).choice.codec)
+    except DeviceError:
+        return False
 
 
 def explain(plan: Plan) -> str:

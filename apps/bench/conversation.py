@@ -41,16 +41,17 @@ class Sight:
     """What a device makes of what it sees, from one answer to the next: nothing, in a fixed mode.
 
     Attributes:
-        pings: when those that are not answered were sent, by tag.
-        last_ping, last_trip: when a ping was sent, and when the link's trip was last seen, in ns.
+        pings: when those that are not answered were sent, and their bytes, by tag.
+        last_ping, last_trip, last_probe: when a ping was sent, the trip last seen, the rate last probed, in ns.
         tags: questions so far.
     """
 
     estimator: Estimator | None = None
     patience: Patience | None = None
-    pings: dict[int, int] = field(default_factory=dict)
+    pings: dict[int, tuple[int, int]] = field(default_factory=dict)
     last_ping: int = -(10**12)
     last_trip: int = -(10**12)
+    last_probe: int = 0
     tags: int = 0
 
 
@@ -139,8 +140,11 @@ class Conversation:
             sent = self.sight.pings.pop(note.tag, None)
             if sent is None:
                 return note
-            if estimator:
-                estimator.link.trip(self.now_s, (self.world.now - sent) / MS)
+            asked, size = sent
+            if size >= BULK_BYTES:
+                self.tell_trip(asked, note, size)
+            elif estimator:
+                estimator.link.trip(self.now_s, (self.world.now - asked) / MS)
                 self.sight.last_trip = self.world.now
         return None
 
@@ -172,13 +176,24 @@ class Conversation:
         last = max(self.sight.last_ping, self.sight.last_trip)
         if self.sight.estimator is None or self.sight.pings or self.world.now - last < every_ms * MS:
             return
+        self._ping(20)
+
+    def probe(self, every_ms: float, size: int) -> None:
+        """Asks so with many bytes, to see the uplink's rate."""
+        if self.sight.estimator is None or self.sight.pings or self.world.now - self.sight.last_probe < every_ms * MS:
+            return
+        self.sight.last_probe = self.world.now
+        self._ping(size)
+
+    def _ping(self, size: int) -> None:
         tag = self.tag()
-        self.sight.last_ping = self.sight.pings[tag] = self.world.now
-        self.lay(20, lambda: self.reply(tag, 0, 20))
+        self.sight.last_ping = self.world.now
+        self.sight.pings[tag] = (self.world.now, size)
+        self.lay(size, lambda: self.reply(tag, 0, 20))
 
     def silence(self, usual_ms: float) -> float:
         """For how many ms more than is usual a ping has not been answered."""
-        oldest = min(self.sight.pings.values(), default=self.world.now)
+        oldest = min((sent for sent, _ in self.sight.pings.values()), default=self.world.now)
         return max(0.0, (self.world.now - oldest) / MS - usual_ms)
 
     def tell_trip(self, asked_ns: int, note: Note, size: float) -> None:
@@ -187,6 +202,7 @@ class Conversation:
         if estimator is None:
             return
         ms = (self.world.now - asked_ns) / MS - note.took_ms
+        estimator.queued(self.now_s, note.queue_ms)
         if size < BULK_BYTES:
             estimator.link.trip(self.now_s, ms)
             self.sight.last_trip = self.world.now

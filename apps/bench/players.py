@@ -82,7 +82,7 @@ class Stream:
         if first:
             talk.tell_trip(self._asked_ns, note, TOKEN_BYTES * talk.total)
         if sight is not None:
-            sight.cloud_step(talk.costs.step(1), note.took_ms if not first else talk.costs.step(1), note.queue_ms)
+            sight.queued(talk.now_s, note.queue_ms)
         talk.emit(1)
 
     def stop(self) -> None:

@@ -18,10 +18,11 @@ from isthmus.apps.bench.virtual import Engine, Way, World
 from isthmus.edge.costs import Candidate, candidates
 from isthmus.edge.estimator import Estimator
 from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, Figures, LinkFigures, Wish
-from isthmus.edge.policy import decide
+from isthmus.edge.policy import decide, worth_probing
 
 DECIDE_MS = 50.0  # between two decisions at least
 PING_MS = 500.0  # of a link that is not otherwise measured
+PROBE_MS = 2000.0  # between two measurements of a rate that would change the mode
 GREETINGS = 4  # trips that opening a connection has shown before the first question
 BULK = 9000  # bytes each way that it moves to see the link's rate
 CODECS = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003), CodecFigures("coded", 384, 0.0))
@@ -163,6 +164,7 @@ class _Game:
         self._talk: Conversation
         self._player: Player | None = None
         self._decided = -(10**12)
+        self._curious = False
 
     def play(self) -> Outcome:
         self._greet(self._estimator or Estimator(self._point.figures))
@@ -220,6 +222,8 @@ class _Game:
                 self._round(self._player, self._choice)
             except GaveUp:
                 continue
+            if self._curious:
+                talk.probe(PROBE_MS, BULK)
             talk.ping(PING_MS)
             while self._choice.mode == "local" and talk.take() is not None:
                 pass
@@ -242,6 +246,8 @@ class _Game:
         silent = max(waited_ms, talk.silence(2 * known.trip_high_ms))
         figures = estimator.figures(talk.now_s, silent)
         plan = decide(figures, self._wish, talk.standing(self._choice, self._cuts, talk.left))
+        if self._world.now - talk.sight.last_probe >= PROBE_MS * MS:
+            self._curious = worth_probing(figures, self._wish, talk.standing(plan.choice, self._cuts, talk.left))
         if self._choice is None or plan.choice.key != self._choice.key:
             if self._player is not None:
                 self._switches += 1
