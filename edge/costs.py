@@ -85,10 +85,12 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For people: "exit 20 coded", "verify ngram 4 pipelined"."""
-        parts = [self.mode, str(self.cut or ""), self.codec, self.source, str(self.draft_tokens or "")]
+        """For people: "exit 20 coded at 0.56", "verify ngram x4 pipelined"."""
+        parts = [self.mode, self.source, str(self.cut or ""), self.codec]
+        if self.mode == "exit":
+            parts.append(f"at {self.threshold:.3g}")
         if self.mode == "verify":
-            parts = [self.mode, self.source, str(self.cut or ""), f"x{self.draft_tokens}"]
+            parts.append(f"x{self.draft_tokens}")
         return " ".join([part for part in parts if part] + ["pipelined"] * (self.depth > 1))
 
 

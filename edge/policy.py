@@ -83,7 +83,7 @@ def explain(plan: Plan) -> str:
     width = max(len(one.name) for one in order)
     lines = [plan.reason, "", f"  {'mode':<{width}}  ms/token   first ms  cloud ms/token"]
     for one in order:
-        mark = "*" if one.key == plan.choice.key else " "
+        mark = "*" if one == plan.choice else " "
         line = f"{mark} {one.name:<{width}}  {one.ms_per_token:8.1f}  {one.setup_ms:9.1f}  {one.cloud_ms:14.1f}"
         lines.append(f"{line}  ({one.why_not})" if one.why_not else line)
     return "\n".join(lines)

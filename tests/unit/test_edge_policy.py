@@ -20,7 +20,7 @@ from isthmus.edge.figures import (
     Wish,
     round_of,
 )
-from isthmus.edge.policy import MARGIN, PATIENCE, Situation, choose, decide, explain
+from isthmus.edge.policy import MARGIN, PATIENCE, Situation, choose, decide, explain, worth_probing
 from isthmus.protocol.errors import DeviceError
 
 LAYERS_MS = ((1, 0.25), (20, 5.0), (30, 7.5))
@@ -89,10 +89,8 @@ def test_prices_are_those_of_the_formulas() -> None:
     assert found["split 20 f32"] == pytest.approx(20 + 50 + 3.616 + 8 * (7.5 / 3 + 2))
     drafted = 20 + 1 + 8
     rest_2_rows = 8 * (8.5 / 3 + 2)
-    assert found["exit 20 coded"] in (
-        pytest.approx(drafted + 0.62 * (50 + rest_2_rows)),
-        pytest.approx(drafted + 0.8 * (50 + 8 * (7.5 / 3 + 2))),
-    )
+    assert found["exit 20 coded at 0.8"] == pytest.approx(drafted + 0.62 * (50 + rest_2_rows))
+    assert found["exit 20 coded at 0.95"] == pytest.approx(drafted + 0.8 * (50 + 8 * (7.5 / 3 + 2)))
     assert found["verify exit 20 x2"] == pytest.approx(
         (2 * drafted + 0.53**2 * 16 / 3 + 50 + 96) / (1 + 0.53 + 0.53**2)
     )
@@ -111,6 +109,29 @@ def test_a_stall_sends_a_device_with_the_whole_model_on_its_way() -> None:
         return decide(late, EXACT, streaming).choice.mode
 
     assert (after(100), after(10_000)) == ("stream", "local")
+
+
+def test_a_late_link_is_no_reason_to_ask_in_another_way() -> None:
+    known = replace(figures(5, factor=8, held=20), pace=(("exit", 3.0),))
+    assert known.link is not None
+    exiting = next(one for one in candidates(known, LOOSE, FRESH) if one.mode == "exit")
+    standing = replace(FRESH, current=exiting)
+    assert decide(known, LOOSE, standing).choice.mode != "exit"
+    late = replace(known, link=replace(known.link, silent_ms=50.0))
+    assert decide(late, LOOSE, standing).choice.mode == "exit"
+    whole = replace(late, device=figures().device)
+    assert decide(whole, LOOSE, standing).choice.mode == "local"
+
+
+def test_an_uplink_is_measured_only_where_that_could_change_the_mode() -> None:
+    known = replace(figures(5, factor=8, held=20), drafts=())
+    streaming = replace(FRESH, hidden_missing=((20, 200.0),), current=Candidate("stream"))
+    slow = replace(known, link=replace(link(5), up_bps=1e5, up_low_bps=1e5))
+    assert decide(slow, LOOSE, streaming).choice.mode == "stream"
+    assert worth_probing(slow, LOOSE, streaming)
+    assert not worth_probing(slow, Wish("privacy"), streaming)
+    assert not worth_probing(replace(slow, cloud=figures(factor=0.25).cloud), LOOSE, streaming)
+    assert not worth_probing(slow, LOOSE, replace(streaming, current=Candidate("split", 20, "f32")))
 
 
 def test_a_volatile_link_is_worth_less_than_its_median() -> None:
@@ -168,7 +189,9 @@ def test_the_explanation_shows_every_way_and_why_not() -> None:
     assert told.startswith(plan.reason)
     assert all(one.name in told for one in plan.candidates)
     assert "the device holds 20 of 30 layers" in told and "% of tokens may differ" in told
-    assert sum(line.startswith("*") for line in told.splitlines()) == 1
+    for wish in (EXACT, LOOSE):
+        told = explain(decide(known, wish, FRESH))
+        assert sum(line.startswith("*") for line in told.splitlines()) == 1
 
 
 situations = st.builds(
@@ -243,8 +266,7 @@ def test_allowing_more_never_costs_time(known: Figures, standing: Standing) -> N
 def test_names_tell_candidates_apart() -> None:
     found = candidates(figures(held=20), LOOSE, FRESH)
     assert Candidate("verify", 20, source="exit", draft_tokens=4, depth=8).name == "verify exit 20 x4 pipelined"
-    exits = sum(one.mode == "exit" for one in found)
-    assert len({one.name for one in found}) == len(found) - exits + 1
+    assert len({one.name for one in found}) == len(found)
 
 
 @pytest.mark.parametrize(
