@@ -6,7 +6,7 @@ measured times (feasibility.json, decode.json), recorded facts about exits and n
 the device's own estimator and policy and sees what a device could measure. Fixed modes are all those that the wish
 allows, with every cut, codec and draft length that auto may choose; the cloud runs the device's model, more slowly.
 
-usage: python benchmarks/auto.py [--traces FOLDER] [--windows 4] [--answers 3] [--processes 2] [--record]
+usage: python benchmarks/auto.py [--traces FOLDER] [--windows 3] [--answers 2] [--processes 2] [--record]
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Case:
     """A point of the grid, and how it is played."""
 
     link: str
-    disagreement: float
     held: int
     slow: int
     cloud: int
@@ -55,15 +54,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """Seconds of all windows together."""
+    """Seconds of all windows together, at one allowed disagreement."""
 
+    case: Case
+    disagreement: float
     best: str
     best_s: float
     alone_s: float
     auto_s: float
     switches: int
     wrong: float
-    modes: int
 
 
 @cache
@@ -100,40 +100,42 @@ def traces(link: str, folder: str | None) -> tuple[Trace, Trace]:
     return read_pair(Path(folder) / link)
 
 
-def point(case: Case) -> Point:
+def point(case: Case, disagreement: float) -> Point:
     """What the case says, out of measured times."""
     layers, rows, head, prefill = measured()
     device = simulate.device_figures(layers, head, prefill, slow=case.slow, held=case.held)
     cloud = simulate.cloud_figures(rows, head, prefill, max(layers), factor=case.cloud)
     link = LinkPlan(case.rtt_ms, *traces(case.link, case.traces))
-    return simulate.point(device, cloud, link, answers()[0], EXITS, case.disagreement)
+    return simulate.point(device, cloud, link, answers()[0], EXITS, disagreement)
 
 
-def play(case: Case) -> Found:
-    """Every mode and auto at a point."""
-    starts = [START_S * i for i in range(case.windows)]
-    windows = simulate.windows(answers()[1], starts, case.answers)
-    played = dict(simulate.compare(point(case), Wish("speed", case.disagreement), windows))
-    auto = played.pop("auto")
-    seconds = {name: sum(one.seconds for one in outcomes) for name, outcomes in played.items()}
-    best = min(seconds, key=seconds.__getitem__)
-    return Found(
-        best,
-        seconds[best],
-        min(seconds.get("local", seconds["stream"]), seconds["stream"]),
-        sum(one.seconds for one in auto),
-        sum(one.switches for one in auto),
-        sum(one.wrong for one in auto) / sum(one.tokens for one in auto),
-        len(seconds),
-    )
+def play(case: Case) -> list[Found]:
+    """Every mode once, and auto at each allowed disagreement."""
+    windows = simulate.windows(answers()[1], [START_S * i for i in range(case.windows)], case.answers)
+    loosest = point(case, max(DISAGREEMENTS))
+    seconds = {
+        one.name: sum(simulate.play_fixed(loosest, one, window).seconds for window in windows)
+        for one in simulate.fixed_modes(loosest, Wish("speed", max(DISAGREEMENTS)))
+    }
+    found = []
+    for disagreement in DISAGREEMENTS:
+        here, wish = point(case, disagreement), Wish("speed", disagreement)
+        allowed = [one.name for one in simulate.fixed_modes(here, wish)]
+        best = min(allowed, key=seconds.__getitem__)
+        alone = min(seconds[name] for name in allowed if name in ("local", "stream"))
+        auto = [simulate.play_auto(here, wish, window) for window in windows]
+        auto_s, switches = sum(one.seconds for one in auto), sum(one.switches for one in auto)
+        wrong = sum(one.wrong for one in auto) / sum(one.tokens for one in auto)
+        found.append(Found(case, disagreement, best, seconds[best], alone, auto_s, switches, wrong))
+    return found
 
 
 def main() -> int:
     """Plays the grid and writes results/auto.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", help="folder of PREFIX.up and PREFIX.down")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--answers", type=int, default=3, help="in each window")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=2, help="in each window")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--record", action="store_true", help="train exits and record their facts first")
     options = parser.parse_args()
@@ -145,13 +147,15 @@ def main() -> int:
     if options.traces:
         links += sorted(path.stem for path in Path(options.traces).glob("*.up"))
     cases = [
-        Case(link, loss, held, slow, cloud, rtt, options.traces, options.windows, options.answers)
-        for link, loss, held, slow, cloud, rtt in product(
-            links, DISAGREEMENTS, HOLDS, SLOW_DOWNS, CLOUD_STEPS, ROUND_TRIPS_MS
-        )
+        Case(link, held, slow, cloud, rtt, options.traces, options.windows, options.answers)
+        for link, held, slow, cloud, rtt in product(links, HOLDS, SLOW_DOWNS, CLOUD_STEPS, ROUND_TRIPS_MS)
     ]
+    found: list[Found] = []
     with Pool(options.processes, os.nice, (10,)) as pool:
-        found = pool.map(play, cases, chunksize=1)
+        for done, some in enumerate(pool.imap(play, cases), 1):
+            found += some
+            if done * 20 // len(cases) != (done - 1) * 20 // len(cases):
+                print(f"{done} of {len(cases)} points", file=sys.stderr, flush=True)
 
     record = Record(
         "auto",
@@ -165,7 +169,7 @@ def main() -> int:
     )
     for loss in DISAGREEMENTS:
         told = f"at {loss:.0%} disagreement"
-        here = [one for case, one in zip(cases, found, strict=True) if case.disagreement == loss]
+        here = [one for one in found if one.disagreement == loss]
         slower = [one.auto_s / one.best_s for one in here]
         alone = [one.alone_s / one.auto_s for one in here]
         record.figure(f"{told}/auto over the best mode, worst", max(slower), "ratio", target=NEAR, at_most=True)
@@ -181,14 +185,28 @@ def main() -> int:
             )
         for mode, count in Counter(one.best.split()[0] for one in here).most_common():
             record.figure(f"{told}/best at/{mode}", count, f"of {len(here)}")
+    summary: list[list[Cell]] = []
+    for link, loss in product(links, DISAGREEMENTS):
+        here = [one for one in found if (one.case.link, one.disagreement) == (link, loss)]
+        slower = sorted(one.auto_s / one.best_s for one in here)
+        least = min(one.alone_s / one.auto_s for one in here)
+        modes = ", ".join(f"{mode} {n}" for mode, n in Counter(one.best.split()[0] for one in here).most_common())
+        near = sum(one <= NEAR for one in slower)
+        summary.append([link, loss, len(here), modes, near, sum(slower) / len(slower), slower[-1], least])
+    record.table(
+        "summary",
+        ["link", "disagreement", "points", "best modes", "within 10 %", "mean", "worst", "worst over local or stream"],
+        summary,
+        note="Auto's seconds over the best fixed mode's; last, its speed over that of the better of local and stream.",
+    )
     rows: list[list[Cell]] = [
         [
-            case.link,
-            case.disagreement,
-            case.held,
-            case.slow,
-            case.cloud,
-            case.rtt_ms,
+            one.case.link,
+            one.disagreement,
+            one.case.held,
+            one.case.slow,
+            one.case.cloud,
+            one.case.rtt_ms,
             one.best,
             round(one.best_s, 2),
             round(one.auto_s, 2),
@@ -196,7 +214,7 @@ def main() -> int:
             round(one.alone_s / one.auto_s, 3),
             one.switches,
         ]
-        for case, one in zip(cases, found, strict=True)
+        for one in found
     ]
     columns = ["link", "disagreement", "layers held", "device slow-down", "cloud step", "round trip, ms"]
     columns += ["best mode", "best, s", "auto, s", "auto / best", "speed over local or stream", "switches"]
