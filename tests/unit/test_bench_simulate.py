@@ -22,8 +22,9 @@ from isthmus.edge.figures import Wish, round_of
 LAYERS_MS = {1: 0.25, 20: 5.0, 30: 7.5}
 ROWS_MS = {1: 9.5, 2: 10.5, 3: 12.0, 5: 16.0, 9: 33.0}
 HEAD_MS, PREFILL_MS = 2.0, 2.0
+TOKENS = 2000
 ANSWERS = facts.made_up(20, 60, 0.6)
-LONG = facts.made_up(1, 4000, 0.6, seed=1)
+LONG = facts.made_up(1, TOKENS, 0.6, seed=1)
 
 
 def point(rtt_ms: float, slow: float = 1.0, factor: float = 1.0, held: int = 30, loss: float = 0.05) -> Point:
@@ -43,13 +44,13 @@ def fixed(point: Point, mode: str, answers: tuple[Answer, ...] = LONG, **wanted:
 
 def test_local_is_a_prefill_and_a_step_for_each_token() -> None:
     outcome = fixed(point(50, slow=4), "local")
-    assert outcome.seconds * 1e3 == pytest.approx(4 * (99 * 2.0 + 4000 * 9.5), rel=1e-6)
-    assert (outcome.tokens, outcome.wrong, outcome.cloud_ms) == (4000, 0, 0)
+    assert outcome.seconds * 1e3 == pytest.approx(4 * (99 * 2.0 + TOKENS * 9.5), rel=1e-6)
+    assert (outcome.tokens, outcome.wrong, outcome.cloud_ms) == (TOKENS, 0, 0)
 
 
 def test_stream_pays_the_round_trip_once() -> None:
     outcome = fixed(point(200, factor=8), "stream")
-    assert outcome.seconds * 1e3 == pytest.approx(200 + 8 * (99 * 2.0 + 4000 * 9.5), rel=1e-6)
+    assert outcome.seconds * 1e3 == pytest.approx(200 + 8 * (99 * 2.0 + TOKENS * 9.5), rel=1e-6)
 
 
 def test_split_pays_it_for_each_token() -> None:
@@ -57,13 +58,15 @@ def test_split_pays_it_for_each_token() -> None:
     prompt = 4 * 99 * 2.0 * 20 / 30
     cloud_prompt = 8 * ((33 - 2) / 3 + 91 * 2.0 / 3 + 2)
     rest = 8 * (7.5 / 3 + 2)
-    assert outcome.seconds * 1e3 == pytest.approx(prompt + 4000 * (20 + 50) + cloud_prompt + 3999 * rest, rel=1e-6)
+    assert outcome.seconds * 1e3 == pytest.approx(
+        prompt + TOKENS * (20 + 50) + cloud_prompt + (TOKENS - 1) * rest, rel=1e-6
+    )
 
 
 def test_exit_asks_where_it_is_not_sure() -> None:
     here = point(50, slow=1, factor=8, held=20)
     outcome = fixed(here, "exit")
-    device = 99 * 2.0 * 20 / 30 + 4000 * (5.0 + 0.25 + 2.0)
+    device = 99 * 2.0 * 20 / 30 + TOKENS * (5.0 + 0.25 + 2.0)
     cloud, pending = 0.0, 100
     for sure in LONG[0].exits[20].right:
         if not sure:  # the rows that were skipped ride along
@@ -79,18 +82,18 @@ def test_a_block_is_verified_in_one_round() -> None:
         outcome = fixed(here, "verify", source="exit", draft_tokens=g, depth=1)
         check = dict(ROWS_MS).get(g + 1)
         assert check
-        foreseen = sum(LONG[0].exits[20].right) / 4000
+        foreseen = sum(LONG[0].exits[20].right) / TOKENS
         a_round = g * 4 * 7.25 + 50 + check
         a_round += foreseen**g * 4 * 2.0 * 20 / 30
-        assert outcome.seconds * 1e3 / 4000 == pytest.approx(a_round / round_of(foreseen, g), rel=0.03)
+        assert outcome.seconds * 1e3 / TOKENS == pytest.approx(a_round / round_of(foreseen, g), rel=0.03)
 
 
 def test_blocks_in_a_pipe_cost_a_trip_for_each_miss() -> None:
     here = point(50, slow=4, factor=1, held=20)
     outcome = fixed(here, "verify", source="exit", draft_tokens=1, depth=8)
-    a, draft = sum(LONG[0].exits[20].right) / 4000, 4 * 7.25
+    a, draft = sum(LONG[0].exits[20].right) / TOKENS, 4 * 7.25
     # The correction comes after 59.5 ms, in the third draft that it voids.
-    assert outcome.seconds * 1e3 / 4000 == pytest.approx(a * draft + (1 - a) * (3 * draft + draft), rel=0.02)
+    assert outcome.seconds * 1e3 / TOKENS == pytest.approx(a * draft + (1 - a) * (3 * draft + draft), rel=0.02)
 
 
 @pytest.mark.parametrize("rtt_ms", [5, 50, 200])
@@ -99,7 +102,7 @@ def test_the_policys_price_is_what_the_simulator_finds(rtt_ms: float, slow: floa
     here = point(rtt_ms, slow, factor, held)
     for choice in simulate.fixed_modes(here, Wish("speed", 0.05)):
         outcome = play_fixed(here, choice, Window(0.0, LONG))
-        assert outcome.seconds * 1e3 / 4000 == pytest.approx(
+        assert outcome.seconds * 1e3 / TOKENS == pytest.approx(
             choice.ms_per_token, rel=0.2 if choice.depth > 1 else 0.12
         ), choice.name
 
