@@ -24,6 +24,7 @@ MESSAGE_BYTES = 100  # of framing, encryption and envelope around each message
 TOKEN_BYTES = 3  # of a token's id among others
 NEWS_BYTES = 45  # of one streamed token
 ANSWER_BYTES = 40
+RATE_TRUST = 0.5  # of a rate that was seen, for many bytes that are still to go
 DEPTH = 8  # blocks of drafts under way at most
 
 
@@ -261,7 +262,7 @@ class _Priced:
         rows = max(0.0, _missing(self._standing.hidden_missing, cut) - 1)
         # A state that was not kept is computed again together with all before it that the cloud lacks.
         device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
-        upload = rows * codec.row_bytes * 8e3 / self._link.up_bps
+        upload = rows * codec.row_bytes * 8e3 / (RATE_TRUST * self._link.up_bps)
         return max(device, upload) + self._cloud.prefill(rows, cut)
 
     def _draft_ms(self, drafts: DraftFigures) -> float:

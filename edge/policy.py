@@ -10,6 +10,8 @@ from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
 
+STEADY = ("local", "stream")  # ways that a bad link delays once, not for every token
+RISK = 0.15  # share of what remains that any other way must save over these
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
 HOPE = 4.0  # times the known uplink that the real one may be
 PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
@@ -56,12 +58,11 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
         rivals = bearable
     else:
         best, rivals = first, allowed
-    same = [one for one in rivals if current is not None and one.key == current.key]
+    # What pays no trip for each token is in use until another has proved itself.
+    same = [one for one in rivals if (one.key == current.key if current else one.mode in STEADY)]
     held = min(same, key=lambda one: one.total_ms, default=None)
     if held is not None and held.key != best.key and not _worth(held, best, wish):
-        return Plan(
-            held, weighed, f"{held.name} goes on: {best.name} would save less than {MARGIN:.0%} of what remains"
-        )
+        return Plan(held, weighed, f"{held.name} goes on: {best.name} would not save enough to be worth it")
     return Plan(best, weighed, _reason(best, first, allowed, wish))
 
 
@@ -92,7 +93,8 @@ def explain(plan: Plan) -> str:
 def _worth(held: Candidate, best: Candidate, wish: Wish) -> bool:
     if wish.prefer == "cloud-cost":
         return best.cloud_ms < (1 - MARGIN) * held.cloud_ms
-    return best.total_ms < (1 - MARGIN) * held.total_ms
+    margin = RISK if held.mode in STEADY and best.mode not in STEADY else MARGIN
+    return best.total_ms < (1 - margin) * held.total_ms
 
 
 def _reason(best: Candidate, first: Candidate, allowed: Iterable[Candidate], wish: Wish) -> str:

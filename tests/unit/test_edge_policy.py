@@ -126,7 +126,7 @@ def test_a_late_link_is_no_reason_to_ask_in_another_way() -> None:
 def test_an_uplink_is_measured_only_where_that_could_change_the_mode() -> None:
     known = replace(figures(5, factor=8, held=20), drafts=())
     streaming = replace(FRESH, hidden_missing=((20, 200.0),), current=Candidate("stream"))
-    slow = replace(known, link=replace(link(5), up_bps=1e5, up_low_bps=1e5))
+    slow = replace(known, link=replace(link(5), up_bps=3e5, up_low_bps=3e5))
     assert decide(slow, LOOSE, streaming).choice.mode == "stream"
     assert worth_probing(slow, LOOSE, streaming)
     assert not worth_probing(slow, Wish("privacy"), streaming)
