@@ -1,11 +1,138 @@
-"""Which mode "auto" means: a pure function of what is known."""
+"""Which mode "auto" means: a pure function of what is known, and a word on why."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
+from isthmus.edge.costs import Candidate, Standing, candidates
+from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
+
+STEADY = ("local", "stream")  # ways that a bad link delays once, not for every token
+RISK = 0.15  # share of what remains that any other way must save over these
+MARGIN = 0.05  # share of what remains that another mode must save before it takes over
+HOPE = 4.0  # times the known uplink that the real one may be
+PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do until the next decision.
+
+    Attributes:
+        choice: the way of working; its settings and its price stand there.
+        candidates: all ways that were weighed, the forbidden ones included.
+        reason: why, in a sentence.
+    """
+
+    choice: Candidate
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+
+def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
+    """The way of working that ends the answer first among those that the wish and the device allow.
+
+    With `prefer="cloud-cost"` it is the one that takes the fewest seconds of the cloud's engine among those that end
+    at most `PATIENCE` times as late as the first; with "privacy" the device alone. What is in use stays until another
+    saves `MARGIN` of what remains. A device that holds the whole model goes on by itself when the cloud is gone, even
+    if the two models differ.
+
+    Raises:
+        DeviceError: no way is allowed; the message names the nearest one's obstacle.
+    """
+    weighed = tuple(candidates(figures, wish, standing))
+    allowed = [one for one in weighed if not one.why_not]
+    if not allowed:
+        raise _nothing(figures, wish, weighed)
+    current = standing.current
+    if current is not None and current.mode != "local" and figures.link is not None and figures.link.silent_ms > 0:
+        # A link that is late is late for every way that needs it: to begin another is to ask again.
+        allowed = [one for one in allowed if one.mode == "local" or one.key == current.key] or allowed
+    first = min(allowed, key=lambda one: one.total_ms)
+    if wish.prefer == "cloud-cost":
+        bearable = [one for one in allowed if one.total_ms <= PATIENCE * first.total_ms]
+        best = min(bearable, key=lambda one: (one.cloud_ms, one.total_ms))
+        rivals = bearable
+    else:
+        best, rivals = first, allowed
+    # What pays no trip for each token is in use until another has proved itself.
+    same = [one for one in rivals if (one.key == current.key if current else one.mode in STEADY)]
+    held = min(same, key=lambda one: one.total_ms, default=None)
+    if held is not None and held.key != best.key and not _worth(held, best, wish):
+        return Plan(held, weighed, f"{held.name} goes on: {best.name} would not save enough to be worth it")
+    return Plan(best, weighed, _reason(best, first, allowed, wish))
+
+
+def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
+    """Whether it pays to measure the uplink: hidden states would travel if it were `HOPE` times as fast."""
+    link, current = figures.link, standing.current
+    if link is None or not link.up or wish.prefer == "privacy" or (current is not None and current.codec):
+        return False
+    fast = replace(figures, link=replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps))
+    try:
+        return bool(decide(fast, wish, standing).choice.codec)
+    except DeviceError:
+        return False
+
+
+def explain(plan: Plan) -> str:
+    """A sentence and a table of every way that was weighed, the cheapest first."""
+    order = sorted(plan.candidates, key=lambda one: (bool(one.why_not), one.total_ms))
+    width = max(len(one.name) for one in order)
+    lines = [plan.reason, "", f"  {'mode':<{width}}  ms/token   first ms  cloud ms/token"]
+    for one in order:
+        mark = "*" if one == plan.choice else " "
+        line = f"{mark} {one.name:<{width}}  {one.ms_per_token:8.1f}  {one.setup_ms:9.1f}  {one.cloud_ms:14.1f}"
+        lines.append(f"{line}  ({one.why_not})" if one.why_not else line)
+    return "\n".join(lines)
+
+
+def _worth(held: Candidate, best: Candidate, wish: Wish) -> bool:
+    if wish.prefer == "cloud-cost":
+        return best.cloud_ms < (1 - MARGIN) * held.cloud_ms
+    margin = RISK if held.mode in STEADY and best.mode not in STEADY else MARGIN
+    return best.total_ms < (1 - margin) * held.total_ms
+
+
+def _reason(best: Candidate, first: Candidate, allowed: Iterable[Candidate], wish: Wish) -> str:
+    others = [one for one in allowed if one.key != best.key]
+    if wish.prefer == "privacy":
+        return f"{best.name}: nothing may be sent; {best.ms_per_token:.1f} ms a token"
+    if not others:
+        return f"{best.name}: no other way is allowed; {best.ms_per_token:.1f} ms a token"
+    if wish.prefer == "cloud-cost" and best.key != first.key:
+        return (
+            f"{best.name}: {best.cloud_ms:.1f} ms of the cloud for each token, {first.name} {first.cloud_ms:.1f}, and "
+            f"{best.total_ms / first.total_ms:.2f} times its time"
+        )
+    second = min(others, key=lambda one: one.total_ms)
+    return (
+        f"{best.name}: {best.total_ms / 1e3:.2f} s for what remains at {best.ms_per_token:.1f} ms a token, "
+        f"{second.name} {second.total_ms / 1e3:.2f} s"
+    )
+
+
+def _nothing(figures: Figures, wish: Wish, weighed: Iterable[Candidate]) -> DeviceError:
+    device = figures.device
+    if wish.prefer == "privacy":
+        return DeviceError(
+            f"the device holds {device.held} of {device.n_layers} layers and nothing may be sent",
+            "give it all layers of the bundle, or prefer speed",
+        )
+    if figures.cloud is None:
+        return DeviceError(
+            "this device does not hold the whole model", "name a cloud, or use a bundle with all its layers"
+        )
+    if figures.link is None or not figures.link.up:
+        return DeviceError(
+            "the cloud does not answer and this device does not hold the whole model",
+            "check the link, or give the device all layers of the bundle",
+        )
+    told = "; ".join(f"{one.name}: {one.why_not}" for one in weighed)
+    return DeviceError(f"no way of working is allowed ({told})", "allow more disagreement")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,350 @@
+"""The ways of working, simulated: each plays one round at a time, up to the next token boundary."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from isthmus.apps.bench.conversation import CHUNK, Conversation
+from isthmus.apps.bench.shaping import MS
+from isthmus.apps.bench.virtual import Note
+from isthmus.edge.costs import ANSWER_BYTES, NEWS_BYTES, TOKEN_BYTES, Candidate
+from isthmus.edge.figures import Figures
+
+
+class Player(Protocol):
+    """A way of working on one answer."""
+
+    def round(self) -> None:
+        """Makes one token or more."""
+        ...
+
+    def stop(self) -> None:
+        """Another way goes on."""
+        ...
+
+
+def player(talk: Conversation, choice: Candidate, figures: Figures) -> Player:
+    """Who plays a choice."""
+    if choice.mode == "local":
+        return Local(talk)
+    if choice.mode == "stream":
+        return Stream(talk)
+    if choice.mode == "verify":
+        return (Pipelined if choice.depth > 1 else Verify)(talk, choice)
+    row_bytes = next(codec.row_bytes for codec in figures.codecs if codec.name == choice.codec)
+    return (Split if choice.mode == "split" else Exit)(talk, choice, row_bytes)
+
+
+class Local:
+    """The whole model on the device."""
+
+    def __init__(self, talk: Conversation) -> None:
+        self._talk = talk
+
+    def round(self) -> None:
+        """One token."""
+        talk, depth = self._talk, self._talk.device.n_layers
+        rows = max(1, talk.total - talk.held(depth))
+        talk.world.work(talk.device.prefill(rows - 1, depth) + talk.device.token_ms)
+        talk.fill(depth, talk.total)
+        talk.emit(1)
+
+    def stop(self) -> None:
+        """Nothing is under way."""
+
+
+class Stream:
+    """The whole model in the cloud: a request up, a message down for each token as it is made."""
+
+    def __init__(self, talk: Conversation) -> None:
+        self._talk = talk
+        self._tag = 0
+        self._asked_ns = 0
+
+    def round(self) -> None:
+        """One token, or all that have arrived."""
+        talk = self._talk
+        first = not self._tag
+        if first:
+            self._begin()
+        sight = talk.sight.estimator
+        late = 0.0
+        if sight is not None:
+            known = sight.figures(talk.now_s)
+            assert known.cloud and known.link
+            spread = max(known.link.trip_high_ms - known.link.trip_ms, 0.5 * known.link.trip_ms)
+            late = known.cloud.step(1) + known.cloud.queue_ms + spread
+            if first:
+                rows = max(1, talk.total - talk.cloud.tokens)
+                late += known.link.trip_high_ms + known.cloud.prefill(rows) + rows * 24e3 / known.link.up_bps
+        note = talk.await_note(lambda one: one.tag == self._tag, late)
+        if first:
+            talk.tell_trip(self._asked_ns, note, TOKEN_BYTES * talk.total)
+        if sight is not None:
+            sight.queued(talk.now_s, note.queue_ms)
+        talk.emit(1)
+
+    def stop(self) -> None:
+        """The cloud hears of it when the link lets it."""
+        talk, tag = self._talk, self._tag
+        if tag and talk.left:
+
+            def arrived() -> None:
+                if talk.cloud.epoch == tag:
+                    talk.cloud.epoch = 0
+
+            talk.lay(0, arrived)
+        self._tag = 0
+
+    def _begin(self) -> None:
+        talk, tag = self._talk, self._talk.tag()
+        self._tag, self._asked_ns = tag, talk.world.now
+        cloud, costs, at, total = talk.cloud, talk.costs, talk.made, talk.total
+        missing = max(1, total - cloud.tokens)
+
+        def price(place: int) -> float | None:
+            if cloud.epoch != tag:
+                return None
+            rows = max(1, answer.prompt + place - cloud.tokens)
+            cloud.tokens = answer.prompt + place
+            return costs.prefill(rows - 1) + costs.step(1)
+
+        def made(place: int, took_ms: float, queue_ms: float) -> None:
+            talk.reply(tag, place, NEWS_BYTES, took_ms, queue_ms)
+            if place + 1 < answer.tokens:
+                cloud.engine.submit(lambda: price(place + 1), lambda _, took, queued: made(place + 1, took, queued))
+
+        def arrived() -> None:
+            cloud.epoch = tag
+            cloud.engine.submit(lambda: price(at), lambda _, took, queued: made(at, took, queued))
+
+        answer = talk.answer
+        talk.lay(40 + TOKEN_BYTES * missing, arrived)
+
+
+class _Hidden:
+    """What split and exit mode share: hidden states go up."""
+
+    def __init__(self, talk: Conversation, choice: Candidate, row_bytes: float) -> None:
+        self._talk, self._choice, self._row_bytes = talk, choice, row_bytes
+
+    def _compute(self, last_ms: float) -> float:
+        """Computes the rows that the cloud lacks and sends all but the last chunk; bytes of that one."""
+        talk, cut = self._talk, self._choice.cut
+        sent, total = talk.sent.get(cut, 0), talk.total
+        at = min(sent, talk.held(cut), total - 1)
+        while total - at > CHUNK:
+            talk.world.work(talk.device.prefill(CHUNK, cut) + CHUNK * talk.device.codec_ms)
+            at += CHUNK
+            talk.lay(max(0, at - sent) * self._row_bytes, lambda: None)
+            sent = max(sent, at)
+        rows = total - at
+        talk.world.work(talk.device.prefill(rows - 1, cut) + rows * talk.device.codec_ms + last_ms)
+        talk.fill(cut, total)
+        talk.sent[cut] = total
+        return max(1, total - sent) * self._row_bytes
+
+    def _ask(self, size: float, sent_before: float) -> Note:
+        """Asks for the next token."""
+        talk, cut, tag = self._talk, self._choice.cut, self._talk.tag()
+        cloud, costs, total, asked = talk.cloud, talk.costs, talk.total, talk.world.now
+
+        def price() -> float:
+            rows = max(1, total - cloud.hidden.get(cut, 0))
+            cloud.hidden[cut] = max(total, cloud.hidden.get(cut, 0))
+            return costs.rest(cut, rows)
+
+        talk.lay(
+            size,
+            lambda: cloud.engine.submit(price, lambda _, took, queue: talk.reply(tag, 0, ANSWER_BYTES, took, queue)),
+        )
+        note = talk.await_note(lambda one: one.tag == tag, _late(talk, costs.rest(cut), size + sent_before))
+        talk.tell_trip(asked, note, size + sent_before)
+        return note
+
+    def stop(self) -> None:
+        """A question whose answer nobody awaits is answered all the same."""
+
+
+class Split(_Hidden):
+    """Layers [0, cut) on the device, the rest in the cloud."""
+
+    def round(self) -> None:
+        """One token."""
+        size = self._compute(self._talk.device.through(self._choice.cut))
+        self._ask(40 + size, 0.0)
+        self._talk.emit(1)
+
+
+class Exit(_Hidden):
+    """Layers [0, cut) and an exit on the device; the cloud is sent all states and asked where the exit is not sure."""
+
+    def round(self) -> None:
+        """One token."""
+        talk, cut = self._talk, self._choice.cut
+        at = talk.made
+        facts = talk.answer.exits[cut]
+        size = self._compute(talk.device.drafted(cut))
+        sure = facts.confidence[at] >= self._choice.threshold
+        if talk.sight.estimator is not None:
+            talk.sight.estimator.exit(cut, self._choice.threshold, sure)
+        talk.lay(size, lambda: None)
+        if sure:
+            talk.wrong += not facts.right[at]
+        else:
+            self._ask(ANSWER_BYTES, size if size > 3 * self._row_bytes else 0.0)
+        talk.emit(1)
+
+
+class Verify:
+    """The device drafts a block, the cloud checks it in one pass."""
+
+    def __init__(self, talk: Conversation, choice: Candidate) -> None:
+        self._talk, self._choice = talk, choice
+
+    def round(self) -> None:
+        """The tokens that were taken and the cloud's own."""
+        talk, choice = self._talk, self._choice
+        at, tag, asked, layer = talk.made, talk.tag(), talk.world.now, choice.cut
+        count = min(choice.draft_tokens, talk.left - 1)
+        if layer:
+            missing = talk.total - talk.held(layer)
+            talk.world.work(talk.device.prefill(max(0, missing - 1), layer) + count * talk.device.drafted(layer))
+            if count:
+                talk.fill(layer, talk.total + count - 1)
+        else:
+            count = min(count, talk.answer.drafted[at])
+        taken = min(talk.answer.taken(layer, at, count), count)
+        cloud, costs, total = talk.cloud, talk.costs, talk.total
+        asked = talk.world.now
+        missing = max(1, total - cloud.tokens)
+        size = 20 + TOKEN_BYTES * (count + missing - 1)
+
+        def price() -> float:
+            rows = max(1, total - cloud.tokens)
+            cloud.tokens = total + taken
+            return costs.prefill(rows - 1) + costs.step(count + 1)
+
+        talk.lay(
+            size,
+            lambda: cloud.engine.submit(
+                price, lambda _, took, queue: talk.reply(tag, taken, ANSWER_BYTES, took, queue)
+            ),
+        )
+        late = _late(talk, costs.prefill(missing - 1) + costs.step(count + 1), size)
+        note = talk.await_note(lambda one: one.tag == tag, late)
+        talk.tell_trip(asked, note, size)
+        if talk.sight.estimator is not None:
+            source = "exit" if layer else "ngram"
+            talk.sight.estimator.block(source, layer, choice.draft_tokens, count, taken)  # type: ignore[arg-type]
+        talk.emit(taken + 1)
+        if layer:
+            talk.filled[layer] = min(talk.filled.get(layer, 0), talk.total)
+
+    def stop(self) -> None:
+        """A block whose answer nobody awaits is checked all the same."""
+
+
+class Pipelined:
+    """Blocks of drafts go up without waiting; the first that is not taken whole voids those after it."""
+
+    def __init__(self, talk: Conversation, choice: Candidate) -> None:
+        self._talk, self._choice = talk, choice
+        self._ahead = self._unsent = 0
+        self._under_way: deque[tuple[int, int, int, int]] = deque()  # tag, first token, drafts, when it was sent
+        self._epoch = 0
+
+    def round(self) -> None:
+        """The tokens of one block, or the first part of them and the cloud's correction."""
+        talk, g = self._talk, self._choice.draft_tokens
+        made = talk.made
+        while talk.made == made:
+            while (note := talk.take()) is not None:
+                self._answered(note)
+            if talk.made != made:
+                return
+            if talk.left > self._ahead and len(self._under_way) < self._choice.depth:
+                self._draft()
+                if self._unsent == g or talk.left == self._ahead:
+                    self._send()
+            else:
+                tag, _, count, _ = self._under_way[0]
+                note = talk.await_note(lambda one: one.tag == tag, _late(talk, talk.costs.step(count), 0.0))  # noqa: B023
+                self._answered(note)
+
+    def stop(self) -> None:
+        """The cloud drops what it has not begun, once it hears of it."""
+        talk, epoch = self._talk, self._epoch
+        if self._under_way:
+
+            def arrived() -> None:
+                if talk.cloud.epoch == epoch:
+                    talk.cloud.epoch = 0
+
+            talk.lay(0, arrived)
+        self._void()
+
+    def _draft(self) -> None:
+        talk, layer = self._talk, self._choice.cut
+        missing = talk.total + self._ahead - max(talk.held(layer), talk.filled.get(layer, 0))
+        talk.world.work(talk.device.prefill(max(0, missing - 1), layer) + talk.device.drafted(layer))
+        talk.filled[layer] = talk.total + self._ahead
+        self._ahead += 1
+        self._unsent += 1
+
+    def _send(self) -> None:
+        talk, tag, layer = self._talk, self._talk.tag(), self._choice.cut
+        count, first = self._unsent, talk.made + self._ahead - self._unsent
+        self._unsent = 0
+        if not self._under_way and self._epoch == 0:
+            self._epoch = tag
+        epoch, cloud, costs, prompt = self._epoch, talk.cloud, talk.costs, talk.answer.prompt
+        self._under_way.append((tag, first, count, talk.world.now))
+        taken = talk.answer.taken(layer, first, count)
+        missing = max(1, prompt + first - cloud.tokens) if epoch == tag else 1
+
+        def price() -> float | None:
+            if cloud.epoch != epoch:
+                return None
+            rows = max(1, prompt + first - cloud.tokens)
+            cloud.tokens = prompt + first + taken
+            if taken < count:
+                cloud.epoch = 0
+            return costs.prefill(rows - 1) + costs.step(count)
+
+        def arrived() -> None:
+            if tag == epoch:
+                cloud.epoch = epoch
+            cloud.engine.submit(price, lambda _, took, queue: talk.reply(tag, taken, ANSWER_BYTES, took, queue))
+
+        talk.lay(20 + TOKEN_BYTES * (count + missing - 1), arrived)
+
+    def _answered(self, note: Note) -> None:
+        talk = self._talk
+        if not self._under_way or note.tag != self._under_way[0][0]:
+            return
+        _, _, count, sent = self._under_way.popleft()
+        if talk.sight.estimator is not None:
+            talk.sight.estimator.link.trip(talk.now_s, (talk.world.now - sent) / MS - note.took_ms)
+            talk.sight.estimator.block("exit", self._choice.cut, self._choice.draft_tokens, count, note.count)
+        if note.count == count:
+            self._ahead -= count
+            talk.emit(count)
+        else:
+            talk.emit(note.count + 1)
+            self._void()
+
+    def _void(self) -> None:
+        talk, layer = self._talk, self._choice.cut
+        self._ahead = self._unsent = self._epoch = 0
+        self._under_way.clear()
+        talk.filled[layer] = min(talk.filled.get(layer, 0), talk.total)
+
+
+def _late(talk: Conversation, cloud_ms: float, size: float) -> float:
+    """From when on an answer is late, as far as the device can say."""
+    if talk.sight.estimator is None:
+        return 0.0
+    link = talk.sight.estimator.link.figures(talk.now_s)
+    return 1.5 * link.trip_high_ms + cloud_ms + size * 8e3 / link.up_low_bps

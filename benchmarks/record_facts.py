@@ -1,0 +1,53 @@
+"""Records what exits and n-grams foresee along the model's own held-out answers, for simulations to replay.
+
+The samples, states and recipe are those of feasibility.py; `python benchmarks/auto.py --record` runs this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from feasibility import LAYERS, said, samples, trained
+from models import BENCH, bundle
+
+from isthmus.apps.bench.facts import LONGEST, Answer, ExitFacts, write
+from isthmus.edge.drafts import NgramDrafts
+from isthmus.engine import KvConfig, open_part
+from isthmus.split.exit_states import Sample, States
+from isthmus.split.exit_training import Recipe, Teacher, foresee
+
+
+def along(sample: Sample) -> Answer:
+    """What n-grams foresee of an answer."""
+    drafts, rest = NgramDrafts(), sample.tokens[sample.answer :]
+    drafts.extend(sample.tokens[: sample.answer])
+    drafted, agreed = [], []
+    for at, token in enumerate(rest):
+        offered = drafts.draft(LONGEST)
+        real = list(zip(offered, rest[at:], strict=False))
+        drafted.append(len(offered))
+        agreed.append(next((i for i, (guess, came) in enumerate(real) if guess != came), len(real)))
+        drafts.extend([token])
+    return Answer(sample.answer, tuple(drafted), tuple(agreed), {})
+
+
+def record(path: Path, layers: tuple[int, ...], epochs: int, documents: int = 1000, asked: int = 300) -> None:
+    """Writes the facts of every held-out answer."""
+    source = bundle("keep")
+    part = open_part(source, 0, source.config.n_layers, kv=KvConfig("f16", 16384))
+    taught, held, wrote = samples(source, part, documents, asked)
+    states = States(BENCH / "feasibility", [*taught, *held, *wrote], LAYERS, source.config.d_model, source.model_id)
+    states.collect(part, said("states"))
+    part.close()
+    teacher, first = Teacher(source), len(taught) + len(held)
+    answers = [along(sample) for sample in wrote]
+    for layer in layers:
+        head = trained(states, list(range(len(taught))), layer, teacher, Recipe(epochs=epochs))
+        for i, answer in enumerate(answers):
+            seen = foresee(head, states, first + i, layer, teacher)
+            # The last state foresees what comes after the answer, which nobody knows.
+            confidence, right = seen.confidence[: answer.tokens], seen.right[: answer.tokens]
+            facts = ExitFacts(tuple(map(float, confidence)), tuple(map(bool, right)))
+            answers[i] = replace(answer, exits={**answer.exits, layer: facts})
+    write(answers, path)

@@ -1,0 +1,274 @@
+"""What each way of working would cost from here on: the published formulas over measured figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from isthmus.edge.figures import (
+    CloudFigures,
+    CodecFigures,
+    DraftFigures,
+    ExitFigures,
+    Figures,
+    LinkFigures,
+    Points,
+    Wish,
+    between,
+)
+
+Way = Literal["local", "stream", "split", "exit", "verify"]
+SEGMENT_BYTES = 1500  # what a trip carries without taking longer
+MESSAGE_BYTES = 100  # of framing, encryption and envelope around each message
+TOKEN_BYTES = 3  # of a token's id among others
+NEWS_BYTES = 45  # of one streamed token
+ANSWER_BYTES = 40
+RATE_TRUST = 0.5  # of a rate that was seen, for many bytes that are still to go
+DEPTH = 8  # blocks of drafts under way at most
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far an answer is, and what each side would have to compute again.
+
+    Attributes:
+        remaining: tokens that are still expected, 1 or more.
+        device_missing: (k, rows) whose KV of layers [0, k) the device lacks.
+        cloud_missing: rows whose KV the cloud lacks, if it computes from tokens.
+        hidden_missing: (cut, rows) that the cloud lacks behind a cut, if it computes from hidden states.
+        current: what is in use, None at the beginning.
+    """
+
+    remaining: int
+    device_missing: Points = ()
+    cloud_missing: int = 0
+    hidden_missing: Points = ()
+    current: Candidate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way of working, with its settings and its price.
+
+    Attributes:
+        mode: the way.
+        cut: layers on the device in split and exit mode, and of an exit that drafts; 0 otherwise.
+        codec: of hidden states, empty where none travel.
+        threshold: confidence from which on an exit emits.
+        source: of drafts, empty where none are made.
+        draft_tokens: of one block.
+        depth: blocks under way at most.
+        ms_per_token: expected.
+        setup_ms: expected before the first token, if this is begun now.
+        total_ms: for all tokens that remain.
+        cloud_ms: of the cloud's engine for each token.
+        why_not: why it may not be chosen, empty when it may.
+    """
+
+    mode: Way
+    cut: int = 0
+    codec: str = ""
+    threshold: float = 0.0
+    source: str = ""
+    draft_tokens: int = 0
+    depth: int = 1
+    ms_per_token: float = 0.0
+    setup_ms: float = 0.0
+    total_ms: float = 0.0
+    cloud_ms: float = 0.0
+    why_not: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, str, str, int, bool]:
+        """What makes it another way of working; a threshold or a depth may change on the way."""
+        return self.mode, self.cut, self.codec, self.source, self.draft_tokens, self.depth > 1
+
+    @property
+    def name(self) -> str:
+        """For people: "exit 20 coded at 0.56", "verify ngram x4 pipelined"."""
+        parts = [self.mode, self.source, str(self.cut or ""), self.codec]
+        if self.mode == "exit":
+            parts.append(f"at {self.threshold:.3g}")
+        if self.mode == "verify":
+            parts.append(f"x{self.draft_tokens}")
+        return " ".join([part for part in parts if part] + ["pipelined"] * (self.depth > 1))
+
+
+def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candidate]:
+    """Every way that these figures know of, priced, those that may not be chosen included.
+
+    With k the cut, R the trip, c the emitted share, a the share of drafts that is taken, E the tokens of a round:
+
+        local       t_device
+        stream      max(t_cloud, bytes / downlink)
+        split       t(k) + codec + R + t_rest(k)
+        exit        max(t(k) + t_exit + codec + (1 - c) (R + t_rest(k, 1 / (1 - c) rows)), bytes / uplink)
+        verify      (g t_d + a^g t_row + R + t_v(rows)) / E
+        pipelined   a t_d + (1 - a) (R + t_v(g) + t_d (g + 2) / 2), where t_v(g) <= g t_d
+
+    The first three and the synchronous round are those of CE-CoLLM (2411.02829) and speculative decoding (2211.17192);
+    where all drafts are taken, the device has a row t_row more to compute. In a pipe a mismatch lies in the middle of
+    its block in the mean, so half a block is drafted before it is sent, and its answer comes in the middle of a draft.
+    """
+    pace = dict(figures.pace)
+    found = [_local(figures, wish, standing, pace.get("local", 1.0))]
+    if figures.cloud is not None and figures.link is not None:
+        found += _Priced(figures, figures.cloud, figures.link, wish, standing, pace).all()
+    return found
+
+
+def _local(figures: Figures, wish: Wish, standing: Standing, pace: float) -> Candidate:
+    device, cloud, link = figures.device, figures.cloud, figures.link
+    rows = _missing(standing.device_missing, device.n_layers)
+    current = standing.current is not None and standing.current.mode == "local"
+    setup = 0.0 if current else device.prefill(max(0.0, rows - 1), device.n_layers)
+    ms = pace * device.token_ms
+    why_not = ""
+    if not device.whole:
+        why_not = f"the device holds {device.held} of {device.n_layers} layers"
+    elif wish.prefer != "privacy" and cloud is not None and link is not None and link.up:
+        why_not = "" if cloud.same_model or wish.max_disagreement >= 1 else "the cloud's model is another one"
+    total = setup + ms * max(1, standing.remaining)
+    return Candidate("local", ms_per_token=ms, setup_ms=setup, total_ms=total, why_not=why_not)
+
+
+class _Priced:
+    """Ways that need the cloud, priced."""
+
+    def __init__(
+        self,
+        figures: Figures,
+        cloud: CloudFigures,
+        link: LinkFigures,
+        wish: Wish,
+        standing: Standing,
+        pace: Mapping[str, float],
+    ) -> None:
+        self._figures, self._device, self._cloud, self._link = figures, figures.device, cloud, link
+        self._wish, self._standing, self._pace = wish, standing, pace
+        self._current = standing.current.key if standing.current is not None else None
+        self._trip_ms = link.expected_trip_ms + cloud.queue_ms
+        rows = standing.cloud_missing
+        self._tokens_ms = rows * TOKEN_BYTES * 8e3 / link.up_bps + cloud.prefill(max(0, rows - 1))
+        self._never = ""
+        if wish.prefer == "privacy":
+            self._never = "nothing may be sent"
+        elif not link.up:
+            self._never = "the cloud does not answer"
+
+    def all(self) -> Iterator[Candidate]:
+        figures, device = self._figures, self._device
+        yield self.stream()
+        codecs = {codec.name: codec for codec in figures.codecs}
+        for cut in sorted({exit.layer for exit in figures.exits} | {device.held}):
+            if 0 < cut < device.n_layers:
+                yield from (self.split(cut, codec) for codec in figures.codecs if codec.name != "coded")
+        yield from (self.exit(one, codecs[one.codec]) for one in figures.exits if one.codec in codecs)
+        for drafts in figures.drafts:
+            setup = self._draft_ms(drafts)
+            for g, tokens in drafts.tokens_a_round:
+                yield self.verify(drafts, g, tokens, setup)
+                if drafts.source != "ngram":
+                    yield self.pipelined(drafts, g, setup)
+
+    def stream(self) -> Candidate:
+        on_wire = (NEWS_BYTES + MESSAGE_BYTES) * 8e3 / self._link.down_low_bps
+        step = self._cloud.step(1)
+        setup = self._tokens_ms + self._link.expected_trip_ms
+        return self._priced("stream", max(step + self._cloud.queue_ms, on_wire), step, setup)
+
+    def split(self, cut: int, codec: CodecFigures) -> Candidate:
+        rest = self._cloud.rest(cut)
+        ms = self._device.through(cut) + self._device.codec_ms + self._trip(codec.row_bytes) + rest
+        setup = self._hidden_ms(cut, codec)
+        return self._priced("split", ms, rest, setup, cut, codec.name, lost=codec.disagreement)
+
+    def exit(self, one: ExitFigures, codec: CodecFigures) -> Candidate:
+        asked = 1.0 - one.emitted
+        rest = self._cloud.rest(one.layer, round(1.0 / max(asked, 1e-2)))
+        chain = self._device.drafted(one.layer) + self._device.codec_ms + asked * (self._trip(codec.row_bytes) + rest)
+        on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
+        setup, ms = self._hidden_ms(one.layer, codec), max(chain, on_wire)
+        return self._priced(
+            "exit", ms, asked * rest, setup, one.layer, codec.name, threshold=one.threshold, lost=one.disagreement
+        )
+
+    def verify(self, drafts: DraftFigures, g: int, tokens: float, setup: float) -> Candidate:
+        tokens = max(1.0, tokens)
+        check = self._check(between(drafts.rows_a_round, g))
+        more = drafts.accepted**g * self._device.prefill(1, drafts.layer)
+        ms = (g * drafts.draft_ms + more + self._trip(TOKEN_BYTES * g) + check) / tokens
+        return self._priced("verify", ms, check / tokens, setup, drafts.layer, source=drafts.source, drafted=g)
+
+    def pipelined(self, drafts: DraftFigures, g: int, setup: float) -> Candidate:
+        a, draft, check = drafts.accepted, drafts.draft_ms, self._check(g)
+        ms = a * draft + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 2) / 2)
+        slow = "the cloud checks more slowly than drafts are made" if check > g * draft else ""
+        return self._priced(
+            "verify",
+            ms,
+            check * (a / g + (1 - a)),
+            setup,
+            drafts.layer,
+            source=drafts.source,
+            drafted=g,
+            depth=DEPTH,
+            why_not=slow,
+        )
+
+    def _priced(
+        self,
+        mode: Way,
+        ms: float,
+        cloud_ms: float,
+        setup: float,
+        cut: int = 0,
+        codec: str = "",
+        *,
+        threshold: float = 0.0,
+        source: str = "",
+        drafted: int = 0,
+        depth: int = 1,
+        lost: float = 0.0,
+        why_not: str = "",
+    ) -> Candidate:
+        if self._current == (mode, cut, codec, source, drafted, depth > 1):
+            setup = 0.0
+        setup += self._link.silent_ms  # what has lasted so long lasts as long again
+        ms *= self._pace.get(mode, 1.0)
+        total = setup + ms * max(1, self._standing.remaining)
+        why_not = self._never or self._why_not(mode, cut, lost) or why_not
+        return Candidate(mode, cut, codec, threshold, source, drafted, depth, ms, setup, total, cloud_ms, why_not)
+
+    def _why_not(self, mode: Way, cut: int, lost: float) -> str:
+        device = self._device
+        if cut > device.held:
+            return f"the device holds {device.held} of {device.n_layers} layers"
+        if mode in ("split", "exit") and not self._cloud.same_model:
+            return "the cloud's model is another one"
+        return f"{100 * lost:.3g} % of tokens may differ" if lost > self._wish.max_disagreement else ""
+
+    def _check(self, rows: float) -> float:
+        low = int(rows)
+        ms = self._cloud.step(low)
+        return ms if rows == low else ms + (self._cloud.step(low + 1) - ms) * (rows - low)
+
+    def _trip(self, row_bytes: float) -> float:
+        over = row_bytes + MESSAGE_BYTES - SEGMENT_BYTES
+        return self._trip_ms + over * 8e3 / self._link.up_bps if over > 0 else self._trip_ms
+
+    def _hidden_ms(self, cut: int, codec: CodecFigures) -> float:
+        rows = max(0.0, _missing(self._standing.hidden_missing, cut) - 1)
+        # A state that was not kept is computed again together with all before it that the cloud lacks.
+        device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
+        upload = rows * codec.row_bytes * 8e3 / (RATE_TRUST * self._link.up_bps)
+        return max(device, upload) + self._cloud.prefill(rows, cut)
+
+    def _draft_ms(self, drafts: DraftFigures) -> float:
+        rows = max(0.0, _missing(self._standing.device_missing, drafts.layer) - 1) if drafts.layer else 0.0
+        return max(self._tokens_ms, self._device.prefill(rows, drafts.layer))
+
+
+def _missing(points: Points, layer: int) -> float:
+    return next((rows for at, rows in points if at == layer), 0.0)

@@ -1,0 +1,339 @@
+"""What is known when a mode is chosen: device, cloud, link, exits, drafts, and what the user wishes. Plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+from isthmus.protocol.errors import DeviceError
+
+Prefer = Literal["speed", "cloud-cost", "privacy"]
+DraftSource = Literal["ngram", "exit", "model"]
+PREFERENCES: tuple[Prefer, ...] = ("speed", "cloud-cost", "privacy")
+DRAFT_SOURCES: tuple[DraftSource, ...] = ("ngram", "exit", "model")
+Points = tuple[tuple[int, float], ...]  # (count, value), counts ascending
+
+
+@dataclass(frozen=True, slots=True)
+class _Json:
+    """Figures that travel as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        told: dict[str, Any] = asdict(self)
+        return told
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Self:
+        """From what `to_dict` gave, lists for tuples allowed.
+
+        Raises:
+            DeviceError: a figure is missing, unknown or out of bounds.
+        """
+        names = {one.name for one in fields(cls)}
+        if odd := sorted(set(told) - names):
+            raise DeviceError(f"{cls.__name__} has no {', '.join(odd)}", f"give {', '.join(sorted(names))}")
+        try:
+            return cls(**{name: _tuples(value) for name, value in told.items()})
+        except TypeError as error:
+            raise DeviceError(f"{cls.__name__} cannot be read: {error}", "measure again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFigures(_Json):
+    """Times of this device, its slow-down included.
+
+    Attributes:
+        held: leading layers that it can run.
+        n_layers: layers of the model.
+        layers_ms: (k, ms) of one token through layers [0, k), ascending.
+        head_ms: of the output head for one row.
+        exit_ms: of an exit's own layer for one row, without the output head.
+        prefill_row_ms: of one of many rows through the whole model.
+        codec_ms: of coding one row of hidden states.
+    """
+
+    held: int
+    n_layers: int
+    layers_ms: Points
+    head_ms: float
+    exit_ms: float
+    prefill_row_ms: float
+    codec_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held <= self.n_layers:
+            raise DeviceError(f"a device holds {self.held} of {self.n_layers} layers", "give 0 to all")
+        _check_points(self.layers_ms, "layers_ms")
+        _check_times(self, "head_ms", "exit_ms", "prefill_row_ms", "codec_ms")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can run every layer."""
+        return self.held == self.n_layers
+
+    @property
+    def token_ms(self) -> float:
+        """One token through the whole model."""
+        return self.through(self.n_layers) + self.head_ms
+
+    def through(self, layer: int) -> float:
+        """One token through layers [0, layer), in ms."""
+        return between(self.layers_ms, layer)
+
+    def drafted(self, layer: int) -> float:
+        """One token through layers [0, layer) and the exit there, in ms."""
+        return self.through(layer) + self.exit_ms + self.head_ms
+
+    def prefill(self, rows: float, layer: int) -> float:
+        """Many rows through layers [0, layer), without logits, in ms."""
+        return rows * self.prefill_row_ms * layer / self.n_layers
+
+
+@dataclass(frozen=True, slots=True)
+class CloudFigures(_Json):
+    """Times of the cloud, its declared factor included.
+
+    Attributes:
+        n_layers: layers of its model.
+        rows_ms: (n, ms) of one step of n rows of one sequence through the whole model, ascending.
+        head_ms: of the output head for one row.
+        prefill_row_ms: of one of many rows through the whole model.
+        queue_ms: that work waits before it starts.
+        same_model: whether its model is the device's, so that an answer of either is an answer of both.
+    """
+
+    n_layers: int
+    rows_ms: Points
+    head_ms: float
+    prefill_row_ms: float
+    queue_ms: float = 0.0
+    same_model: bool = True
+
+    def __post_init__(self) -> None:
+        _check_points(self.rows_ms, "rows_ms")
+        _check_times(self, "head_ms", "prefill_row_ms", "queue_ms")
+
+    def step(self, rows: int) -> float:
+        """The whole model for rows that all want logits, without the queue, in ms."""
+        last, ms = self.rows_ms[-1]
+        if rows > last:
+            return ms + (rows - last) * (self.prefill_row_ms + self.head_ms)
+        return between(self.rows_ms, rows)
+
+    def rest(self, layer: int, rows: int = 1) -> float:
+        """Layers [layer, n_layers) for rows of which the last wants logits, without the queue, in ms."""
+        share = 1.0 - layer / self.n_layers
+        last, ms = self.rows_ms[-1]
+        body = between(self.rows_ms, min(rows, last)) if rows <= last else ms
+        more = max(0, rows - last) * self.prefill_row_ms
+        return (max(0.0, body - self.head_ms) + more) * share + self.head_ms
+
+    def prefill(self, rows: float, layer: int = 0) -> float:
+        """Many rows through layers [layer, n_layers), without logits, in ms."""
+        return rows * self.prefill_row_ms * (1.0 - layer / self.n_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures(_Json):
+    """The link as it was found, for messages of one segment.
+
+    Attributes:
+        trip_ms: median of a question's way up and its answer's way down, the cloud's own time not included.
+        trip_high_ms: its 90 % quantile.
+        up_bps, down_bps: rates in bit/s, medians.
+        up_low_bps, down_low_bps: their 10 % quantiles.
+        silent_ms: since something was due from the cloud that has not come; 0 while nothing is late.
+        up: whether the cloud can be spoken to.
+    """
+
+    trip_ms: float
+    trip_high_ms: float
+    up_bps: float
+    down_bps: float
+    up_low_bps: float
+    down_low_bps: float
+    silent_ms: float = 0.0
+    up: bool = True
+
+    def __post_init__(self) -> None:
+        _check_times(self, "trip_ms", "trip_high_ms", "silent_ms")
+        for name in ("up_bps", "down_bps", "up_low_bps", "down_low_bps"):
+            if not (math.isfinite(rate := getattr(self, name)) and rate > 0):
+                raise DeviceError(f"{name} is {rate}", "give a rate above 0")
+
+    @property
+    def expected_trip_ms(self) -> float:
+        """The mean of a two-point law: the high quantile stands for the fifth of all trips around and above it."""
+        return 0.8 * self.trip_ms + 0.2 * max(self.trip_ms, self.trip_high_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitFigures(_Json):
+    """An exit, and what is promised of it.
+
+    Attributes:
+        layer: it stands before this layer.
+        threshold: confidence from which on it may emit.
+        emitted: share of tokens that reach it.
+        disagreement: certified bound on the share of tokens that differ from the whole model's.
+        codec: how hidden states travel that the promise holds for.
+    """
+
+    layer: int
+    threshold: float
+    emitted: float
+    disagreement: float
+    codec: str = "coded"
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "emitted", "disagreement")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFigures(_Json):
+    """Drafts of one source, as the cloud takes them.
+
+    Attributes:
+        source: "ngram", "exit" or "model".
+        layer: the exit that drafts; 0 for others.
+        draft_ms: of one drafted token on this device.
+        accepted: share of drafted tokens that the cloud takes where all before it were taken.
+        tokens_a_round: (g, tokens) that a round of g drafted tokens yields, the cloud's own included, ascending.
+        rows_a_round: (g, rows) that it costs the cloud, as a source may draft fewer than g.
+    """
+
+    source: DraftSource
+    layer: int
+    draft_ms: float
+    accepted: float
+    tokens_a_round: Points
+    rows_a_round: Points
+
+    def __post_init__(self) -> None:
+        if self.source not in DRAFT_SOURCES:
+            raise DeviceError(f"the source of drafts is {self.source!r}", f"choose one of {', '.join(DRAFT_SOURCES)}")
+        _check_times(self, "draft_ms")
+        _check_shares(self, "accepted")
+        _check_points(self.tokens_a_round, "tokens_a_round")
+        _check_points(self.rows_a_round, "rows_a_round")
+
+
+@dataclass(frozen=True, slots=True)
+class CodecFigures(_Json):
+    """How hidden states travel.
+
+    Attributes:
+        name: the codec.
+        row_bytes: of one row.
+        disagreement: measured share of tokens that differ from the whole model's; 0 for an exact one.
+    """
+
+    name: str
+    row_bytes: float
+    disagreement: float
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "disagreement")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish(_Json):
+    """What the user wants.
+
+    Attributes:
+        prefer: "speed"; "cloud-cost", the fewest of the cloud's seconds that are not much slower; or "privacy", which
+            means local and nothing sent.
+        max_disagreement: share of tokens that may differ from the cloud's model; 0 asks for its very text.
+    """
+
+    prefer: Prefer = "speed"
+    max_disagreement: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prefer not in PREFERENCES:
+            raise DeviceError(f"prefer is {self.prefer!r}", f"choose one of {', '.join(PREFERENCES)}")
+        _check_shares(self, "max_disagreement")
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """All that a choice depends on but the wish and how far an answer is.
+
+    Attributes:
+        cloud, link: None without a cloud.
+        pace: (mode, factor) by which a mode lately took longer than its formula said.
+    """
+
+    device: DeviceFigures
+    cloud: CloudFigures | None = None
+    link: LinkFigures | None = None
+    exits: tuple[ExitFigures, ...] = ()
+    drafts: tuple[DraftFigures, ...] = ()
+    codecs: tuple[CodecFigures, ...] = ()
+    pace: tuple[tuple[str, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Figures:
+        """From what `to_dict` gave.
+
+        Raises:
+            DeviceError: a figure is missing, unknown or out of bounds.
+        """
+        cloud, link = told.get("cloud"), told.get("link")
+        return cls(
+            DeviceFigures.read(told["device"]),
+            None if cloud is None else CloudFigures.read(cloud),
+            None if link is None else LinkFigures.read(link),
+            tuple(map(ExitFigures.read, told.get("exits", ()))),
+            tuple(map(DraftFigures.read, told.get("drafts", ()))),
+            tuple(map(CodecFigures.read, told.get("codecs", ()))),
+            tuple((str(mode), float(factor)) for mode, factor in told.get("pace", ())),
+        )
+
+
+def between(points: Points, count: int) -> float:
+    """The value at a count, linear between points, on through the last two beyond them and through 0 below them."""
+    if len(points) == 1 or count <= points[0][0]:
+        first, value = points[0]
+        return value * count / first if count < first else value
+    for (a, low), (b, high) in pairwise(points):
+        if count <= b or b == points[-1][0]:
+            return low + (high - low) * (count - a) / (b - a)
+    raise AssertionError("the last two points reach everywhere")
+
+
+def round_of(accepted: float, drafted: int) -> float:
+    """Tokens of a verified round, (1 - a^(g + 1)) / (1 - a) (Leviathan et al., 2211.17192)."""
+    return drafted + 1.0 if accepted >= 1.0 else (1.0 - accepted ** (drafted + 1)) / (1.0 - accepted)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _check_points(points: Points, name: str) -> None:
+    counts = [count for count, _ in points]
+    if not counts or counts[0] < 1 or any(b <= a for a, b in pairwise(counts)):
+        raise DeviceError(f"{name} has the counts {counts}", "give one or more, from 1 on, in order")
+    if not all(math.isfinite(value) and value >= 0 for _, value in points):
+        raise DeviceError(f"{name} is {points}", "give numbers from 0 on")
+
+
+def _check_times(figures: object, *names: str) -> None:
+    for name in names:
+        if not (math.isfinite(value := getattr(figures, name)) and value >= 0):
+            raise DeviceError(f"{name} is {value}", "give milliseconds from 0 on")
+
+
+def _check_shares(figures: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(figures, name)) <= 1:
+            raise DeviceError(f"{name} is {value}", "give a share from 0 to 1")

@@ -1,0 +1,97 @@
+"""Figures: times by interpolation, JSON there and back, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.edge.figures import (
+    CloudFigures,
+    CodecFigures,
+    DeviceFigures,
+    DraftFigures,
+    ExitFigures,
+    Figures,
+    LinkFigures,
+    Wish,
+    between,
+    round_of,
+)
+from isthmus.protocol.errors import DeviceError
+
+DEVICE = DeviceFigures(20, 30, ((1, 0.25), (20, 5.0), (30, 7.5)), 2.0, 0.25, 1.5)
+CLOUD = CloudFigures(30, ((1, 9.5), (2, 11.0), (4, 14.0)), 2.0, 1.5)
+LINK = LinkFigures(20, 40, 1e6, 2e6, 5e5, 1e6)
+
+
+@pytest.mark.parametrize(("count", "value"), [(1, 4.0), (2, 6.0), (3, 8.0), (4, 9.0), (6, 11.0)])
+def test_values_between_and_beyond_points(count: int, value: float) -> None:
+    assert between(((1, 4.0), (3, 8.0), (4, 9.0)), count) == pytest.approx(value)
+
+
+def test_values_below_the_first_point_go_through_nothing() -> None:
+    assert between(((10, 5.0), (30, 7.5)), 5) == pytest.approx(2.5)
+    assert between(((10, 5.0),), 30) == 5.0
+
+
+def test_times_of_a_device() -> None:
+    assert DEVICE.token_ms == pytest.approx(9.5)
+    assert DEVICE.through(10) == pytest.approx(0.25 + 9 * 4.75 / 19)
+    assert DEVICE.drafted(20) == pytest.approx(7.25)
+    assert DEVICE.prefill(100, 20) == pytest.approx(100.0)
+    assert not DEVICE.whole and replace(DEVICE, held=30).whole
+
+
+def test_times_of_a_cloud() -> None:
+    assert CLOUD.step(3) == pytest.approx(12.5)
+    assert CLOUD.step(6) == pytest.approx(14 + 2 * 3.5)
+    assert CLOUD.rest(20) == pytest.approx(7.5 / 3 + 2)
+    assert CLOUD.rest(20, 10) == pytest.approx((12 + 6 * 1.5) / 3 + 2)
+    assert CLOUD.prefill(30, 20) == pytest.approx(15.0)
+
+
+@given(st.floats(0, 1), st.integers(0, 12))
+def test_tokens_of_a_round_are_the_sum_of_powers(accepted: float, drafted: int) -> None:
+    assert round_of(accepted, drafted) == pytest.approx(sum(accepted**i for i in range(drafted + 1)), abs=1e-6)
+
+
+def test_json_there_and_back() -> None:
+    known = Figures(
+        DEVICE,
+        CLOUD,
+        LINK,
+        (ExitFigures(20, 0.8, 0.4, 0.05),),
+        (DraftFigures("exit", 20, 7.25, 0.5, ((1, 1.5), (2, 1.75)), ((1, 2.0), (2, 3.0))),),
+        (CodecFigures("f16", 1152, 0.003),),
+        (("exit", 1.25),),
+    )
+    assert Figures.read(json.loads(json.dumps(known.to_dict()))) == known
+    alone = Figures(DEVICE)
+    assert Figures.read(json.loads(json.dumps(alone.to_dict()))) == alone
+    wish = Wish("cloud-cost", 0.05)
+    assert Wish.read(json.loads(json.dumps(wish.to_dict()))) == wish
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "problem"),
+    [
+        (Wish, {"prefer": "beauty"}, "prefer is 'beauty'"),
+        (Wish, {"max_disagreement": 5}, "max_disagreement is 5"),
+        (Wish, {"haste": 1}, "has no haste"),
+        (DeviceFigures, DEVICE.to_dict() | {"held": 31}, "31 of 30"),
+        (DeviceFigures, DEVICE.to_dict() | {"head_ms": float("nan")}, "head_ms is nan"),
+        (CloudFigures, CLOUD.to_dict() | {"rows_ms": [[2, 1.0], [1, 1.0]]}, r"counts \[2, 1\]"),
+        (CloudFigures, CLOUD.to_dict() | {"rows_ms": [[1, -1.0]]}, "rows_ms is"),
+        (CloudFigures, {"n_layers": 30}, "cannot be read"),
+        (LinkFigures, LINK.to_dict() | {"up_bps": 0}, "up_bps is 0"),
+        (ExitFigures, {"layer": 1, "threshold": 0.5, "emitted": 1.5, "disagreement": 0}, "emitted is 1.5"),
+    ],
+)
+def test_figures_that_cannot_be(kind: Any, told: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DeviceError, match=problem):
+        kind.read(told)
