@@ -9,9 +9,10 @@ from isthmus.cloud.files import BundleFiles
 from isthmus.cloud.scheduler import State
 from isthmus.cloud.session import Session
 from isthmus.engine.part import KV_BLOCK, KvConfig, Part
+from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.errors import ServiceError
 from isthmus.protocol.messages import Offer
-from isthmus.protocol.tensors import CODECS
+from isthmus.protocol.tensors import CODECS, ENTROPY_CODECS
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Model:
         offer: what Welcome says of it.
         part: runs all its layers.
         kv: format and size of the part's KV.
+        channels: what is known of the channels before some layers.
         files: its bundle for devices, None when it is not given out.
         sessions: all that use it.
         ready: those with work for the engine, by number.
@@ -32,6 +34,7 @@ class Model:
     part: Part
     kv: KvConfig
     files: BundleFiles | None = None
+    channels: dict[int, ChannelStats] = field(default_factory=dict)
     sessions: set[Session] = field(default_factory=set)
     ready: dict[int, Session] = field(default_factory=dict)
     schedule: State = field(default_factory=State)
@@ -69,11 +72,13 @@ def serve_part(
     kv: KvConfig | None = None,
     files: BundleFiles | None = None,
     weights: str = "",
+    channels: dict[int, ChannelStats] | None = None,
 ) -> Model:
     """A model from a part that is open already.
 
     Args:
         weights: the weights' format, for people.
+        channels: statistics of the channels before some layers, with which devices may code hidden states.
 
     Raises:
         ServiceError: the part lacks the model's last layers.
@@ -91,11 +96,12 @@ def serve_part(
         part.numerics.id,
         part.numerics.exact,
         (kv.format,),
-        CODECS,
+        CODECS + ENTROPY_CODECS,
         config.context_length,
         weights,
+        tuple(stats.digest for stats in (channels or {}).values()),
     )
-    return Model(offer, part, kv, files)
+    return Model(offer, part, kv, files, channels or {})
 
 
 def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None) -> Model:
@@ -116,4 +122,7 @@ def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None) -> Model
     part = open_part(bundle, 0, bundle.config.n_layers, threads=threads, kv=kv)
     listing = bundle.manifest
     files = BundleFiles(folder)
-    return serve_part(part, listing.model_id, listing.name, kv=kv, files=files, weights=listing.weights)
+    channels = {entry.layer: bundle.exit(entry.layer).channels for entry in bundle.exits if bundle.holds(entry.file)}
+    return serve_part(
+        part, listing.model_id, listing.name, kv=kv, files=files, weights=listing.weights, channels=channels
+    )

@@ -287,6 +287,7 @@ class Registry:
             offer.context_length,
             self._limits.max_waiting,
             self._limits.busy_retry_ms,
+            model.channels.get(message.enter),
         )
         sequence = model.part.open(window=message.window)
         session = Session(message.session, principal, shape, sequence, enter=message.enter, window=message.window)

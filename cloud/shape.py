@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from isthmus.cloud.admission import SHORTEN
 from isthmus.cloud.work import Refusal
+from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.messages import Code
 
 
@@ -18,6 +19,7 @@ class Shape:
         d_model: width of hidden states.
         context_length: positions that the model was trained for; sessions without a window end there.
         max_waiting: requests that may wait.
+        channels: what is known of the channels before the layer at which rows enter.
         busy_retry_ms: told when more come.
     """
 
@@ -26,6 +28,7 @@ class Shape:
     context_length: int
     max_waiting: int = 64
     busy_retry_ms: int = 250
+    channels: ChannelStats | None = None
 
     def check(self, tokens: list[int], end: int, window: int) -> None:
         """Refuses tokens that are none, and positions up to `end` that are too many.

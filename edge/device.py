@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,9 +17,12 @@ from isthmus.edge import policy
 from isthmus.edge.chat import Chat, Message, parse
 from isthmus.edge.drafting import NGRAMS, Drafting
 from isthmus.edge.events import Busy, Timeouts
+from isthmus.edge.exit import ExitRunner
+from isthmus.edge.exits import Exits
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link, Wire
+from isthmus.edge.modes import Modes
 from isthmus.edge.opening import Opening
 from isthmus.edge.options import (
     GenerateOptions,
@@ -27,10 +31,9 @@ from isthmus.edge.options import (
     check_cut,
     check_memory,
     kv_room,
-    middle_cut,
     stop_words,
 )
-from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
+from isthmus.edge.runners import Runner
 from isthmus.edge.text import Text, token_ids
 from isthmus.edge.token import Mode, Stats, Token
 from isthmus.edge.verify import VerifyRunner
@@ -59,11 +62,13 @@ class Device:
         model: which of the cloud's models to fetch, by the beginning of its id or a name of its own; None for its only.
         keys: folder of this device's key and the cloud's public key, or the keys; None for the user's own folder.
         encrypted: off speaks in the clear, which is possible with a cloud on this machine only.
-        mode: "auto" (the cloud while it answers, else this device), "local", "stream", "split", or "verify" (drafted
-            here and checked in the cloud: the cloud model's own text).
+        mode: "auto" (the cloud while it answers, else this device), "local", "stream", "split", "verify" (drafted
+            here and checked in the cloud: the cloud model's own text), or "exit" (an exit's word where it is sure).
         cut: layer before which hidden states leave the device in split mode; None for the middle.
-        codec: how hidden states travel: "f32", "f16" or "int8".
-        draft: what verify mode drafts with: "ngrams" of the conversation, or the folder of a small model's bundle with
+        codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N); empty
+            for f16 in split and ecsq6 in exit mode.
+        threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
+        draft: what verify mode drafts with: "ngrams" of the conversation, the bundle's "exit", or the folder of a small model's bundle with
             the same tokenizer.
         draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.
         threads: threads of the engine, 0 for one per core.
@@ -96,7 +101,8 @@ class Device:
         encrypted: bool = True,
         mode: str = "auto",
         cut: int | None = None,
-        codec: str = "f16",
+        codec: str = "",
+        threshold: float | None = None,
         draft: str | Path = NGRAMS,
         draft_depth: int = 8,
         threads: int = 0,
@@ -120,7 +126,8 @@ class Device:
         self._note = self._waited = ""  # what did not go as asked: for good, and until the next token
         self._closed = False
         self._mode: Mode = as_mode(mode)
-        self._codec, self._fallback, self._clock = codec, fallback, clock
+        self._codec, self._threshold = codec, threshold
+        self._fallback, self._clock = fallback, clock
         with ExitStack() as opened:
             opening = Opening(cloud, timeouts or Timeouts(), wire, clock, self._waits)
             opened.callback(opening.close)
@@ -140,7 +147,9 @@ class Device:
                 threads=threads,
             )
             opened.callback(self._holding.close)
-            self._drafting = Drafting(self._bundle, draft, draft_depth, self._kv_tokens, backend, threads)
+            self._exits = Exits(self._bundle, self._holding, backend, threads)
+            opened.callback(self._exits.close)
+            self._drafting = Drafting(self._bundle, draft, self._exits, draft_depth, self._kv_tokens, backend, threads)
             opened.callback(self._drafting.close)
             self._cloud_error: IsthmusError | None = opening.absent  # of when the cloud was last looked for
             if opening.absent is not None and not self._holding.whole:
@@ -149,6 +158,9 @@ class Device:
             if computes:
                 self._holding.prefetch()
             self._log = Chain()
+            self._modes = Modes(
+                self._bundle, self._holding, self._drafting, self._exits, self._log, self._where, self._say
+            )
             self._link: Link | None = None
             self._active: Generator[Token] | None = None
             self._owner = 0  # the thread of `_active`
@@ -185,7 +197,7 @@ class Device:
     @property
     def cut(self) -> int:
         """The layer before which hidden states leave the device in split mode."""
-        return self._default_cut() if self._cut is None else self._cut
+        return self._modes.default_cut() if self._cut is None else self._cut
 
     @property
     def holds_whole_model(self) -> bool:
@@ -268,6 +280,7 @@ class Device:
         if self._link is not None:
             self._link.close()
         self._drafting.close()
+        self._exits.close()
         self._holding.close()
 
     def __enter__(self) -> Device:
@@ -293,7 +306,8 @@ class Device:
             raise DeviceError("the device is closed", "open another one")
         cut = self._cut if cut is None else check_cut(cut, self.config)
         chosen = self._mode if mode is None else as_mode(mode)
-        return GenerateOptions(max_tokens, sampling, stop_words(stop), chosen, cut, codec or self._codec)
+        codec = codec or self._codec
+        return GenerateOptions(max_tokens, sampling, stop_words(stop), chosen, cut, codec, self._threshold)
 
     def _begin(self, options: GenerateOptions, started: float, asked: list[Message] | None = None) -> Iterator[Token]:
         self._check_room(len(self._log))
@@ -354,7 +368,7 @@ class Device:
             runner.stop()
         except LinkError:
             pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
-        if isinstance(runner, VerifyRunner):
+        if isinstance(runner, VerifyRunner | ExitRunner):
             stats.drafted, stats.accepted = runner.drafted, runner.accepted
         if stats.tokens and runner.source != "device":
             self._cloud_error = None
@@ -380,24 +394,14 @@ class Device:
                 hint = "" if self._served else f" ({self._cloud_error.remedy})"
                 self._say(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
         if mode == "local":
-            return self._local_runner(options)
+            return self._modes.local(options)
         if self._link is None:
             raise DeviceError(f"{mode} mode needs a cloud", "name one, such as tcp://host:5757")
         with offering_local(whole):
             self._link.welcome()
         self._served = True
-        if mode == "verify":
-            return self._drafting.runner(self._link, self._log, options.sampling, self._eos)
-        if mode == "stream":
-            return StreamRunner(self._link, self._log, options.sampling, self._eos)
-        cut = self._default_cut() if options.cut is None else options.cut
-        part = self._holding.open(cut)
         with offering_local(whole):
-            self._check_offer(options.codec, part.part.numerics.id)
-        return SplitRunner(part, self._link, self._log, options.sampling, cut, options.codec)
-
-    def _local_runner(self, options: GenerateOptions) -> Runner:
-        return LocalRunner(self._holding.open(self.config.n_layers), self._log, options.sampling)
+            return self._modes.shared(replace(options, mode=mode), self._link)
 
     def _alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner:
         """The runner that goes on without the cloud.
@@ -415,7 +419,7 @@ class Device:
         if isinstance(error, Busy):
             self._rest.begin(self._clock())
         self._say(f"{error.problem}: this device went on by itself after {len(self.stats.tokens)} tokens")
-        return self._local_runner(options)
+        return self._modes.local(options)
 
     def _link_up(self) -> bool:
         if self._link is None or not self._rest.over(self._clock()):
@@ -432,18 +436,6 @@ class Device:
         self._served = self._served or self._cloud_error is None
         return self._cloud_error is None
 
-    def _check_offer(self, codec: str, numerics: str) -> None:
-        assert self._link is not None
-        welcome = self._link.welcome()
-        assert welcome is not None
-        for offer in welcome.offers:
-            if offer.model_id != self._bundle.model_id:
-                continue
-            if codec not in offer.codecs:
-                raise DeviceError(f"{self._where} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
-            if offer.numerics != numerics:
-                self._say(f"{self._where} computes with {offer.numerics}, this device with {numerics}")
-
     # -- the log
 
     def _set_log(self, ids: list[int]) -> None:
@@ -458,6 +450,7 @@ class Device:
             if self._link is not None:
                 self._link.session.edited(length)
             self._holding.truncate(length)
+            self._exits.truncate(length)
             self._drafting.truncate(length)
             self._log.truncate(length)
 
@@ -478,9 +471,6 @@ class Device:
             raise DeviceError("another thread is generating with this device", "give each thread a Device of its own")
         active.close()
         self._active = None
-
-    def _default_cut(self) -> int:
-        return max(1, min(middle_cut(self.config), self._holding.layers))
 
     def _waits(self, note: str) -> None:
         self._say(waiting=note)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.edge.drafts import NgramDrafts
+from isthmus.edge.exits import Exits
 from isthmus.edge.link import Link
 from isthmus.edge.local import LocalPart
 from isthmus.edge.model_drafts import ModelDrafts
@@ -18,16 +19,17 @@ from isthmus.protocol.errors import DeviceError
 from isthmus.protocol.messages import CAN_VERIFY
 from isthmus.split.bundle import Bundle
 
-NGRAMS = "ngrams"
+NGRAMS, EXIT = "ngrams", "exit"
 MAX_DEPTH = 64
 
 
 class Drafting:
-    """Drafts by the conversation's n-grams, or by a small model of the same tokenizer.
+    """Drafts by the conversation's n-grams, by an exit, or by a small model of the same tokenizer.
 
     Args:
         bundle: the model that the cloud runs.
-        source: "ngrams", or the folder of the small model's bundle.
+        source: "ngrams", "exit", or the folder of the small model's bundle.
+        exits: of the bundle.
         depth: blocks that may be under way at once; 1 waits for each answer before it drafts on.
         kv_tokens, backend, threads: of the small model, as in `Device`.
 
@@ -37,16 +39,23 @@ class Drafting:
     """
 
     def __init__(
-        self, bundle: Bundle, source: str | Path, depth: int, kv_tokens: int, backend: str = "auto", threads: int = 0
+        self,
+        bundle: Bundle,
+        source: str | Path,
+        exits: Exits,
+        depth: int,
+        kv_tokens: int,
+        backend: str = "auto",
+        threads: int = 0,
     ) -> None:
         if not 1 <= depth <= MAX_DEPTH:
             raise DeviceError(f"draft_depth is {depth}", f"choose 1 (wait for each answer) to {MAX_DEPTH}")
         self._ngrams = NgramDrafts()
         self._model: ModelDrafts | None = None
         self._part: LocalPart | None = None
-        self._free = source == NGRAMS
-        self.pace = Pace(depth, acceptance=0.3 if self._free else 0.5)
-        if not self._free:
+        self._exits, self._by_exit = exits, source == EXIT
+        self.pace = Pace(depth, acceptance=0.3 if source == NGRAMS else 0.5)
+        if source not in (NGRAMS, EXIT):
             from isthmus.engine import open_part
 
             small = Bundle.open(source)
@@ -64,6 +73,8 @@ class Drafting:
         welcome = link.welcome()
         if welcome is None or CAN_VERIFY not in welcome.capabilities:
             raise DeviceError("this cloud does not check drafts", "update isthmus there, or use stream mode")
+        if self._by_exit and self._model is None:
+            self._model = ModelDrafts(self._exits.speaker(self._exits.layer(None)))
         if self._model is not None:
             self._model.speak(sampling)
             return VerifyRunner(link, log, sampling, eos, self._model, self.pace)

@@ -10,9 +10,10 @@ from typing import Literal, Protocol
 from isthmus.edge.token import MODES, Mode
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol import tensors
 from isthmus.protocol.errors import DeviceError
 
-CODECS = ("f32", "f16", "int8")
+CODECS = tensors.CODECS + tensors.ENTROPY_CODECS
 KV_TOKENS = 4096
 MOST = 2**31 - 1  # what the engine and the protocol count to
 Overflow = Literal["error", "slide"]
@@ -26,9 +27,11 @@ class GenerateOptions:
         max_tokens: tokens at most, the end-of-sequence token included.
         sampling: how tokens are chosen.
         stop: words that end the text and do not appear in it.
-        mode: "auto", "local", "stream", "split" or "verify".
+        mode: "auto", "local", "stream", "split", "verify" or "exit".
         cut: layer before which the hidden states leave the device in split mode; None for the middle.
-        codec: how hidden states travel: "f32", "f16" or "int8".
+        codec: how hidden states travel: one of `CODECS`; empty for the mode's own (f16 in split, ecsq6 in exit mode).
+        threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
+        guesses: tokens that exit mode goes on for before it asks; None for as many as pay.
     """
 
     max_tokens: int = 256
@@ -36,7 +39,9 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     mode: Mode = "local"
     cut: int | None = None
-    codec: str = "f16"
+    codec: str = ""
+    threshold: float | None = None
+    guesses: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tokens <= MOST:
@@ -45,7 +50,7 @@ class GenerateOptions:
             raise DeviceError(f"top_k is {self.sampling.top_k}", f"choose 0 (all) to {MOST}")
         if self.mode not in MODES:
             raise DeviceError(f"mode is {self.mode!r}", f"choose one of {', '.join(MODES)}")
-        if self.codec not in CODECS:
+        if self.codec and self.codec not in CODECS:
             raise DeviceError(f"codec is {self.codec!r}", f"choose one of {', '.join(CODECS)}")
         if any(not word for word in self.stop):
             raise DeviceError("a stop word is empty", "leave it out or give it letters")

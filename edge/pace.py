@@ -16,12 +16,15 @@ class Pace:
     Args:
         depth: blocks that may be under way at once; 1 waits for each answer.
         acceptance: share of drafted tokens that are right, until it is known.
+        blocks: lengths to choose from.
         floor: guesses go on while they are all right with at least this probability, when they cost nothing but bytes
             (a device that has to draft drafts on anyway).
     """
 
-    def __init__(self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.25) -> None:
-        self.depth, self._floor = depth, floor
+    def __init__(
+        self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.25, blocks: tuple[int, ...] = BLOCKS
+    ) -> None:
+        self.depth, self._floor, self._blocks = depth, floor, blocks
         self._right, self._wrong = 4 * acceptance, 4 * (1 - acceptance)
         self._draft_s = self._trip_s = self._pass_s = 0.0
 
@@ -57,16 +60,16 @@ class Pace:
         E = (1 - a^(g+1)) / (1 - a). Several at once: as few as keep the cloud from falling behind, t_v(g) <= g t_d.
         """
         if not self._pass_s:
-            return 4
+            return self._blocks[len(self._blocks) // 2]
         if self.depth > 1 and self._draft_s > FREE_S:
-            return next((g for g in BLOCKS if self._check_s(g) <= g * self._draft_s), 8)
+            return next((g for g in self._blocks if self._check_s(g) <= g * self._draft_s), 8)
         a = min(self.acceptance, 0.99)
 
         def rate(g: int) -> float:
             tokens = (1 - a ** (g + 1)) / (1 - a)
             return tokens / (g * self._draft_s + self._trip_s + self._check_s(g + 1) + 1e-4)
 
-        return max(BLOCKS, key=rate)
+        return max(self._blocks, key=rate)
 
     def ahead(self) -> int:
         """Guesses that may be under way unchecked when more are drafted."""

@@ -83,6 +83,7 @@ class Offer(Struct, array_like=True, frozen=True):
         codecs: tensor codecs that rows may come in.
         context_length: positions that the model was trained for.
         weights: the weights' format, such as "q4" or "keep", for people; empty when it is not told.
+        channels: digests of the channel statistics that tensors may be coded with.
     """
 
     model_id: Name
@@ -96,3 +97,4 @@ class Offer(Struct, array_like=True, frozen=True):
     codecs: Names
     context_length: U32
     weights: Name = ""
+    channels: Annotated[tuple[bytes, ...], Meta(max_length=256)] = ()

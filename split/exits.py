@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
+from isthmus.protocol.channels import SPREAD_MIN, ChannelStats
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.packed import LANES, PackedMatrix
 from isthmus.split.exit_entry import MAX_HEAD_TOKENS
@@ -109,6 +110,11 @@ class ExitSource:
         return cls(
             model, layer, file.weights(but=(HEAD_TOKENS,)), tokens.view(np.int32) if tokens is not None else None
         )
+
+    @property
+    def channels(self) -> ChannelStats:
+        """What is known of the channels before the exit, for the codecs of hidden states."""
+        return ChannelStats(self.channel_mean, np.maximum(self.channel_spread, np.float32(SPREAD_MIN)))
 
     @property
     def config(self) -> DecoderConfig:

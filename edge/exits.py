@@ -1,0 +1,88 @@
+"""A bundle's exits on this device, opened when they are first asked for."""
+
+from __future__ import annotations
+
+from isthmus.edge.exit import ExitSpeaker
+from isthmus.edge.holding import Holding
+from isthmus.protocol.channels import ChannelStats
+from isthmus.protocol.errors import DeviceError
+from isthmus.split.bundle import Bundle
+
+
+class Exits:
+    """The exits that this device can speak through, on the layers that it holds.
+
+    Args:
+        holding: this device's layers; an exit's own layer runs on the same back end.
+    """
+
+    def __init__(self, bundle: Bundle, holding: Holding, backend: str, threads: int) -> None:
+        self._bundle, self._holding, self._backend, self._threads = bundle, holding, backend, threads
+        self._open: dict[int, ExitSpeaker] = {}
+        self._stats: dict[int, ChannelStats] = {}
+
+    def layer(self, wanted: int | None) -> int:
+        """Which exit to use: that before the wanted layer, or the deepest that this device can run.
+
+        Raises:
+            DeviceError: there is none.
+            BundleError: there is none before that layer.
+        """
+        if wanted is not None:
+            return self._bundle.manifest.exit(wanted).layer
+        held = self._holding.layers
+        layers = [e.layer for e in self._bundle.exits if e.layer <= held and self._bundle.holds(e.file)]
+        if not layers:
+            where = f" among the first {held} layers" if self._bundle.exits else ""
+            raise DeviceError(f"{self._bundle.name} has no exit{where}", "train some: isthmus exits train")
+        return max(layers)
+
+    def threshold(self, layer: int, wanted: float | None) -> float:
+        """From which confidence on an exit is believed: as wanted, or as its certificate says.
+
+        Raises:
+            DeviceError: no certificate, or a threshold that is no probability.
+        """
+        if wanted is not None:
+            if not 0.0 <= wanted <= 1.0:
+                raise DeviceError(f"the threshold is {wanted:g}", "choose a confidence in 0..1")
+            return wanted
+        certificate = self._bundle.manifest.exit(layer).certificate
+        if certificate is None:
+            problem = f"the exit before layer {layer} of {self._bundle.name} has no certificate"
+            raise DeviceError(problem, "calibrate it: isthmus exits calibrate; or name a threshold")
+        return certificate.threshold
+
+    def speaker(self, layer: int) -> ExitSpeaker:
+        """The layers before an exit, and the exit."""
+        part = self._holding.open(layer)
+        if layer not in self._open:
+            from isthmus.engine import open_part
+
+            head = open_part(
+                self._bundle.exit(layer),
+                layer,
+                layer + 1,
+                backend=self._backend,
+                threads=self._threads,
+                kv=self._holding.kv,
+            )
+            self._open[layer] = ExitSpeaker(part, head, layer)
+        return self._open[layer]
+
+    def stats(self, layer: int) -> ChannelStats:
+        """What is known of the channels before a layer."""
+        if layer not in self._stats:
+            self._stats[layer] = self._bundle.exit(layer).channels
+        return self._stats[layer]
+
+    def truncate(self, length: int) -> None:
+        """Forgets positions from `length` on."""
+        for speaker in self._open.values():
+            speaker.truncate(length)
+
+    def close(self) -> None:
+        """Frees the exits."""
+        for speaker in self._open.values():
+            speaker.close()
+        self._open.clear()

@@ -1,0 +1,105 @@
+"""The runner of each mode, made from what this device holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from isthmus.edge.drafting import Drafting
+from isthmus.edge.exit import ExitRunner
+from isthmus.edge.exits import Exits
+from isthmus.edge.holding import Holding
+from isthmus.edge.link import Link
+from isthmus.edge.options import GenerateOptions, middle_cut
+from isthmus.edge.pace import Pace
+from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.messages import CAN_VERIFY
+from isthmus.split.bundle import Bundle
+
+GUESSES = (0, 1, 2, 3, 4, 6, 8)  # tokens that exit mode may go on for before it asks
+
+
+class Modes:
+    """See the module.
+
+    Args:
+        where: the cloud, for people.
+        say: takes notes on what does not go as asked.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        holding: Holding,
+        drafting: Drafting,
+        exits: Exits,
+        log: Chain,
+        where: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._bundle, self._holding, self._drafting, self._exits = bundle, holding, drafting, exits
+        self._log, self._where, self._say = log, where, say
+        self._eos = tuple(bundle.manifest.tokenizer.eos)
+        self._pace = Pace(acceptance=0.3, blocks=GUESSES)
+
+    def local(self, options: GenerateOptions) -> Runner:
+        """The whole model on this device."""
+        return LocalRunner(self._holding.open(self._bundle.config.n_layers), self._log, options.sampling)
+
+    def shared(self, options: GenerateOptions, link: Link) -> Runner:
+        """Any mode that needs the cloud, which has answered.
+
+        Raises:
+            DeviceError: this device or the cloud cannot do that.
+            BundleError: there is no such exit.
+        """
+        if options.mode == "verify":
+            return self._drafting.runner(link, self._log, options.sampling, self._eos)
+        if options.mode == "split":
+            cut = self.default_cut() if options.cut is None else options.cut
+            part = self._holding.open(cut)
+            codec = options.codec or "f16"
+            self._check_offer(link, codec, part.part.numerics.id)
+            return SplitRunner(part, link, self._log, options.sampling, cut, codec)
+        if options.mode == "exit":
+            return self._exit(options, link)
+        return StreamRunner(link, self._log, options.sampling, self._eos)
+
+    def default_cut(self) -> int:
+        """Where a model is cut when nobody says where."""
+        return max(1, min(middle_cut(self._bundle.config), self._holding.layers))
+
+    def _exit(self, options: GenerateOptions, link: Link) -> Runner:
+        layer = self._exits.layer(options.cut)
+        threshold = self._exits.threshold(layer, options.threshold)
+        speaker = self._exits.speaker(layer)
+        stats, codec = self._exits.stats(layer), options.codec or "ecsq6"
+        welcome = link.welcome()
+        if welcome is None or CAN_VERIFY not in welcome.capabilities:
+            raise DeviceError("this cloud does not answer exits", "update isthmus there, or use stream mode")
+        self._check_offer(link, codec, self._holding.open(layer).part.numerics.id)
+        known = any(stats.digest in offer.channels for offer in welcome.offers)
+        pace = self._pace if options.guesses is None else Pace(acceptance=0.3, blocks=(options.guesses,))
+        return ExitRunner(
+            link,
+            self._log,
+            options.sampling,
+            self._eos,
+            speaker,
+            threshold,
+            codec,
+            stats if known else None,
+            pace,
+        )
+
+    def _check_offer(self, link: Link, codec: str, numerics: str) -> None:
+        welcome = link.welcome()
+        assert welcome is not None
+        for offer in welcome.offers:
+            if offer.model_id != self._bundle.model_id:
+                continue
+            if codec not in offer.codecs:
+                raise DeviceError(f"{self._where} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
+            if offer.numerics != numerics:
+                self._say(f"{self._where} computes with {offer.numerics}, this device with {numerics}")
