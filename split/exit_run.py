@@ -31,7 +31,7 @@ from isthmus.split.files import PARTIAL
 if TYPE_CHECKING:
     from isthmus.split.exit_training import Recipe
 
-# Of a head's matrices. With its linear map in 4 bits, too, an exit of SmolLM2 agrees on 2.7 % of tokens less.
+# Of a head's matrices. A linear map in 4 bits, too, cost the exit of SmolLM2 before layer 20 1.5 points of 51.5 %.
 FORMAT, INPUT_FORMAT = "q4", "q8"
 Say = Callable[[str], Progress]  # begins a step of that name
 
