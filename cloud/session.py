@@ -20,7 +20,6 @@ from isthmus.cloud.work import Refusal, Reply, Work
 from isthmus.engine.part import Sequence
 from isthmus.engine.sampling import GREEDY as ENGINE_GREEDY
 from isthmus.engine.sampling import Sampling
-from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.messages import (
     GREEDY,
@@ -125,7 +124,7 @@ class Session:
         self._room()
         states = None
         if hidden is not None:
-            states = tensors.decode(hidden, self.shape.d_model, stats=self.shape.channels)[new_at - message.position :]
+            states = self.shape.states(hidden)[new_at - message.position :]
         self.chain.extend(tokens[new_at - message.position :])
         self._add(
             Work(
@@ -209,9 +208,7 @@ class Session:
         self._room(drafted=True)
         states = None
         if message.hidden is not None:
-            states = tensors.decode(message.hidden, self.shape.d_model, stats=self.shape.channels)[
-                at - message.position :
-            ]
+            states = self.shape.states(message.hidden)[at - message.position :]
         self.chain.extend(message.tokens[at - message.position :])
         asks = (WANT_NONE, False, GREEDY, ENGINE_GREEDY, now_s)
         self._add(Work(message.position, end, at, end, *asks, states, at, size_bytes=size_bytes, lazy=True))
@@ -243,11 +240,7 @@ class Session:
         self.shape.check(tokens, end, self.window)
         self._room(drafted=True)
         sampler = message.sampler or (self.samples.sampler if work is None or work.lazy else work.sampler)
-        states = (
-            None
-            if message.hidden is None
-            else tensors.decode(message.hidden, self.shape.d_model, stats=self.shape.channels)
-        )
+        states = None if message.hidden is None else self.shape.states(message.hidden)
         self.chain.extend(tokens)
         self._add(
             Work(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from isthmus.cloud.admission import SHORTEN
 from isthmus.cloud.work import Refusal
+from isthmus.protocol import tensors
 from isthmus.protocol.channels import ChannelStats
-from isthmus.protocol.messages import Code
+from isthmus.protocol.messages import Code, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +48,11 @@ class Shape:
         if not window and end > self.context_length:
             problem = f"{end} positions exceed the model's context of {self.context_length}"
             raise Refusal(Code.KV_FULL, problem, SHORTEN)
+
+    def states(self, hidden: Tensor) -> NDArray[np.float32]:
+        """Hidden states that came, [n, d_model] f32.
+
+        Raises:
+            ProtocolError: they are coded otherwise, or not finite.
+        """
+        return tensors.decode(hidden, self.d_model, stats=self.channels)

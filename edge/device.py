@@ -65,11 +65,11 @@ class Device:
         mode: "auto" (the cloud while it answers, else this device), "local", "stream", "split", "verify" (drafted
             here and checked in the cloud: the cloud model's own text), or "exit" (an exit's word where it is sure).
         cut: layer before which hidden states leave the device in split mode; None for the middle.
-        codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N); empty
-            for f16 in split and ecsq6 in exit mode.
+        codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N);
+            empty for f16 in split and ecsq6 in exit mode.
         threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
-        draft: what verify mode drafts with: "ngrams" of the conversation, the bundle's "exit", or the folder of a small model's bundle with
-            the same tokenizer.
+        draft: what verify mode drafts with: the conversation's "ngrams", the bundle's "exit", or the folder of a small
+            model's bundle with the same tokenizer.
         draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.
         threads: threads of the engine, 0 for one per core.
         memory_mb: most memory that this process may need, in 10^6 bytes; None for no limit.

@@ -39,7 +39,7 @@ from isthmus.quant.packed import LANES, PackedMatrix
 PRECISIONS = ("f32", "q4")
 CHUNK = 256  # rows that run together, so that long prompts do not hold large activations
 SESSIONS = 8  # layer ranges that stay ready
-NEEDS_HEAD = Want.LOGITS | Want.SAMPLE | Want.CONFIDENCE
+NEEDS_HEAD: Want = Want.LOGITS | Want.SAMPLE | Want.CONFIDENCE
 
 
 def open_onnx(

@@ -16,7 +16,6 @@ from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
 from isthmus.split.exit_entry import ExitEntry
 from isthmus.split.files import is_there, locked, remove_left, work_folder
-from isthmus.split.heads import shipped
 from isthmus.split.manifest import (
     EMBEDDING,
     HEAD,
@@ -31,6 +30,7 @@ from isthmus.split.manifest import (
     model_id,
 )
 from isthmus.split.roles import Weights
+from isthmus.split.shipped import shipped
 from isthmus.split.tensorfile import encode
 
 Progress = Callable[[str, int, int], None]  # what was done, how many steps are done, how many there are

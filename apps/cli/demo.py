@@ -81,7 +81,7 @@ def _bundle(console: Console) -> Path:
     from isthmus.split.checkpoints import open_checkpoint
     from isthmus.split.exit_writer import put_exits
     from isthmus.split.fetch import cache_folder, fetch
-    from isthmus.split.heads import shipped
+    from isthmus.split.shipped import shipped
     from isthmus.split.writer import write_bundle
 
     folder = cache_folder().parent / "bundles" / MODEL

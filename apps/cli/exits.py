@@ -248,7 +248,7 @@ def export(
 ) -> None:
     """Write a bundle's exits and what is known of them into a folder, as they come with isthmus."""
     from isthmus.split.bundle import Bundle
-    from isthmus.split.heads import export as write
+    from isthmus.split.shipped import export as write
 
     opened = Bundle.open(bundle)
     _chosen(opened, None)

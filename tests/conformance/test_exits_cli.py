@@ -16,7 +16,7 @@ from isthmus.engine import KvConfig, open_part  # noqa: E402
 from isthmus.engine.part import Rows, Want  # noqa: E402
 from isthmus.split.bundle import Bundle  # noqa: E402
 from isthmus.split.exit_writer import put_certificates, put_exits  # noqa: E402
-from isthmus.split.heads import shipped  # noqa: E402
+from isthmus.split.shipped import shipped  # noqa: E402
 from tests.edge_bundle import write_tiny  # noqa: E402
 
 Capture = pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.groups import QUANTIZABLE, dequantize, quantize
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split import heads
+from isthmus.split import shipped as heads
 from isthmus.split.bundle import Bundle
 from isthmus.split.certificate import Certificate
 from isthmus.split.exit_entry import Agreement, ExitEntry, exit_file

@@ -7,7 +7,7 @@ import pytest
 
 from isthmus.split.certificate import Certificate
 from isthmus.split.exit_entry import MAX_HEAD_TOKENS
-from isthmus.split.heads import FOLDER, LIST, Heads, shipped
+from isthmus.split.shipped import FOLDER, LIST, Heads, shipped
 from isthmus.split.tensorfile import TensorFile
 
 FOLDERS = sorted(path.parent for path in FOLDER.glob(f"*/{LIST}"))
