@@ -232,7 +232,7 @@ class Session:
         if work is not None and not work.lazy and (work.max_tokens or not work.want & WANT_SAMPLE):
             raise refusals.busy("an earlier request is not done yet", self.shape.busy_retry_ms)
         first = self.samples.after(position - 1, message.sampler) if work is None else None
-        if work is None and first != tokens[0] and (first is not None or not self.enter):
+        if work is None and not self.enter and first != tokens[0]:
             if first is None:
                 raise Refusal(Code.GAP, f"nothing was sampled after position {position - 1}", "send Rows first")
             return None
@@ -257,6 +257,7 @@ class Session:
                 position,
                 size_bytes=size_bytes,
                 drafted=True,
+                firm=message.firm,
             )
         )
         return None
@@ -418,6 +419,10 @@ class Session:
         work.start += given
         rows -= given
         drafted = self.chain.tokens[work.start + 1 : work.end]
+        at = work.start + 1 - work.position  # in the block, of the first of them
+        for i, (guess, token) in enumerate(zip(drafted, sampled, strict=False)):
+            if guess != token and work.firm >> (at + i) & 1:
+                sampled[i] = guess
         wrong = (i for i, (guess, token) in enumerate(zip(drafted, sampled, strict=False)) if guess != token)
         kept = next(wrong, rows - 1) + 1
         self.committed += kept

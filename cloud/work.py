@@ -46,6 +46,7 @@ class Work:
         received_s, deadline_s: on the service's clock.
         size_bytes: credit to give back when it is done.
         drafted: its tokens from `position` on are guesses; what is not right of them is taken back.
+        firm: of drafted tokens those that stand whatever the model says, as bits.
         lazy: nobody waits for it.
     """
 
@@ -70,6 +71,7 @@ class Work:
     queue_us: int = -1
     drafted: bool = False
     lazy: bool = False
+    firm: int = 0
 
     @property
     def rows(self) -> int:
@@ -90,4 +92,4 @@ class Work:
         )
         self.received_s, self.deadline_s = after.received_s, after.deadline_s
         self.size_bytes += after.size_bytes
-        self.drafted, self.lazy = after.drafted, after.lazy
+        self.drafted, self.lazy, self.firm = after.drafted, after.lazy, after.firm

@@ -17,7 +17,7 @@ from isthmus.edge.pace import Pace
 from isthmus.edge.runners import HIDDEN_LANE, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.part import Part, Rows, Want
-from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
@@ -120,10 +120,11 @@ class ExitSpeaker:
 class ExitRunner:
     """See the module.
 
-    Token t is the exit's where its confidence reaches the threshold. Where it does not, the device goes on for some
-    tokens as if the exit were right, and asks the cloud about all of them at once: the answer says how many were what
-    the full model says, and what follows them. The states of all tokens travel ahead of the questions, and the cloud
-    computes those that nobody asked about together with the next question.
+    Token t is the exit's where its confidence reaches the threshold, else the full model's over the states that
+    travelled; nothing else enters, so the text does not depend on the link. Where the exit is not sure, the device goes
+    on for some tokens as if it were right, and asks the cloud about all of them at once: the answer says how many were
+    what the full model says, and what follows them. The states of all tokens travel ahead of the questions, and the
+    cloud computes those that nobody asked about together with the next question.
 
     Args:
         threshold: confidence from which on the exit is believed; above 1 never.
@@ -132,7 +133,7 @@ class ExitRunner:
 
     Attributes:
         source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
-        drafted, accepted: guesses that the cloud was asked about, and those that were right.
+        drafted, accepted: unsure guesses that the cloud was asked about, and those that were right.
     """
 
     source: Source = "exit"
@@ -151,12 +152,13 @@ class ExitRunner:
     ) -> None:
         self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
         self._speaker, self._threshold, self._codec, self._stats, self._pace = speaker, threshold, codec, stats, pace
-        self._sampler = None if sampling == GREEDY else sampler(sampling)
+        self._sampler: m.Sampler | None = None  # until the cloud knows it
         self._lane = link.session.lane(HIDDEN_LANE, speaker.cut)
         self._told = Chain()  # the log, what is said beyond it, and guesses
         self._ready: deque[tuple[int, Source]] = deque()
         self._sent = 0  # positions whose states went up
         self._unsure = -1  # the position after which the first unsure guess stands
+        self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
         self._running = self._waiting = False
         self.drafted = self.accepted = 0
 
@@ -189,7 +191,8 @@ class ExitRunner:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
         self._speaker.truncate(len(self._log))
-        self._unsure = -1
+        self._unsure, self._firm = -1, 0
+        self._sampler = sampler(self._sampling)
         self._running = True
 
     def _go_on(self, goal: int) -> None:
@@ -197,8 +200,9 @@ class ExitRunner:
         told, began = self._told, time.perf_counter()
         said = self._speaker.say(told, self._sampling)
         self._pace.drafted(1, time.perf_counter() - began)
+        sure = said.confidence >= self._threshold
         if self._unsure < 0:
-            if said.confidence >= self._threshold:
+            if sure:
                 self._ready.append((said.token, "exit"))
                 if len(told) - self._sent >= AHEAD_ROWS:
                     self._send_ahead(len(told))
@@ -207,41 +211,49 @@ class ExitRunner:
             self._unsure = len(told) - 1
         guesses = len(told) - 1 - self._unsure
         if guesses < min(self._pace.length(), m.MAX_DRAFT - 1, goal - 2 - self._unsure) and said.token not in self._eos:
+            self._firm |= sure << (len(told) - self._unsure)
             told.extend((said.token,))
             return
-        self._ask(said.token)
+        self._ask(said.token, sure)
 
-    def _ask(self, guess: int) -> None:
+    def _ask(self, guess: int, sure: bool) -> None:
         """Asks about the guesses and what follows them.
 
         Args:
             guess: what the exit says that it is; no row carries it.
+            sure: whether that stands.
         """
         told, lane, at = self._told, self._lane, self._unsure
         self._send_ahead(at)
         tensor = self._coded(at, len(told))
         began = time.perf_counter()
-        draft = m.Draft(
-            lane.alias, lane.epoch, at, told.at(at)[:_HASH_BYTES], told.tokens[at:], tensor, self._sampler or m.GREEDY
-        )
+        head, asks = told.at(at)[:_HASH_BYTES], self._sampler
+        draft = m.Draft(lane.alias, lane.epoch, at, head, told.tokens[at:], tensor, asks, self._firm)
+        self._sampler = None
         self._link.draft(lane, draft, told.at(at))
         self._waiting = True
         news = self._link.verdict(lane)
         self._waiting = False
         assert isinstance(news, Verified)
-        right, asked = at + news.accepted, len(told) - at
-        hits, checked = right - at - 1, min(right - at, asked - 1)
+        right, asked, firm = at + news.accepted, len(told) - at, self._firm
+        hits = sum(not firm >> i & 1 for i in range(1, news.accepted))
+        checked = hits + (right < len(told) or not sure)
+        source: Source
+        token, source = news.token, "cloud"
         if right == len(told):
-            hits, checked = hits + (guess == news.token), checked + 1
+            hits += not sure and guess == token
+            if sure or guess == token:
+                token, source = guess, "exit" if sure else "verified"
         self.drafted, self.accepted = self.drafted + checked, self.accepted + hits
         self._pace.answered(checked, hits, asked, time.perf_counter() - began, news.engine_us * 1e-6)
-        self._ready.extend((token, "verified") for token in told.tokens[at + 1 : right])
-        self._ready.append((news.token, "cloud"))
+        for i in range(1, news.accepted):
+            self._ready.append((told.tokens[at + i], "exit" if firm >> i & 1 else "verified"))
+        self._ready.append((token, source))
         if right < len(told):
             told.truncate(right)
             self._speaker.truncate(right)
-        told.extend((news.token,))
-        self._sent, self._unsure = right, -1
+        told.extend((token,))
+        self._sent, self._unsure, self._firm = right, -1, 0
         self._speaker.sent(right)
 
     def _send_ahead(self, end: int) -> None:

@@ -291,7 +291,9 @@ class Session:
             if self._control(message.alias, message.epoch, m.Truncate, now) is not None:
                 self._aligning(lane, message.committed, message.prefix_hash, now)
             return
-        rows: m.Rows = pending.message
+        rows = pending.message
+        if not isinstance(rows, m.Rows):
+            return
         if message.committed < rows.position + len(rows.tokens) or (rows.want & m.WANT_SAMPLE and not message.tokens):
             return  # a late repetition of Truncate's answer
         del self._pending[key]

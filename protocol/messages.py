@@ -332,6 +332,7 @@ class Draft(Struct, array_like=True, tag=21):
         tokens: the guesses, [n].
         hidden: [n, d_model], in sessions whose rows enter at a layer above 0; the first token is taken as it is there.
         sampler: how the model's own tokens are chosen; none for the one that is in use.
+        firm: bit i is set where token i stands whatever the model says, as an exit's that is sure of it.
     """
 
     alias: U32
@@ -341,6 +342,7 @@ class Draft(Struct, array_like=True, tag=21):
     tokens: Annotated[list[U32], Meta(min_length=1, max_length=MAX_DRAFT)]
     hidden: Tensor | None = None
     sampler: Sampler | None = None
+    firm: U32 = 0
 
 
 class Fill(Struct, array_like=True, tag=23):
@@ -363,7 +365,7 @@ class Verdict(Struct, array_like=True, tag=22):
 
     Attributes:
         position: of the request.
-        accepted: leading tokens of the block that are right, at least 1; they are committed.
+        accepted: leading tokens of the block that are right or firm, at least 1; they are committed.
         token: what follows them.
         prefix_hash: chain over the `position + accepted` tokens that are committed.
         engine_us: time in the engine, microseconds.

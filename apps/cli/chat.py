@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from isthmus.edge import Device
 
 HELP = """/help           show this
-/mode [MODE]    show or change where tokens are computed: auto, local, stream, split
+/mode [MODE]    show or change where tokens are computed: auto, local, stream, verify, exit, split
 /new            begin a new conversation
 /stats          what the last answer cost
 /quit           end; so does Ctrl-D. Ctrl-C stops an answer."""
@@ -76,7 +76,7 @@ def _command(device: Device, line: str, cloud: bool, options: dict[str, Any]) ->
     if name == "/mode":
         if argument.strip():
             mode = as_mode(argument.strip())
-            if mode in ("split", "stream", "verify") and not cloud:
+            if mode in ("split", "stream", "verify", "exit") and not cloud:
                 raise DeviceError(f"{mode} mode needs a cloud", "leave with /quit and begin again with --cloud ADDRESS")
             options["mode"] = mode
         print(f"mode: {options.get('mode', device.mode)}")

@@ -20,17 +20,32 @@ def command(
     mode: Annotated[
         str,
         typer.Option(
-            help="auto, local, stream (the cloud computes all), verify (this device drafts, the cloud checks) or split"
+            help="auto, local, stream (the cloud computes all), verify (this device drafts, the cloud checks), exit "
+            "(this device where it is sure, else the cloud) or split"
         ),
     ] = "auto",
-    cut: Annotated[int | None, typer.Option(help="Layers on this device in split mode; by default the middle")] = None,
-    codec: Annotated[str, typer.Option(help="How hidden states travel in split mode: f32, f16 or int8")] = "f16",
+    cut: Annotated[
+        int | None,
+        typer.Option(help="Layers on this device: by default the middle in split mode, the deepest exit in exit mode"),
+    ] = None,
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="How hidden states travel: f32, f16, int8, or ecsqN (N 2 to 32: coarser and smaller the lower); by "
+            "default f16 in split and ecsq6 in exit mode",
+            show_default=False,
+        ),
+    ] = "",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Confidence from which on exit mode believes the exit; by default its certificate's"),
+    ] = None,
     draft: Annotated[
         str,
         typer.Option(
-            metavar="ngrams|FOLDER",
-            help="What verify mode drafts with: the conversation's n-grams, or a small model's bundle with the same "
-            "tokenizer",
+            metavar="ngrams|exit|FOLDER",
+            help="What verify mode drafts with: the conversation's n-grams, the bundle's exit, or a small model's "
+            "bundle with the same tokenizer",
         ),
     ] = "ngrams",
     draft_depth: Annotated[
@@ -79,8 +94,9 @@ def command(
 
     Without --cloud everything is computed on this device. With it, auto lets the cloud answer while it can be reached
     and goes on alone when it cannot. In verify mode this device guesses ahead and the cloud checks: the text is that
-    of stream mode, in fewer round trips. With the codec f32 the text does not depend on where its tokens are computed;
-    f16 and int8 send less and may change it.
+    of stream mode, in fewer round trips. In exit mode the device says by itself what its exit is sure of, and asks the
+    cloud about the rest; `isthmus inspect` shows what the exit's certificate promises. With the codec f32 the text of
+    split mode does not depend on where its tokens are computed; the others send less and may change it.
     """
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
@@ -108,6 +124,7 @@ def command(
             mode=mode,
             cut=cut,
             codec=codec,
+            threshold=threshold,
             draft=draft,
             draft_depth=draft_depth,
             threads=threads,
@@ -155,7 +172,7 @@ def _check_effects(ctx: typer.Context) -> None:
     given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
     mode = as_mode(ctx.params["mode"])
     if "cloud" not in given:
-        if mode in ("split", "stream", "verify"):
+        if mode in ("split", "stream", "verify", "exit"):
             raise DeviceError(f"{mode} mode needs a cloud", "name one with --cloud HOST:PORT")
         for name in ("keys", "no_keys"):
             if name in given:
@@ -164,10 +181,14 @@ def _check_effects(ctx: typer.Context) -> None:
         refuse("keys", "has no effect with --no-keys", "choose one of them")
     if {"greedy", "temperature"} <= given:
         refuse("temperature", "has no effect with --greedy", "choose one of them")
-    if mode != "split" and not ("cloud" in given and "prompt" not in given):  # a chat may come to it with /mode
+    if mode not in ("split", "exit") and not (
+        "cloud" in given and "prompt" not in given
+    ):  # a chat may come to it with /mode
         for name in ("cut", "codec"):
             if name in given:
-                refuse(name, "has no effect without --mode split", "add that, or leave it out")
+                refuse(name, "has no effect without --mode split or exit", "add that, or leave it out")
+    if mode != "exit" and "threshold" in given and not ("cloud" in given and "prompt" not in given):
+        refuse("threshold", "has no effect without --mode exit", "add that, or leave it out")
     if mode != "verify" and not ("cloud" in given and "prompt" not in given):
         for name in ("draft", "draft_depth"):
             if name in given:

@@ -1,0 +1,187 @@
+"""Exit mode over the real service and a link that loses, repeats and overtakes: one text, whatever the link does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import blake2b
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.edge.exit import ExitSpeaker
+from isthmus.edge.options import GenerateOptions
+from isthmus.engine.part import Rows, StepResult, Want
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.channels import ChannelStats
+from isthmus.protocol.errors import DeviceError
+from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
+from tests.edge_world import D_MODEL, N_LAYERS, VOCAB, LossyWire, ToyPart, ToySequence, ToyService
+
+CUT = 3
+WARM = Sampling(0.9, seed=3)
+
+
+class ToyExit:
+    """An exit that runs the rest of the toy, is often right, and is as sure as a hash of the state says."""
+
+    def __init__(self) -> None:
+        self.part = ToyPart()
+        self.start, self.end, self.config = CUT, CUT + 1, self.part.config
+
+    def open(self) -> ToySequence:
+        return self.part.open()
+
+    def step(self, rows: Rows) -> StepResult:
+        (span,) = rows.spans
+        assert span.hidden_in is not None
+        wanted = span.want
+        span.want = int(Want.SAMPLE)
+        tokens = self.part.step(rows).tokens
+        if not wanted & Want.SAMPLE:
+            return StepResult([], np.zeros((0, D_MODEL), np.float32), np.zeros((0, VOCAB), np.float32))
+        assert wanted & Want.CONFIDENCE
+        digest = blake2b(span.hidden_in[-1].tobytes() + bytes([span.position % 256]), digest_size=2).digest()
+        guess = tokens[-1] if digest[0] < 150 else (tokens[-1] + 1) % 256
+        empty = np.zeros((0, D_MODEL), np.float32)
+        return StepResult([guess], empty, empty, np.array([digest[1] / 255], np.float32))
+
+    def close(self) -> None:
+        pass
+
+
+def exiting(wire: LossyWire, threshold: float = 0.6, guesses: int | None = None, **options: Any) -> Any:
+    one = device(wire, "exit", threshold=threshold, codec="f32", **options)
+    speakers: dict[int, ExitSpeaker] = {}
+    one._exits.layer = lambda wanted: CUT  # type: ignore[method-assign]
+    one._exits.stats = lambda layer: ChannelStats(np.zeros(D_MODEL, np.float32), np.ones(D_MODEL, np.float32))  # type: ignore[method-assign]
+
+    def speaker(layer: int) -> ExitSpeaker:
+        part = one._holding.open(layer)
+        if layer not in speakers:
+            speakers[layer] = one._exits._open[layer] = ExitSpeaker(part, ToyExit(), layer)  # type: ignore[arg-type]
+        return speakers[layer]
+
+    one._exits.speaker = speaker  # type: ignore[method-assign]
+    if guesses is not None:
+        made = one._options
+
+        def fixed(*args: Any) -> GenerateOptions:
+            return replace(made(*args), guesses=guesses)
+
+        one._options = fixed
+    return one
+
+
+def oracle(count: int, threshold: float, sampling: Sampling = Sampling()) -> list[int]:  # noqa: B008
+    """Token by token: the exit's where it is sure, else the whole model's."""
+    whole, exit_part, lower = ToyPart(), ToyExit(), ToyPart()
+    sequence, exits, first = whole.open(), exit_part.open(), lower.open()
+    log = list(PROMPT.encode())
+    feed, out = log, list[int]()
+    for _ in range(count):
+        at = sequence.length
+        real = whole.step(Rows().tokens(sequence, at, feed, sampling=sampling)).tokens[0]
+        states = lower.step(Rows().tokens(first, at, feed, leave=CUT, want=Want.HIDDEN, want_all=True)).hidden
+        want = Want.SAMPLE | Want.CONFIDENCE
+        said = exit_part.step(Rows().hidden(exits, at, states, enter=CUT, want=want, sampling=sampling))
+        token = said.tokens[0] if said.confidence[0] >= threshold else real
+        out.append(token)
+        feed = [token]
+        if token == 256:
+            break
+    return out
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("guesses", [None, 0, 1, 5])
+def test_the_text_is_the_oracles(threshold: float, guesses: int | None, sampling: Sampling) -> None:
+    with exiting(LossyWire(ToyService()), threshold, guesses) as one:
+        text = ids(one.generate(PROMPT, max_tokens=50, sampling=sampling))
+        assert text == oracle(50, threshold, sampling)
+        assert set(one.stats.sources) <= {"exit", "cloud", "verified"}
+        if threshold == 0.0:
+            assert set(one.stats.sources) == {"exit"}
+        if threshold == 1.0 and guesses == 0:
+            assert one.stats.round_trips >= len(text) - 1
+
+
+def test_a_threshold_that_nothing_reaches_gives_the_models_own_text() -> None:
+    with exiting(LossyWire(ToyService()), 1.0, 3) as one:
+        assert ids(one.generate(PROMPT, max_tokens=50)) == local(max_tokens=50)
+        assert one.stats.accepted < one.stats.drafted
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    drop=st.sampled_from([0.0, 0.1, 0.3]),
+    repeat=st.sampled_from([0.0, 0.3]),
+    slow_s=st.sampled_from([0.005, 0.3]),
+    guesses=st.sampled_from([None, 0, 3]),
+    threshold=st.sampled_from([0.3, 0.7]),
+    reconnect=st.sampled_from([7, 23, 1 << 60]),
+    restart=st.sampled_from([5, 17, 1 << 60]),
+)
+def test_whatever_happens_to_messages_the_text_is_the_same(
+    seed: int,
+    drop: float,
+    repeat: float,
+    slow_s: float,
+    guesses: int | None,
+    threshold: float,
+    reconnect: int,
+    restart: int,
+) -> None:
+    wire = LossyWire(ToyService(), seed, drop=drop, repeat=repeat, delay_s=(0.001, slow_s))
+    wire.reconnect_every, wire.restart_after = reconnect, restart
+    with exiting(wire, threshold, guesses) as one:
+        assert ids(one.generate(PROMPT, max_tokens=40)) == oracle(40, threshold)
+
+
+def test_one_conversation_with_other_modes_in_between() -> None:
+    text = local(max_tokens=36)
+    with exiting(LossyWire(ToyService()), 1.0) as one:
+        got: list[int] = ids(one.generate(PROMPT, max_tokens=6))
+        for mode in ("stream", "exit", "local", "exit", "verify"):
+            got += ids(one.generate(max_tokens=6, mode=mode))
+        assert got == text
+        one.reset()
+        assert ids(one.generate(PROMPT, max_tokens=6)) == text[:6]
+
+
+def test_an_answer_left_early_leaves_nothing_behind() -> None:
+    with exiting(LossyWire(ToyService()), 0.5, 4) as one:
+        whole = oracle(30, 0.5)
+        for start in range(1, 8):
+            tokens = one.generate(PROMPT, max_tokens=30)
+            head = [next(tokens).id for _ in range(start)]
+            assert head + ids(one.generate(max_tokens=4)) == whole[: start + 4]
+
+
+def test_no_exit_no_certificate_no_such_threshold() -> None:
+    bundle_less = device(LossyWire(ToyService()), "exit")
+    bundle_less._bundle.exits = ()  # type: ignore[misc]
+    with bundle_less as one, pytest.raises(DeviceError, match="has no exit"):
+        one._bundle.name = "toy"  # type: ignore[misc]
+        ids(one.generate(PROMPT, max_tokens=3))
+    with device(LossyWire(ToyService()), "exit", threshold=1.5) as one:
+        with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
+            one._exits.threshold(CUT, 1.5)
+        entry = SimpleNamespace(certificate=None)
+        one._bundle.manifest.exit = lambda layer: entry  # type: ignore[method-assign]
+        one._bundle.name = "toy"  # type: ignore[misc]
+        with pytest.raises(DeviceError, match="no certificate"):
+            one._exits.threshold(CUT, None)
+
+
+def test_it_holds_no_more_states_than_it_needs() -> None:
+    with exiting(LossyWire(ToyService()), 0.0) as one:
+        ids(one.generate(PROMPT, max_tokens=40))
+        (speaker,) = one._exits._open.values()
+        assert sum(map(len, speaker._states)) < 16
+    assert N_LAYERS > CUT
