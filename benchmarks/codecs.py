@@ -199,7 +199,7 @@ def coders(record: Record, rows: NDArray[np.float32], stats: ChannelStats) -> No
 
 def _categorical(spreads: tuple[int, ...]) -> tuple[object, list[tuple[object, int, int]], NDArray[np.int64]]:
     """A model for each k, the runs of channels that share one, and the channels in that order."""
-    import constriction  # type: ignore[import-untyped]
+    import constriction
 
     k = np.array(spreads)
     order = np.argsort(k, kind="stable")

@@ -9,6 +9,7 @@ from isthmus.cloud.files import BundleFiles
 from isthmus.cloud.scheduler import State
 from isthmus.cloud.session import Session
 from isthmus.engine.part import KV_BLOCK, KvConfig, Part
+from isthmus.engine.slow import slowed
 from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.errors import ServiceError
 from isthmus.protocol.messages import Offer
@@ -104,11 +105,12 @@ def serve_part(
     return Model(offer, part, kv, files, channels or {})
 
 
-def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None) -> Model:
+def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_down: float = 1.0) -> Model:
     """A model from a bundle's folder.
 
     Args:
         threads: of the engine, 0 for its own choice.
+        slow_down: pretends to be a model so many times larger, by waiting in proportion to what it computes.
 
     Raises:
         BundleError: no bundle, or not a whole one.
@@ -119,7 +121,7 @@ def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None) -> Model
 
     bundle = Bundle.open(folder)
     kv = kv or KvConfig()
-    part = open_part(bundle, 0, bundle.config.n_layers, threads=threads, kv=kv)
+    part = slowed(open_part(bundle, 0, bundle.config.n_layers, threads=threads, kv=kv), slow_down)
     listing = bundle.manifest
     files = BundleFiles(folder)
     channels = {entry.layer: bundle.exit(entry.layer).channels for entry in bundle.exits if bundle.holds(entry.file)}

@@ -76,6 +76,7 @@ class Session:
         self.freed_bytes = 0
         self.refused = 0
         self.samples = Samples()
+        self._unbilled_us = 0  # engine time of rows that nobody waited for; the next answer names it
 
     @property
     def ready(self) -> bool:
@@ -303,7 +304,8 @@ class Session:
         work = self.work[0]
         rows = min(rows, work.end - work.start)
         self.refused = 0
-        work.engine_us += engine_us
+        work.engine_us += engine_us + self._unbilled_us
+        self._unbilled_us = 0
         if work.drafted and work.start + rows > work.position:
             return self._checked(work, rows, tokens)
         self.committed += rows
@@ -320,7 +322,10 @@ class Session:
         self.freed_bytes += work.size_bytes
         if tokens:
             self._follow(tokens[-1])
-        return None if work.lazy else replies.result(self, work.position, work.tokens, work)
+        if work.lazy:
+            self._unbilled_us = work.engine_us
+            return None
+        return replies.result(self, work.position, work.tokens, work)
 
     def fail(self, refusal: Refusal) -> list[Reply]:
         """Drops all work with a Fault for each request; the log keeps what is committed."""

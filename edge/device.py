@@ -68,6 +68,7 @@ class Device:
         codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N);
             empty for f16 in split and ecsq6 in exit mode.
         threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
+        guesses: tokens that exit mode goes on for, unsure, before it asks; None for as many as pay.
         draft: what verify mode drafts with: the conversation's "ngrams", the bundle's "exit", or the folder of a small
             model's bundle with the same tokenizer.
         draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.
@@ -76,6 +77,7 @@ class Device:
         kv_tokens: positions that a conversation may have; None for the model's context, at most 4,096.
         overflow: what a longer conversation does: "error", or "slide" (attention sees the last kv_tokens positions).
         backend: as in `isthmus.engine.open_part`.
+        slow_down: pretends to be a machine so many times slower, by waiting in proportion to what it computes.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
             it refuses (key, KV, model) or stays busy.
         timeouts: how patient the device is with the cloud.
@@ -103,6 +105,7 @@ class Device:
         cut: int | None = None,
         codec: str = "",
         threshold: float | None = None,
+        guesses: int | None = None,
         draft: str | Path = NGRAMS,
         draft_depth: int = 8,
         threads: int = 0,
@@ -110,6 +113,7 @@ class Device:
         kv_tokens: int | None = None,
         overflow: Overflow = "error",
         backend: str = "auto",
+        slow_down: float = 1.0,
         timeouts: Timeouts | None = None,
         fallback: bool = True,
         progress: Callable[[str, int, int], None] | None = None,
@@ -126,7 +130,7 @@ class Device:
         self._note = self._waited = ""  # what did not go as asked: for good, and until the next token
         self._closed = False
         self._mode: Mode = as_mode(mode)
-        self._codec, self._threshold = codec, threshold
+        self._codec, self._threshold, self._guesses = codec, threshold, guesses
         self._fallback, self._clock = fallback, clock
         with ExitStack() as opened:
             opening = Opening(cloud, timeouts or Timeouts(), wire, clock, self._waits)
@@ -145,11 +149,12 @@ class Device:
                 window=window,
                 backend=backend,
                 threads=threads,
+                slow_down=slow_down,
             )
             opened.callback(self._holding.close)
-            self._exits = Exits(self._bundle, self._holding, backend, threads)
+            self._exits = Exits(self._bundle, self._holding)
             opened.callback(self._exits.close)
-            self._drafting = Drafting(self._bundle, draft, self._exits, draft_depth, self._kv_tokens, backend, threads)
+            self._drafting = Drafting(self._bundle, draft, self._exits, self._holding, draft_depth, self._kv_tokens)
             opened.callback(self._drafting.close)
             self._cloud_error: IsthmusError | None = opening.absent  # of when the cloud was last looked for
             if opening.absent is not None and not self._holding.whole:
@@ -164,7 +169,7 @@ class Device:
             self._link: Link | None = None
             self._active: Generator[Token] | None = None
             self._owner = 0  # the thread of `_active`
-            self._counted = (0, 0, 0)
+            self._counted = (0, 0, 0, 0)
             self._served = False  # whether the cloud ever has
             self._rest = Rest()
             if opening.wire is not None:
@@ -307,7 +312,9 @@ class Device:
         cut = self._cut if cut is None else check_cut(cut, self.config)
         chosen = self._mode if mode is None else as_mode(mode)
         codec = codec or self._codec
-        return GenerateOptions(max_tokens, sampling, stop_words(stop), chosen, cut, codec, self._threshold)
+        return GenerateOptions(
+            max_tokens, sampling, stop_words(stop), chosen, cut, codec, self._threshold, self._guesses
+        )
 
     def _begin(self, options: GenerateOptions, started: float, asked: list[Message] | None = None) -> Iterator[Token]:
         self._check_room(len(self._log))
@@ -375,15 +382,14 @@ class Device:
             self._rest.end()
         if self._link is not None:
             now = self._link.costs
-            stats.bytes_up, stats.bytes_down, stats.round_trips = (
-                a - b for a, b in zip(now, self._counted, strict=True)
-            )
+            spent = [a - b for a, b in zip(now, self._counted, strict=True)]
+            stats.bytes_up, stats.bytes_down, stats.round_trips, stats.cloud_ms = *spent[:3], spent[3] * 1e-3
             self._counted = now
 
     def _runner(self, options: GenerateOptions) -> Runner:
         mode, whole = options.mode, self.holds_whole_model
         if self._link is not None:
-            self._link.session.impatient = mode == "auto" and whole and self._fallback
+            self._link.session.patience.impatient = mode == "auto" and whole and self._fallback
         if mode == "auto":
             with offering_local(whole):
                 link_up = self._link_up()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from isthmus.edge.drafts import NgramDrafts
 from isthmus.edge.exits import Exits
+from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.local import LocalPart
 from isthmus.edge.model_drafts import ModelDrafts
@@ -31,7 +32,8 @@ class Drafting:
         source: "ngrams", "exit", or the folder of the small model's bundle.
         exits: of the bundle.
         depth: blocks that may be under way at once; 1 waits for each answer before it drafts on.
-        kv_tokens, backend, threads: of the small model, as in `Device`.
+        holding: this device's engine, for the small model.
+        kv_tokens: positions that a conversation may have.
 
     Raises:
         DeviceError: the small model has another tokenizer, or the depth is none.
@@ -39,14 +41,7 @@ class Drafting:
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        source: str | Path,
-        exits: Exits,
-        depth: int,
-        kv_tokens: int,
-        backend: str = "auto",
-        threads: int = 0,
+        self, bundle: Bundle, source: str | Path, exits: Exits, holding: Holding, depth: int, kv_tokens: int
     ) -> None:
         if not 1 <= depth <= MAX_DEPTH:
             raise DeviceError(f"draft_depth is {depth}", f"choose 1 (wait for each answer) to {MAX_DEPTH}")
@@ -56,12 +51,10 @@ class Drafting:
         self._exits, self._by_exit = exits, source == EXIT
         self.pace = Pace(depth, acceptance=0.3 if source == NGRAMS else 0.5)
         if source not in (NGRAMS, EXIT):
-            from isthmus.engine import open_part
-
             small = Bundle.open(source)
             check_tokenizer(small, bundle)
             kv = KvConfig(max_tokens=min(kv_tokens, small.config.context_length) + 32)
-            self._part = LocalPart(open_part(small, 0, small.config.n_layers, backend=backend, threads=threads, kv=kv))
+            self._part = LocalPart(holding.open_part(small, 0, small.config.n_layers, kv))
             self._model = ModelDrafts(self._part)
 
     def runner(self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int]) -> VerifyRunner:

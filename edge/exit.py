@@ -23,6 +23,7 @@ from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
+LIKELY = 0.3  # probability that all guesses are right below which a device asks instead of guessing on
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
 
@@ -158,6 +159,7 @@ class ExitRunner:
         self._ready: deque[tuple[int, Source]] = deque()
         self._sent = 0  # positions whose states went up
         self._unsure = -1  # the position after which the first unsure guess stands
+        self._odds = 1.0  # that all unsure guesses since are right
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
         self._running = self._waiting = False
         self.drafted = self.accepted = 0
@@ -191,7 +193,7 @@ class ExitRunner:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
         self._speaker.truncate(len(self._log))
-        self._unsure, self._firm = -1, 0
+        self._unsure, self._firm, self._odds = -1, 0, 1.0
         self._sampler = sampler(self._sampling)
         self._running = True
 
@@ -209,8 +211,10 @@ class ExitRunner:
                 told.extend((said.token,))
                 return
             self._unsure = len(told) - 1
-        guesses = len(told) - 1 - self._unsure
-        if guesses < min(self._pace.length(), m.MAX_DRAFT - 1, goal - 2 - self._unsure) and said.token not in self._eos:
+        guesses, odds = len(told) - 1 - self._unsure, self._odds * (1.0 if sure else said.confidence)
+        most = min(self._pace.length(), m.MAX_DRAFT - 1, goal - 2 - self._unsure)
+        if guesses < most and odds >= LIKELY and said.token not in self._eos:
+            self._odds = odds
             self._firm |= sure << (len(told) - self._unsure)
             told.extend((said.token,))
             return
@@ -253,7 +257,7 @@ class ExitRunner:
             told.truncate(right)
             self._speaker.truncate(right)
         told.extend((token,))
-        self._sent, self._unsure, self._firm = right, -1, 0
+        self._sent, self._unsure, self._firm, self._odds = right, -1, 0, 1.0
         self._speaker.sent(right)
 
     def _send_ahead(self, end: int) -> None:

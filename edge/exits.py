@@ -13,11 +13,11 @@ class Exits:
     """The exits that this device can speak through, on the layers that it holds.
 
     Args:
-        holding: this device's layers; an exit's own layer runs on the same back end.
+        holding: this device's layers; an exit's own layer runs on the same engine.
     """
 
-    def __init__(self, bundle: Bundle, holding: Holding, backend: str, threads: int) -> None:
-        self._bundle, self._holding, self._backend, self._threads = bundle, holding, backend, threads
+    def __init__(self, bundle: Bundle, holding: Holding) -> None:
+        self._bundle, self._holding = bundle, holding
         self._open: dict[int, ExitSpeaker] = {}
         self._stats: dict[int, ChannelStats] = {}
 
@@ -57,16 +57,7 @@ class Exits:
         """The layers before an exit, and the exit."""
         part = self._holding.open(layer)
         if layer not in self._open:
-            from isthmus.engine import open_part
-
-            head = open_part(
-                self._bundle.exit(layer),
-                layer,
-                layer + 1,
-                backend=self._backend,
-                threads=self._threads,
-                kv=self._holding.kv,
-            )
+            head = self._holding.open_part(self._bundle.exit(layer), layer, layer + 1, self._holding.kv)
             self._open[layer] = ExitSpeaker(part, head, layer)
         return self._open[layer]
 

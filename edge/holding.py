@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from isthmus.edge import budget
 from isthmus.edge.local import CHUNK, LocalPart
-from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig
+from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig, Part, WeightSource
+from isthmus.engine.slow import check_slow_down, slowed
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
@@ -17,13 +18,23 @@ class Holding:
         kv_tokens: positions of the conversation.
         window: attention window in positions, 0 for all.
         backend, threads: as in `isthmus.engine.open_part`.
+        slow_down: as in `Device`.
     """
 
     def __init__(
-        self, bundle: Bundle, *, memory_mb: float | None, kv_tokens: int, window: int, backend: str, threads: int
+        self,
+        bundle: Bundle,
+        *,
+        memory_mb: float | None,
+        kv_tokens: int,
+        window: int,
+        backend: str,
+        threads: int,
+        slow_down: float = 1.0,
     ) -> None:
+        check_slow_down(slow_down)
         self._bundle, self._memory_mb, self._window = bundle, memory_mb, window
-        self._backend, self._threads = backend, threads
+        self._backend, self._threads, self._slow_down = backend, threads, slow_down
         self.kv = KvConfig(max_tokens=kv_tokens + (CHUNK + KV_SLACK + KV_SINKS + 3 * KV_BLOCK if window else KV_BLOCK))
         self.part: LocalPart | None = None
 
@@ -54,11 +65,15 @@ class Holding:
             layers = self.layers
             if layers < depth:
                 raise self._refusal(depth)
-            from isthmus.engine import open_part
-
-            part = open_part(self._bundle, 0, layers, backend=self._backend, threads=self._threads, kv=self.kv)
-            self.part = LocalPart(part, self._window)
+            self.part = LocalPart(self.open_part(self._bundle, 0, layers, self.kv), self._window)
         return self.part
+
+    def open_part(self, source: WeightSource, start: int, end: int, kv: KvConfig) -> Part:
+        """Layers [start, end) on this device's engine, of its own bundle or of another source."""
+        from isthmus.engine import open_part
+
+        part = open_part(source, start, end, backend=self._backend, threads=self._threads, kv=kv)
+        return slowed(part, self._slow_down)
 
     def truncate(self, length: int) -> None:
         """Forgets the KV of positions from `length` on."""

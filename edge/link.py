@@ -45,7 +45,7 @@ class Link:
 
     Args:
         clock: seconds, as `time.monotonic`; simulated links bring their own.
-        on_waiting: called with what `Session.waiting` says, once each time that it begins.
+        on_waiting: called with what `Patience.waiting` says, once each time that it begins.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Link:
             session.receive(wire.welcome, clock())
 
     @property
-    def costs(self) -> tuple[int, int, int]:
-        """Bytes up, bytes down and round trips so far."""
-        return self._wire.bytes_up, self._wire.bytes_down, self.session.round_trips
+    def costs(self) -> tuple[int, int, int, int]:
+        """Bytes up, bytes down, round trips and microseconds of the cloud's engine so far."""
+        return self._wire.bytes_up, self._wire.bytes_down, self.session.round_trips, self.session.cloud_us
 
     @property
     def max_rows(self) -> int:
@@ -232,10 +232,10 @@ class Link:
             if message is not None:
                 session.receive(message, now)
             if now >= until:
-                waited = session.waiting
+                waited = session.patience.waiting
                 session.tick(now, wire.up, wire.failure)
-                if session.waiting and not waited and self._on_waiting is not None:
-                    self._on_waiting(session.waiting)
+                if session.patience.waiting and not waited and self._on_waiting is not None:
+                    self._on_waiting(session.patience.waiting)
                 if deadline is not None and now >= deadline and not session.events:
                     return None
         event = session.events.popleft()

@@ -12,6 +12,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol import tensors
 from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.messages import MAX_DRAFT
 
 CODECS = tensors.CODECS + tensors.ENTROPY_CODECS
 KV_TOKENS = 4096
@@ -52,6 +53,10 @@ class GenerateOptions:
             raise DeviceError(f"mode is {self.mode!r}", f"choose one of {', '.join(MODES)}")
         if self.codec and self.codec not in CODECS:
             raise DeviceError(f"codec is {self.codec!r}", f"choose one of {', '.join(CODECS)}")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise DeviceError(f"the threshold is {self.threshold:g}", "choose a confidence in 0..1")
+        if self.guesses is not None and not 0 <= self.guesses < MAX_DRAFT:
+            raise DeviceError(f"guesses is {self.guesses}", f"choose 0 to {MAX_DRAFT - 1}")
         if any(not word for word in self.stop):
             raise DeviceError("a stop word is empty", "leave it out or give it letters")
 

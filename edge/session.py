@@ -16,7 +16,6 @@ from isthmus.edge.events import (
     Aligned,
     Answered,
     Behind,
-    Busy,
     Event,
     Refused,
     Served,
@@ -26,11 +25,12 @@ from isthmus.edge.events import (
     Verified,
 )
 from isthmus.edge.lane import Lane
+from isthmus.edge.patience import Patience
 from isthmus.edge.pending import Pending
 from isthmus.edge.stream import Stream
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain, extend
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError, SlowLinkError
+from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
 
 _MAX_SETBACKS = 24  # realignments in a row without one answer
 _MAX_REPEATS = 3  # of a draft, which a cloud drops without a word when it does not fit
@@ -47,8 +47,10 @@ class Session:
         window: as in `messages.Open`.
 
     Attributes:
-        impatient: whether a cloud that stays busy counts as gone after `Timeouts.busy_ms`.
-        waiting: says that a busy cloud has been putting the device off for some time; empty when none does.
+        round_trips: answers that were waited for.
+        cloud_us: engine time in the cloud that answers named, microseconds; a step's time counts for each of its rows'
+            sessions.
+        patience: how long it waits.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Session:
         self.events: deque[Event] = deque()
         self.welcome: m.Welcome | None = None
         self.round_trips = 0
+        self.cloud_us = 0
         self.log = log
         self._model_id, self._timeouts = model_id, timeouts or Timeouts()
         self._where, self._kv_format, self._window = where, kv_format, window
@@ -72,14 +75,9 @@ class Session:
         self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
         self._pending: dict[tuple[Any, ...], Pending] = {}
         self._streams: dict[int, Stream] = {}
-        self._up_at = self._progress_at = 0.0
+        self.patience = Patience(self._timeouts, where)
         self._closing = False
         self._setbacks = 0
-        self.impatient = False
-        self.waiting = ""
-        self._put_off = ""  # why the cloud last said that it is busy
-        self._put_off_at = 0.0  # when it began to say so
-        self._put_off_until = float("-inf")  # when it counts as busy no more, unless it says so again
 
     # -- what the device asks for
 
@@ -199,27 +197,13 @@ class Session:
         """
         if not self._pending:
             return
-        if up and self.welcome is not None:
-            self._up_at = now
-        patience_ms = self._timeouts.connect_ms if self.welcome is None else self._timeouts.give_up_ms
-        if self._closing:
-            patience_ms = min(patience_ms, self._timeouts.retry_ms)
-        elif self.welcome is None and failure is not None and not isinstance(failure, SlowLinkError):
-            patience_ms //= 4  # somebody said no; a cloud that is just starting gets a moment
-        put_off_ms = (now - self._put_off_at) * 1e3 if now < self._put_off_until else 0.0
-        if (now - self._up_at) * 1e3 >= patience_ms:
-            self._fail(failure or self._silence())
-        elif (now - self._progress_at) * 1e3 >= self._timeouts.progress_ms:
-            took_s = now - self._progress_at
-            why = f": {self._put_off}" if put_off_ms else ""
-            self._fail(LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s{why}", "try again"))
-        elif put_off_ms >= self._timeouts.busy_ms and self.impatient:
-            self._fail(Busy(f"{self._where} is busy: {self._put_off}", "try again in a moment"))
-        elif self.welcome is not None:
-            if put_off_ms < self._timeouts.busy_note_ms:
-                self.waiting = ""
-            elif not self.waiting:
-                self.waiting = f"{self._where} is busy: waiting ({self._put_off})"
+        connected = self.welcome is not None
+        if up and connected:
+            self.patience.alive(now)
+        lost = self.patience.lost(now, connected, self._closing, failure)
+        if lost is not None:
+            self._fail(lost)
+        elif connected:
             overdue = [pending for pending in self._pending.values() if pending.retry_at <= now]
             for pending in overdue:
                 if isinstance(pending.message, m.Draft) and pending.tries >= _MAX_REPEATS and pending.lane:
@@ -233,7 +217,7 @@ class Session:
         if not self._pending:
             return float("inf")
         if self.welcome is None:
-            return self._up_at + self._timeouts.connect_ms / 1e3
+            return self.patience.ends_at(connected=False)
         return min(pending.retry_at for pending in self._pending.values())
 
     def abandon(self) -> None:
@@ -251,7 +235,7 @@ class Session:
     def _welcomed(self, message: m.Welcome, now: float) -> None:
         self.welcome = message
         self._closing = False
-        self._up_at = now
+        self.patience.alive(now)
         offered = {offer.model_id: offer.name for offer in message.offers}
         if self._model_id and self._model_id not in offered:
             names = ", ".join(f"{name} ({id_[:12]})" for id_, name in offered.items()) or "nothing"
@@ -299,7 +283,8 @@ class Session:
         del self._pending[key]
         if rows.want:
             self.round_trips += 1
-        self._progressed(now)
+        self.cloud_us += message.engine_us
+        self.patience.progressed(now)
         self._setbacks = 0
         if message.committed < lane.committed:
             pass  # overtaken by a later answer
@@ -317,8 +302,9 @@ class Session:
         pending.retry_at = now + self._timeouts.retry_ms / 1e3
         pending.tries = 0
         for fresh, taken in stream.take(message):
+            self.cloud_us += taken.engine_us
             lane.committed, lane.head = taken.committed, taken.prefix_hash
-            self._progressed(now)
+            self.patience.progressed(now)
             self._setbacks = 0
             if taken.done:
                 del self._streams[lane.alias], self._pending[("stream", lane.alias)]
@@ -342,7 +328,8 @@ class Session:
             return
         del self._pending[key]
         self.round_trips += 1
-        self._progressed(now)
+        self.cloud_us += message.engine_us
+        self.patience.progressed(now)
         self._setbacks = 0
         lane.committed, lane.head = message.position + accepted, head
         self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
@@ -430,7 +417,7 @@ class Session:
     def _answered(self, key: tuple[Any, ...], now: float) -> bool:
         if self._pending.pop(key, None) is None:
             return False
-        self._progressed(now)
+        self.patience.progressed(now)
         return True
 
     def _control(self, alias: int, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Lane | None:
@@ -450,11 +437,7 @@ class Session:
         of_lane = [(key, pending) for key, pending in self._pending.items() if pending.lane is lane]
         later = [pending for key, pending in of_lane if key[0] != "rows" or key[2] >= fault.position]
         if later and fault.code is m.Code.BUSY:
-            if now >= self._put_off_until:
-                self._put_off_at = now
-            took_s = now - min(pending.asked_at for pending in later)  # a cloud of long steps says so rarely
-            self._put_off_until = retry_at + max(self._timeouts.retry_ms / 1e3, 2 * took_s)
-            self._put_off = fault.problem
+            self.patience.put_off(fault.problem, min(pending.asked_at for pending in later), retry_at, now)
         for pending in later:
             pending.asked_at = pending.retry_at = retry_at
 
@@ -476,19 +459,7 @@ class Session:
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
         if not self._pending:
-            self._up_at = now
-            self._progressed(now)
-
-    def _progressed(self, now: float) -> None:
-        self._progress_at = self._put_off_until = now
-        self.waiting = ""
-
-    def _silence(self) -> LinkError:
-        if self.welcome is None:
-            return LinkError(f"{self._where} does not answer", "check the address, and that `isthmus serve` runs there")
-        if self._closing:
-            return LinkError(f"{self._where} has stopped", "start it again or name another cloud")
-        return LinkError(f"{self._where} went away", "check the link, and that `isthmus serve` runs there")
+            self.patience.begin(now)
 
     def _fail(self, error: IsthmusError) -> None:
         self.abandon()

@@ -45,6 +45,7 @@ class Stats:
         tok_s: tokens a second after the first one; 0 when there was only one.
         bytes_up, bytes_down: bytes of messages, without the transport's own framing.
         round_trips: questions to the cloud whose answer was waited for.
+        cloud_ms: time in the cloud's engine, as its answers say.
         drafted, accepted: guesses that the cloud checked, and those of them that were right.
         finish: why it ended: "eos", "stop", "length", or "cancelled"; empty while it runs.
         note: what did not go as asked, such as a cloud that went away; empty when all went well.
@@ -60,6 +61,7 @@ class Stats:
     bytes_up: int = 0
     bytes_down: int = 0
     round_trips: int = 0
+    cloud_ms: float = 0.0
     drafted: int = 0
     accepted: int = 0
     finish: str = ""
@@ -78,6 +80,7 @@ class Stats:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "round_trips": self.round_trips,
+            "cloud_ms": round(self.cloud_ms, 3),
             "drafted": self.drafted,
             "accepted": self.accepted,
             "finish": self.finish,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.apps.cli.bench_modes import command as modes
+
 if TYPE_CHECKING:
     from isthmus.apps.bench.contenders import Contender
     from isthmus.apps.bench.quality import Quality
@@ -27,6 +29,7 @@ COLUMNS = (  # key of a row in --json, title, format
 )
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, add_completion=False)
+app.command("modes")(modes)
 
 
 @app.callback()

@@ -18,8 +18,8 @@ ERROR = "error: "
 class CloudProcess:
     """`isthmus serve` in a process of its own."""
 
-    def __init__(self, bundle: Path, keys: Path, threads: int) -> None:
-        self._bundle, self._keys, self._threads = bundle, keys, threads
+    def __init__(self, bundle: Path, keys: Path, threads: int, slow_down: float = 1.0) -> None:
+        self._bundle, self._keys, self._threads, self._slow_down = bundle, keys, threads, slow_down
         self._process: Any = None
         self.address = ""
 
@@ -28,6 +28,7 @@ class CloudProcess:
         self.address = f"tcp://127.0.0.1:{port}"
         command = [sys.executable, "-m", "isthmus.apps.cli", "serve", str(self._bundle), "--listen", self.address]
         command += ["--keys", str(self._keys), "--threads", str(self._threads)]
+        command += ["--slow-down", str(self._slow_down)]
         self._log = (self._keys / "cloud.log").open("w+")
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
         try:

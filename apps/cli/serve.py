@@ -32,6 +32,9 @@ def command(
         float, typer.Option(help="Part of that KV which one owner of keys may hold when several are let in")
     ] = 0.5,
     kv_format: Annotated[str, typer.Option(help="f16 or f32")] = "f16",
+    slow_down: Annotated[
+        float, typer.Option(help="For measurements: take so many times as long, as a larger model would")
+    ] = 1.0,
 ) -> None:
     """Serve models to devices, many sessions in one batch, until interrupted.
 
@@ -71,7 +74,7 @@ def command(
     transport = status = None
     try:
         for bundle in bundles:
-            models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens)))
+            models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens), slow_down=slow_down))
         # Only now: a device that connects earlier would wait for a handshake that nobody answers.
         transport = RouterTransport(listen, pair, allowed)
         service = Service(models, transport, allowed, limits=limits)

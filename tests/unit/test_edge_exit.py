@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.edge.exit import ExitSpeaker
-from isthmus.edge.options import GenerateOptions
 from isthmus.engine.part import Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.channels import ChannelStats
@@ -54,10 +52,10 @@ class ToyExit:
 
 
 def exiting(wire: LossyWire, threshold: float = 0.6, guesses: int | None = None, **options: Any) -> Any:
-    one = device(wire, "exit", threshold=threshold, codec="f32", **options)
+    one: Any = device(wire, "exit", threshold=threshold, guesses=guesses, codec="f32", **options)
     speakers: dict[int, ExitSpeaker] = {}
-    one._exits.layer = lambda wanted: CUT  # type: ignore[method-assign]
-    one._exits.stats = lambda layer: ChannelStats(np.zeros(D_MODEL, np.float32), np.ones(D_MODEL, np.float32))  # type: ignore[method-assign]
+    one._exits.layer = lambda wanted: CUT
+    one._exits.stats = lambda layer: ChannelStats(np.zeros(D_MODEL, np.float32), np.ones(D_MODEL, np.float32))
 
     def speaker(layer: int) -> ExitSpeaker:
         part = one._holding.open(layer)
@@ -65,14 +63,7 @@ def exiting(wire: LossyWire, threshold: float = 0.6, guesses: int | None = None,
             speakers[layer] = one._exits._open[layer] = ExitSpeaker(part, ToyExit(), layer)  # type: ignore[arg-type]
         return speakers[layer]
 
-    one._exits.speaker = speaker  # type: ignore[method-assign]
-    if guesses is not None:
-        made = one._options
-
-        def fixed(*args: Any) -> GenerateOptions:
-            return replace(made(*args), guesses=guesses)
-
-        one._options = fixed
+    one._exits.speaker = speaker
     return one
 
 
@@ -165,16 +156,16 @@ def test_an_answer_left_early_leaves_nothing_behind() -> None:
 
 def test_no_exit_no_certificate_no_such_threshold() -> None:
     bundle_less = device(LossyWire(ToyService()), "exit")
-    bundle_less._bundle.exits = ()  # type: ignore[misc]
+    bare: Any = bundle_less._bundle
+    bare.exits, bare.name = (), "toy"
     with bundle_less as one, pytest.raises(DeviceError, match="has no exit"):
-        one._bundle.name = "toy"  # type: ignore[misc]
         ids(one.generate(PROMPT, max_tokens=3))
     with device(LossyWire(ToyService()), "exit", threshold=1.5) as one:
         with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
             one._exits.threshold(CUT, 1.5)
-        entry = SimpleNamespace(certificate=None)
-        one._bundle.manifest.exit = lambda layer: entry  # type: ignore[method-assign]
-        one._bundle.name = "toy"  # type: ignore[misc]
+        uncertified: Any = one._bundle
+        uncertified.name = "toy"
+        uncertified.manifest.exit = lambda layer: SimpleNamespace(certificate=None)
         with pytest.raises(DeviceError, match="no certificate"):
             one._exits.threshold(CUT, None)
 

@@ -285,13 +285,13 @@ def test_a_busy_cloud_is_waited_for_with_a_word_or_not_at_all() -> None:
     session, lane = asked()
     busy(session, lane, 1.1, 3.0)
     session.tick(3.0)
-    assert session.waiting == ""
+    assert session.patience.waiting == ""
     session.tick(3.2)
-    assert session.waiting == "the cloud is busy: waiting (all seats are taken)"
+    assert session.patience.waiting == "the cloud is busy: waiting (all seats are taken)"
     busy(session, lane, 3.35, 7.0)
     session.tick(7.0)
     assert events(session) == []
-    session.impatient = True
+    session.patience.impatient = True
     session.tick(7.1)
     error = refusal(session)
     assert isinstance(error, Busy) and "is busy: all seats are taken" in str(error)
@@ -299,24 +299,24 @@ def test_a_busy_cloud_is_waited_for_with_a_word_or_not_at_all() -> None:
     session, lane = asked()
     busy(session, lane, 1.1, 3.2)
     session.tick(3.2)
-    assert session.waiting
+    assert session.patience.waiting
     session.receive(result(session, lane, 0, [9], 4), 3.3)
-    assert session.waiting == ""
+    assert session.patience.waiting == ""
 
 
 def test_a_cloud_that_is_busy_no_more_and_computes_for_long_does_not_count_as_busy() -> None:
     session, lane = asked()
-    session.impatient = True
+    session.patience.impatient = True
     busy(session, lane, 1.1, 3.2)
     session.tick(3.2)
-    assert session.waiting
+    assert session.patience.waiting
     session.tick(4.0)
-    assert session.waiting
+    assert session.patience.waiting
     session.tick(4.4)  # 250 ms until it was to be asked again, and retry_ms for its answer
-    assert session.waiting == ""
+    assert session.patience.waiting == ""
     for second in range(5, 30):
         session.tick(float(second))
-        assert (session.waiting, events(session)) == ("", [])
+        assert (session.patience.waiting, events(session)) == ("", [])
     busy(session, lane, 30.0, 34.9)  # counts from here
     session.tick(34.9)
     assert events(session) == []
@@ -332,13 +332,13 @@ def test_a_cloud_that_is_busy_no_more_and_computes_for_long_does_not_count_as_bu
 @pytest.mark.parametrize(("alias", "behind", "position"), [(1, 1, 0), (7, 0, 0), (1, 0, 3)])
 def test_a_late_word_of_being_busy_is_passed_over(alias: int, behind: int, position: int) -> None:
     session, lane = asked()
-    session.impatient = True
+    session.patience.impatient = True
     for tenth in range(11, 100):
         now = tenth / 10
         fault = m.Fault(m.Code.BUSY, "all seats are taken", "", 250, alias, lane.epoch - behind, position)
         session.receive(fault, now)
         session.tick(now)
-    assert (session.waiting, events(session)) == ("", [])
+    assert (session.patience.waiting, events(session)) == ("", [])
 
 
 def test_who_gives_up_tells_the_cloud() -> None:
@@ -399,14 +399,14 @@ def test_timeouts_are_checked() -> None:
 
 def test_a_cloud_of_long_steps_that_says_so_rarely_is_busy_all_the_same() -> None:
     session, lane = asked()
-    session.impatient = True
+    session.patience.impatient = True
     now, notes = 1.0, set()
     while not (found := events(session)) and now < 20.0:
         now += 0.25
         if not now % 3:
             session.receive(fault(lane, m.Code.BUSY, retry_ms=250), now)
         session.tick(now)
-        notes.add(session.waiting)
+        notes.add(session.patience.waiting)
     assert isinstance(found[0].error, Busy)
     assert now == 8.0 and len(notes) == 2  # none at first, then one
 
