@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from isthmus.edge import policy
+from isthmus.edge.answer import Answer
 from isthmus.edge.chat import Chat, Message, parse
+from isthmus.edge.conversation import Conversation
 from isthmus.edge.drafting import NGRAMS, Drafting
-from isthmus.edge.events import Busy, Timeouts
-from isthmus.edge.exit import ExitRunner
+from isthmus.edge.events import Timeouts
 from isthmus.edge.exits import Exits
-from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link, Wire
 from isthmus.edge.modes import Modes
+from isthmus.edge.notes import Notes
 from isthmus.edge.opening import Opening
 from isthmus.edge.options import (
     GenerateOptions,
@@ -33,21 +31,17 @@ from isthmus.edge.options import (
     kv_room,
     stop_words,
 )
-from isthmus.edge.runners import Runner
+from isthmus.edge.steering import Steering
 from isthmus.edge.text import Text, token_ids
 from isthmus.edge.token import Mode, Stats, Token
-from isthmus.edge.verify import VerifyRunner
 from isthmus.engine.sampling import GREEDY, Sampling
-from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
+from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
 if TYPE_CHECKING:
     from isthmus.protocol.keys import DeviceKeys
 
 Prompt = str | Sequence[int] | None
-_log = logging.getLogger("isthmus.edge")
-GLANCE_S = 0.05  # how long a device that does without its cloud looks for it before an answer
 
 
 class Device:
@@ -127,25 +121,26 @@ class Device:
             raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
         check_memory(memory_mb)
         self.stats = Stats()
-        self._note = self._waited = ""  # what did not go as asked: for good, and until the next token
+        self._notes = Notes()
+        self._notes.begin(self.stats)
         self._closed = False
         self._mode: Mode = as_mode(mode)
         self._codec, self._threshold, self._guesses = codec, threshold, guesses
-        self._fallback, self._clock = fallback, clock
         with ExitStack() as opened:
-            opening = Opening(cloud, timeouts or Timeouts(), wire, clock, self._waits)
+            opening = Opening(cloud, timeouts or Timeouts(), wire, clock, self._notes.waits)
             opened.callback(opening.close)
             opening.connect(keys, encrypted, self._mode)
-            self._where = opening.where
             self._bundle = opening.bundle(bundle, self._mode, cut, model or "", progress)
             self.config = self._bundle.config
             self._cut = check_cut(cut, self.config) if cut is not None else None
-            self._kv_tokens, self._slides = kv_room(kv_tokens, self.config), overflow == "slide"
-            window = self._kv_tokens if self._slides else 0
+            room, slides = kv_room(kv_tokens, self.config), overflow == "slide"
+            window = room if slides else 0
+            self._conversation = Conversation(room, slides)
+            self._log = self._conversation.log
             self._holding = Holding(
                 self._bundle,
                 memory_mb=memory_mb,
-                kv_tokens=self._kv_tokens,
+                kv_tokens=room,
                 window=window,
                 backend=backend,
                 threads=threads,
@@ -154,27 +149,33 @@ class Device:
             opened.callback(self._holding.close)
             self._exits = Exits(self._bundle, self._holding)
             opened.callback(self._exits.close)
-            self._drafting = Drafting(self._bundle, draft, self._exits, self._holding, draft_depth, self._kv_tokens)
+            self._drafting = Drafting(self._bundle, draft, self._exits, self._holding, draft_depth, room)
             opened.callback(self._drafting.close)
-            self._cloud_error: IsthmusError | None = opening.absent  # of when the cloud was last looked for
             if opening.absent is not None and not self._holding.whole:
                 raise opening.absent
             computes = self._mode in ("local", "split") or opening.wire is None
             if computes:
                 self._holding.prefetch()
-            self._log = Chain()
             self._modes = Modes(
-                self._bundle, self._holding, self._drafting, self._exits, self._log, self._where, self._say
+                self._bundle, self._holding, self._drafting, self._exits, self._log, opening.where, self._notes.add
             )
             self._link: Link | None = None
             self._active: Generator[Token] | None = None
             self._owner = 0  # the thread of `_active`
-            self._counted = (0, 0, 0, 0)
-            self._served = False  # whether the cloud ever has
-            self._rest = Rest()
             if opening.wire is not None:
                 self._link = opening.link(self._bundle.model_id, self._log, window)
-                self._counted = self._link.costs  # what fetching the bundle took is no answer's cost
+                self._conversation.keep(self._link.session.edited)
+            for keeper in (self._holding, self._exits, self._drafting):
+                self._conversation.keep(keeper.truncate)
+            self._steering = Steering(
+                self._modes,
+                self._holding,
+                self._link,
+                opening.absent,
+                self._notes,
+                fallback=fallback,
+                clock=clock,
+            )
             self._tokenizer = self._bundle.tokenizer()
             self._eos = tuple(self._bundle.manifest.tokenizer.eos)
             self._chat = Chat(self._tokenizer, self._eos)
@@ -238,7 +239,7 @@ class Device:
         options = self._options(max_tokens, sampling, stop, mode, cut, codec)
         self._stop_active()
         if prompt is not None:
-            self._set_log(token_ids(prompt, self._tokenizer, self.config.vocab_size))
+            self._conversation.replace(token_ids(prompt, self._tokenizer, self.config.vocab_size))
         elif not len(self._log):
             raise DeviceError("there is nothing to go on from", "give a prompt")
         return self._begin(options, started)
@@ -267,14 +268,14 @@ class Device:
         options = self._options(max_tokens, sampling, stop, mode, cut, codec)
         self._stop_active()
         asked = [*self._chat.messages, Message("user", messages)] if isinstance(messages, str) else parse(messages)
-        self._set_log(self._chat.prompt(asked, self._log.tokens))
+        self._conversation.replace(self._chat.prompt(asked, self._log.tokens))
         return self._begin(options, started, asked)
 
     def reset(self) -> None:
         """Forgets the conversation."""
         self._stop_active()
         self._chat.forget()
-        self._cut_log(0)
+        self._conversation.cut(0)
 
     def close(self) -> None:
         """Ends the conversation here and in the cloud, and frees everything."""
@@ -317,158 +318,19 @@ class Device:
         )
 
     def _begin(self, options: GenerateOptions, started: float, asked: list[Message] | None = None) -> Iterator[Token]:
-        self._check_room(len(self._log))
+        self._conversation.check(len(self._log))
         self.stats = Stats(prompt_tokens=len(self._log))
-        self._note = self._waited = ""
-        runner = self._runner(options)
-        self._owner = threading.get_ident()
-        self._active = self._run(options, runner, self.stats, started, asked)
-        return self._active
+        self._notes.begin(self.stats)
 
-    def _run(
-        self, options: GenerateOptions, runner: Runner, stats: Stats, started: float, asked: list[Message] | None
-    ) -> Generator[Token]:
-        log, eos, limit = self._log, self._eos, options.max_tokens
-        text = Text(self._tokenizer.stream(), options.stop)
-        pieces: list[str] = []
-        ids, sources = stats.tokens, stats.sources
-        first = last = started
-        stats.reused_tokens = max(0, runner.reused())
-        try:
-            while not stats.finish:
-                self._check_room(len(log))
-                try:
-                    token = runner.next(self._remaining(limit - len(ids)))
-                except IsthmusError as error:
-                    runner = self._alone(options, runner, error)
-                    continue
-                if self._waited:
-                    self._say()
-                last = time.perf_counter()
-                position = len(log)
-                log.extend((token,))
-                ids.append(token)
-                sources.append(runner.source)
-                if len(ids) == 1:
-                    first = last
-                piece, finish = "", "eos"
-                if token not in eos:
-                    piece = text.push(token)
-                    finish = "stop" if text.stopped else "length" if len(ids) == limit else ""
-                if finish:
-                    piece += text.finish()
-                    stats.finish = finish
-                pieces.append(piece)
-                yield Token(token, piece, runner.source, position, finish)
-        finally:
-            stats.finish = stats.finish or "cancelled"
-            stats.text = "".join(pieces)
-            if ids:
-                stats.ttft_ms = (first - started) * 1e3
-                stats.tok_s = (len(ids) - 1) / (last - first) if last > first else 0.0
-            self._finish(runner, stats)
+        def ended(text: str) -> None:
             if asked is not None:
-                self._chat.answered(asked, stats.text, log.tokens)
+                self._chat.answered(asked, text, self._log.tokens)
 
-    def _finish(self, runner: Runner, stats: Stats) -> None:
-        try:
-            runner.stop()
-        except LinkError:
-            pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
-        if isinstance(runner, VerifyRunner | ExitRunner):
-            stats.drafted, stats.accepted = runner.drafted, runner.accepted
-        if stats.tokens and runner.source != "device":
-            self._cloud_error = None
-            self._rest.end()
-        if self._link is not None:
-            now = self._link.costs
-            spent = [a - b for a, b in zip(now, self._counted, strict=True)]
-            stats.bytes_up, stats.bytes_down, stats.round_trips, stats.cloud_ms = *spent[:3], spent[3] * 1e-3
-            self._counted = now
-
-    def _runner(self, options: GenerateOptions) -> Runner:
-        mode, whole = options.mode, self.holds_whole_model
-        if self._link is not None:
-            self._link.session.patience.impatient = mode == "auto" and whole and self._fallback
-        if mode == "auto":
-            with offering_local(whole):
-                link_up = self._link_up()
-            if self._cloud_error is not None and not whole:
-                raise self._cloud_error
-            mode = policy.choose(policy.Situation(self._link is not None, link_up, whole))
-            if self._cloud_error is not None:
-                hint = "" if self._served else f" ({self._cloud_error.remedy})"
-                self._say(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
-        if mode == "local":
-            return self._modes.local(options)
-        if self._link is None:
-            raise DeviceError(f"{mode} mode needs a cloud", "name one, such as tcp://host:5757")
-        with offering_local(whole):
-            self._link.welcome()
-        self._served = True
-        with offering_local(whole):
-            return self._modes.shared(replace(options, mode=mode), self._link)
-
-    def _alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner:
-        """The runner that goes on without the cloud.
-
-        Raises:
-            IsthmusError: there is none.
-        """
-        if runner.source == "device" or not self.holds_whole_model:
-            raise error
-        if not (self._fallback and may_go_on(error, options.mode, self._served)):
-            raise with_local(error) from error
-        with suppress(IsthmusError):
-            runner.stop()
-        self._cloud_error = error
-        if isinstance(error, Busy):
-            self._rest.begin(self._clock())
-        self._say(f"{error.problem}: this device went on by itself after {len(self.stats.tokens)} tokens")
-        return self._modes.local(options)
-
-    def _link_up(self) -> bool:
-        if self._link is None or not self._rest.over(self._clock()):
-            return False
-        try:
-            if self._cloud_error is None:
-                self._link.welcome()
-            elif self._link.glance(GLANCE_S):
-                self._cloud_error = None
-        except IsthmusError as error:
-            if not may_go_on(error, "auto", self._served):
-                raise
-            self._cloud_error = error
-        self._served = self._served or self._cloud_error is None
-        return self._cloud_error is None
-
-    # -- the log
-
-    def _set_log(self, ids: list[int]) -> None:
-        log = self._log.tokens
-        common = next((i for i, (a, b) in enumerate(zip(log, ids, strict=False)) if a != b), min(len(log), len(ids)))
-        self._check_room(len(ids))
-        self._cut_log(common)
-        self._log.extend(ids[common:])
-
-    def _cut_log(self, length: int) -> None:
-        if length < len(self._log):
-            if self._link is not None:
-                self._link.session.edited(length)
-            self._holding.truncate(length)
-            self._exits.truncate(length)
-            self._drafting.truncate(length)
-            self._log.truncate(length)
-
-    def _check_room(self, length: int) -> None:
-        if length > self._kv_tokens and not self._slides:
-            raise DeviceError(
-                f"the conversation has {length} tokens and there is room for {self._kv_tokens}",
-                "begin a new one, raise kv_tokens, or choose overflow='slide'",
-            )
-
-    def _remaining(self, wanted: int) -> int:
-        return wanted if self._slides else min(wanted, self._kv_tokens + 1 - len(self._log))
+        text = Text(self._tokenizer.stream(), options.stop)
+        answer = Answer(self._conversation, self._steering, self._notes, options, text, self._eos, started, ended)
+        self._owner = threading.get_ident()
+        self._active = answer.tokens()
+        return self._active
 
     def _stop_active(self) -> None:
         if (active := self._active) is None:
@@ -477,13 +339,3 @@ class Device:
             raise DeviceError("another thread is generating with this device", "give each thread a Device of its own")
         active.close()
         self._active = None
-
-    def _waits(self, note: str) -> None:
-        self._say(waiting=note)
-        _log.warning(note)
-
-    def _say(self, note: str = "", *, waiting: str = "") -> None:
-        """Adds a note for good; one about waiting stands until something else is said or a token comes."""
-        self._note = "; ".join(filter(None, (self._note, note)))
-        self._waited = waiting
-        self.stats.note = "; ".join(filter(None, (self._note, waiting)))
