@@ -1,27 +1,37 @@
-"""One answer, token by token."""
+"""One answer, token by token, whatever the cloud does meanwhile."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
+from isthmus.edge.bridge import Bridge
 from isthmus.edge.conversation import Conversation
+from isthmus.edge.link import Silent
 from isthmus.edge.notes import Notes
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.runners import Runner
 from isthmus.edge.steering import Steering
 from isthmus.edge.text import Text
-from isthmus.edge.token import Token
+from isthmus.edge.token import Rollback, Source, Token
 from isthmus.protocol.errors import IsthmusError
+
+OnRollback = Literal["replace", "keep"] | Callable[[Rollback], bool]
 
 
 class Answer:
     """See the module.
 
+    A runner makes the tokens that count, one after the other. While the cloud is silent a bridge goes on ahead of it
+    with guesses, which the caller gets at once; what the runner says afterwards confirms them or takes them back. So
+    the text that stands in the end is the runner's, as if the link had never failed.
+
     Args:
-        text: decodes its tokens.
+        text: makes a decoder of its tokens.
         eos: tokens that end it.
         started: when it was asked for, by `time.perf_counter`.
+        on_rollback: what becomes of guesses that were wrong; as in `Device`.
         ended: told the text when it is complete or nobody wants more of it.
     """
 
@@ -31,57 +41,131 @@ class Answer:
         steering: Steering,
         notes: Notes,
         options: GenerateOptions,
-        text: Text,
+        text: Callable[[], Text],
         eos: Sequence[int],
         started: float,
+        on_rollback: OnRollback,
         ended: Callable[[str], None],
     ) -> None:
         self._conversation, self._steering, self._notes = conversation, steering, notes
-        self._options, self._text, self._eos = options, text, frozenset(eos)
-        self._started, self._ended = started, ended
-        self._runner: Runner = steering.runner(options)
+        self._log, self._stats = conversation.log, notes.stats
+        self._base = len(self._log)
+        self._options, self._new_text, self._eos = options, text, frozenset(eos)
+        self._started, self._on_rollback, self._ended = started, on_rollback, ended
+        self._text, self._pieces = text(), list[str]()
+        self._runner: Runner | None = steering.runner(options)
+        self._bridge: Bridge | None = None
 
     def tokens(self) -> Generator[Token]:
         """The tokens as they are made; to be read once."""
-        log, limit, stats = self._conversation.log, self._options.max_tokens, self._notes.stats
-        pieces: list[str] = []
+        stats = self._stats
         first = last = self._started
+        assert self._runner is not None
         stats.reused_tokens = max(0, self._runner.reused())
         try:
-            while not stats.finish:
-                token = self._next(limit - len(stats.tokens))
+            while not stats.finish or self._guesses:
+                token = self._hear()
+                if token is None and stats.finish:
+                    break  # nobody is there to confirm the last guesses
+                if token is not None and self._guesses and self._confirmed(token):
+                    continue
+                told = self._guess() if token is None else self._take(token)
                 last = time.perf_counter()
-                position, source = len(log), self._runner.source
-                log.extend((token,))
-                stats.tokens.append(token)
-                stats.sources.append(source)
-                if len(stats.tokens) == 1:
-                    first = last
-                piece, finish = "", "eos"
-                if token not in self._eos:
-                    piece = self._text.push(token)
-                    finish = "stop" if self._text.stopped else "length" if len(stats.tokens) == limit else ""
-                if finish:
-                    piece += self._text.finish()
-                    stats.finish = finish
-                pieces.append(piece)
-                yield Token(token, piece, source, position, finish)
+                first = last if len(stats.tokens) == 1 else first
+                yield told
         finally:
             stats.finish = stats.finish or "cancelled"
-            stats.text = "".join(pieces)
+            guessed = self._keep()
+            stats.text = "".join(self._pieces)
             if stats.tokens:
                 stats.ttft_ms = (first - self._started) * 1e3
                 stats.tok_s = (len(stats.tokens) - 1) / (last - first) if last > first else 0.0
-            self._steering.finish(self._runner, stats)
+            self._steering.finish(self._runner, stats, guessed)
             self._ended(stats.text)
 
-    def _next(self, wanted: int) -> int:
+    @property
+    def _guesses(self) -> list[int]:
+        """What was said beyond the log."""
+        return self._stats.tokens[len(self._log) - self._base :]
+
+    def _hear(self) -> int | None:
+        """The next token that counts; None while the cloud is silent and this device can go on without it."""
+        stats, steering = self._stats, self._steering
         while True:
-            self._conversation.check(len(self._conversation.log))
+            guesses = self._guesses
+            self._conversation.check(len(self._log) + len(guesses))
+            if self._runner is not None:
+                self._runner = steering.suited(self._runner, self._options, guesses)
+            else:
+                self._runner = steering.back(self._options, guesses)
+                if self._runner is None:
+                    return None
+            wanted = self._options.max_tokens - len(stats.tokens) + len(guesses)
             try:
-                token = self._runner.next(self._conversation.remaining(wanted))
+                with steering.listening(bool(guesses), bool(stats.finish)):
+                    token = self._runner.next(self._conversation.remaining(wanted))
+            except Silent:
+                return None
             except IsthmusError as error:
-                self._runner = self._steering.alone(self._options, self._runner, error)
+                if not steering.lost(self._options, self._runner, error):
+                    if self._keep() and stats.finish:
+                        return None
+                    self._runner = steering.alone(self._options, self._runner, error)
+                else:
+                    self._runner = None
                 continue
             self._notes.waited()
             return token
+
+    def _take(self, token: int) -> Token:
+        """A token that counts is the next one."""
+        assert self._runner is not None
+        self._log.extend((token,))
+        return self._told(token, self._runner.source, True)
+
+    def _guess(self) -> Token:
+        """The next token is this device's guess."""
+        self._bridge = self._bridge or self._steering.bridge(self._options)
+        return self._told(self._bridge.say(), self._bridge.source, False)
+
+    def _confirmed(self, token: int) -> bool:
+        """Holds the first guess against what counts; whether it stands, because it is right or the caller keeps it."""
+        stats, at = self._stats, len(self._log) - self._base
+        if stats.tokens[at] == token:
+            self._log.extend((token,))
+            return True
+        wrong = Rollback(len(self._log), tuple(stats.tokens[at:]), "".join(self._pieces[at:]))
+        if self._on_rollback == "keep" or (callable(self._on_rollback) and not self._on_rollback(wrong)):
+            self._keep()
+            assert self._runner is not None
+            self._runner = self._steering.again(self._runner, self._options)
+            return True
+        stats.replaced += len(wrong.tokens)
+        stats.finish = ""
+        del stats.tokens[at:], stats.sources[at:], self._pieces[at:]
+        self._text = self._new_text()
+        for known in stats.tokens:
+            self._text.push(known)
+        return False
+
+    def _keep(self) -> int:
+        """Guesses that nobody confirmed stand; how many."""
+        guesses = self._guesses
+        self._stats.unverified += len(guesses)
+        self._log.extend(guesses)
+        return len(guesses)
+
+    def _told(self, token: int, source: Source, verified: bool) -> Token:
+        stats = self._stats
+        stats.tokens.append(token)
+        stats.sources.append(source)
+        piece, finish = "", "eos"
+        if token not in self._eos:
+            piece = self._text.push(token)
+            length = len(stats.tokens) == self._options.max_tokens
+            finish = "stop" if self._text.stopped else "length" if length else ""
+        if finish:
+            piece += self._text.finish()
+            stats.finish = finish
+        self._pieces.append(piece)
+        return Token(token, piece, source, self._base + len(stats.tokens) - 1, finish, verified)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from isthmus.edge.answer import Answer
+from isthmus.edge.answer import Answer, OnRollback
 from isthmus.edge.chat import Chat, Message, parse
 from isthmus.edge.conversation import Conversation
 from isthmus.edge.drafting import NGRAMS, Drafting
@@ -73,7 +73,10 @@ class Device:
         backend: as in `isthmus.engine.open_part`.
         slow_down: pretends to be a machine so many times slower, by waiting in proportion to what it computes.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
-            it refuses (key, KV, model) or stays busy.
+            it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
+            count as guesses until the cloud, back again, confirms them.
+        on_rollback: what becomes of guesses from the first wrong one on: "replace" takes them back, "keep" lets them
+            stand; a function is given the `Rollback` before that and returns whether to replace.
         timeouts: how patient the device is with the cloud.
         progress: called while a bundle is fetched, with a file's name, the bytes that are here, and its size.
         wire, clock: a connection to use in place of the one to `cloud`, and its seconds.
@@ -110,6 +113,7 @@ class Device:
         slow_down: float = 1.0,
         timeouts: Timeouts | None = None,
         fallback: bool = True,
+        on_rollback: OnRollback = "replace",
         progress: Callable[[str, int, int], None] | None = None,
         wire: Wire | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -123,11 +127,15 @@ class Device:
         self.stats = Stats()
         self._notes = Notes()
         self._notes.begin(self.stats)
+        if not callable(on_rollback) and on_rollback not in ("replace", "keep"):
+            raise DeviceError(f"on_rollback is {on_rollback!r}", "choose replace, keep, or give a function")
+        self._on_rollback = on_rollback
         self._closed = False
         self._mode: Mode = as_mode(mode)
         self._codec, self._threshold, self._guesses = codec, threshold, guesses
         with ExitStack() as opened:
-            opening = Opening(cloud, timeouts or Timeouts(), wire, clock, self._notes.waits)
+            timeouts = timeouts or Timeouts()
+            opening = Opening(cloud, timeouts, wire, clock, self._notes.waits)
             opened.callback(opening.close)
             opening.connect(keys, encrypted, self._mode)
             self._bundle = opening.bundle(bundle, self._mode, cut, model or "", progress)
@@ -174,6 +182,7 @@ class Device:
                 opening.absent,
                 self._notes,
                 fallback=fallback,
+                confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
             )
             self._tokenizer = self._bundle.tokenizer()
@@ -326,8 +335,20 @@ class Device:
             if asked is not None:
                 self._chat.answered(asked, text, self._log.tokens)
 
-        text = Text(self._tokenizer.stream(), options.stop)
-        answer = Answer(self._conversation, self._steering, self._notes, options, text, self._eos, started, ended)
+        def text() -> Text:
+            return Text(self._tokenizer.stream(), options.stop)
+
+        answer = Answer(
+            self._conversation,
+            self._steering,
+            self._notes,
+            options,
+            text,
+            self._eos,
+            started,
+            self._on_rollback,
+            ended,
+        )
         self._owner = threading.get_ident()
         self._active = answer.tokens()
         return self._active

@@ -57,6 +57,11 @@ class Drafting:
             self._part = LocalPart(holding.open_part(small, 0, small.config.n_layers, kv))
             self._model = ModelDrafts(self._part)
 
+    @property
+    def speaker(self) -> LocalPart | None:
+        """The small model, None where there is none."""
+        return self._part
+
     def runner(self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int]) -> VerifyRunner:
         """A runner for one answer.
 

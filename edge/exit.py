@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
 LIKELY = 0.3  # probability that all guesses are right below which a device asks instead of guessing on
+REMEMBERED = 512  # answers of an exit
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
 
@@ -39,8 +40,24 @@ class Said(NamedTuple):
     confidence: float
 
 
+class _Question(NamedTuple):
+    """What the cloud was asked.
+
+    Attributes:
+        guess: what the exit says that the answer is; no row carries it.
+        sure: whether that stands.
+        sent_s: when, by `time.perf_counter`.
+    """
+
+    guess: int
+    sure: bool
+    sent_s: float
+
+
 class ExitSpeaker:
     """The layers before an exit, and the exit; also a `model_drafts.Speaker`.
+
+    What it said is remembered for the tokens and the sampling that it was said for.
 
     Args:
         part: with layers [0, cut) at least.
@@ -53,11 +70,17 @@ class ExitSpeaker:
     def __init__(self, part: LocalPart, head: Part, cut: int) -> None:
         self._part, self._head, self.cut = part, head, cut
         self._sequence = head.open()
+        self._log = Chain()  # that the exit's KV and the states are for
+        self._said: OrderedDict[tuple[bytes, Sampling], Said] = OrderedDict()
         self._states: deque[NDArray[np.float32]] = deque()  # of the last positions, each [n, d_model]
         self._first = 0  # position of the first of them
 
     def say(self, log: Chain, sampling: Sampling) -> Said:
         """What comes after the whole log."""
+        known = self._said.get((log.head, sampling))
+        if known is not None:
+            return known
+        self._cut_back(self._log.common(log))
         start, end = min(self._sequence.length, len(log) - 1), len(log)
         self._cut_back(start)
         result = None
@@ -67,7 +90,11 @@ class ExitSpeaker:
             rows = Rows().hidden(self._sequence, at, states, enter=self.cut, want=want, sampling=sampling)
             result = self._head.step(rows)
         assert result is not None
-        return Said(result.tokens[0], float(result.confidence[0]))
+        self._log.follow(log, end)
+        said = self._said[log.head, sampling] = Said(result.tokens[0], float(result.confidence[0]))
+        if len(self._said) > REMEMBERED:
+            self._said.popitem(last=False)
+        return said
 
     def sample(self, log: Chain, sampling: Sampling) -> int:
         """See `model_drafts.Speaker`."""
@@ -75,7 +102,9 @@ class ExitSpeaker:
 
     def states(self, log: Chain, start: int, end: int) -> NDArray[np.float32]:
         """The hidden states before layer `cut` of positions [start, end), which were said before: [n, d_model] f32."""
-        if start < self._first or not self._states:
+        if (common := self._log.common(log)) < len(log):
+            self._cut_back(common)
+        if start < self._first or end > self._first + sum(map(len, self._states)):
             self._states.clear()
             for at, states in self._part.hidden(log, start, self.cut):
                 self._keep(at, states)
@@ -109,6 +138,7 @@ class ExitSpeaker:
     def _cut_back(self, length: int) -> None:
         if length < self._sequence.length:
             self._sequence.truncate(length)
+            self._log.truncate(length)
         end = self._first + sum(map(len, self._states))
         while self._states and end > length:
             last = self._states.pop()
@@ -161,7 +191,8 @@ class ExitRunner:
         self._unsure = -1  # the position after which the first unsure guess stands
         self._odds = 1.0  # that all unsure guesses since are right
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
-        self._running = self._waiting = False
+        self._running = False
+        self._asked: _Question | None = None  # whose answer has not come
         self.drafted = self.accepted = 0
 
     def next(self, remaining: int) -> int:
@@ -171,7 +202,10 @@ class ExitRunner:
             try:
                 if not self._running:
                     self._begin()
-                self._go_on(goal)
+                if self._asked is None:
+                    self._go_on(goal)
+                else:
+                    self._hear(self._asked)
             except Restart:
                 self._running = False
         token, self.source = self._ready.popleft()
@@ -185,16 +219,16 @@ class ExitRunner:
     def stop(self) -> None:
         """See `Runner`."""
         self._speaker.truncate(len(self._log))
-        if self._waiting:
+        if self._asked is not None:
             self._link.cancel(self._lane)
-        self._running = self._waiting = False
+        self._running, self._asked = False, None
 
     def _begin(self) -> None:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
         self._speaker.truncate(len(self._log))
         self._unsure, self._firm, self._odds = -1, 0, 1.0
-        self._sampler = sampler(self._sampling)
+        self._sampler, self._asked = sampler(self._sampling), None
         self._running = True
 
     def _go_on(self, goal: int) -> None:
@@ -221,24 +255,23 @@ class ExitRunner:
         self._ask(said.token, sure)
 
     def _ask(self, guess: int, sure: bool) -> None:
-        """Asks about the guesses and what follows them.
-
-        Args:
-            guess: what the exit says that it is; no row carries it.
-            sure: whether that stands.
-        """
+        """Asks about the guesses and what follows them; `guess` and `sure` as in the question."""
         told, lane, at = self._told, self._lane, self._unsure
         self._send_ahead(at)
         tensor = self._coded(at, len(told))
-        began = time.perf_counter()
+        self._asked = _Question(guess, sure, time.perf_counter())
         head, asks = told.at(at)[:_HASH_BYTES], self._sampler
         draft = m.Draft(lane.alias, lane.epoch, at, head, told.tokens[at:], tensor, asks, self._firm)
         self._sampler = None
         self._link.draft(lane, draft, told.at(at))
-        self._waiting = True
-        news = self._link.verdict(lane)
-        self._waiting = False
+
+    def _hear(self, question: _Question) -> None:
+        """Waits for the answer."""
+        told, at = self._told, self._unsure
+        guess, sure, began = question
+        news = self._link.verdict(self._lane)
         assert isinstance(news, Verified)
+        self._asked = None
         right, asked, firm = at + news.accepted, len(told) - at, self._firm
         hits = sum(not firm >> i & 1 for i in range(1, news.accepted))
         checked = hits + (right < len(told) or not sure)

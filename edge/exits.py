@@ -21,6 +21,11 @@ class Exits:
         self._open: dict[int, ExitSpeaker] = {}
         self._stats: dict[int, ChannelStats] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether there is one that this device can run."""
+        return bool(self._layers())
+
     def layer(self, wanted: int | None) -> int:
         """Which exit to use: that before the wanted layer, or the deepest that this device can run.
 
@@ -30,9 +35,8 @@ class Exits:
         """
         if wanted is not None:
             return self._bundle.manifest.exit(wanted).layer
-        held = self._holding.layers
-        layers = [e.layer for e in self._bundle.exits if e.layer <= held and self._bundle.holds(e.file)]
-        if not layers:
+        if not (layers := self._layers()):
+            held = self._holding.layers
             where = f" among the first {held} layers" if self._bundle.exits else ""
             raise DeviceError(f"{self._bundle.name} has no exit{where}", "train some: isthmus exits train")
         return max(layers)
@@ -66,6 +70,10 @@ class Exits:
         if layer not in self._stats:
             self._stats[layer] = self._bundle.exit(layer).channels
         return self._stats[layer]
+
+    def _layers(self) -> list[int]:
+        held = self._holding.layers
+        return [e.layer for e in self._bundle.exits if e.layer <= held and self._bundle.holds(e.file)]
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on."""

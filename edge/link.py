@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,10 @@ from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
+_TRIP_S = 0.1  # a round trip, until one was measured
+_LEAST_S = 0.05
+_TICK_S = 1e-6  # what a clock may be wrong by
+_ROW_S = 0.004  # generous: of a row among many
 _GLANCE_S = 0.25  # how often a waiting device looks whether the link is still up
 
 
@@ -27,11 +32,16 @@ class Wire(Protocol):
     def up(self) -> bool: ...
 
     @property
+    def heard_s(self) -> float: ...
+
+    @property
     def failure(self) -> LinkError | None: ...
 
     def send(self, message: m.Message) -> None: ...
 
     def receive(self, timeout_ms: float) -> m.Message | None: ...
+
+    def probe(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -40,12 +50,20 @@ class Restart(Exception):
     """What was under way is void: align the lane and send again."""
 
 
+class Silent(Exception):
+    """The link shows no sign of life; what is under way stays so, and may be waited for again."""
+
+
 class Link:
     """A session with its connection.
 
     Args:
         clock: seconds, as `time.monotonic`; simulated links bring their own.
         on_waiting: called with what `Patience.waiting` says, once each time that it begins.
+
+    Attributes:
+        hush: gives the seconds without a sign of life after which waiting ends with `Silent`; None to wait as long as
+            the session's patience lasts.
     """
 
     def __init__(
@@ -56,6 +74,7 @@ class Link:
         on_waiting: Callable[[str], None] | None = None,
     ) -> None:
         self.session = session
+        self.hush: Callable[[], float] | None = None
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         if wire.welcome is not None:
@@ -65,6 +84,25 @@ class Link:
     def costs(self) -> tuple[int, int, int, int]:
         """Bytes up, bytes down, round trips and microseconds of the cloud's engine so far."""
         return self._wire.bytes_up, self._wire.bytes_down, self.session.round_trips, self.session.cloud_us
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a connection and the cloud shows signs of life."""
+        return self._wire.up
+
+    @property
+    def heard_s(self) -> float:
+        """When the link last showed a sign of life, by the clock."""
+        return self._wire.heard_s
+
+    def due_s(self) -> float:
+        """Seconds without a sign of life after which a link on which an answer is due counts as down.
+
+        Two round trips, 50 ms at least; and what the cloud may need for the rows that it was sent.
+        """
+        trips = self.session.trips_s
+        trip_s = statistics.median(trips) if trips else _TRIP_S
+        return max(_LEAST_S, 2 * trip_s) + _ROW_S * self.session.rows_under_way
 
     @property
     def max_rows(self) -> int:
@@ -95,11 +133,17 @@ class Link:
     def glance(self, wait_s: float) -> bool:
         """Whether the cloud is there after all, as far as that shows within a short time."""
         session, until = self.session, self._clock() + wait_s
-        while not (self._wire.up and session.welcome is not None) and self._clock() < until:
-            message = self._wire.receive((until - self._clock()) * 1e3)
+        while not (self._wire.up and session.welcome is not None):
+            message = self._wire.receive(max(0.0, until - self._clock()) * 1e3)
             if message is not None:
                 session.receive(message, self._clock())
+            elif self._clock() >= until:
+                break
         return self._wire.up and self.welcome(0.0) is not None
+
+    def back(self) -> bool:
+        """Whether a cloud that was lost is there again; does not wait."""
+        return self.glance(0.0)
 
     def align(self, lane: Lane, limit: int) -> int:
         """Brings the lane to a prefix of the log of at most `limit` tokens; how many that are."""
@@ -217,12 +261,16 @@ class Link:
 
     def _next(self, deadline: float | None = None) -> Event | None:
         session, wire, clock = self.session, self._wire, self._clock
+        hush, heard_s, probed_s = self.hush if deadline is None else None, clock(), -1.0
         while not session.events:
             try:
                 self.flush()
                 until = min(session.wake_at, clock() + _GLANCE_S)
                 if deadline is not None:
                     until = min(until, deadline)
+                if hush is not None:
+                    heard_s = max(heard_s, wire.heard_s)
+                    until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
                 message = wire.receive(max(0.0, (until - clock()) * 1e3))
             except IsthmusError:
                 session.abandon()
@@ -231,6 +279,17 @@ class Link:
             now = clock()
             if message is not None:
                 session.receive(message, now)
+            elif hush is not None and not session.events:
+                heard_s = max(heard_s, wire.heard_s)
+                silent_s = now - heard_s + _TICK_S
+                if silent_s >= hush():
+                    session.tick(now, wire.up, wire.failure)
+                    if session.events:
+                        break
+                    raise Silent
+                if silent_s >= hush() / 2 and probed_s != heard_s:
+                    probed_s = heard_s
+                    wire.probe()
             if now >= until:
                 waited = session.patience.waiting
                 session.tick(now, wire.up, wire.failure)

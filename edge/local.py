@@ -20,7 +20,8 @@ class LocalPart:
     """Layers [0, part.end) and the KV of one conversation.
 
     What was computed with a cut has no KV in the layers after it; asking for a deeper result computes those positions
-    again from the token log.
+    again from the token log. KV is held for the tokens that it was computed from: a log that goes on otherwise begins
+    where the two part.
 
     Args:
         window: attention window in positions, 0 for all.
@@ -31,6 +32,7 @@ class LocalPart:
         self._window = window
         self._sequence = part.open(window=window)
         self._coverage = Coverage()
+        self._log = Chain()  # that the KV is for
         self._last: tuple[int, int, NDArray[np.float32]] | None = None  # cut, position, hidden [n, d_model]
 
     def held(self, depth: int) -> int:
@@ -44,6 +46,7 @@ class LocalPart:
             DeviceError: no room is left for KV.
         """
         depth, end = self.part.end, len(log)
+        self.truncate(self._log.common(log))
         start = self._back_to(min(self._coverage.at(depth), end - 1))
         while end - start > CHUNK:
             self._step(log, start, start + CHUNK, depth, Want.NONE, sampling)
@@ -60,6 +63,7 @@ class LocalPart:
             DeviceError: no room is left for KV.
         """
         end = len(log)
+        self.truncate(self._log.common(log))
         if self._last is not None and self._last[0] == cut and start >= self._last[1] and end - start <= chunk:
             position, hidden = self._last[1], self._last[2]
             if position + len(hidden) == end == self._coverage.at(cut):
@@ -97,6 +101,7 @@ class LocalPart:
         else:
             self._sequence.truncate(length)
         self._coverage.truncate(length)
+        self._log.truncate(length)
         return length
 
     def _step(
@@ -119,4 +124,5 @@ class LocalPart:
                 "begin a new conversation, raise kv_tokens, or choose overflow='slide'",
             ) from error
         self._coverage.extend(end, depth)
+        self._log.follow(log, end)
         return result.tokens, result.hidden

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from isthmus.edge.bridge import Bridge, Retold
 from isthmus.edge.drafting import Drafting
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.exits import Exits
@@ -12,6 +13,8 @@ from isthmus.edge.link import Link
 from isthmus.edge.options import GenerateOptions, middle_cut
 from isthmus.edge.pace import Pace
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
+from isthmus.edge.verify import VerifyRunner
+from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
 from isthmus.protocol.messages import CAN_VERIFY
@@ -65,6 +68,40 @@ class Modes:
         if options.mode == "exit":
             return self._exit(options, link)
         return StreamRunner(link, self._log, options.sampling, self._eos)
+
+    @property
+    def can_bridge(self) -> bool:
+        """Whether this device can go on without the cloud: by the whole model, an exit, or the model that drafts."""
+        return self._holding.whole or self._exits.any or self._drafting.speaker is not None
+
+    def bridge(self, options: GenerateOptions) -> Bridge:
+        """What goes on without the cloud; as its exit does in exit mode, else as near to the cloud as this device gets.
+
+        Raises:
+            DeviceError: this device cannot.
+        """
+        if options.mode == "exit":
+            speaker = self._exits.speaker(self._exits.layer(options.cut))
+            return Bridge(speaker.sample, "exit", self._log, options.sampling)
+        if self._holding.whole:
+            part = self._holding.open(self._bundle.config.n_layers)
+            return Bridge(part.sample, "device", self._log, options.sampling)
+        if self._exits.any:
+            speaker = self._exits.speaker(self._exits.layer(None))
+            return Bridge(speaker.sample, "exit", self._log, options.sampling)
+        small = self._drafting.speaker
+        if small is None:
+            raise DeviceError("this device holds nothing to go on with", "give it all layers, or a model that drafts")
+        return Bridge(small.sample, "device", self._log, options.sampling)
+
+    def retold(self, options: GenerateOptions, link: Link, guesses: Sequence[int]) -> Runner | None:
+        """Has the cloud confirm guesses in few passes; None where it cannot."""
+        welcome = link.welcome()
+        if welcome is None or CAN_VERIFY not in welcome.capabilities:
+            return None
+        drafts = Retold([*self._log.tokens, *guesses])
+        pace = Pace(depth=8, acceptance=0.95, floor=1e-9, blocks=(m.MAX_DRAFT,))
+        return VerifyRunner(link, self._log, options.sampling, self._eos, drafts, pace)
 
     def default_cut(self) -> int:
         """Where a model is cut when nobody says where."""

@@ -124,21 +124,17 @@ class SplitRunner:
         self._part, self._link, self._log, self._cut, self._codec = part, link, log, cut, codec
         self._sampler = sampler(sampling)
         self._lane = link.session.lane(HIDDEN_LANE, cut)
-        self._waiting = False
+        self._asked: int | None = None  # position of the rows whose answer has not come
 
     def next(self, remaining: int) -> int:
-        link, lane, log = self._link, self._lane, self._log
-        end = len(log)
         while True:
             try:
-                at = start = link.align(lane, end - 1)
-                self._waiting = True
-                for at, hidden in self._part.hidden(log, start, self._cut, link.max_rows):
-                    self._send(at, hidden, m.WANT_SAMPLE if at + len(hidden) == end else m.WANT_NONE)
-                tokens = link.answer(lane, at)
+                asked = self._ask() if self._asked is None else self._asked
+                tokens = self._link.answer(self._lane, asked)
             except Restart:
+                self._asked = None
                 continue
-            self._waiting = False
+            self._asked = None
             return tokens[0]
 
     def reused(self) -> int:
@@ -146,9 +142,17 @@ class SplitRunner:
         return min(self._lane.agreed, self._part.held(self._cut), len(self._log) - 1)
 
     def stop(self) -> None:
-        if self._waiting:
+        if self._asked is not None:
             self._link.cancel(self._lane)
-            self._waiting = False
+            self._asked = None
+
+    def _ask(self) -> int:
+        link, log = self._link, self._log
+        at = start = link.align(self._lane, len(log) - 1)
+        for at, hidden in self._part.hidden(log, start, self._cut, link.max_rows):
+            self._asked = at
+            self._send(at, hidden, m.WANT_SAMPLE if at + len(hidden) == len(log) else m.WANT_NONE)
+        return at
 
     def _send(self, at: int, hidden: NDArray[np.float32], want: int) -> None:
         lane, log = self._lane, self._log

@@ -32,6 +32,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain, extend
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
 
+_TRIPS = 16
 _MAX_SETBACKS = 24  # realignments in a row without one answer
 _MAX_REPEATS = 3  # of a draft, which a cloud drops without a word when it does not fit
 
@@ -42,7 +43,7 @@ class Session:
     Args:
         model_id: what the cloud must serve; empty for a device that only fetches a bundle.
         log: the token log that all lanes follow. Cut it back through `edited`.
-        where: the cloud's address, for error messages.
+        where: the cloud's address, for people.
         kv_format: how the cloud shall keep its KV; what it offers where it has no such format.
         window: as in `messages.Open`.
 
@@ -51,6 +52,8 @@ class Session:
         cloud_us: engine time in the cloud that answers named, microseconds; a step's time counts for each of its rows'
             sessions.
         patience: how long it waits.
+        connections: Welcomes so far.
+        trips_s: from question to answer, without the time in the cloud's engine; the last ones.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class Session:
         self.cloud_us = 0
         self.log = log
         self._model_id, self._timeouts = model_id, timeouts or Timeouts()
-        self._where, self._kv_format, self._window = where, kv_format, window
+        self.where, self._kv_format, self._window = where, kv_format, window
         self._lanes: dict[int, Lane] = {}
         self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
         self._pending: dict[tuple[Any, ...], Pending] = {}
         self._streams: dict[int, Stream] = {}
         self.patience = Patience(self._timeouts, where)
+        self.connections = 0
+        self.trips_s: deque[float] = deque(maxlen=_TRIPS)
         self._closing = False
         self._setbacks = 0
 
@@ -98,6 +103,9 @@ class Session:
 
     def align(self, lane: Lane, limit: int, now: float) -> None:
         """Asks for `Aligned`: the lane is open and holds a prefix of the log of at most `limit` tokens."""
+        control = self._pending.get(("control", lane.alias))
+        if control is not None and self._limits.get(lane.alias) == limit:
+            return  # asked already
         self._limits[lane.alias] = limit
         self._busy(now)
         if lane.check(self.log) and lane.ready(limit):
@@ -212,6 +220,11 @@ class Session:
                 self._overdue(pending, now)
 
     @property
+    def rows_under_way(self) -> int:
+        """Tokens that the cloud was sent and has not answered."""
+        return sum(pending.rows for pending in self._pending.values())
+
+    @property
     def wake_at(self) -> float:
         """When `tick` must be called at the latest."""
         if not self._pending:
@@ -234,6 +247,7 @@ class Session:
 
     def _welcomed(self, message: m.Welcome, now: float) -> None:
         self.welcome = message
+        self.connections += 1
         self._closing = False
         self.patience.alive(now)
         offered = {offer.model_id: offer.name for offer in message.offers}
@@ -241,7 +255,7 @@ class Session:
             names = ", ".join(f"{name} ({id_[:12]})" for id_, name in offered.items()) or "nothing"
             self._fail(
                 DeviceError(
-                    f"{self._where} serves {names} and not this bundle's model {self._model_id[:12]}",
+                    f"{self.where} serves {names} and not this bundle's model {self._model_id[:12]}",
                     "use the bundle that the cloud serves, or another cloud",
                 )
             )
@@ -281,9 +295,7 @@ class Session:
         if message.committed < rows.position + len(rows.tokens) or (rows.want & m.WANT_SAMPLE and not message.tokens):
             return  # a late repetition of Truncate's answer
         del self._pending[key]
-        if rows.want:
-            self.round_trips += 1
-        self.cloud_us += message.engine_us
+        self._tripped(pending, message.engine_us, now, waited=bool(rows.want))
         self.patience.progressed(now)
         self._setbacks = 0
         if message.committed < lane.committed:
@@ -300,7 +312,7 @@ class Session:
             return
         pending = self._pending[("stream", message.alias)]
         pending.retry_at = now + self._timeouts.retry_ms / 1e3
-        pending.tries = 0
+        pending.tries = pending.rows = 0
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us
             lane.committed, lane.head = taken.committed, taken.prefix_hash
@@ -317,7 +329,7 @@ class Session:
             return
         guesses, accepted = pending.message.tokens, message.accepted
         if accepted > len(guesses):
-            problem = f"{self._where} answers nonsense: it accepts {accepted} of {len(guesses)} drafted tokens"
+            problem = f"{self.where} answers nonsense: it accepts {accepted} of {len(guesses)} drafted tokens"
             self._fail(LinkError(problem, "both sides must be one version"))
             return
         head = pending.head
@@ -327,15 +339,14 @@ class Session:
             self._setback(lane)
             return
         del self._pending[key]
-        self.round_trips += 1
-        self.cloud_us += message.engine_us
+        self._tripped(pending, message.engine_us, now)
         self.patience.progressed(now)
         self._setbacks = 0
         lane.committed, lane.head = message.position + accepted, head
         self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
 
     def _fault(self, fault: m.Fault, now: float) -> None:
-        error = ServiceError(f"{self._where} refused: {fault.problem}", fault.remedy)
+        error = ServiceError(f"{self.where} refused: {fault.problem}", fault.remedy)
         code = fault.code
         if fault.alias is None:
             if code is m.Code.CLOSING:
@@ -360,7 +371,7 @@ class Session:
             problem = f"the conversation is full: {fault.problem}" if lane.opened else fault.problem
             self._fail(DeviceError(problem, fault.remedy or "begin a new one, or choose overflow='slide'"))
         elif code is m.Code.CLOSING:
-            self._fail(LinkError(f"{self._where} is stopping", "try again later or name another cloud"))
+            self._fail(LinkError(f"{self.where} is stopping", "try again later or name another cloud"))
         elif code is not m.Code.CANCELLED:
             self._fail(error)
 
@@ -396,21 +407,22 @@ class Session:
         elif committed:
             self._truncate(lane, 0, now)
         else:
-            self._fail(LinkError(f"{self._where} names an empty log by another hash", "both sides must be one version"))
+            self._fail(LinkError(f"{self.where} names an empty log by another hash", "both sides must be one version"))
 
     def _setback(self, lane: Lane) -> None:
         self._setbacks += 1
         lane.opened = False
         self._drop(lane)
         if self._setbacks > _MAX_SETBACKS:
-            self._fail(LinkError(f"{self._where} and this device do not come to agree", "try again later"))
+            self._fail(LinkError(f"{self.where} and this device do not come to agree", "try again later"))
         else:
             self.events.append(Behind(lane))
 
     # -- requests
 
     def _post(self, key: tuple[Any, ...], message: Any, lane: Lane | None, now: float, head: bytes = b"") -> None:
-        self._pending[key] = Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3, head=head)
+        rows = len(getattr(message, "tokens", ()))
+        self._pending[key] = Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3, rows, head=head)
         if self.welcome is not None:
             self.outbox.append(message)
 
@@ -425,6 +437,7 @@ class Session:
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
         self._answered(("control", alias), now)
+        self._tripped(pending, 0, now, waited=False)
         return pending.lane
 
     def _overdue(self, pending: Pending, now: float) -> None:
@@ -455,6 +468,12 @@ class Session:
         if self.events:
             self.events = deque(e for e in self.events if isinstance(e, Up | Served | Refused) or e.lane is not lane)
         return bool(keys)
+
+    def _tripped(self, pending: Pending, engine_us: int, now: float, waited: bool = True) -> None:
+        self.round_trips += waited
+        self.cloud_us += engine_us
+        if not pending.tries:
+            self.trips_s.append(max(0.0, now - pending.asked_at - engine_us * 1e-6))
 
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""

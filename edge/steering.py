@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from isthmus.edge import policy
+from isthmus.edge.bridge import Bridge
 from isthmus.edge.events import Busy
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
-from isthmus.edge.link import Link
+from isthmus.edge.link import Link, Silent
 from isthmus.edge.modes import Modes
 from isthmus.edge.notes import Notes
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.runners import Runner
+from isthmus.edge.runners import Runner, StreamRunner
 from isthmus.edge.token import Stats
 from isthmus.edge.verify import VerifyRunner
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
@@ -30,6 +31,7 @@ class Steering:
         link: to the cloud, None without one.
         absent: why the cloud could not be reached when the device was opened.
         fallback: whether this device goes on by itself when the cloud goes away.
+        confirm_s: how long a complete answer waits for a silent cloud that has guesses to confirm.
         clock: the link's seconds.
     """
 
@@ -42,14 +44,19 @@ class Steering:
         notes: Notes,
         *,
         fallback: bool,
+        confirm_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._modes, self._holding, self._link, self._notes = modes, holding, link, notes
-        self._fallback, self._clock = fallback, clock
+        self._fallback, self._confirm_s, self._clock = fallback, confirm_s, clock
         self._cloud_error = absent  # of when the cloud was last looked for
         self._counted = (0, 0, 0, 0) if link is None else link.costs  # fetching a bundle is no answer's cost
         self._served = False  # whether the cloud ever has
         self._rest = Rest()
+        self._bridging = False  # whether this answer goes on without the cloud
+        self._silent_at = float("-inf")  # when the link was last found silent
+        self._connections = 0  # that there were then
+        self._retelling: Runner | None = None  # which has guesses confirmed
 
     def runner(self, options: GenerateOptions) -> Runner:
         """The one to begin with.
@@ -58,6 +65,7 @@ class Steering:
             IsthmusError: what was asked for cannot be had.
         """
         mode, whole = options.mode, self._holding.whole
+        self._bridging = self._fallback and self._link is not None and mode != "local" and self._modes.can_bridge
         if self._link is not None:
             self._link.session.patience.impatient = mode == "auto" and whole and self._fallback
         if mode == "auto":
@@ -79,8 +87,75 @@ class Steering:
         with offering_local(whole):
             return self._modes.shared(replace(options, mode=mode), self._link)
 
+    @contextmanager
+    def listening(self, guessed: bool, ended: bool) -> Iterator[None]:
+        """While a token that counts is waited for: `Silent` ends that where this device can go on by itself.
+
+        Args:
+            guessed: whether it has gone on already.
+            ended: whether it has come to the answer's end so.
+        """
+        link = self._link
+        if link is None or not self._bridging:
+            yield
+            return
+        silent = guessed and link.heard_s <= self._silent_at
+        link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.due_s
+        try:
+            yield
+        except Silent:
+            if not silent:
+                self._silent_at, self._connections = self._clock(), link.session.connections
+            raise
+        finally:
+            link.hush = None
+
+    def bridge(self, options: GenerateOptions) -> Bridge:
+        """What goes on while the cloud is silent."""
+        return self._modes.bridge(options)
+
+    def suited(self, runner: Runner, options: GenerateOptions, guesses: Sequence[int]) -> Runner:
+        """The runner, or another one that has guesses confirmed sooner, and is not needed after that."""
+        if runner is self._retelling and not guesses:
+            return self.again(runner, options)
+        assert self._link is not None or not guesses
+        if guesses and isinstance(runner, StreamRunner) and self._link.session.connections > self._connections:  # type: ignore[union-attr]
+            with suppress(IsthmusError):
+                runner.stop()
+            return self._retell(options, guesses)
+        return runner
+
+    def again(self, runner: Runner, options: GenerateOptions) -> Runner:
+        """A new one after the log has changed."""
+        with suppress(IsthmusError):
+            runner.stop()
+        self._retelling = None
+        return self._shared(options) if self._link is not None else self._modes.local(options)
+
+    def lost(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> bool:
+        """The cloud failed; whether this device goes on with guesses until it is `back`."""
+        away = self._link is not None and not self._link.up
+        may = away and isinstance(error, LinkError) and not isinstance(error, Busy)
+        if not (may and self._bridging and may_go_on(error, options.mode, self._served)):
+            return False
+        self._gone(runner, error)
+        return True
+
+    def back(self, options: GenerateOptions, guesses: Sequence[int]) -> Runner | None:
+        """A runner once a cloud that was lost is there again."""
+        assert self._link is not None
+        try:
+            if not self._link.back():
+                return None
+            self._cloud_error = None
+            self._notes.add(f"it is back after {len(self._notes.stats.tokens)}")
+            return self._retell(options, guesses)
+        except IsthmusError as error:
+            self._cloud_error = error
+            return None
+
     def alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner:
-        """The one that goes on when the cloud failed.
+        """The one that goes on for the rest of the answer when the cloud failed.
 
         Raises:
             IsthmusError: there is none.
@@ -89,24 +164,41 @@ class Steering:
             raise error
         if not (self._fallback and may_go_on(error, options.mode, self._served)):
             raise with_local(error) from error
+        self._gone(runner, error)
+        return self._modes.local(options)
+
+    def _gone(self, runner: Runner, error: IsthmusError, guessed: int = 0) -> None:
         with suppress(IsthmusError):
             runner.stop()
         self._cloud_error = error
         if isinstance(error, Busy):
             self._rest.begin(self._clock())
-        said = len(self._notes.stats.tokens)
+        said = len(self._notes.stats.tokens) - guessed
         self._notes.add(f"{error.problem}: this device went on by itself after {said} tokens")
-        return self._modes.local(options)
 
-    def finish(self, runner: Runner, stats: Stats) -> None:
-        """An answer has ended: its costs are known."""
-        try:
-            runner.stop()
-        except LinkError:
-            pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
+    def _retell(self, options: GenerateOptions, guesses: Sequence[int]) -> Runner:
+        assert self._link is not None
+        runner = self._shared(options)
+        if len(guesses) > 1 and isinstance(runner, StreamRunner):
+            self._retelling = runner = self._modes.retold(options, self._link, guesses) or runner
+        return runner
+
+    def _shared(self, options: GenerateOptions) -> Runner:
+        assert self._link is not None
+        self._link.welcome()
+        mode = "stream" if options.mode == "auto" else options.mode
+        return self._modes.shared(replace(options, mode=mode), self._link)
+
+    def finish(self, runner: Runner | None, stats: Stats, guessed: int) -> None:
+        """An answer has ended, with so many guesses that nobody confirmed at its end: its costs are known."""
+        if runner is not None:
+            with suppress(LinkError):  # the answer is complete, or its reader has gone: a lost cancel costs nothing
+                runner.stop()
         if isinstance(runner, VerifyRunner | ExitRunner):
             stats.drafted, stats.accepted = runner.drafted, runner.accepted
-        if stats.tokens and runner.source != "device":
+        if guessed and runner is not None and self._link is not None:
+            self._gone(runner, LinkError(f"{self._link.session.where} fell silent"), guessed)
+        elif stats.tokens and runner is not None and runner.source != "device":
             self._cloud_error = None
             self._rest.end()
         if self._link is not None:

@@ -22,6 +22,8 @@ class Token:
             drafted on the device and is what the cloud's model says, and "exit" is an exit's word alone.
         position: index in the conversation's token log.
         finish: on the last token why it is the last: "eos", "stop" (a stop word), or "length"; else empty.
+        verified: off for a guess that was made while the cloud was silent. It stands once a token that is not a guess
+            follows, or the answer ends without a `Rollback`.
     """
 
     id: int
@@ -29,6 +31,22 @@ class Token:
     source: Source
     position: int
     finish: str = ""
+    verified: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Guesses that the cloud, back again, would not have made.
+
+    Attributes:
+        position: of the first of them in the token log.
+        tokens: ids of all tokens from there on.
+        text: what they added to the text.
+    """
+
+    position: int
+    tokens: tuple[int, ...]
+    text: str
 
 
 @dataclass(slots=True)
@@ -47,6 +65,8 @@ class Stats:
         round_trips: questions to the cloud whose answer was waited for.
         cloud_ms: time in the cloud's engine, as its answers say.
         drafted, accepted: guesses that the cloud checked, and those of them that were right.
+        unverified: tokens that were guessed while the cloud was silent, stand, and were never confirmed.
+        replaced: guesses that were made so and taken back.
         finish: why it ended: "eos", "stop", "length", or "cancelled"; empty while it runs.
         note: what did not go as asked, such as a cloud that went away; empty when all went well.
     """
@@ -64,6 +84,8 @@ class Stats:
     cloud_ms: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    unverified: int = 0
+    replaced: int = 0
     finish: str = ""
     note: str = ""
 
@@ -83,6 +105,8 @@ class Stats:
             "cloud_ms": round(self.cloud_ms, 3),
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "unverified": self.unverified,
+            "replaced": self.replaced,
             "finish": self.finish,
             "note": self.note,
         }

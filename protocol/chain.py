@@ -41,6 +41,19 @@ class Chain:
         """Hash of the first `length` tokens, 0 <= length <= len(self)."""
         return self._hashes[length]
 
+    def common(self, other: Chain) -> int:
+        """How many leading tokens both logs have in common."""
+        low, high = 0, min(len(self), len(other))
+        if self._hashes[high] == other._hashes[high]:
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._hashes[middle] == other._hashes[middle]:
+                low = middle
+            else:
+                high = middle
+        return low
+
     def copy(self) -> Chain:
         """Another log with the same tokens."""
         twin = Chain()
@@ -54,6 +67,13 @@ class Chain:
             head = extend(head, token)
             self._hashes.append(head)
             self.tokens.append(token)
+
+    def follow(self, other: Chain, end: int) -> None:
+        """Becomes the first `end` tokens of another log; costs what they do not have in common."""
+        kept = min(self.common(other), end)
+        self.truncate(kept)
+        self.tokens += other.tokens[kept:end]
+        self._hashes += other._hashes[kept + 1 : end + 1]
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on."""

@@ -74,6 +74,11 @@ class Link:
         return self._main is not None and not self._silent(time.monotonic())
 
     @property
+    def heard_s(self) -> float:
+        """When the cloud last gave a sign of life, by `time.monotonic`."""
+        return self._heard
+
+    @property
     def failure(self) -> LinkError | None:
         """Why the last attempt to connect failed, None while connected."""
         return None if self._main is not None else self._failure
@@ -97,6 +102,13 @@ class Link:
             self.bytes_up += size
         else:
             self._waiting.append((message, frames, size))
+
+    def probe(self) -> None:
+        """Pings now, unless a Ping is under way."""
+        now = time.monotonic()
+        if self._main is not None and self._asked is None:
+            self._pinged = self._asked = now
+            self._main.send(encode(Ping(int(now * 1e6))))
 
     def discard(self, unwanted: Callable[[Message], bool]) -> int:
         """Takes back messages that still wait for credit; how many."""

@@ -11,7 +11,7 @@ from isthmus.edge import Device, Timeouts
 from tests.edge_world import LossyWire, ToyBundle, toy_open_part
 
 PROMPT = "hello world"
-PATIENT = Timeouts(connect_ms=60_000, retry_ms=300, give_up_ms=60_000, progress_ms=600_000)
+PATIENT = Timeouts(connect_ms=60_000, retry_ms=300, give_up_ms=60_000, progress_ms=600_000, confirm_ms=60_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

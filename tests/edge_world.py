@@ -153,6 +153,7 @@ class ToyBundle:
 
     def __init__(self, held: int = N_LAYERS, model_id: str = MODEL_ID) -> None:
         self.config, self.model_id, self.held_layers = CONFIG, model_id, held
+        self.exits: tuple[Any, ...] = ()
         files = {f"weights/layer-{i:03d}.safetensors": SimpleNamespace(bytes=10_000_000) for i in range(N_LAYERS)}
         files |= {"weights/embed.safetensors": SimpleNamespace(bytes=5_000_000)}
         files |= {"weights/norm.safetensors": SimpleNamespace(bytes=1_000)}
@@ -322,9 +323,14 @@ class ToyCloud:
 
 
 class ToyService:
-    """The real service over a toy part, in place of a `ToyCloud`; each Hello is a new connection."""
+    """The real service over a toy part, in place of a `ToyCloud`; each Hello is a new connection.
 
-    def __init__(self) -> None:
+    Args:
+        token_s: time between the tokens of a stream.
+    """
+
+    def __init__(self, token_s: float = 0.0) -> None:
+        self._token_s = token_s
         self.connections = 0
         self.forget()
 
@@ -342,7 +348,9 @@ class ToyService:
         self._service.turn(0.0)
         while any(model.ready for model in self._service.models.values()):
             self._service.turn(0.0)
-        return [(0.0, answer) for answer in self._wire.take(route)]
+        answers = self._wire.take(route)
+        streamed = itertools.accumulate(isinstance(answer, m.Tokens) for answer in answers)
+        return [(count * self._token_s, answer) for count, answer in zip(streamed, answers, strict=True)]
 
 
 class LossyWire:
@@ -352,6 +360,10 @@ class LossyWire:
         seed: of the losses.
         drop, repeat: probability for each message, each way.
         delay_s: of each message, uniformly from this range; a wide one reorders.
+
+    Attributes:
+        dark: (from, until) seconds in which everything that is sent or arrives is lost.
+        poll_s: what a look for messages takes, so that time passes for a device that does not wait.
     """
 
     def __init__(
@@ -375,12 +387,19 @@ class LossyWire:
         self.greeted = False
         self.welcome: m.Welcome | None = None
         self.bytes_up = self.bytes_down = 0
+        self.heard_s = 0.0
+        self.dark: list[tuple[float, float]] = []
+        self.poll_s = 0.0
         self._air: list[tuple[float, int, bool, list[bytes]]] = []
         self._count = itertools.count()
 
     @property
     def up(self) -> bool:
-        return self.greeted and self.cloud is not None
+        return (
+            self.greeted
+            and self.cloud is not None
+            and not any(start + 2.0 <= self.now < end for start, end in self.dark)
+        )
 
     @property
     def failure(self) -> LinkError | None:
@@ -406,25 +425,37 @@ class LossyWire:
             self.reconnect()
 
     def receive(self, timeout_ms: float) -> Any:
-        deadline = self.now + timeout_ms / 1e3
-        if not self.greeted and self.cloud is not None:
+        deadline = self.now + max(timeout_ms / 1e3, self.poll_s)
+        if not self.greeted and self.cloud is not None and not self._is_dark(self.now):
             self.greeted = True
             self.now += 0.01
+            self.heard_s = self.now
             return m.decode(m.encode(self.cloud.receive(m.Hello(1, 1))[0][1]))
         while self._air and self._air[0][0] <= deadline:
             at, _, up, frames = heapq.heappop(self._air)
             self.now = max(self.now, at)
+            if self._is_dark(at):
+                continue
             message = m.decode(frames)
             if not up:
+                self.heard_s = self.now
                 self.bytes_down += sum(map(len, frames))
+                if isinstance(message, m.Pong):
+                    continue
                 return message
             for delay, answer in self.cloud.receive(message) if self.cloud is not None else ():
                 self._answered(answer, delay)
         self.now = max(self.now, deadline)
         return None
 
+    def probe(self) -> None:
+        self.send(m.Ping(0))
+
     def close(self) -> None:
         self._air.clear()
+
+    def _is_dark(self, at: float) -> bool:
+        return any(start <= at < end for start, end in self.dark)
 
     def _answered(self, answer: Any, delay: float) -> None:
         self.die_after -= 1
@@ -440,7 +471,8 @@ class LossyWire:
         copies = 0 if self._random.random() < self._drop else 2 if self._random.random() < self._repeat else 1
         for _ in range(copies):
             at = self.now + delay + self._random.uniform(*self._delay_s)
-            heapq.heappush(self._air, (at, next(self._count), up, list(frames)))
+            if not self._is_dark(self.now):
+                heapq.heappush(self._air, (at, next(self._count), up, list(frames)))
 
 
 def _sampling(sampler: m.Sampler) -> Sampling:

@@ -1,0 +1,228 @@
+"""A device whose link fails: it goes on, and the text that stands is the cloud's all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.edge.bridge import Bridge, Retold
+from isthmus.edge.token import Rollback
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError
+from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
+from tests.edge_world import LossyWire, ToyBundle, ToyService
+
+RTT_S = 0.04
+TOKEN_S = 0.004  # of the device's own
+
+
+def bad(part: Any) -> Any:
+    """A model that says something else at every fifth position."""
+    sample = part.sample
+
+    def other(log: Chain, sampling: Sampling) -> int:
+        token: int = sample(log, sampling)
+        return (token + 1) % 256 if len(log) % 5 == 0 else token
+
+    return other
+
+
+def wired(**options: Any) -> LossyWire:
+    wire = LossyWire(ToyService(0.005), delay_s=(RTT_S / 2, RTT_S / 2), **options)
+    wire.poll_s = TOKEN_S
+    return wire
+
+
+def cut_after(wire: LossyWire, tokens: Any, count: int, for_s: float) -> list[Any]:
+    """Takes so many tokens; then the link is dark for a time."""
+    head = [next(tokens) for _ in range(count)]
+    wire.dark.append((wire.now, wire.now + for_s))
+    return head
+
+
+@pytest.mark.parametrize("mode", ["auto", "stream", "verify", "split"])
+@pytest.mark.parametrize("for_s", [0.3, 1.5, 6.0])
+def test_a_cut_link_costs_two_round_trips_and_no_token(mode: str, for_s: float) -> None:
+    text, wire = local(max_tokens=200), wired()
+    with device(wire, mode, on_rollback=pytest.fail) as one:
+        tokens = one.generate(PROMPT, max_tokens=200)
+        head = cut_after(wire, tokens, 5, for_s)
+        dark = wire.now
+        while (token := next(tokens)).verified:
+            head.append(token)
+            dark = wire.now  # what was under way still came
+        assert wire.now - dark <= max(0.05, 2 * RTT_S) + RTT_S
+        rest = [token, *tokens]
+        assert ids(head + rest) == text == one.stats.tokens
+        assert one.stats.unverified == one.stats.replaced == 0
+        assert one.stats.text == "".join(token.text for token in head + rest)
+        assert [token.position for token in head + rest] == list(range(11, 11 + len(text)))
+        if for_s < 1:
+            assert rest[-1].verified  # the cloud had caught up by then
+
+
+def test_what_was_guessed_is_confirmed_in_few_passes() -> None:
+    wire = wired()
+    with device(wire, "stream") as one:
+        tokens = one.generate(PROMPT, max_tokens=300)
+        cut_after(wire, tokens, 5, 1.0)
+        while next(tokens).verified:
+            pass
+        wire.reconnect()
+        list(tokens)
+        assert one.stats.tokens == local(max_tokens=300)
+        drafts = [message for message in wire.sent if isinstance(message, m.Draft)]
+        assert 1 <= len(drafts) <= 12
+        assert sum(len(draft.tokens) for draft in drafts) > 100
+
+
+@pytest.mark.parametrize("mode", ["stream", "verify", "split"])
+def test_wrong_guesses_are_taken_back(mode: str) -> None:
+    text, wire, taken = local(max_tokens=60), wired(), list[Rollback]()
+
+    def replace(rollback: Rollback) -> bool:
+        taken.append(rollback)
+        return True
+
+    with device(wire, mode, on_rollback=replace) as one:
+        part = one._holding.open(one.config.n_layers)
+        part.sample = bad(part)  # type: ignore[method-assign]
+        tokens = one.generate(PROMPT, max_tokens=60)
+        said = cut_after(wire, tokens, 5, 0.5)
+        for token in tokens:
+            if taken:
+                wrong = taken.pop()
+                at = wrong.position - said[0].position
+                assert [one.id for one in said[at:]] == list(wrong.tokens)
+                assert "".join(one.text for one in said[at:]) == wrong.text
+                assert not any(one.verified for one in said[at:])
+                del said[at:]
+                assert token.verified
+            said.append(token)
+        assert ids(said) == text == one.stats.tokens
+        assert "".join(token.text for token in said) == one.stats.text
+        assert one.stats.replaced > 0 and one.stats.unverified == 0
+        assert one.tokens[11:] == text
+
+
+@pytest.mark.parametrize("how", ["keep", lambda rollback: False])
+def test_wrong_guesses_stand_where_the_caller_keeps_them(how: Any) -> None:
+    wire = wired()
+    with device(wire, "stream", on_rollback=how) as one:
+        part = one._holding.open(one.config.n_layers)
+        part.sample = bad(part)  # type: ignore[method-assign]
+        tokens = one.generate(PROMPT, max_tokens=250)
+        said = cut_after(wire, tokens, 5, 0.5) + list(tokens)
+        assert ids(said) == one.stats.tokens == one.tokens[11:]
+        assert one.stats.unverified > 0 and one.stats.replaced == 0
+        assert ids(said) != local(max_tokens=250)
+        # What follows is what the cloud says after the text that stands.
+        last = said[-1]
+        assert last.verified
+        with device(mode="local") as alone:
+            assert ids(alone.generate(one.tokens[:-1], max_tokens=1)) == [last.id]
+
+
+def test_a_link_that_stays_dark_leaves_guesses_and_says_so() -> None:
+    wire = wired()
+    with device(wire, "stream") as one:
+        tokens = one.generate(PROMPT, max_tokens=30)
+        head = cut_after(wire, tokens, 5, 1e9)
+        rest = list(tokens)
+        assert ids(head + rest) == local(max_tokens=30)
+        guesses = [token for token in rest if not token.verified]
+        assert one.stats.unverified == len(guesses) > 20
+        assert "went on by itself" in one.stats.note
+        # Back again, the conversation goes on where it stands.
+        wire.dark.clear()
+        more = ids(one.generate(max_tokens=10))
+        assert ids(head + rest) + more == local(max_tokens=40)
+        assert one.stats.unverified == 0
+
+
+def test_a_device_that_cannot_go_on_waits() -> None:
+    wire = wired()
+    with device(wire, "stream", ToyBundle(held=3)) as one:
+        tokens = one.generate(PROMPT, max_tokens=30)
+        head = cut_after(wire, tokens, 5, 2.0)
+        assert ids(head) + ids(tokens) == local(max_tokens=30)
+        assert one.stats.unverified == one.stats.replaced == 0
+
+
+def test_no_fallback_waits_too() -> None:
+    wire = wired()
+    with device(wire, "stream", fallback=False) as one:
+        tokens = one.generate(PROMPT, max_tokens=30)
+        head = cut_after(wire, tokens, 5, 2.0)
+        assert all(token.verified for token in head + list(tokens))
+
+
+def test_a_slow_cloud_is_no_silent_one() -> None:
+    """Signs of life count, even where the answer takes longer than two round trips."""
+
+    class Slow(ToyService):
+        def receive(self, message: Any) -> list[tuple[float, Any]]:
+            late = 0.0 if isinstance(message, m.Ping | m.Hello) else 0.6
+            return [(late + delay, answer) for delay, answer in super().receive(message)]
+
+    wire = LossyWire(Slow(), delay_s=(RTT_S / 2, RTT_S / 2))
+    with device(wire, "stream") as one:
+        assert all(token.verified for token in one.generate(PROMPT, max_tokens=10))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    mode=st.sampled_from(["stream", "verify", "split", "auto"]),
+    wrong=st.booleans(),
+    keep=st.booleans(),
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 5)), max_size=4),
+    reconnect=st.sampled_from([7, 1 << 60]),
+    restart=st.sampled_from([5, 23, 1 << 60]),
+)
+def test_whenever_the_link_is_cut_the_text_is_the_same(
+    seed: int, mode: str, wrong: bool, keep: bool, cuts: list[tuple[float, float]], reconnect: int, restart: int
+) -> None:
+    wire = wired(seed=seed)
+    wire.reconnect_every, wire.restart_after = reconnect, restart
+    wire.dark = [(100.0 + start, 100.0 + start + length) for start, length in cuts]
+    with device(wire, mode, on_rollback="keep" if keep else "replace") as one:
+        if wrong:
+            part = one._holding.open(one.config.n_layers)
+            part.sample = bad(part)  # type: ignore[method-assign]
+        told = list(one.generate(PROMPT, max_tokens=50))
+        assert len(told) == len(one.stats.tokens) + one.stats.replaced
+        assert one.tokens[11:] == one.stats.tokens
+        if not (wrong and (keep or one.stats.unverified)):
+            assert one.stats.tokens == local(max_tokens=50)
+
+
+def test_how_to_roll_back_is_checked() -> None:
+    with pytest.raises(DeviceError, match="on_rollback is 'undo'"):
+        device(mode="local", on_rollback="undo")
+
+
+def test_a_bridge_begins_again_where_the_log_went_another_way() -> None:
+    log = Chain([1, 2, 3])
+    bridge = Bridge(lambda told, sampling: len(told), "device", log, Sampling())
+    assert [bridge.say(), bridge.say()] == bridge.ahead == [3, 4]
+    log.extend([3])
+    assert bridge.ahead == [4]
+    log.extend([9])
+    assert bridge.ahead == []
+    assert bridge.say() == 5
+
+
+def test_what_was_said_is_told_again_as_long_as_it_stands() -> None:
+    drafts = Retold([1, 2, 3, 4, 5])
+    drafts.extend([1, 2])
+    assert drafts.draft(2) == [3, 4] and drafts.draft(9) == [3, 4, 5]
+    drafts.extend([3, 7])
+    assert drafts.draft(2) == []
+    drafts.truncate(3)
+    assert (len(drafts), drafts.draft(1)) == (3, [4])
