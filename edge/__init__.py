@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from isthmus.edge.device import Device
     from isthmus.edge.events import Timeouts
     from isthmus.edge.provision import fetch_part
-    from isthmus.edge.token import Stats, Token
+    from isthmus.edge.token import CutOff, Rollback, Stats, Token
 
-__all__ = ["AsyncDevice", "Device", "Stats", "Timeouts", "Token", "fetch_part"]
+__all__ = ["AsyncDevice", "CutOff", "Device", "Rollback", "Stats", "Timeouts", "Token", "fetch_part"]
 
 _HOMES = {
     "AsyncDevice": "aio",
+    "CutOff": "token",
     "Device": "device",
+    "Rollback": "token",
     "Stats": "token",
     "Timeouts": "events",
     "Token": "token",

@@ -30,6 +30,7 @@ class Answer:
     Args:
         text: makes a decoder of its tokens.
         eos: tokens that end it.
+        said: its last tokens in the log and where they were computed, when it was begun earlier.
         started: when it was asked for, by `time.perf_counter`.
         on_rollback: what becomes of guesses that were wrong; as in `Device`.
         ended: told the text when it is complete or nobody wants more of it.
@@ -46,22 +47,25 @@ class Answer:
         started: float,
         on_rollback: OnRollback,
         ended: Callable[[str], None],
+        said: Sequence[tuple[int, Source]] = (),
     ) -> None:
         self._conversation, self._steering, self._notes = conversation, steering, notes
         self._log, self._stats = conversation.log, notes.stats
-        self._base = len(self._log)
+        self._base = len(self._log) - len(said)
         self._options, self._new_text, self._eos = options, text, frozenset(eos)
         self._started, self._on_rollback, self._ended = started, on_rollback, ended
         self._text, self._pieces = text(), list[str]()
-        self._runner: Runner | None = steering.runner(options)
+        for token, source in said:
+            self._told(token, source, True)
+        self._runner: Runner | None = None if self._stats.finish else steering.runner(options)
         self._bridge: Bridge | None = None
 
     def tokens(self) -> Generator[Token]:
         """The tokens as they are made; to be read once."""
         stats = self._stats
         first = last = self._started
-        assert self._runner is not None
-        stats.reused_tokens = max(0, self._runner.reused())
+        had = len(stats.tokens)
+        stats.reused_tokens = max(0, self._runner.reused()) if self._runner is not None else had
         try:
             while not stats.finish or self._guesses:
                 token = self._hear()
@@ -71,15 +75,15 @@ class Answer:
                     continue
                 told = self._guess() if token is None else self._take(token)
                 last = time.perf_counter()
-                first = last if len(stats.tokens) == 1 else first
+                first = last if first == self._started else first
                 yield told
         finally:
             stats.finish = stats.finish or "cancelled"
             guessed = self._keep()
             stats.text = "".join(self._pieces)
-            if stats.tokens:
+            if len(stats.tokens) > had:
                 stats.ttft_ms = (first - self._started) * 1e3
-                stats.tok_s = (len(stats.tokens) - 1) / (last - first) if last > first else 0.0
+                stats.tok_s = (len(stats.tokens) - had - 1) / (last - first) if last > first else 0.0
             self._steering.finish(self._runner, stats, guessed)
             self._ended(stats.text)
 
@@ -102,7 +106,7 @@ class Answer:
                     return None
             wanted = self._options.max_tokens - len(stats.tokens) + len(guesses)
             try:
-                with steering.listening(bool(guesses), bool(stats.finish)):
+                with steering.listening(self._runner, bool(guesses), bool(stats.finish)):
                     token = self._runner.next(self._conversation.remaining(wanted))
             except Silent:
                 return None
@@ -120,7 +124,7 @@ class Answer:
     def _take(self, token: int) -> Token:
         """A token that counts is the next one."""
         assert self._runner is not None
-        self._log.extend((token,))
+        self._conversation.extend((token,), self._runner.source)
         return self._told(token, self._runner.source, True)
 
     def _guess(self) -> Token:
@@ -132,7 +136,7 @@ class Answer:
         """Holds the first guess against what counts; whether it stands, because it is right or the caller keeps it."""
         stats, at = self._stats, len(self._log) - self._base
         if stats.tokens[at] == token:
-            self._log.extend((token,))
+            self._conversation.extend((token,), stats.sources[at])
             return True
         wrong = Rollback(len(self._log), tuple(stats.tokens[at:]), "".join(self._pieces[at:]))
         if self._on_rollback == "keep" or (callable(self._on_rollback) and not self._on_rollback(wrong)):
@@ -152,7 +156,8 @@ class Answer:
         """Guesses that nobody confirmed stand; how many."""
         guesses = self._guesses
         self._stats.unverified += len(guesses)
-        self._log.extend(guesses)
+        for token, source in zip(guesses, self._stats.sources[len(self._log) - self._base :], strict=True):
+            self._conversation.extend((token,), source)
         return len(guesses)
 
     def _told(self, token: int, source: Source, verified: bool) -> Token:

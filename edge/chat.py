@@ -76,6 +76,10 @@ class Chat:
         self.messages = [*asked, Message("assistant", text)]
         self._log = list(log)
 
+    def restore(self, messages: Sequence[Mapping[str, Any]], log: Sequence[int]) -> None:
+        """Takes up a conversation that was kept; `log` is the token log at the end of its last answer."""
+        self.messages, self._log = parse(messages), list(log)
+
     def forget(self) -> None:
         """Begins again."""
         self.messages, self._log = [], []

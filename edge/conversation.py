@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from isthmus.edge.journal import Journal
+from isthmus.edge.token import Source
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
 
@@ -17,11 +19,13 @@ class Conversation:
 
     Attributes:
         log: all tokens so far.
+        journal: where it is written down, None for nowhere.
     """
 
     def __init__(self, room: int, slides: bool) -> None:
         self.log = Chain()
         self._room, self._slides = room, slides
+        self.journal: Journal | None = None
         self._keepers: list[Callable[[int], None]] = []
 
     def keep(self, cut: Callable[[int], None]) -> None:
@@ -38,7 +42,13 @@ class Conversation:
         common = next((i for i, (a, b) in enumerate(zip(log, ids, strict=False)) if a != b), min(len(log), len(ids)))
         self.check(len(ids))
         self.cut(common)
-        self.log.extend(ids[common:])
+        self.extend(ids[common:])
+
+    def extend(self, tokens: Sequence[int], source: Source | None = None) -> None:
+        """Appends tokens: a prompt's, or an answer's and where they were computed."""
+        self.log.extend(tokens)
+        if self.journal is not None:
+            self.journal.said(tokens, source)
 
     def cut(self, length: int) -> None:
         """Forgets everything from position `length` on."""
@@ -46,6 +56,8 @@ class Conversation:
             for cut in self._keepers:
                 cut(length)
             self.log.truncate(length)
+            if self.journal is not None:
+                self.journal.cut(length)
 
     def check(self, length: int) -> None:
         """Refuses a length that there is no room for.

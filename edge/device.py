@@ -18,6 +18,7 @@ from isthmus.edge.drafting import NGRAMS, Drafting
 from isthmus.edge.events import Timeouts
 from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
+from isthmus.edge.journal import Journal, Kept
 from isthmus.edge.link import Link, Wire
 from isthmus.edge.modes import Modes
 from isthmus.edge.notes import Notes
@@ -31,9 +32,10 @@ from isthmus.edge.options import (
     kv_room,
     stop_words,
 )
+from isthmus.edge.standby import Standby
 from isthmus.edge.steering import Steering
 from isthmus.edge.text import Text, token_ids
-from isthmus.edge.token import Mode, Stats, Token
+from isthmus.edge.token import CutOff, Mode, Source, Stats, Token
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
@@ -75,8 +77,11 @@ class Device:
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
             it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
             count as guesses until the cloud, back again, confirms them.
+        standby: whether a device that holds the whole model keeps itself ready for that while the cloud computes: the
+            model open, and KV for the conversation. Off it saves that work and needs some time to take over.
         on_rollback: what becomes of guesses from the first wrong one on: "replace" takes them back, "keep" lets them
             stand; a function is given the `Rollback` before that and returns whether to replace.
+        resume: a file in which the conversation is kept, and from which it is taken up again; None for none.
         timeouts: how patient the device is with the cloud.
         progress: called while a bundle is fetched, with a file's name, the bytes that are here, and its size.
         wire, clock: a connection to use in place of the one to `cloud`, and its seconds.
@@ -113,7 +118,9 @@ class Device:
         slow_down: float = 1.0,
         timeouts: Timeouts | None = None,
         fallback: bool = True,
+        standby: bool = True,
         on_rollback: OnRollback = "replace",
+        resume: str | Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         wire: Wire | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -175,6 +182,7 @@ class Device:
                 self._conversation.keep(self._link.session.edited)
             for keeper in (self._holding, self._exits, self._drafting):
                 self._conversation.keep(keeper.truncate)
+            stands_by = standby and fallback and self._holding.whole
             self._steering = Steering(
                 self._modes,
                 self._holding,
@@ -182,12 +190,19 @@ class Device:
                 opening.absent,
                 self._notes,
                 fallback=fallback,
+                standby=Standby(self._bundle, self._holding, self._log) if stands_by else None,
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
             )
+            self._journal: Journal | None = None
+            self._kept: Kept | None = None  # what the journal held, until something else is said
             self._tokenizer = self._bundle.tokenizer()
             self._eos = tuple(self._bundle.manifest.tokenizer.eos)
             self._chat = Chat(self._tokenizer, self._eos)
+            if resume is not None:
+                journal = Journal(resume, self._bundle.model_id, self._bundle.name)
+                opened.callback(journal.close)
+                self._restore(journal)
             if computes:
                 self._holding.open(self.cut if self._mode == "split" and self._link else self.config.n_layers)
             opened.pop_all()
@@ -280,6 +295,34 @@ class Device:
         self._conversation.replace(self._chat.prompt(asked, self._log.tokens))
         return self._begin(options, started, asked)
 
+    @property
+    def unfinished(self) -> CutOff | None:
+        """The answer that was cut off and can be gone on with; None when there is none."""
+        kept = self._kept
+        if kept is None or kept.unfinished is None or kept.tokens != self._log.tokens:
+            return None
+        cut_off = kept.unfinished
+        text = Text(self._tokenizer.stream(), tuple(cut_off.options["stop"]))
+        said = "".join(text.push(token) for token in kept.tokens[cut_off.base :] if token not in self._eos)
+        return CutOff(said, cut_off.asked[-1]["content"] if cut_off.asked else None)
+
+    def go_on(self) -> Iterator[Token]:
+        """The rest of the answer that was cut off, as it was asked for then; its stats are those of the whole answer.
+
+        Raises:
+            DeviceError: there is none.
+        """
+        started = time.perf_counter()
+        if self.unfinished is None:
+            raise DeviceError("there is no answer to go on with", "ask something")
+        assert self._kept is not None and self._kept.unfinished is not None
+        kept, cut_off = self._kept, self._kept.unfinished
+        said = list(zip(kept.tokens[cut_off.base :], kept.sources, strict=False))
+        asked = parse(cut_off.asked) if cut_off.asked is not None else None
+        self._stop_active()
+        self._kept = None
+        return self._begin(GenerateOptions.read(cut_off.options), started, asked, said)
+
     def reset(self) -> None:
         """Forgets the conversation."""
         self._stop_active()
@@ -293,7 +336,9 @@ class Device:
         self._stop_active()
         self._closed = True
         if self._link is not None:
-            self._link.close()
+            self._link.close(keep=self._journal is not None)
+        if self._journal is not None:
+            self._journal.close()
         self._drafting.close()
         self._exits.close()
         self._holding.close()
@@ -326,14 +371,27 @@ class Device:
             max_tokens, sampling, stop_words(stop), chosen, cut, codec, self._threshold, self._guesses
         )
 
-    def _begin(self, options: GenerateOptions, started: float, asked: list[Message] | None = None) -> Iterator[Token]:
+    def _begin(
+        self,
+        options: GenerateOptions,
+        started: float,
+        asked: list[Message] | None = None,
+        said: Sequence[tuple[int, Source]] = (),
+    ) -> Iterator[Token]:
         self._conversation.check(len(self._log))
-        self.stats = Stats(prompt_tokens=len(self._log))
+        self.stats = Stats(prompt_tokens=len(self._log) - len(said))
         self._notes.begin(self.stats)
+
+        journal = self._journal
+        if journal is not None and not said:
+            messages = None if asked is None else [one.to_dict() for one in asked]
+            journal.began(len(self._log), options.to_dict(), messages)
 
         def ended(text: str) -> None:
             if asked is not None:
                 self._chat.answered(asked, text, self._log.tokens)
+            if journal is not None:
+                journal.ended([one.to_dict() for one in self._chat.messages], self.stats.finish)
 
         def text() -> Text:
             return Text(self._tokenizer.stream(), options.stop)
@@ -348,10 +406,24 @@ class Device:
             started,
             self._on_rollback,
             ended,
+            said,
         )
         self._owner = threading.get_ident()
         self._active = answer.tokens()
         return self._active
+
+    def _restore(self, journal: Journal) -> None:
+        """Takes up what a journal holds, and writes on there."""
+        self._journal, self._kept = journal, journal.kept
+        vocab = self.config.vocab_size
+        if any(not 0 <= token < vocab for token in journal.kept.tokens):
+            raise DeviceError("the resume file holds tokens that this model has not", "name another file")
+        self._conversation.check(len(journal.kept.tokens))
+        self._log.extend(journal.kept.tokens)
+        self._conversation.journal = journal
+        self._chat.restore(journal.kept.messages, journal.kept.tokens if journal.kept.told else ())
+        if self._link is not None:
+            self._link.session.restore, self._link.on_lane = journal.restore, journal.lane
 
     def _stop_active(self) -> None:
         if (active := self._active) is None:

@@ -35,6 +35,9 @@ class Drafting:
         holding: this device's engine, for the small model.
         kv_tokens: positions that a conversation may have.
 
+    Attributes:
+        by_exit: whether the drafts are an exit's.
+
     Raises:
         DeviceError: the small model has another tokenizer, or the depth is none.
         BundleError: there is no bundle.
@@ -48,7 +51,7 @@ class Drafting:
         self._ngrams = NgramDrafts()
         self._model: ModelDrafts | None = None
         self._part: LocalPart | None = None
-        self._exits, self._by_exit = exits, source == EXIT
+        self._exits, self.by_exit = exits, source == EXIT
         self.pace = Pace(depth, acceptance=0.3 if source == NGRAMS else 0.5)
         if source not in (NGRAMS, EXIT):
             small = Bundle.open(source)
@@ -71,7 +74,7 @@ class Drafting:
         welcome = link.welcome()
         if welcome is None or CAN_VERIFY not in welcome.capabilities:
             raise DeviceError("this cloud does not check drafts", "update isthmus there, or use stream mode")
-        if self._by_exit and self._model is None:
+        if self.by_exit and self._model is None:
             self._model = ModelDrafts(self._exits.speaker(self._exits.layer(None)))
         if self._model is not None:
             self._model.speak(sampling)

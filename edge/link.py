@@ -62,6 +62,8 @@ class Link:
         on_waiting: called with what `Patience.waiting` says, once each time that it begins.
 
     Attributes:
+        idle: does a little of what can be done while `hush` is waited for; whether there was anything.
+        on_lane: told of a lane before anything is sent on it.
         hush: gives the seconds without a sign of life after which waiting ends with `Silent`; None to wait as long as
             the session's patience lasts.
     """
@@ -75,6 +77,8 @@ class Link:
     ) -> None:
         self.session = session
         self.hush: Callable[[], float] | None = None
+        self.idle: Callable[[], bool] | None = None
+        self.on_lane: Callable[[Lane], None] | None = None
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         if wire.welcome is not None:
@@ -150,6 +154,8 @@ class Link:
         if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit)):
             self.welcome()
             self.session.align(lane, limit, self._clock())
+            if self.on_lane is not None:
+                self.on_lane(lane)
             while not isinstance(event := self._next(), Aligned):
                 if isinstance(event, Behind):
                     self.session.align(lane, limit, self._clock())
@@ -235,9 +241,10 @@ class Link:
                 self._wire.send(message)
             outbox.clear()
 
-    def close(self) -> None:
-        """Ends the sessions and the connection."""
-        self.session.close()
+    def close(self, keep: bool = False) -> None:
+        """Ends the connection, and the sessions unless they are to be taken up again."""
+        if not keep:
+            self.session.close()
         self._tell()
         self._wire.close()
 
@@ -261,6 +268,7 @@ class Link:
 
     def _next(self, deadline: float | None = None) -> Event | None:
         session, wire, clock = self.session, self._wire, self._clock
+        idle = self.idle is not None and self.hush is not None and deadline is None
         hush, heard_s, probed_s = self.hush if deadline is None else None, clock(), -1.0
         while not session.events:
             try:
@@ -271,7 +279,9 @@ class Link:
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
-                message = wire.receive(max(0.0, (until - clock()) * 1e3))
+                message = wire.receive(0.0 if idle else max(0.0, (until - clock()) * 1e3))
+                if message is None and idle:
+                    idle = self.idle is not None and self.idle()
             except IsthmusError:
                 session.abandon()
                 self._tell()

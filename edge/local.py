@@ -53,6 +53,19 @@ class LocalPart:
             start += CHUNK
         return self._step(log, start, end, depth, Want.SAMPLE, sampling)[0][0]
 
+    def advance(self, log: Chain, rows: int) -> None:
+        """Computes KV of up to `rows` more positions before the log's last.
+
+        Raises:
+            DeviceError: no room is left for KV.
+        """
+        depth = self.part.end
+        self.truncate(self._log.common(log))
+        start = self._back_to(min(self._coverage.at(depth), len(log) - 1))
+        end = min(start + rows, len(log) - 1)
+        if end > start:
+            self._step(log, start, end, depth, Want.NONE)
+
     def hidden(self, log: Chain, start: int, cut: int, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """The hidden states before layer `cut` of positions [start, len(log)), in chunks of at most `chunk`.
 

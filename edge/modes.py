@@ -70,6 +70,11 @@ class Modes:
         return StreamRunner(link, self._log, options.sampling, self._eos)
 
     @property
+    def drafts_here(self) -> bool:
+        """Whether verify mode drafts with this device's layers."""
+        return self._drafting.by_exit
+
+    @property
     def can_bridge(self) -> bool:
         """Whether this device can go on without the cloud: by the whole model, an exit, or the model that drafts."""
         return self._holding.whole or self._exits.any or self._drafting.speaker is not None

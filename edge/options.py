@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 from isthmus.edge.token import MODES, Mode
 from isthmus.engine.config import DecoderConfig
@@ -43,6 +43,16 @@ class GenerateOptions:
     codec: str = ""
     threshold: float | None = None
     guesses: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        told: dict[str, Any] = asdict(self)
+        return told
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> GenerateOptions:
+        """From what `to_dict` gave."""
+        return cls(**{**told, "sampling": Sampling(**told["sampling"]), "stop": tuple(told["stop"])})
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tokens <= MOST:

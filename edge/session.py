@@ -10,6 +10,7 @@ opened again with a higher epoch and goes on from what the cloud still holds.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from isthmus.edge.events import (
@@ -52,6 +53,7 @@ class Session:
         cloud_us: engine time in the cloud that answers named, microseconds; a step's time counts for each of its rows'
             sessions.
         patience: how long it waits.
+        restore: gives a fresh lane what was kept of it.
         connections: Welcomes so far.
         trips_s: from question to answer, without the time in the cloud's engine; the last ones.
     """
@@ -74,6 +76,7 @@ class Session:
         self.log = log
         self._model_id, self._timeouts = model_id, timeouts or Timeouts()
         self.where, self._kv_format, self._window = where, kv_format, window
+        self.restore: Callable[[Lane], None] | None = None
         self._lanes: dict[int, Lane] = {}
         self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
         self._pending: dict[tuple[Any, ...], Pending] = {}
@@ -91,6 +94,8 @@ class Session:
         lane = self._lanes.get(alias)
         if lane is None:
             lane = self._lanes[alias] = Lane(alias, enter)
+            if self.restore is not None:
+                self.restore(lane)
         elif lane.enter != enter:
             self._drop(lane)
             lane.moved(enter)

@@ -17,6 +17,7 @@ from isthmus.edge.modes import Modes
 from isthmus.edge.notes import Notes
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.runners import Runner, StreamRunner
+from isthmus.edge.standby import Standby
 from isthmus.edge.token import Stats
 from isthmus.edge.verify import VerifyRunner
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
@@ -31,6 +32,7 @@ class Steering:
         link: to the cloud, None without one.
         absent: why the cloud could not be reached when the device was opened.
         fallback: whether this device goes on by itself when the cloud goes away.
+        standby: keeps this device ready, None where it does not.
         confirm_s: how long a complete answer waits for a silent cloud that has guesses to confirm.
         clock: the link's seconds.
     """
@@ -44,11 +46,12 @@ class Steering:
         notes: Notes,
         *,
         fallback: bool,
+        standby: Standby | None,
         confirm_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._modes, self._holding, self._link, self._notes = modes, holding, link, notes
-        self._fallback, self._confirm_s, self._clock = fallback, confirm_s, clock
+        self._fallback, self._standby, self._confirm_s, self._clock = fallback, standby, confirm_s, clock
         self._cloud_error = absent  # of when the cloud was last looked for
         self._counted = (0, 0, 0, 0) if link is None else link.costs  # fetching a bundle is no answer's cost
         self._served = False  # whether the cloud ever has
@@ -88,7 +91,7 @@ class Steering:
             return self._modes.shared(replace(options, mode=mode), self._link)
 
     @contextmanager
-    def listening(self, guessed: bool, ended: bool) -> Iterator[None]:
+    def listening(self, runner: Runner, guessed: bool, ended: bool) -> Iterator[None]:
         """While a token that counts is waited for: `Silent` ends that where this device can go on by itself.
 
         Args:
@@ -100,6 +103,8 @@ class Steering:
             yield
             return
         silent = guessed and link.heard_s <= self._silent_at
+        alone = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not self._modes.drafts_here)
+        link.idle = self._standby.work if self._standby is not None and alone and not guessed else None
         link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.due_s
         try:
             yield
@@ -108,7 +113,7 @@ class Steering:
                 self._silent_at, self._connections = self._clock(), link.session.connections
             raise
         finally:
-            link.hush = None
+            link.hush = link.idle = None
 
     def bridge(self, options: GenerateOptions) -> Bridge:
         """What goes on while the cloud is silent."""

@@ -49,6 +49,19 @@ class Rollback:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """An answer that did not come to its end, as a device takes it up again.
+
+    Attributes:
+        text: what it says so far.
+        question: the last message that it answers, None for a text without a chat.
+    """
+
+    text: str
+    question: str | None
+
+
 @dataclass(slots=True)
 class Stats:
     """What one generation cost.

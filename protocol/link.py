@@ -31,6 +31,7 @@ from isthmus.protocol.transport import DealerTransport, Refused, Transport
 
 _RACE_POLL_MS = 5.0
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 2.0
+_GREETING_S = 1.0
 
 
 class Link:
@@ -57,6 +58,7 @@ class Link:
         self._main: Transport | None = None
         self._fresh: Transport | None = None
         self._fresh_since = self._next_try = 0.0
+        self._greeted_s = 0.0  # what it took to be greeted, the last time
         self._greeted = False
         self._retry_s = _RETRY_FIRST_S
         self._heard = self._pinged = 0.0
@@ -201,6 +203,7 @@ class Link:
         if self._main is not None:
             self._main.close()
         self._main, self._fresh = self._fresh, None
+        self._greeted_s = time.monotonic() - self._fresh_since
         self._waiting.clear()
         self.welcome, self._credit = message, message.limits.credit_bytes
         self._heard = self._pinged = time.monotonic()
@@ -223,7 +226,7 @@ class Link:
             self._pinged = now
             self._asked = self._asked or now
             self._main.send(encode(Ping(int(now * 1e6))))
-        if self._fresh is not None and now - self._fresh_since > self._limits.connect_ms * 1e-3:
+        if self._fresh is not None and now - self._fresh_since > self._greeting_s():
             self._drop_fresh()
             self._fail(LinkError("the cloud does not answer", "check the address, and that `isthmus serve` runs there"))
         if (self._main is None or self._silent(now)) and now >= self._next_try:
@@ -254,6 +257,11 @@ class Link:
     def _silent(self, now: float) -> bool:
         patience_s = self._limits.heartbeat_ms * (self._limits.silent_intervals - 1) * 1e-3
         return self._asked is not None and now - self._asked > patience_s
+
+    def _greeting_s(self) -> float:
+        """How long a fresh connection may take: after one that was greeted, one that takes far longer is lost."""
+        most_s = self._limits.connect_ms * 1e-3
+        return min(most_s, max(_GREETING_S, 4.0 * self._greeted_s)) if self._greeted_s else most_s
 
     def _drop_fresh(self) -> None:
         if self._fresh is not None:

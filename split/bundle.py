@@ -203,6 +203,13 @@ class Bundle:
             if self.holds(name):
                 self._start(name)
 
+    def prefetched(self, start: int = 0, end: int | None = None) -> bool:
+        """Whether what layers [start, end) need is mapped and hashed: loading them will not wait."""
+        last = self.config.n_layers if end is None else end
+        files = [name for name in self.manifest.part_files(start, last) if self.holds(name)]
+        with self._lock:
+            return all(name in self._files and self._files[name].done() for name in files)
+
     def verify(self, names: Iterable[str] | None = None, progress: Callable[[str, int], None] | None = None) -> None:
         """Compares the hash of every file that is here, or of those named.
 

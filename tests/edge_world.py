@@ -152,7 +152,7 @@ class ToyBundle:
     """What a device asks of a bundle."""
 
     def __init__(self, held: int = N_LAYERS, model_id: str = MODEL_ID) -> None:
-        self.config, self.model_id, self.held_layers = CONFIG, model_id, held
+        self.config, self.model_id, self.name, self.held_layers = CONFIG, model_id, "toy", held
         self.exits: tuple[Any, ...] = ()
         files = {f"weights/layer-{i:03d}.safetensors": SimpleNamespace(bytes=10_000_000) for i in range(N_LAYERS)}
         files |= {"weights/embed.safetensors": SimpleNamespace(bytes=5_000_000)}
@@ -168,6 +168,9 @@ class ToyBundle:
 
     def prefetch(self, start: int, end: int) -> None:
         pass
+
+    def prefetched(self, start: int, end: int) -> bool:
+        return True
 
     def tokenizer(self) -> ToyTokenizer:
         return ToyTokenizer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isthmus.apps.cli.tokens import Screen
     from isthmus.edge import Device
 
 HELP = """/help           show this
@@ -14,17 +15,18 @@ HELP = """/help           show this
 /quit           end; so does Ctrl-D. Ctrl-C stops an answer."""
 
 
-def chat(device: Device, raw: bool, cloud: bool, options: dict[str, Any]) -> None:
+def chat(device: Device, screen: Screen, raw: bool, cloud: bool, options: dict[str, Any]) -> None:
     """Reads lines until the end of input; each is answered, or is a command.
 
     Args:
+        screen: shows the answers.
         raw: whether lines go to the model without its chat template.
         cloud: whether the device has a cloud.
         options: for each answer, as `Device.generate` takes them.
     """
     import sys
 
-    from isthmus.apps.cli.tokens import dim, has_color, legend, show, summary
+    from isthmus.apps.cli.tokens import dim, has_color, legend, summary
     from isthmus.apps.cli.wording import worded
     from isthmus.protocol.errors import IsthmusError
 
@@ -54,7 +56,7 @@ def chat(device: Device, raw: bool, cloud: bool, options: dict[str, Any]) -> Non
             tokens = device.generate(line, **options) if raw else device.chat(line, **options)
             note = tell_note(device)
             try:
-                show(tokens)
+                screen.show(tokens)
             except KeyboardInterrupt:
                 tokens.close()  # type: ignore[attr-defined]
             tell_note(device, note)

@@ -112,13 +112,13 @@ def _bundle(console: Console) -> Path:
 
 def _ask(console: Console, device: Device, mode: str, about: str, question: str, max_tokens: int) -> tuple[str, Stats]:
     """One answer, shown as it comes; a short one before it warms caches on both sides."""
-    from isthmus.apps.cli.tokens import show
+    from isthmus.apps.cli.tokens import Screen
 
     for _ in device.chat(question, max_tokens=2, mode=mode):
         pass
     device.reset()
     console.print(f"\n[bold]{mode}[/bold]: {about.format(cut=device.cut)}")
-    show(device.chat(question, max_tokens=max_tokens, mode=mode))
+    Screen().show(device.chat(question, max_tokens=max_tokens, mode=mode))
     stats = device.stats
     device.reset()
     return mode, stats

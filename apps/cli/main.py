@@ -58,7 +58,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "serve": Entry("isthmus.apps.cli.serve", "Be the cloud: serve bundles to devices over encrypted links"),
     },
     "Measure": {
-        "bench": Entry("isthmus.apps.cli.bench", "Measure decode and prefill speed against the memory's limit"),
+        "bench": Entry("isthmus.apps.cli.bench", "Measure this machine, and ways to share a model over a link"),
         "doctor": Entry("isthmus.apps.cli.doctor", "Tell what this machine has and why something is slow"),
     },
 }

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from isthmus.edge import Device
+    from collections.abc import Iterable
+
+    from isthmus.apps.cli.tokens import Screen
+    from isthmus.edge import Device, Token
 
 
 def command(
@@ -88,6 +91,21 @@ def command(
     overflow: Annotated[
         str, typer.Option(help="When a conversation grows longer: error, or slide (the last tokens only)")
     ] = "error",
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep the conversation in this file, and go on with the one that it holds, a cut-off answer first",
+        ),
+    ] = None,
+    on_rollback: Annotated[
+        str,
+        typer.Option(
+            "--on-rollback",
+            metavar="replace|keep",
+            help="What becomes of words that were guessed while the cloud was silent and that it would not have said",
+        ),
+    ] = "replace",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text")] = False,
 ) -> None:
     """Ask a model, or chat with it when there is no --prompt.
@@ -100,6 +118,7 @@ def command(
     """
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
+    from isthmus.apps.cli.tokens import Screen
     from isthmus.edge import Device
     from isthmus.engine.sampling import Sampling
     from isthmus.protocol.errors import DeviceError
@@ -112,6 +131,7 @@ def command(
     _check_effects(ctx)
     if greedy:
         sampling = Sampling()
+    screen = Screen()
     mode = "local" if cloud is None and mode == "auto" else mode
     with (
         Fetching(bundle, mode, cut) as fetching,
@@ -131,15 +151,21 @@ def command(
             memory_mb=memory_mb,
             kv_tokens=kv_tokens,
             overflow=overflow,  # type: ignore[arg-type]
+            on_rollback=on_rollback if on_rollback != "replace" else screen.rollback,  # type: ignore[arg-type]
+            resume=resume,
             progress=fetching.progress,
         ) as device,
     ):
         fetching.done()
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
+        cut_off = device.unfinished
+        if cut_off is not None and (prompt is None or cut_off.question in (None, text)):
+            _answer(device, screen, device.go_on(), json, max_tokens, cut_off.text)
+        elif prompt is not None:
+            tokens = device.generate(text, **options) if raw else device.chat(text, **options)
+            _answer(device, screen, tokens, json, max_tokens)
         if prompt is None:
-            chat(device, raw, cloud is not None, options)
-        else:
-            _ask(device, text, raw, json, options)
+            chat(device, screen, raw, cloud is not None, options)
 
 
 def check_bundle(bundle: Path) -> None:
@@ -174,7 +200,7 @@ def _check_effects(ctx: typer.Context) -> None:
     if "cloud" not in given:
         if mode in ("split", "stream", "verify", "exit"):
             raise DeviceError(f"{mode} mode needs a cloud", "name one with --cloud HOST:PORT")
-        for name in ("keys", "no_keys"):
+        for name in ("keys", "no_keys", "on_rollback"):
             if name in given:
                 refuse(name.replace("_", "-"), "has no effect without --cloud", "name a cloud, or leave it out")
     if {"keys", "no_keys"} <= given:
@@ -210,14 +236,15 @@ def _read(prompt: str) -> str:
     return text
 
 
-def _ask(device: Device, text: str, raw: bool, json: bool, options: dict[str, Any]) -> None:
+def _answer(
+    device: Device, screen: Screen, tokens: Iterable[Token], json: bool, max_tokens: int, so_far: str = ""
+) -> None:
     import sys
     from json import dumps
 
     from isthmus.apps.cli.chat import cut_off, tell_note
-    from isthmus.apps.cli.tokens import dim, has_color, show, summary
+    from isthmus.apps.cli.tokens import dim, has_color, summary
 
-    tokens = device.generate(text, **options) if raw else device.chat(text, **options)
     note = tell_note(device)
     if json:
         for _ in tokens:
@@ -225,8 +252,8 @@ def _ask(device: Device, text: str, raw: bool, json: bool, options: dict[str, An
         tell_note(device, note)
         print(dumps(device.stats.to_dict(), ensure_ascii=False))
         return
-    show(tokens)
+    screen.show(tokens, so_far)
     tell_note(device, note)
-    cut_off(device, options["max_tokens"])
+    cut_off(device, max_tokens)
     if has_color(sys.stdout):
         print(dim(summary(device.stats), sys.stderr), file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from isthmus.apps.cli.tokens import show
+from isthmus.apps.cli.tokens import Screen
 from isthmus.edge.token import Token
 
 
@@ -21,7 +21,7 @@ def tokens(*texts: str, error: Exception | None = None) -> Iterator[Token]:
 def test_an_answer_is_a_line() -> None:
     for texts, line in ((("one ", "", "two"), "one two\n"), ((), "\n"), (("", ""), "\n")):
         shown = io.StringIO()
-        show(tokens(*texts), shown)
+        Screen(shown).show(tokens(*texts))
         assert shown.getvalue() == line
 
 
@@ -29,5 +29,5 @@ def test_an_answer_is_a_line() -> None:
 def test_an_error_ends_the_line_that_was_begun_and_makes_none(texts: tuple[str, ...], line: str) -> None:
     shown = io.StringIO()
     with pytest.raises(ValueError):
-        show(tokens(*texts, error=ValueError()), shown)
+        Screen(shown).show(tokens(*texts, error=ValueError()))
     assert shown.getvalue() == line

@@ -160,14 +160,13 @@ def test_an_answer_left_early_leaves_nothing_behind() -> None:
 def test_no_exit_no_certificate_no_such_threshold() -> None:
     bundle_less = device(LossyWire(ToyService()), "exit")
     bare: Any = bundle_less._bundle
-    bare.exits, bare.name = (), "toy"
+    bare.exits = ()
     with bundle_less as one, pytest.raises(DeviceError, match="has no exit"):
         ids(one.generate(PROMPT, max_tokens=3))
     with device(LossyWire(ToyService()), "exit", threshold=1.5) as one:
         with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
             one._exits.threshold(CUT, 1.5)
         uncertified: Any = one._bundle
-        uncertified.name = "toy"
         uncertified.manifest.exit = lambda layer: SimpleNamespace(certificate=None)
         with pytest.raises(DeviceError, match="no certificate"):
             one._exits.threshold(CUT, None)

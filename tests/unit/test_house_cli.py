@@ -80,7 +80,7 @@ def test_a_mistyped_version_is_named(typed: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["bench", "b-keep"], "did you mean 'isthmus bench decode'?"),
+        (["bench", "decod"], "did you mean 'isthmus bench decode'?"),
         (["bench", "decode", "--nonsense"], "see 'isthmus bench decode --help'"),
         (["keys", "revoke"], "see 'isthmus keys revoke --help'"),
         (["keys", "alow"], "did you mean 'isthmus keys allow'?"),

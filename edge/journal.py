@@ -1,0 +1,235 @@
+"""A conversation in a file, written as it goes on, so that it can be taken up again after anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, get_args
+
+from isthmus.edge.chat import parse
+from isthmus.edge.lane import Lane
+from isthmus.edge.options import GenerateOptions
+from isthmus.edge.token import Source
+from isthmus.protocol.errors import DeviceError
+
+VERSION = 1
+_EPOCHS = 1024  # that a lane may have gone through since it was last written down
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """An answer that was cut off.
+
+    Attributes:
+        base: tokens of the log before it.
+        options: how it was asked for, as `GenerateOptions.to_dict` gives it.
+        asked: the messages that it answers, None without a chat.
+    """
+
+    base: int
+    options: dict[str, Any]
+    asked: list[dict[str, str]] | None
+
+
+@dataclass(slots=True)
+class Kept:
+    """What a file holds of a conversation.
+
+    Attributes:
+        tokens: the token log.
+        sources: where the tokens of the last answer were computed.
+        messages: of the chat, its last answer included.
+        told: whether the messages tell all that stands in the log.
+        lanes: (alias, session, enter, epoch) of each.
+        unfinished: the last answer, where it did not come to its end.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    told: bool = True
+    lanes: dict[int, tuple[int, bytes, int, int]] = field(default_factory=dict)
+    unfinished: Unfinished | None = None
+
+
+class Journal:
+    """See the module: one record a line, each with its checksum; a torn last line is forgotten.
+
+    A killed process loses nothing that it had written. What only the power's loss can lose is the last second or so.
+
+    Args:
+        path: made when it is not there; only its owner may read it.
+        model_id, name: of the model that the conversation is with.
+
+    Attributes:
+        kept: what the file held when it was opened.
+
+    Raises:
+        DeviceError: it cannot be written, is in use, no conversation, damaged, or with another model.
+    """
+
+    def __init__(self, path: str | Path, model_id: str, name: str) -> None:
+        self._path, self._model_id, self._name = Path(path), model_id, name
+        self.kept = Kept()
+        self._known: dict[int, tuple[int, bytes, int, int]] = {}
+        try:
+            self._file: IO[bytes] = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        except OSError as error:
+            raise DeviceError(f"{path} cannot be written: {error.strerror}", "name another file") from error
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def said(self, tokens: Sequence[int], source: Source | None = None) -> None:
+        """The log has grown; `source` tells an answer's tokens from a prompt's."""
+        if tokens:
+            self._write("tokens", list(tokens), source)
+
+    def cut(self, length: int) -> None:
+        """The log is cut back."""
+        self._write("cut", length)
+
+    def began(self, base: int, options: dict[str, Any], asked: list[dict[str, str]] | None) -> None:
+        """An answer begins; as in `Unfinished`."""
+        self._write("asked", base, options, asked)
+
+    def ended(self, messages: list[dict[str, str]], finish: str) -> None:
+        """An answer has come to its end, or its reader has gone, and the chat is this now."""
+        self._write("ended", messages, finish)
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def lane(self, lane: Lane) -> None:
+        """A lane may have got another session or epoch."""
+        now = (lane.alias, lane.session, lane.enter, lane.epoch)
+        if self._known.get(lane.alias) != now:
+            self._known[lane.alias] = now
+            self._write("lane", lane.alias, lane.session.hex(), lane.enter, lane.epoch)
+
+    def restore(self, lane: Lane) -> None:
+        """Gives a fresh lane the session that it had, with an epoch above all that it may have used."""
+        kept = self.kept.lanes.get(lane.alias)
+        if kept is not None and kept[2] == lane.enter:
+            lane.session, lane.epoch = kept[1], kept[3] + _EPOCHS
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not on this system
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DeviceError(
+                f"{self._path} is in use by another device", "end that one, or name another file"
+            ) from error
+
+    def _read(self) -> None:
+        sound = 0
+        for number, (start, record) in enumerate(self._records()):
+            if number == 0:
+                self._check(record)
+            else:
+                try:
+                    self._replay(*record)
+                except (TypeError, ValueError, KeyError, AttributeError, DeviceError) as error:
+                    raise self._damaged(number + 1) from error
+            sound = start
+        self._file.seek(sound)
+        self._file.truncate()
+        if not sound:
+            self._write("isthmus", VERSION, self._model_id, self._name)
+
+    def _records(self) -> Iterator[tuple[int, list[Any]]]:
+        """Where each record ends, and what it says."""
+        data = self._file.read()
+        lines = data.split(b"\n")
+        end = 0
+        for number, line in enumerate(lines[:-1]):
+            end += len(line) + 1
+            body = line[9:]
+            if line[:9] != _checksum(body):
+                if end == len(data):
+                    return  # the last one, torn
+                raise self._damaged(number + 1) if number else self._foreign()
+            yield end, json.loads(body)
+        if len(lines) == 1 and not _torn_head(data):
+            raise self._foreign()
+
+    def _check(self, record: list[Any]) -> None:
+        if len(record) != 4 or record[0] != "isthmus":
+            raise self._foreign()
+        _, version, model_id, name = record
+        if version != VERSION:
+            raise DeviceError(f"{self._path} was written by another version of isthmus", "name another file")
+        if model_id != self._model_id:
+            problem = f"{self._path} holds a conversation with {name} ({model_id[:12]}) and not {self._name}"
+            raise DeviceError(problem, "use that model's bundle, or name another file")
+
+    def _replay(self, kind: str, *told: Any) -> None:
+        kept = self.kept
+        if kind == "tokens":
+            ids, source = told
+            kept.tokens += [int(token) for token in ids]
+            if source in get_args(Source):
+                kept.sources += [source] * len(ids)
+        elif kind == "cut":
+            (length,) = told
+            if not 0 <= length <= len(kept.tokens):
+                raise ValueError(length)
+            del kept.tokens[length:]
+        elif kind == "asked":
+            base, options, asked = told
+            if base != len(kept.tokens):
+                raise ValueError(base)
+            GenerateOptions.read(options)
+            parse(asked or ())
+            kept.unfinished, kept.sources, kept.told = Unfinished(base, options, asked), [], False
+        elif kind == "ended":
+            messages, finish = told
+            parse(messages)
+            kept.messages, kept.told = messages, True
+            if finish != "cancelled":
+                kept.unfinished = None
+        elif kind == "lane":
+            alias, session, enter, epoch = told
+            kept.lanes[alias] = (alias, bytes.fromhex(session), enter, epoch)
+        else:
+            raise ValueError(kind)
+
+    def _write(self, *record: Any) -> None:
+        body = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+        try:
+            self._file.write(_checksum(body) + body + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DeviceError(
+                f"{self._path} cannot be written: {error.strerror}", "make room, or name another file"
+            ) from error
+
+    def _damaged(self, number: int) -> DeviceError:
+        return DeviceError(f"{self._path} is damaged in line {number}", "remove it and begin anew")
+
+    def _foreign(self) -> DeviceError:
+        return DeviceError(f"{self._path} is no conversation of isthmus", "name another file")
+
+
+def _checksum(body: bytes) -> bytes:
+    return b"%08x " % zlib.crc32(body)
+
+
+def _torn_head(data: bytes) -> bool:
+    """Whether a first line without its end may have been the head of a journal."""
+    return len(data) < 9 or (data[8:9] == b" " and b'["isthmus"'.startswith(data[9:19]))

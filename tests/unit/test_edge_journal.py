@@ -1,0 +1,184 @@
+"""A conversation in a file: taken up again at any byte, and refused when it is not what it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from isthmus.edge.journal import Journal
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol.errors import DeviceError
+from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
+from tests.edge_world import MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyService
+
+WARM = Sampling(0.9, top_k=40, seed=7)
+
+
+def leave(one: Any, tokens: Any, path: Path) -> None:
+    """Kills a device: neither its file nor its cloud hears of it."""
+    data = path.read_bytes()
+    if one._link is not None:
+        one._link._wire.cloud = None
+    tokens.close()
+    one.close()
+    path.write_bytes(data)
+
+
+def test_a_killed_device_goes_on_where_it_was(tmp_path: Path) -> None:
+    text, service = local(max_tokens=40, sampling=WARM), ToyService()
+    for cut_after in (1, 7, 20):
+        path = tmp_path / f"{cut_after}.talk"
+        wire = LossyWire(service)
+        one = device(wire, "stream", resume=path)
+        tokens = one.generate(PROMPT, max_tokens=40, sampling=WARM)
+        head = [next(tokens).id for _ in range(cut_after)]
+        leave(one, tokens, path)
+        computed = service.part.rows
+        again = LossyWire(service)
+        with device(again, "stream", resume=path) as two:
+            assert two.tokens[11:] == head == text[:cut_after]
+            rest = list(two.go_on())
+            assert head + ids(rest) == text == two.stats.tokens
+            assert two.stats.finish == "length" and len(two.stats.sources) == 40
+            assert two.unfinished is None
+        sent = [x for x in again.sent if isinstance(x, m.Generate)]
+        assert len(sent) == 1 and len(sent[0].tokens) <= 1 + cut_after  # the prompt's KV was still there
+        assert service.part.rows - computed <= 41
+
+
+def test_a_device_that_was_ended_goes_on_too(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with device(LossyWire(ToyService()), "stream", resume=path) as one:
+        for token in one.chat("hello", max_tokens=30):
+            if token.position > 20:
+                break
+        said = one.tokens
+    with device(LossyWire(ToyService()), "stream", resume=path) as two:
+        assert two.tokens == said
+        assert two.unfinished is not None
+        list(two.go_on())
+        whole = two.stats.tokens
+        assert len(whole) == 30
+        more = ids(two.chat("and then?", max_tokens=5))
+        after = two.tokens
+    with device(mode="local") as alone:
+        assert ids(alone.chat("hello", max_tokens=30)) == whole
+        assert ids(alone.chat("and then?", max_tokens=5)) == more
+        assert alone.tokens == after
+    with device(mode="local", resume=path) as three:
+        assert three.unfinished is None and three.tokens == after
+        assert [message.role for message in three._chat.messages] == ["user", "assistant"] * 2
+        with pytest.raises(DeviceError, match="no answer to go on with"):
+            three.go_on()
+
+
+def test_a_chat_goes_on_without_the_answer_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    one = device(mode="local", resume=path)
+    list(one.chat("hello", max_tokens=4))
+    answer = one.chat("what?", max_tokens=9)
+    next(answer)
+    leave(one, answer, path)
+    with device(mode="local", resume=path) as two:
+        list(two.chat("again", max_tokens=4))
+        said = two._tokenizer.decode(two.tokens)
+        assert "<user>hello" in said and "<user>again" in said and "what?" not in said
+        assert [message.content for message in two._chat.messages][::2] == ["hello", "again"]
+
+
+@pytest.mark.parametrize("mode", ["local", "stream", "verify", "split"])
+def test_every_mode_can_be_taken_up_by_every_mode(tmp_path: Path, mode: str) -> None:
+    text, path, service = local(max_tokens=24), tmp_path / "talk", ToyService()
+    one = device(LossyWire(service), mode, resume=path)
+    tokens = one.generate(PROMPT, max_tokens=24)
+    for _ in range(9):
+        next(tokens)
+    leave(one, tokens, path)
+    with device(LossyWire(service), "stream", resume=path) as two:
+        list(two.go_on())
+        assert two.stats.tokens == text
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1), mode=st.sampled_from(["local", "stream", "verify"]))
+def test_any_beginning_of_the_file_is_a_conversation(tmp_path: Path, share: float, mode: str) -> None:
+    text, path = local(max_tokens=20), tmp_path / "whole"
+    if not path.exists():
+        with device(LossyWire(ToyService()), "stream", resume=path) as one:
+            list(one.generate(PROMPT, max_tokens=20))
+    data = path.read_bytes()
+    torn = tmp_path / "torn"
+    torn.write_bytes(data[: round(share * len(data))])
+    with device(LossyWire(ToyService()), mode, resume=torn) as two:
+        if two.unfinished is not None:
+            list(two.go_on())
+            assert two.stats.tokens == text
+        elif len(two.tokens) != 31:
+            assert ids(two.generate(PROMPT, max_tokens=20)) == text
+        assert two.tokens[11:] == text
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 0.999), bit=st.integers(0, 7))
+def test_a_damaged_file_is_refused_or_loses_its_last_line(tmp_path: Path, at: float, bit: int) -> None:
+    path = tmp_path / "whole"
+    if not path.exists():
+        with device(mode="local", resume=path) as one:
+            list(one.generate(PROMPT, max_tokens=20))
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1 << bit
+    bad = tmp_path / "bad"
+    bad.write_bytes(bytes(data))
+    try:
+        with device(mode="local", resume=bad) as two:
+            tokens = two.tokens
+    except DeviceError as error:
+        assert "is damaged in line" in error.problem or "is no conversation" in error.problem
+    else:
+        assert local(max_tokens=20)[: len(tokens) - 11] == tokens[11:]
+
+
+def test_what_is_no_conversation_of_this_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with device(mode="local", resume=path) as one:
+        with pytest.raises(DeviceError, match="in use by another device"):
+            Journal(path, MODEL_ID, "toy")
+        list(one.generate(PROMPT, max_tokens=2))
+    with pytest.raises(DeviceError, match="holds a conversation with"):
+        device(mode="local", bundle=ToyBundle(model_id="cd" * 16), resume=path)
+    for name, data in (("text", b"hello\nworld\n"), ("line", b"no end of a line here"), ("zip", bytes(range(256)))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DeviceError, match="is no conversation of isthmus"):
+            device(mode="local", resume=tmp_path / name)
+        assert (tmp_path / name).read_bytes() == data
+    with pytest.raises(DeviceError, match="cannot be written"):
+        device(mode="local", resume=tmp_path)
+    with pytest.raises(DeviceError, match="cannot be written"):
+        device(mode="local", resume=tmp_path / "no" / "folder")
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_tokens_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    journal = Journal(path, MODEL_ID, "toy")
+    journal.said([1, 2, 99999])
+    journal.close()
+    with pytest.raises(DeviceError, match="tokens that this model has not"):
+        device(mode="local", resume=path)
+
+
+def test_a_cloud_that_forgot_gets_it_all_again(tmp_path: Path) -> None:
+    path, cloud = tmp_path / "talk", ToyCloud()
+    one = device(LossyWire(cloud), "stream", resume=path)
+    tokens = one.generate(PROMPT, max_tokens=20)
+    next(tokens)
+    leave(one, tokens, path)
+    cloud.forget()
+    with device(LossyWire(cloud), "stream", resume=path) as two:
+        list(two.go_on())
+        assert two.stats.tokens == local(max_tokens=20)
