@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from isthmus.edge import Device, Timeouts
+from isthmus.engine.sampling import Sampling
+from isthmus.protocol.chain import Chain
 from tests.edge_world import LossyWire, ToyBundle, toy_open_part
 
 PROMPT = "hello world"
@@ -38,3 +40,15 @@ def ids(tokens: Any) -> list[int]:
 def local(prompt: Any = PROMPT, **options: Any) -> list[int]:
     with device(mode="local") as alone:
         return ids(alone.generate(prompt, **options))
+
+
+def lie(one: Device) -> None:
+    """The whole model on this device says something else than the cloud's at every fifth position."""
+    part = one._holding.open(one.config.n_layers)
+    sample = part.sample
+
+    def other(log: Chain, sampling: Sampling) -> int:
+        token = sample(log, sampling)
+        return (token + 1) % 256 if len(log) % 5 == 0 else token
+
+    part.sample = other  # type: ignore[method-assign]

@@ -411,6 +411,10 @@ class LossyWire:
     def clock(self) -> float:
         return self.now
 
+    def spoil(self, drop: float, repeat: float, delay_s: tuple[float, float]) -> None:
+        """Becomes as bad as that."""
+        self._drop, self._repeat, self._delay_s = drop, repeat, delay_s
+
     def reconnect(self) -> None:
         """What is under way is gone, and a Welcome stands for the new connection."""
         self.connections += 1

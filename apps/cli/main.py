@@ -203,7 +203,7 @@ def _usage(error: Any, called: str) -> str:
         import difflib
 
         mistyped = problem.partition("'")[2].partition("'")[0]
-        near = commands if len(commands) == 1 else difflib.get_close_matches(mistyped, commands, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(mistyped, commands, n=1, cutoff=0.5)
         if near:
             return f"{problem.partition(' (')[0]}; did you mean '{path} {near[0]}'?"
     hint = HINTS.get(path, "") if "unexpected extra argument" in problem else ""

@@ -14,22 +14,11 @@ from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
-from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
+from tests.edge_toys import PROMPT, device, ids, lie, local, toy_engine  # noqa: F401
 from tests.edge_world import LossyWire, ToyBundle, ToyService
 
 RTT_S = 0.04
 TOKEN_S = 0.004  # of the device's own
-
-
-def bad(part: Any) -> Any:
-    """A model that says something else at every fifth position."""
-    sample = part.sample
-
-    def other(log: Chain, sampling: Sampling) -> int:
-        token: int = sample(log, sampling)
-        return (token + 1) % 256 if len(log) % 5 == 0 else token
-
-    return other
 
 
 def wired(**options: Any) -> LossyWire:
@@ -90,8 +79,7 @@ def test_wrong_guesses_are_taken_back(mode: str) -> None:
         return True
 
     with device(wire, mode, on_rollback=replace) as one:
-        part = one._holding.open(one.config.n_layers)
-        part.sample = bad(part)  # type: ignore[method-assign]
+        lie(one)
         tokens = one.generate(PROMPT, max_tokens=60)
         said = cut_after(wire, tokens, 5, 0.5)
         for token in tokens:
@@ -114,8 +102,7 @@ def test_wrong_guesses_are_taken_back(mode: str) -> None:
 def test_wrong_guesses_stand_where_the_caller_keeps_them(how: Any) -> None:
     wire = wired()
     with device(wire, "stream", on_rollback=how) as one:
-        part = one._holding.open(one.config.n_layers)
-        part.sample = bad(part)  # type: ignore[method-assign]
+        lie(one)
         tokens = one.generate(PROMPT, max_tokens=250)
         said = cut_after(wire, tokens, 5, 0.5) + list(tokens)
         assert ids(said) == one.stats.tokens == one.tokens[11:]
@@ -193,8 +180,7 @@ def test_whenever_the_link_is_cut_the_text_is_the_same(
     wire.dark = [(100.0 + start, 100.0 + start + length) for start, length in cuts]
     with device(wire, mode, on_rollback="keep" if keep else "replace") as one:
         if wrong:
-            part = one._holding.open(one.config.n_layers)
-            part.sample = bad(part)  # type: ignore[method-assign]
+            lie(one)
         told = list(one.generate(PROMPT, max_tokens=50))
         assert len(told) == len(one.stats.tokens) + one.stats.replaced
         assert one.tokens[11:] == one.stats.tokens

@@ -1,0 +1,186 @@
+"""One conversation through everything that may happen to its device, link and cloud, as a state machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from isthmus.edge import Device, Rollback
+from isthmus.engine.sampling import Sampling
+from tests.edge_toys import PATIENT, PROMPT, lie, local
+from tests.edge_world import LossyWire, ToyBundle, ToyService
+
+MODES = ("auto", "stream", "verify", "split", "local")
+SAMPLINGS = (Sampling(), Sampling(0.9, top_k=40, seed=7))
+LENGTH = 400
+
+
+@cache
+def truth(sampling: Sampling) -> list[int]:
+    """What the model says when nothing happens."""
+    return local(max_tokens=LENGTH, sampling=sampling)
+
+
+class Survival(RuleBasedStateMachine):
+    """Whatever is done to it, what a reader has seen in the end is the model's text: no token lost, doubled or wrong.
+
+    Attributes:
+        done: how often each thing was done, over all runs.
+    """
+
+    done: Counter[str] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = TemporaryDirectory(prefix="isthmus-survival-")
+        self.path = Path(self.folder.name) / "talk"
+        self.service = ToyService(0.005)
+        self.sampling = SAMPLINGS[0]
+        self.seed = 0
+        self.seen: list[int] = []  # by the reader of this conversation, guesses included
+        self.certain = 0
+        self.answer: Any = None
+        self.device: Any = None
+
+    @initialize(
+        seed=st.integers(0, 2**32), sampling=st.sampled_from(SAMPLINGS), whole=st.booleans(), lies=st.booleans()
+    )
+    def begin(self, seed: int, sampling: Sampling, whole: bool, lies: bool) -> None:
+        self.seed, self.sampling, self.whole, self.lies = seed, sampling, whole, whole and lies
+        self._start()
+
+    @rule(count=st.integers(1, 30), mode=st.sampled_from(MODES))
+    def ask(self, count: int, mode: str) -> None:
+        self._end()
+        if mode == "local" and (self.lies or not self.whole):
+            mode = "stream"
+        room = LENGTH - len(self.seen)
+        if room > 0:
+            prompt = None if len(self.device.tokens) else PROMPT
+            options = {"max_tokens": min(count, room), "mode": mode, "sampling": self.sampling}
+            self.answer = self.device.generate(prompt, **options)
+            self.done["answers"] += 1
+
+    @rule(count=st.integers(1, 12))
+    def read(self, count: int) -> None:
+        for _ in range(count if self.answer is not None else 0):
+            token = next(self.answer, None)
+            if token is None:
+                self._certain()
+                self.answer = None
+                return
+            self._see(token)
+
+    @rule(
+        drop=st.sampled_from([0.0, 0.1, 0.3]), repeat=st.sampled_from([0.0, 0.3]), slow_s=st.sampled_from([0.005, 0.3])
+    )
+    def spoil(self, drop: float, repeat: float, slow_s: float) -> None:
+        self.wire.spoil(drop, repeat, (0.001, slow_s))
+        self.done["drops, repeats and reorders"] += 1
+
+    @rule(for_s=st.sampled_from([0.05, 0.4, 3.0, 20.0]), count=st.integers(0, 12))
+    def cut(self, for_s: float, count: int) -> None:
+        self.wire.dark.append((self.wire.now, self.wire.now + for_s))
+        self.done["cuts" if self.answer is None else "cuts in an answer"] += 1
+        self.read(count)
+
+    @rule()
+    def reconnect(self) -> None:
+        self.wire.reconnect()
+        self.done["broken connections"] += 1
+
+    @rule()
+    def restart_cloud(self) -> None:
+        self.service.forget()
+        self.wire.reconnect()
+        self.done["restarts of the cloud"] += 1
+
+    @rule(torn=st.integers(0, 40))
+    def kill_device(self, torn: int) -> None:
+        """Nobody hears of it, and the end of its file may be lost with the power."""
+        data = self.path.read_bytes()
+        self._drop()
+        lines = data.rstrip(b"\n").rpartition(b"\n")
+        self.path.write_bytes(data[: max(len(lines[0]) + 1, len(data) - torn)])
+        self._start()
+        self.done["restarts of the device"] += 1
+        if self.device.unfinished is not None:
+            self.seen = self.device.tokens[len(PROMPT) :]
+            self.certain = len(self.seen)
+            self.answer = self.device.go_on()
+        else:
+            self.seen = self.device.tokens[len(PROMPT) :]
+            self.certain = len(self.seen)
+
+    @invariant()
+    def what_is_certain_is_the_models_text(self) -> None:
+        if self.device is not None:
+            assert self.seen[: self.certain] == truth(self.sampling)[: self.certain]
+            assert self.device.tokens[len(PROMPT) :] == truth(self.sampling)[: max(0, len(self.device.tokens) - 11)]
+
+    def teardown(self) -> None:
+        if self.device is not None:
+            self._end()
+            assert self.seen == truth(self.sampling)[: len(self.seen)]
+            self._drop()
+        self.folder.cleanup()
+        self.done["sequences"] += 1
+
+    def _start(self) -> None:
+        self.seed += 1
+        self.wire = LossyWire(self.service, self.seed, delay_s=(0.005, 0.01))
+        self.wire.poll_s = 0.004
+        self.device = Device(
+            ToyBundle() if self.whole else ToyBundle(held=3),  # type: ignore[arg-type]
+            wire=self.wire,
+            clock=self.wire.clock,
+            timeouts=PATIENT,
+            mode="stream",
+            cut=3,
+            codec="f32",
+            resume=self.path,
+            on_rollback=self._rolled_back,
+        )
+        if self.lies:
+            lie(self.device)
+
+    def _drop(self) -> None:
+        self.wire.cloud = None
+        if self.answer is not None:
+            self.answer.close()
+            self.answer = None
+        self.device.close()
+
+    def _end(self) -> None:
+        """Reads the answer to its end on a link that has come back for good."""
+        if self.answer is not None:
+            self.wire.dark.clear()
+            self.wire.spoil(0.0, 0.0, (0.005, 0.01))
+            for token in self.answer:
+                self._see(token)
+            self._certain()
+            self.answer = None
+            assert self.device.stats.unverified == 0
+
+    def _see(self, token: Any) -> None:
+        assert token.position == len(PROMPT) + len(self.seen)
+        self.seen.append(token.id)
+        if token.verified:
+            self._certain()
+        self.done["tokens" if token.verified else "guesses"] += 1
+
+    def _certain(self) -> None:
+        self.certain = len(self.seen)
+
+    def _rolled_back(self, wrong: Rollback) -> bool:
+        at = wrong.position - len(PROMPT)
+        assert self.seen[at:] == list(wrong.tokens) and at >= self.certain
+        del self.seen[at:]
+        self.done["tokens taken back"] += len(wrong.tokens)
+        return True
