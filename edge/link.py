@@ -14,8 +14,8 @@ from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
-_TRIP_S = 0.1  # a round trip, until one was measured
-_LEAST_S = 0.05
+_FIRST_S = 1.0  # patience, until a round trip was measured
+_LEAST_S, _TRIPS, _GAPS = 0.036, 1.7, 3.0  # a little less than 50 ms and two trips, for the token that follows
 _TICK_S = 1e-6  # what a clock may be wrong by
 _ROW_S = 0.004  # generous: of a row among many
 _GLANCE_S = 0.25  # how often a waiting device looks whether the link is still up
@@ -102,11 +102,15 @@ class Link:
     def due_s(self) -> float:
         """Seconds without a sign of life after which a link on which an answer is due counts as down.
 
-        Two round trips, 50 ms at least; and what the cloud may need for the rows that it was sent.
+        So long that the device's own next token comes within two round trips, or 50 ms if those are shorter. A stream
+        that comes slowly anyway gets longer, and so does a cloud that was sent many rows.
         """
-        trips = self.session.trips_s
-        trip_s = statistics.median(trips) if trips else _TRIP_S
-        return max(_LEAST_S, 2 * trip_s) + _ROW_S * self.session.rows_under_way
+        session = self.session
+        if not session.trips_s:
+            return _FIRST_S
+        trip_s = statistics.median(session.trips_s)
+        gap_s = statistics.median(session.gaps_s) if session.gaps_s else 0.0
+        return max(_LEAST_S, _TRIPS * trip_s, _GAPS * gap_s) + _ROW_S * session.rows_under_way
 
     @property
     def max_rows(self) -> int:

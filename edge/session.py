@@ -55,6 +55,7 @@ class Session:
         patience: how long it waits.
         restore: gives a fresh lane what was kept of it.
         connections: Welcomes so far.
+        gaps_s: between the messages of a stream; the last ones.
         trips_s: from question to answer, without the time in the cloud's engine; the last ones.
     """
 
@@ -84,6 +85,7 @@ class Session:
         self.patience = Patience(self._timeouts, where)
         self.connections = 0
         self.trips_s: deque[float] = deque(maxlen=_TRIPS)
+        self.gaps_s: deque[float] = deque(maxlen=_TRIPS)
         self._closing = False
         self._setbacks = 0
 
@@ -316,7 +318,9 @@ class Session:
         if lane is None or stream is None or lane.epoch != message.epoch:
             return
         pending = self._pending[("stream", message.alias)]
-        pending.retry_at = now + self._timeouts.retry_ms / 1e3
+        if not pending.rows:
+            self.gaps_s.append(now - pending.asked_at)
+        pending.asked_at, pending.retry_at = now, now + self._timeouts.retry_ms / 1e3
         pending.tries = pending.rows = 0
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us

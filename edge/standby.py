@@ -10,7 +10,7 @@ from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
 SLICE_S = 0.008  # of work at a time: by so much an answer may be taken in late
-BATCH = 8  # positions that are worth a pass
+BATCH = 4  # positions that are worth a pass
 
 
 class Standby:

@@ -104,7 +104,8 @@ class Steering:
             return
         silent = guessed and link.heard_s <= self._silent_at
         alone = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not self._modes.drafts_here)
-        link.idle = self._standby.work if self._standby is not None and alone and not guessed else None
+        idle = alone and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
+        link.idle = self._standby.work if self._standby is not None and idle else None
         link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.due_s
         try:
             yield

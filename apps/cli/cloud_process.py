@@ -16,15 +16,20 @@ ERROR = "error: "
 
 
 class CloudProcess:
-    """`isthmus serve` in a process of its own."""
+    """`isthmus serve` in a process of its own.
 
-    def __init__(self, bundle: Path, keys: Path, threads: int, slow_down: float = 1.0) -> None:
+    Args:
+        port: where it listens on this machine; 0 is any free port.
+    """
+
+    def __init__(self, bundle: Path, keys: Path, threads: int, slow_down: float = 1.0, port: int = 0) -> None:
         self._bundle, self._keys, self._threads, self._slow_down = bundle, keys, threads, slow_down
+        self._port = port
         self._process: Any = None
         self.address = ""
 
     def __enter__(self) -> CloudProcess:
-        port = _free_port()
+        port = self._port or _free_port()
         self.address = f"tcp://127.0.0.1:{port}"
         command = [sys.executable, "-m", "isthmus.apps.cli", "serve", str(self._bundle), "--listen", self.address]
         command += ["--keys", str(self._keys), "--threads", str(self._threads)]
@@ -37,6 +42,12 @@ class CloudProcess:
             self.__exit__()
             raise
         return self
+
+    def kill(self) -> None:
+        """Ends it without a word, as a crash does."""
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
