@@ -7,7 +7,9 @@ from pathlib import Path
 
 from isthmus.split.bundle import Bundle
 from isthmus.split.checkpoints import open_checkpoint
+from isthmus.split.exit_writer import put_exits
 from isthmus.split.fetch import cache_folder, fetch
+from isthmus.split.shipped import shipped
 from isthmus.split.writer import write_bundle
 
 BENCH = cache_folder().parent / "bench"
@@ -34,7 +36,11 @@ def bundle(format: str) -> Bundle:
             tokenizer=tokenizer.to_json(),
             entry=tokenizer.entry,
         )
-    return Bundle.open(folder)
+    found = Bundle.open(folder)
+    if not found.exits and (exits := shipped(found.model_id)):  # made before there were any
+        put_exits(folder, found.model_id, exits)
+        found = Bundle.open(folder)
+    return found
 
 
 def peer_python(name: str) -> Path:

@@ -23,7 +23,7 @@ from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
-LIKELY = 0.3  # probability that all guesses are right below which a device asks instead of guessing on
+LIKELY = 0.35  # probability that all guesses are right below which they cost more bytes than they save trips
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
 
@@ -130,7 +130,7 @@ class ExitRunner:
     Args:
         threshold: confidence from which on the exit is believed; above 1 never.
         codec, stats: how states travel.
-        pace: how far to go on before asking.
+        pace: how far to go on before asking, at most, and what that must bring.
 
     Attributes:
         source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
@@ -212,8 +212,8 @@ class ExitRunner:
                 return
             self._unsure = len(told) - 1
         guesses, odds = len(told) - 1 - self._unsure, self._odds * (1.0 if sure else said.confidence)
-        most = min(self._pace.length(), m.MAX_DRAFT - 1, goal - 2 - self._unsure)
-        if guesses < most and odds >= LIKELY and said.token not in self._eos:
+        most = min(self._pace.most, m.MAX_DRAFT - 1, goal - 2 - self._unsure)
+        if guesses < most and odds >= max(LIKELY, self._pace.even()) and said.token not in self._eos:
             self._odds = odds
             self._firm |= sure << (len(told) - self._unsure)
             told.extend((said.token,))

@@ -71,6 +71,18 @@ class Pace:
 
         return max(self._blocks, key=rate)
 
+    @property
+    def most(self) -> int:
+        """Tokens that may be drafted for one question."""
+        return self._blocks[-1]
+
+    def even(self) -> float:
+        """With which probability a further token must be right to pay: it takes its drafting and a row of the pass, and
+        saves a trip and a pass. 0 until that is known.
+        """
+        saved_s = self._trip_s + self._pass_s
+        return (self._draft_s + _ROW * self._pass_s) / saved_s if saved_s else 0.0
+
     def ahead(self) -> int:
         """Guesses that may be under way unchecked when more are drafted."""
         return max(1, int(math.log(self._floor) / math.log(min(max(self.acceptance, 0.05), 0.98))))
