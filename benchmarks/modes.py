@@ -86,7 +86,7 @@ def measured(
 ) -> list[Row]:
     """A row for each way, printed as well."""
     asked = questions([], prompts, topics=CHECK_TOPICS)
-    with Stage(source.path, LinkProfile.of_rtt(trip_ms), cloud_step=cloud_step) as stage, whole(source) as teacher:
+    with Stage(source, LinkProfile.of_rtt(trip_ms), cloud_step=cloud_step) as stage, whole(source) as teacher:
         rows = compare(contenders, lambda way: stage.device(**way.options), asked, tokens, GREEDY, teacher)
     larger = f", steps of the cloud take {cloud_step:g} times as long" if cloud_step > 1 else ""
     print(table(f"round trip {trip_ms} ms{larger}", rows), flush=True)

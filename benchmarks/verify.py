@@ -95,7 +95,7 @@ def main() -> int:
     left = [(n, text, t) for n, text in asked for t in temperatures if not kept.done(n, t)]
     if left:
         source = bundle(FORMAT)
-        with Stage(source.path, LinkProfile.of_rtt(options.rtt_ms)) as stage:
+        with Stage(source, LinkProfile.of_rtt(options.rtt_ms)) as stage:
             devices = [stage.device(**way.options) for way in WAYS]
             for number, text, temperature in left:
                 kept.add(list(answered(devices, number, text, temperature, options.tokens)))

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from isthmus.protocol.errors import EngineError
+
+
+def check_drawing(path: Path) -> None:
+    """Refuses before anything is measured what could not be drawn.
+
+    Raises:
+        EngineError: matplotlib is not installed, or there is no such folder.
+    """
+    if find_spec("matplotlib") is None:
+        raise EngineError("drawing needs matplotlib", "pip install matplotlib, or leave --plot out")
+    if not path.parent.is_dir():
+        raise EngineError(f"there is no folder {path.parent}", "make it, or choose another file")
 
 
 def draw(
@@ -25,11 +38,10 @@ def draw(
     Raises:
         EngineError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise EngineError("drawing needs matplotlib", "pip install matplotlib, or leave --plot out") from error
+    check_drawing(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -13,6 +13,7 @@ from isthmus.apps.cli.cloud_process import START_S, CloudProcess
 from isthmus.edge import Device, Timeouts
 from isthmus.engine.slow import check_slow_down
 from isthmus.protocol.keys import AllowList, write_pair
+from isthmus.split.bundle import Bundle
 
 KV_TOKENS = 1024
 
@@ -28,7 +29,9 @@ class Stage:
         EngineError: no such factor.
     """
 
-    def __init__(self, bundle: Path, link: LinkProfile, device_slowdown: float = 1.0, cloud_step: float = 1.0) -> None:
+    def __init__(
+        self, bundle: Bundle, link: LinkProfile, device_slowdown: float = 1.0, cloud_step: float = 1.0
+    ) -> None:
         for factor in (device_slowdown, cloud_step):
             check_slow_down(factor)
         self._bundle, self._link, self._slow_down, self._cloud_step = bundle, link, device_slowdown, cloud_step
@@ -39,7 +42,7 @@ class Stage:
             self._keys = Path(opening.enter_context(TemporaryDirectory(prefix="isthmus-bench-")))
             write_pair(self._keys, "server")
             AllowList(self._keys / "allowed").allow(write_pair(self._keys, "device").public, "bench")
-            cloud = opening.enter_context(CloudProcess(self._bundle, self._keys, 1, self._cloud_step))
+            cloud = opening.enter_context(CloudProcess(self._bundle.path, self._keys, 1, self._cloud_step))
             self._address = opening.enter_context(Relay(cloud.address, self._link)).address
             self._opened = opening.pop_all()
         return self
@@ -53,13 +56,14 @@ class Stage:
         Args:
             options: a `Device`'s.
         """
+        kv_tokens = min(KV_TOKENS, self._bundle.config.context_length)
         return Device(
-            self._bundle,
+            self._bundle.path,
             self._address,
             keys=self._keys,
             threads=1,
             slow_down=self._slow_down,
             timeouts=Timeouts(connect_ms=int(START_S * 1e3)),
             fallback=False,
-            **{"kv_tokens": KV_TOKENS, **options},
+            **{"kv_tokens": kv_tokens, **options},
         )

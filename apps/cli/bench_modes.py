@@ -18,14 +18,18 @@ def command(
     rate_mbps: Annotated[
         float | None, typer.Option(help="A fixed rate each way, in 10^6 bit/s; none is unlimited.")
     ] = None,
-    device_slowdown: Annotated[float, typer.Option(help="Times that the device is slower than this machine.")] = 1.0,
-    cloud_step: Annotated[float, typer.Option(help="How many times longer a step of the cloud's model takes.")] = 1.0,
+    device_slowdown: Annotated[float, typer.Option(help="How many times longer this device takes.")] = 1.0,
+    cloud_step: Annotated[
+        float, typer.Option(help="How many times longer the cloud takes, as for a larger model.")
+    ] = 1.0,
     cut: Annotated[int | None, typer.Option(help="The exit's layer; by default the bundle's deepest.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Of exit mode; by default its certificate's.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Confidence from which on exit mode believes; by default its certificate's.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Questions to ask, out of a fixed list.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; the seed is that of the prompt's number.")] = 0.0,
-    only: Annotated[str, typer.Option(help="Ways whose names hold one of these words, as verify,exit; all else.")] = "",
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.0,
+    only: Annotated[str, typer.Option(help="Only ways whose names hold one of these words, as verify,exit.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw tokens per second against round trip into this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -40,7 +44,7 @@ def command(
     from rich.console import Console
 
     from isthmus.apps.bench.modes import Row, compare, select, table, ways, whole
-    from isthmus.apps.bench.plot import draw
+    from isthmus.apps.bench.plot import check_drawing, draw
     from isthmus.apps.bench.shaping import LinkProfile
     from isthmus.apps.bench.stage import Stage
     from isthmus.apps.cli.bench import numbers
@@ -55,12 +59,22 @@ def command(
         check_slow_down(factor)
     if trace is not None and rate_mbps is not None:
         raise EngineError("--trace and --rate-mbps are both given", "choose one of them")
+    if rate_mbps is not None and not 1e-6 <= rate_mbps <= 1e6:
+        raise EngineError(f"--rate-mbps is {rate_mbps:g}", "give a positive number of 10^6 bit/s, or leave it out")
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise EngineError(f"the threshold is {threshold:g}", "choose a confidence in 0..1")
+    if plot is not None:
+        check_drawing(plot)
     rate = {} if rate_mbps is None else {way: int(rate_mbps * 1e6) for way in ("rate_up_bps", "rate_down_bps")}
     links = [LinkProfile.of_traces(trace, t) if trace else LinkProfile.of_rtt(t, **rate) for t in trips]
     source = Bundle.open(bundle)
     if source.exits:
         cut = source.manifest.exit(cut).layer if cut is not None else source.exits[-1].layer
     chosen = select(ways(cut, threshold, source.whole, exits=bool(source.exits)), only)
+    believes = any(way.options["mode"] == "exit" and way.options["threshold"] is None for way in chosen)
+    if believes and source.manifest.exit(cut or 0).certificate is None:
+        problem = f"the exit before layer {cut} of {source.name} has no certificate"
+        raise EngineError(problem, "name a --threshold, or calibrate it: isthmus exits calibrate")
     sampling, asked = Sampling(temperature, seed=1), questions([], prompts, topics=CHECK_TOPICS)
     console = Console(stderr=True)
     measured: list[tuple[LinkProfile, list[Row]]] = []
@@ -68,7 +82,7 @@ def command(
         console.print(f"{source.name} has no exits: the ways that need one are left out (isthmus exits train)")
     with console.status("opening") as status:
         for link in links:
-            with Stage(source.path, link, device_slowdown, cloud_step) as stage, whole(source) as teacher:
+            with Stage(source, link, device_slowdown, cloud_step) as stage, whole(source) as teacher:
                 rows = compare(
                     chosen, lambda way: stage.device(**way.options), asked, tokens, sampling, teacher, status.update
                 )
