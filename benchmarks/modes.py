@@ -17,7 +17,20 @@ from collections.abc import Sequence
 from models import bundle
 from record import Cell, Record
 
-from isthmus.apps.bench.modes import CE_COLLM, EXIT, PIPELINED, VERIFY, Row, Way, compare, select, table, ways, whole
+from isthmus.apps.bench.modes import (
+    CE_COLLM,
+    EXIT,
+    LOCAL,
+    PIPELINED,
+    VERIFY,
+    Row,
+    Way,
+    compare,
+    select,
+    table,
+    ways,
+    whole,
+)
 from isthmus.apps.bench.shaping import LinkProfile
 from isthmus.apps.bench.stage import Stage
 from isthmus.edge.exit import ExitSpeaker
@@ -67,15 +80,18 @@ def main() -> int:
     against(record, {row.way: row for row in rows})
     drafts(record, source, {row.way: row for row in rows})
     if options.fewer:
-        larger = measured(source, contenders, TRIP_MS, options.fewer, options.tokens, options.larger)
-        note = f"Steps of the cloud take {options.larger:g} times as long, as a larger model's would; {TRIP_MS} ms."
+        others = [way for way in contenders if way.name != LOCAL]  # a device does not hold the larger model
+        larger = measured(source, others, TRIP_MS, options.fewer, options.tokens, options.larger)
+        note = f"Steps of the cloud take {options.larger:g} times as long; {TRIP_MS} ms, {options.fewer} prompts."
         tell(record, "larger", larger, note)
         speeds = {TRIP_MS: rows}
         for trip in map(int, options.trips.split(",")):
             speeds[trip] = measured(source, contenders, trip, options.fewer, options.tokens)
         trips = sorted(speeds)
-        cells = [[way.name, *(speeds[trip][i].tok_s for trip in trips)] for i, way in enumerate(contenders)]
-        note = f"Tokens a second; at {TRIP_MS} ms {options.prompts} prompts, elsewhere {options.fewer}."
+        cells: list[list[Cell]] = [
+            [way.name, *(speeds[trip][i].tok_s for trip in trips)] for i, way in enumerate(contenders)
+        ]
+        note = f"Tokens per second; at {TRIP_MS} ms {options.prompts} prompts, elsewhere {options.fewer}."
         record.table("trips", ["way", *(f"{trip} ms" for trip in trips)], cells, note=note)
     record.write()
     return 0

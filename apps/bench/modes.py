@@ -59,7 +59,7 @@ class Row:
             device's bundle does not hold it, or nothing is greedy.
         acceptance: share of drafted tokens that were right, of those that the cloud checked.
         same: answers that are, token for token, the cloud's own; None where that was not asked.
-        of_best: tokens a second over those of the better of the device and the cloud alone, where both were asked.
+        of_best: tokens a second over those of the better of the device and the cloud alone, where these were asked.
         notes: what did not go as asked.
     """
 
@@ -162,7 +162,7 @@ def compare(
     rows = [_row(name, answers, streamed) for name, answers in told.items()]
     alone = [row.tok_s for row in rows if row.way in (STREAM, LOCAL)]
     for row in rows:
-        row.of_best = row.tok_s / max(alone) if len(alone) == 2 and min(alone) > 0 else None
+        row.of_best = row.tok_s / max(alone) if alone and max(alone) > 0 else None
     if teacher is not None and not sampling.temperature:
         for row, answers in zip(rows, told.values(), strict=True):
             right = [agreed(teacher, prompt, tokens) for prompt, (tokens, _, _) in zip(asked, answers, strict=True)]

@@ -116,13 +116,13 @@ def test_a_row_holds_what_the_answers_cost_per_token() -> None:
     assert (devices[STREAM].resets, devices["anew"].resets) == (0, 2)
     assert devices["anew"].asked == [[{"role": "user", "content": text}] for text in "ab"]
     assert heard[0] == f"prompt 1 of 2: {STREAM}" and len(heard) == 4
-    assert stream.of_best is None  # the device alone was not asked
+    assert stream.of_best == 1.0 and anew.of_best == anew.tok_s / stream.tok_s
     shown = table("round trip 5 ms", rows).splitlines()
-    assert "round trip 5 ms" in shown[1] and "of best" not in shown[1] and shown[-1].strip() == "late"
+    assert "round trip 5 ms" in shown[1] and "of best" in shown[1] and shown[-1].strip() == "late"
     assert "75%" in shown[3] and "91.7%" in shown[3]
 
 
 def test_without_a_stream_nothing_is_held_against_it() -> None:
     opened: Any = lambda way: Scripted([greedy(3)])  # noqa: E731
     (row,) = compare([Way(EXIT, {})], opened, ["a"], 3)
-    assert row.same is None and row.agreement is None and row.to_dict()["same"] is None
+    assert row.same is None and row.of_best is None and row.agreement is None and row.to_dict()["same"] is None
