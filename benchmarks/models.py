@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -37,8 +38,10 @@ def bundle(format: str) -> Bundle:
             entry=tokenizer.entry,
         )
     found = Bundle.open(folder)
-    if not found.exits and (exits := shipped(found.model_id)):  # made before there were any
-        put_exits(folder, found.model_id, exits)
+    exits = shipped(found.model_id)
+    listed = {name: entry.sha256 for name, entry in found.manifest.files.items()}
+    if any(listed.get(one.file) != hashlib.sha256(data).hexdigest() for one, data in exits):
+        put_exits(folder, found.model_id, exits)  # made before they came, or with others
         found = Bundle.open(folder)
     return found
 

@@ -24,6 +24,7 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
 LIKELY = 0.35  # probability that all guesses are right below which they cost more bytes than they save trips
+GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
 
@@ -124,8 +125,8 @@ class ExitRunner:
     Token t is the exit's where its confidence reaches the threshold, else the full model's over the states that
     travelled; nothing else enters, so the text does not depend on the link. Where the exit is not sure, the device goes
     on for some tokens as if it were right, and asks the cloud about all of them at once: the answer says how many were
-    what the full model says, and what follows them. The states of all tokens travel ahead of the questions, and the
-    cloud computes those that nobody asked about together with the next question.
+    what the full model says, and what follows them; until it comes the device goes on as if all were. The states of all
+    tokens travel ahead of the questions, and the cloud computes those that nobody asked about with the next question.
 
     Args:
         threshold: confidence from which on the exit is believed; above 1 never.
@@ -160,6 +161,7 @@ class ExitRunner:
         self._sent = 0  # positions whose states went up
         self._unsure = -1  # the position after which the first unsure guess stands
         self._odds = 1.0  # that all unsure guesses since are right
+        self._said: deque[Said] = deque()  # what follows, in turn, said while the last question was under way
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
         self._running = self._waiting = False
         self.drafted = self.accepted = 0
@@ -184,7 +186,7 @@ class ExitRunner:
 
     def stop(self) -> None:
         """See `Runner`."""
-        self._speaker.truncate(len(self._log))
+        self._forget(len(self._log))
         if self._waiting:
             self._link.cancel(self._lane)
         self._running = self._waiting = False
@@ -192,16 +194,15 @@ class ExitRunner:
     def _begin(self) -> None:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
-        self._speaker.truncate(len(self._log))
+        self._forget(len(self._log))
         self._unsure, self._firm, self._odds = -1, 0, 1.0
         self._sampler = sampler(self._sampling)
         self._running = True
 
     def _go_on(self, goal: int) -> None:
         """One more token, said or guessed; or the question."""
-        told, began = self._told, time.perf_counter()
-        said = self._speaker.say(told, self._sampling)
-        self._pace.drafted(1, time.perf_counter() - began)
+        told = self._told
+        said = self._said.popleft() if self._said else self._say(told)
         sure = said.confidence >= self._threshold
         if self._unsure < 0:
             if sure:
@@ -218,14 +219,15 @@ class ExitRunner:
             self._firm |= sure << (len(told) - self._unsure)
             told.extend((said.token,))
             return
-        self._ask(said.token, sure)
+        self._ask(said.token, sure, odds, goal)
 
-    def _ask(self, guess: int, sure: bool) -> None:
+    def _ask(self, guess: int, sure: bool, odds: float, goal: int) -> None:
         """Asks about the guesses and what follows them.
 
         Args:
             guess: what the exit says that it is; no row carries it.
             sure: whether that stands.
+            odds: that all of it is right.
         """
         told, lane, at = self._told, self._lane, self._unsure
         self._send_ahead(at)
@@ -236,6 +238,8 @@ class ExitRunner:
         self._sampler = None
         self._link.draft(lane, draft, told.at(at))
         self._waiting = True
+        if odds >= GAMBLE:
+            self._go_ahead(guess, began + self._pace.answer_s(), goal)
         news = self._link.verdict(lane)
         self._waiting = False
         assert isinstance(news, Verified)
@@ -243,22 +247,43 @@ class ExitRunner:
         hits = sum(not firm >> i & 1 for i in range(1, news.accepted))
         checked = hits + (right < len(told) or not sure)
         source: Source
-        token, source = news.token, "cloud"
+        token, source, goes_on = news.token, "cloud", False
         if right == len(told):
             hits += not sure and guess == token
-            if sure or guess == token:
+            if goes_on := sure or guess == token:
                 token, source = guess, "exit" if sure else "verified"
         self.drafted, self.accepted = self.drafted + checked, self.accepted + hits
         self._pace.answered(checked, hits, asked, time.perf_counter() - began, news.engine_us * 1e-6)
         for i in range(1, news.accepted):
             self._ready.append((told.tokens[at + i], "exit" if firm >> i & 1 else "verified"))
         self._ready.append((token, source))
-        if right < len(told):
+        if not goes_on:
             told.truncate(right)
-            self._speaker.truncate(right)
+            self._forget(right)
         told.extend((token,))
         self._sent, self._unsure, self._firm, self._odds = right, -1, 0, 1.0
         self._speaker.sent(right)
+
+    def _go_ahead(self, guess: int, due_s: float, goal: int) -> None:
+        """Says what follows if all guesses are right, as long as that is done before the answer is due."""
+        path = self._told.copy()
+        path.extend((guess, *(said.token for said in self._said)))
+        while len(path) < goal and path.tokens[-1] not in self._eos:
+            if time.perf_counter() + self._pace.draft_s > due_s:
+                break
+            self._said.append(self._say(path))
+            path.extend((self._said[-1].token,))
+
+    def _say(self, log: Chain) -> Said:
+        began = time.perf_counter()
+        said = self._speaker.say(log, self._sampling)
+        self._pace.drafted(1, time.perf_counter() - began)
+        return said
+
+    def _forget(self, length: int) -> None:
+        """What was said beyond `length` tokens does not count."""
+        self._said.clear()
+        self._speaker.truncate(length)
 
     def _send_ahead(self, end: int) -> None:
         """States of positions before `end` that the cloud has not got, with nobody waiting for them."""
