@@ -23,7 +23,7 @@ from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
-LIKELY = 0.35  # probability that all guesses are right below which they cost more bytes than they save trips
+LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
 GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
