@@ -56,8 +56,11 @@ class Pace:
         self._trip_s = _mean(self._trip_s, max(0.0, took_s - engine_s))
         self._pass_s = _mean(self._pass_s, engine_s / (1 + _ROW * (rows - 1)))
 
-    def length(self) -> int:
+    def length(self, idle: bool = False) -> int:
         """Tokens to draft for the next question.
+
+        Args:
+            idle: nothing is under way, so that several questions at once begin with a short one.
 
         One question at a time: as many as give most tokens a second, E / (g t_d + R + t_v(g + 1)) with
         E = (1 - a^(g+1)) / (1 - a). Several at once: as few as keep the cloud from falling behind, t_v(g) <= g t_d.
@@ -65,6 +68,8 @@ class Pace:
         if not self._pass_s:
             return self._blocks[len(self._blocks) // 2]
         if self.depth > 1 and self.draft_s > FREE_S:
+            if idle:
+                return self._blocks[0]
             return next((g for g in self._blocks if self._check_s(g) <= g * self.draft_s), 8)
         a = min(self.acceptance, 0.99)
 
