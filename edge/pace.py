@@ -25,7 +25,7 @@ class Pace:
     """
 
     def __init__(
-        self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.25, blocks: tuple[int, ...] = BLOCKS
+        self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.18, blocks: tuple[int, ...] = BLOCKS
     ) -> None:
         self.depth, self._floor, self._blocks = depth, floor, blocks
         self._right, self._wrong = 4 * acceptance, 4 * (1 - acceptance)
