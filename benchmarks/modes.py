@@ -76,7 +76,9 @@ def main() -> int:
     record = Record("modes", {name: value for name, value in vars(options).items() if value != ""} | {"format": FORMAT})
 
     rows = measured(source, contenders, TRIP_MS, options.prompts, options.tokens)
-    tell(record, "modes", rows, f"A round trip of {TRIP_MS} ms; {options.prompts} prompts of {options.tokens} tokens.")
+    exits = f"exit mode believes the exit before layer {options.cut} from {options.threshold:g} on"
+    note = f"A round trip of {TRIP_MS} ms, {options.prompts} prompts, {options.tokens} tokens each at most; {exits}."
+    tell(record, "modes", rows, note)
     against(record, {row.way: row for row in rows})
     drafts(record, source, {row.way: row for row in rows})
     if options.fewer:
