@@ -51,6 +51,7 @@ def draw(
     axes.set_xticks(trips, [f"{trip:g}" for trip in trips], minor=False)
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
     figure.tight_layout()
