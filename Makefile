@@ -57,6 +57,7 @@ test: $(STAMPS)/tools setup
 	@PYTHON=$(BIN)/python scripts/check
 
 bench: setup
+	@$(PIP) --group bench
 	@for script in $$(grep -l '^if __name__ ==' benchmarks/*.py); do \
 	    echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	@$(BIN)/python scripts/readme_tables.py

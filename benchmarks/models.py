@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 from isthmus.split.bundle import Bundle
 from isthmus.split.checkpoints import open_checkpoint
+from isthmus.split.exit_writer import put_exits
 from isthmus.split.fetch import cache_folder, fetch
+from isthmus.split.shipped import shipped
 from isthmus.split.writer import write_bundle
 
 BENCH = cache_folder().parent / "bench"
@@ -34,7 +37,13 @@ def bundle(format: str) -> Bundle:
             tokenizer=tokenizer.to_json(),
             entry=tokenizer.entry,
         )
-    return Bundle.open(folder)
+    found = Bundle.open(folder)
+    exits = shipped(found.model_id)
+    listed = {name: entry.sha256 for name, entry in found.manifest.files.items()}
+    if any(listed.get(one.file) != hashlib.sha256(data).hexdigest() for one, data in exits):
+        put_exits(folder, found.model_id, exits)  # made before they came, or with others
+        found = Bundle.open(folder)
+    return found
 
 
 def peer_python(name: str) -> Path:

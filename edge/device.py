@@ -64,7 +64,7 @@ class Device:
         codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N);
             empty for f16 in split and ecsq6 in exit mode.
         threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
-        guesses: tokens that exit mode goes on for, unsure, before it asks; None for as many as pay.
+        guesses: tokens that exit mode goes on for, unsure, before it asks, at most; 0 asks about each.
         draft: what verify mode drafts with: the conversation's "ngrams", the bundle's "exit", or the folder of a small
             model's bundle with the same tokenizer.
         draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.

@@ -23,7 +23,8 @@ from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
-LIKELY = 0.3  # probability that all guesses are right below which a device asks instead of guessing on
+LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
+GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
 REMEMBERED = 512  # answers of an exit
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
@@ -74,6 +75,10 @@ class ExitSpeaker:
         self._said: OrderedDict[tuple[bytes, Sampling], Said] = OrderedDict()
         self._states: deque[NDArray[np.float32]] = deque()  # of the last positions, each [n, d_model]
         self._first = 0  # position of the first of them
+
+    def remembers(self, log: Chain, sampling: Sampling) -> bool:
+        """Whether it has said before what comes after the log."""
+        return (log.head, sampling) in self._said
 
     def say(self, log: Chain, sampling: Sampling) -> Said:
         """What comes after the whole log."""
@@ -154,13 +159,13 @@ class ExitRunner:
     Token t is the exit's where its confidence reaches the threshold, else the full model's over the states that
     travelled; nothing else enters, so the text does not depend on the link. Where the exit is not sure, the device goes
     on for some tokens as if it were right, and asks the cloud about all of them at once: the answer says how many were
-    what the full model says, and what follows them. The states of all tokens travel ahead of the questions, and the
-    cloud computes those that nobody asked about together with the next question.
+    what the full model says, and what follows them; until it comes the device goes on as if all were. The states of all
+    tokens travel ahead of the questions, and the cloud computes those that nobody asked about with the next question.
 
     Args:
         threshold: confidence from which on the exit is believed; above 1 never.
         codec, stats: how states travel.
-        pace: how far to go on before asking.
+        pace: how far to go on before asking, at most, and what that must bring.
 
     Attributes:
         source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
@@ -233,9 +238,8 @@ class ExitRunner:
 
     def _go_on(self, goal: int) -> None:
         """One more token, said or guessed; or the question."""
-        told, began = self._told, time.perf_counter()
-        said = self._speaker.say(told, self._sampling)
-        self._pace.drafted(1, time.perf_counter() - began)
+        told = self._told
+        said = self._say(told)
         sure = said.confidence >= self._threshold
         if self._unsure < 0:
             if sure:
@@ -246,16 +250,20 @@ class ExitRunner:
                 return
             self._unsure = len(told) - 1
         guesses, odds = len(told) - 1 - self._unsure, self._odds * (1.0 if sure else said.confidence)
-        most = min(self._pace.length(), m.MAX_DRAFT - 1, goal - 2 - self._unsure)
-        if guesses < most and odds >= LIKELY and said.token not in self._eos:
+        most = min(self._pace.most, m.MAX_DRAFT - 1, goal - 2 - self._unsure)
+        if guesses < most and odds >= max(LIKELY, self._pace.even()) and said.token not in self._eos:
             self._odds = odds
             self._firm |= sure << (len(told) - self._unsure)
             told.extend((said.token,))
             return
-        self._ask(said.token, sure)
+        self._ask(said.token, sure, odds, goal)
 
-    def _ask(self, guess: int, sure: bool) -> None:
-        """Asks about the guesses and what follows them; `guess` and `sure` as in the question."""
+    def _ask(self, guess: int, sure: bool, odds: float, goal: int) -> None:
+        """Asks about the guesses and what follows them; `guess` and `sure` as in the question.
+
+        Args:
+            odds: that all of it is right.
+        """
         told, lane, at = self._told, self._lane, self._unsure
         self._send_ahead(at)
         tensor = self._coded(at, len(told))
@@ -264,6 +272,8 @@ class ExitRunner:
         draft = m.Draft(lane.alias, lane.epoch, at, head, told.tokens[at:], tensor, asks, self._firm)
         self._sampler = None
         self._link.draft(lane, draft, told.at(at))
+        if odds >= GAMBLE:
+            self._go_ahead(guess, self._asked.sent_s + self._pace.answer_s(), goal)
 
     def _hear(self, question: _Question) -> None:
         """Waits for the answer."""
@@ -276,22 +286,39 @@ class ExitRunner:
         hits = sum(not firm >> i & 1 for i in range(1, news.accepted))
         checked = hits + (right < len(told) or not sure)
         source: Source
-        token, source = news.token, "cloud"
+        token, source, goes_on = news.token, "cloud", False
         if right == len(told):
             hits += not sure and guess == token
-            if sure or guess == token:
+            if goes_on := sure or guess == token:
                 token, source = guess, "exit" if sure else "verified"
         self.drafted, self.accepted = self.drafted + checked, self.accepted + hits
         self._pace.answered(checked, hits, asked, time.perf_counter() - began, news.engine_us * 1e-6)
         for i in range(1, news.accepted):
             self._ready.append((told.tokens[at + i], "exit" if firm >> i & 1 else "verified"))
         self._ready.append((token, source))
-        if right < len(told):
+        if not goes_on:
             told.truncate(right)
             self._speaker.truncate(right)
         told.extend((token,))
         self._sent, self._unsure, self._firm, self._odds = right, -1, 0, 1.0
         self._speaker.sent(right)
+
+    def _go_ahead(self, guess: int, due_s: float, goal: int) -> None:
+        """Says what follows if all guesses are right, as long as that is done before the answer is due."""
+        path = self._told.copy()
+        path.extend((guess,))
+        while len(path) < goal and path.tokens[-1] not in self._eos:
+            if time.perf_counter() + self._pace.draft_s > due_s:
+                break
+            path.extend((self._say(path).token,))
+
+    def _say(self, log: Chain) -> Said:
+        if self._speaker.remembers(log, self._sampling):
+            return self._speaker.say(log, self._sampling)
+        began = time.perf_counter()
+        said = self._speaker.say(log, self._sampling)
+        self._pace.drafted(1, time.perf_counter() - began)
+        return said
 
     def _send_ahead(self, end: int) -> None:
         """States of positions before `end` that the cloud has not got, with nobody waiting for them."""

@@ -20,7 +20,7 @@ from isthmus.protocol.errors import DeviceError
 from isthmus.protocol.messages import CAN_VERIFY
 from isthmus.split.bundle import Bundle
 
-GUESSES = (0, 1, 2, 3, 4, 6, 8)  # tokens that exit mode may go on for before it asks
+GUESSES = 8  # tokens that exit mode may go on for before it asks
 
 
 class Modes:
@@ -44,7 +44,7 @@ class Modes:
         self._bundle, self._holding, self._drafting, self._exits = bundle, holding, drafting, exits
         self._log, self._where, self._say = log, where, say
         self._eos = tuple(bundle.manifest.tokenizer.eos)
-        self._pace = Pace(acceptance=0.3, blocks=GUESSES)
+        self._pace = Pace(acceptance=0.3, blocks=(GUESSES,))
 
     def local(self, options: GenerateOptions) -> Runner:
         """The whole model on this device."""

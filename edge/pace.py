@@ -19,14 +19,17 @@ class Pace:
         blocks: lengths to choose from.
         floor: guesses go on while they are all right with at least this probability, when they cost nothing but bytes
             (a device that has to draft drafts on anyway).
+
+    Attributes:
+        draft_s: what drafting a token takes, in seconds; 0 until that is known.
     """
 
     def __init__(
-        self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.25, blocks: tuple[int, ...] = BLOCKS
+        self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.18, blocks: tuple[int, ...] = BLOCKS
     ) -> None:
         self.depth, self._floor, self._blocks = depth, floor, blocks
         self._right, self._wrong = 4 * acceptance, 4 * (1 - acceptance)
-        self._draft_s = self._trip_s = self._pass_s = 0.0
+        self.draft_s = self._trip_s = self._pass_s = 0.0
 
     @property
     def acceptance(self) -> float:
@@ -36,7 +39,7 @@ class Pace:
     def drafted(self, tokens: int, took_s: float) -> None:
         """So many tokens were drafted."""
         if tokens:
-            self._draft_s = _mean(self._draft_s, took_s / tokens)
+            self.draft_s = _mean(self.draft_s, took_s / tokens)
 
     def answered(self, guesses: int, right: int, rows: int, took_s: float, engine_s: float) -> None:
         """An answer came.
@@ -53,23 +56,44 @@ class Pace:
         self._trip_s = _mean(self._trip_s, max(0.0, took_s - engine_s))
         self._pass_s = _mean(self._pass_s, engine_s / (1 + _ROW * (rows - 1)))
 
-    def length(self) -> int:
+    def length(self, idle: bool = False) -> int:
         """Tokens to draft for the next question.
+
+        Args:
+            idle: nothing is under way, so that several questions at once begin with a short one.
 
         One question at a time: as many as give most tokens a second, E / (g t_d + R + t_v(g + 1)) with
         E = (1 - a^(g+1)) / (1 - a). Several at once: as few as keep the cloud from falling behind, t_v(g) <= g t_d.
         """
         if not self._pass_s:
             return self._blocks[len(self._blocks) // 2]
-        if self.depth > 1 and self._draft_s > FREE_S:
-            return next((g for g in self._blocks if self._check_s(g) <= g * self._draft_s), 8)
+        if self.depth > 1 and self.draft_s > FREE_S:
+            if idle:
+                return self._blocks[0]
+            return next((g for g in self._blocks if self._check_s(g) <= g * self.draft_s), 8)
         a = min(self.acceptance, 0.99)
 
         def rate(g: int) -> float:
             tokens = (1 - a ** (g + 1)) / (1 - a)
-            return tokens / (g * self._draft_s + self._trip_s + self._check_s(g + 1) + 1e-4)
+            return tokens / (g * self.draft_s + self._trip_s + self._check_s(g + 1) + 1e-4)
 
         return max(self._blocks, key=rate)
+
+    def answer_s(self) -> float:
+        """How long an answer takes; 0 until that is known."""
+        return self._trip_s + self._pass_s
+
+    @property
+    def most(self) -> int:
+        """Tokens that may be drafted for one question."""
+        return self._blocks[-1]
+
+    def even(self) -> float:
+        """With which probability a further token must be right to pay: it takes its drafting and a row of the pass, and
+        saves a trip and a pass. 0 until that is known.
+        """
+        saved_s = self.answer_s()
+        return (self.draft_s + _ROW * self._pass_s) / saved_s if saved_s else 0.0
 
     def ahead(self) -> int:
         """Guesses that may be under way unchecked when more are drafted."""

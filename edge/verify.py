@@ -156,7 +156,7 @@ class VerifyRunner:
         if room < len(known) or (known and known[-1] in self._eos):
             return False
         began = time.perf_counter()
-        most = min(pace.length(), room - len(known), m.MAX_DRAFT - len(known))
+        most = min(pace.length(idle=not flight), room - len(known), m.MAX_DRAFT - len(known))
         guesses = self._before_eos(self._drafts.draft(most) if most > 0 else [])
         now = time.perf_counter()
         pace.drafted(len(guesses), now - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 from isthmus.engine.part import Part, Rows, StepResult
@@ -18,16 +19,23 @@ class SlowPart:
 
     Args:
         slow_down: 1 or more.
+        clock, sleep: in seconds, as those of `time`.
     """
 
-    def __init__(self, part: Part, slow_down: float) -> None:
-        self._part, self._slow_down = part, slow_down
+    def __init__(
+        self,
+        part: Part,
+        slow_down: float,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._part, self._slow_down, self._clock, self._sleep = part, slow_down, clock, sleep
 
     def step(self, rows: Rows) -> StepResult:
         """See `engine.part.Part.step`."""
-        began = time.perf_counter()
+        began = self._clock()
         result = self._part.step(rows)
-        time.sleep((self._slow_down - 1.0) * (time.perf_counter() - began))
+        self._sleep((self._slow_down - 1.0) * (self._clock() - began))
         return result
 
     def __getattr__(self, name: str) -> Any:

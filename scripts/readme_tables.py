@@ -1,11 +1,14 @@
-"""Writes the README's measured tables from benchmarks/results/*.json; --check only compares.
+"""Writes the README's measured tables and plots from benchmarks/results/*.json; --check only compares.
 
-A section of the README begins with `<!-- table: NAME.TABLE -->` (benchmark and table) and ends with `<!-- end -->`.
+A section of the README begins with `<!-- table: NAME.TABLE -->` (benchmark and table) and ends with `<!-- end -->`. One
+that begins with `<!-- plot: NAME.TABLE -->` shows results/NAME.png: a line for each row of the table, over the numbers
+in its titles.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -13,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = re.compile(r"(<!-- table: (?P<benchmark>[\w-]+)\.(?P<table>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
+KINDS = {
+    kind: re.compile(rf"(<!-- {kind}: (?P<benchmark>[\w-]+)\.(?P<table>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
+    for kind in ("table", "plot")
+}
+SECTION, PLOT = KINDS["table"], KINDS["plot"]
 
 
 def cell(value: object) -> str:
@@ -48,13 +55,48 @@ def rewrite(readme: str, results: Path) -> str:
     def section(match: re.Match[str]) -> str:
         path = results / f"{match['benchmark']}.json"
         result = json.loads(path.read_text()) if path.exists() else {"tables": {}}
-        if match["table"] in result["tables"]:
-            body = render(result, match["table"])
+        if match["table"] not in result["tables"]:
+            what = "picture" if match.re is PLOT else "table"
+            body = f"Not measured yet: `make bench` writes `benchmarks/results/{path.name}` and this {what}.\n"
+        elif match.re is PLOT:
+            body = f"![{result['tables'][match['table']]['note']}](benchmarks/results/{match['benchmark']}.png)\n"
         else:
-            body = f"Not measured yet: `make bench` writes `benchmarks/results/{path.name}` and this table.\n"
+            body = render(result, match["table"])
         return f"{match[1]}{body}{match[5]}"
 
-    return SECTION.sub(section, readme)
+    for kind in KINDS.values():
+        readme = kind.sub(section, readme)
+    return readme
+
+
+def plots(readme: str, results: Path) -> dict[Path, dict[str, Any]]:
+    """The pictures that the README shows, and the tables that they are drawn from."""
+    found = {}
+    for match in PLOT.finditer(readme):
+        path = results / f"{match['benchmark']}.json"
+        tables = json.loads(path.read_text())["tables"] if path.exists() else {}
+        if match["table"] in tables:
+            found[path.with_suffix(".png")] = tables[match["table"]]
+    return found
+
+
+def digest(table: dict[str, Any]) -> str:
+    """Names a table's content, in its picture."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def drawn(path: Path, table: dict[str, Any]) -> bool:
+    """Whether a picture shows a table as it is."""
+    return path.exists() and digest(table).encode() in path.read_bytes()
+
+
+def draw(path: Path, table: dict[str, Any]) -> None:
+    """Draws a table whose titles are numbers with a unit."""
+    from isthmus.apps.bench.plot import draw as draw_lines
+
+    trips = [float(title.split()[0]) for title in table["columns"][1:]]
+    speeds = {row[0]: row[1:] for row in table["rows"]}
+    draw_lines(path, trips, speeds, metadata={"Source": digest(table)})
 
 
 def main() -> int:
@@ -62,14 +104,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 when the README is out of date")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
+    path, results = ROOT / "README.md", ROOT / "benchmarks" / "results"
     old = path.read_text()
-    new = rewrite(old, ROOT / "benchmarks" / "results")
+    new = rewrite(old, results)
+    late = {picture: table for picture, table in plots(new, results).items() if not drawn(picture, table)}
     if arguments.check:
-        if new != old:
+        if new != old or late:
             print("README.md differs from benchmarks/results: run scripts/readme_tables.py", file=sys.stderr)
-        return int(new != old)
+        return int(new != old or bool(late))
     path.write_text(new)
+    for picture, table in late.items():
+        draw(picture, table)
     return 0
 
 

@@ -123,8 +123,8 @@ class ExitRun:
         indices, tell = list(range(len(states.samples))), self._say(f"training the exit before layer {layer}")
         teacher, kept = Teacher(self.bundle), self.work / f"training-{layer:03d}.pt"
         head = train(states, indices, layer, teacher, recipe, lambda done, total, _: tell(done, total), kept)
-        mean, spread = channels(states, indices, layer)
-        weights = {**head.weights(FORMAT, INPUT_FORMAT), "channel_mean": mean, "channel_spread": spread}
+        stats = channels(states, indices, layer)
+        weights = {**head.weights(FORMAT, INPUT_FORMAT), "channel_mean": stats.mean, "channel_spread": stats.spread}
         tokens = None
         if 0 < head_tokens < self.bundle.config.vocab_size:
             tokens = np.sort(frequent_tokens(states, indices, head_tokens)).astype(np.int32)

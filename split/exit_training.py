@@ -24,12 +24,14 @@ from torch.nn import functional
 
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
+from isthmus.protocol.channels import ChannelStats
 from isthmus.quant.groups import dequantize, quantize
 from isthmus.split.exit_states import States
 from isthmus.split.files import PARTIAL
 from isthmus.split.roles import Weights
 
 MIN_TOKENS = 8  # shorter samples teach nothing
+CHANNEL_ROWS = 65_536
 KEPT_STEPS = 50  # between two savings of a training
 _RIDGE = 1e-2
 _LEVEL = 10.0  # at which all last states count the same
@@ -238,16 +240,11 @@ class _Keeper:
         partial.replace(self._path)
 
 
-def channels(states: States, indices: list[int], layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation of the states before a layer, positions from 1 on: [d_model] f32 each."""
+def channels(states: States, indices: list[int], layer: int) -> ChannelStats:
+    """What is known of the channels before a layer by at most `CHANNEL_ROWS` of the states, positions from 1 on."""
     count = sum(max(0, len(states.samples[index].tokens) - 1) for index in indices)
-    rows = (np.asarray(states.before(layer, index)[1:], np.float64) for index in indices)
-    total, squares = np.zeros(1), np.zeros(1)
-    for x in rows:
-        total, squares = total + x.sum(axis=0), squares + (x * x).sum(axis=0)
-    mean = total / count
-    spread = np.sqrt(np.maximum(0, squares / count - mean * mean))
-    return mean.astype(np.float32), spread.astype(np.float32)
+    every = -(-count // CHANNEL_ROWS)
+    return ChannelStats.of(np.concatenate([states.before(layer, index)[1::every] for index in indices]))
 
 
 def least_squares(states: States, indices: list[int], layer: int) -> Tensor:

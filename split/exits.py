@@ -34,7 +34,7 @@ class ExitSource:
         layer: before which it stands.
         weights: a layer's matrices and norms, with `input` [d_model, d_model] and `final_norm` [d_model]; the width of
             the feed-forward network is its own, everything else the model's. With `channel_mean` and `channel_spread`
-            [d_model], mean and standard deviation of the hidden states before the layer, positions from 1 on.
+            [d_model], mean and spread of the hidden states before the layer, as `ChannelStats` has them.
         head_tokens: the tokens that it can name [n] i32, ascending; None for all.
 
     Attributes:

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from isthmus.engine.config import DecoderConfig
 from isthmus.quant.groups import quantize
 from isthmus.quant.packed import PackedMatrix
+from isthmus.split.exit_entry import Agreement, ExitEntry, exit_file
+from isthmus.split.exit_writer import exit_bytes
 from isthmus.split.manifest import TokenizerEntry
+from isthmus.split.roles import Weights as LayerWeights
 from isthmus.split.writer import write_bundle
 
 CONFIG = DecoderConfig(
@@ -84,3 +87,35 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
     entry = TokenizerEntry("tokenizer.json", TEMPLATE, None, (256,), False)
     write_bundle(folder, Weights(seed), name="tiny", weights="f32", tokenizer=tokenizer_json(), entry=entry)
     return folder
+
+
+def exit_weights(seed: int = 0, d_ff: int = 48) -> LayerWeights:
+    """An exit of random weights for the tiny model."""
+    rng = np.random.default_rng(seed)
+    queries, keys = CONFIG.n_heads * CONFIG.head_dim, CONFIG.n_kv_heads * CONFIG.head_dim
+    shapes = {
+        "input": (CONFIG.d_model, CONFIG.d_model),
+        "q": (queries, CONFIG.d_model),
+        "k": (keys, CONFIG.d_model),
+        "v": (keys, CONFIG.d_model),
+    }
+    shapes |= {
+        "o": (CONFIG.d_model, queries),
+        "gate": (d_ff, CONFIG.d_model),
+        "up": (d_ff, CONFIG.d_model),
+        "down": (CONFIG.d_model, d_ff),
+    }
+    found: dict[str, PackedMatrix | NDArray[np.float32]] = {
+        name: quantize(rng.standard_normal(shape).astype(np.float32), "q4") for name, shape in shapes.items()
+    }
+    vectors = ("attn_norm", "ffn_norm", "final_norm", "channel_mean", "channel_spread")
+    return found | {name: rng.random(CONFIG.d_model).astype(np.float32) for name in vectors}
+
+
+def an_exit(
+    model_id: str, layer: int = 2, seed: int = 0, tokens: NDArray[np.int32] | None = None
+) -> tuple[ExitEntry, bytes]:
+    """Its entry and its file."""
+    count = 0 if tokens is None else len(tokens)
+    entry = ExitEntry(layer, exit_file(layer), 48, count, Agreement(0.5, 0.6))
+    return entry, exit_bytes(model_id, exit_weights(seed), tokens)

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from isthmus.edge import Device
 from isthmus.edge.token import Stats
+from isthmus.engine import KvConfig, open_part
 from isthmus.engine.part import Part, Rows
 from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol.errors import EngineError
+from isthmus.split.bundle import Bundle
 
-CE_COLLM = "CE-CoLLM's policy"
+TEACHER_TOKENS = 2048
+COLUMNS = (  # an attribute of a row, title, format
+    ("tok_s", "tok/s", ".1f"),
+    ("of_best", "of best", ".2f"),
+    ("ttft_ms", "first, ms", ".0f"),
+    ("requests_per_token", "asks/tok", ".2f"),
+    ("up_bytes_per_token", "up B/tok", ".0f"),
+    ("down_bytes_per_token", "down B", ".0f"),
+    ("cloud_ms_per_token", "cloud ms", ".2f"),
+    ("acceptance", "accepted", ".0%"),
+    ("agreement", "agrees", ".1%"),
+)
+STREAM, LOCAL = "cloud only (stream)", "device only (local)"
+CE_COLLM, EXIT, VERIFY = "CE-CoLLM's policy", "exit", "verify"
+PIPELINED = f"{VERIFY}, exit drafts, pipelined"
 CE_COLLM_THRESHOLD = 0.8  # as published (2411.02829), on f16 states and one question a token
 
 
@@ -24,10 +41,13 @@ class Way:
 
     Attributes:
         options: a `Device`'s, beside those that all have.
+        anew: every prompt begins with an empty session, as was published; else what a prompt has in common with the
+            last one, which is the chat template's beginning, stays on both sides.
     """
 
     name: str
     options: Mapping[str, Any]
+    anew: bool = False
 
 
 @dataclass
@@ -37,7 +57,9 @@ class Row:
     Attributes:
         agreement: share of tokens that are the whole model's greedy choice after the same prefix; None where the
             device's bundle does not hold it, or nothing is greedy.
-        same: answers that are, token for token, the cloud's own.
+        acceptance: share of drafted tokens that were right, of those that the cloud checked.
+        same: answers that are, token for token, the cloud's own; None where that was not asked.
+        of_best: tokens a second over those of the better of the device and the cloud alone, where these were asked.
         notes: what did not go as asked.
     """
 
@@ -52,7 +74,8 @@ class Row:
     cloud_ms_per_token: float = 0.0
     acceptance: float | None = None
     agreement: float | None = None
-    same: int = 0
+    same: int | None = None
+    of_best: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,26 +83,47 @@ class Row:
         return asdict(self)
 
 
-def ways(cut: int | None, threshold: float | None, whole: bool) -> list[Way]:
+def ways(cut: int | None, threshold: float | None, whole: bool, exits: bool = True) -> list[Way]:
     """What is compared.
 
     Args:
-        cut: the exit's layer; None where the bundle has no exits.
+        cut: the exit's layer, also where the naive split is made; None for the middle.
         threshold: of our exit mode; None for its certificate's.
         whole: whether the device holds the whole model.
+        exits: whether the bundle has exits, without which some ways are left out.
     """
-    found = [Way("cloud only (stream)", {"mode": "stream"})]
+    found = [Way(STREAM, {"mode": "stream"})]
     if whole:
-        found.append(Way("device only (local)", {"mode": "local"}))
-    found.append(Way("naive split, f16", {"mode": "split", "cut": cut}))
-    found.append(Way("verify, n-grams", {"mode": "verify", "draft": "ngrams", "draft_depth": 1}))
-    if cut is not None:
+        found.append(Way(LOCAL, {"mode": "local"}))
+    found.append(Way("naive split, f16", {"mode": "split", "cut": cut}, anew=True))
+    if exits:
         published = {"mode": "exit", "cut": cut, "threshold": CE_COLLM_THRESHOLD, "codec": "f16", "guesses": 0}
         ours = {"mode": "exit", "cut": cut, "threshold": threshold}
-        found[-1:-1] = [Way(CE_COLLM, published), Way("exit, one token a question", {**ours, "guesses": 0})]
-        found[-1:-1] = [Way("exit", ours)]
-        found.append(Way("verify, exit drafts", {"mode": "verify", "draft": "exit", "draft_depth": 1}))
-        found.append(Way("verify, exit drafts, pipelined", {"mode": "verify", "draft": "exit", "draft_depth": 8}))
+        found += [
+            Way(CE_COLLM, published, anew=True),
+            Way(EXIT, ours),
+            Way(f"{EXIT}, every prompt anew", ours, anew=True),
+            Way(f"{EXIT}, one token a question", {**ours, "guesses": 0}),
+        ]
+    found.append(Way(f"{VERIFY}, n-grams", {"mode": "verify", "draft": "ngrams", "draft_depth": 1}))
+    if exits:
+        drafted = {"mode": "verify", "draft": "exit"}
+        found.append(Way(f"{VERIFY}, exit drafts", {**drafted, "draft_depth": 1}))
+        found.append(Way(PIPELINED, {**drafted, "draft_depth": 8}))
+    return found
+
+
+def select(contenders: Sequence[Way], only: str) -> list[Way]:
+    """Those whose names hold one of the words, separated by commas; all without any.
+
+    Raises:
+        EngineError: there is none.
+    """
+    words = [word.strip().lower() for word in only.split(",") if word.strip()]
+    found = [way for way in contenders if not words or any(word in way.name.lower() for word in words)]
+    if not found:
+        names = ", ".join(way.name for way in contenders)
+        raise EngineError(f"--only {only!r} names no way", f"use words of: {names}")
     return found
 
 
@@ -102,23 +146,38 @@ def compare(
     told: dict[str, list[tuple[list[int], Stats, float]]] = {way.name: [] for way in contenders}
     asked: list[list[int]] = []
     with ExitStack() as stack:
-        devices = {way.name: stack.enter_context(opened(way)) for way in contenders}
+        devices = [stack.enter_context(opened(way)) for way in contenders]
         for number, prompt in enumerate(prompts):
-            for name, device in devices.items():
+            for way, device in zip(contenders, devices, strict=True):
                 if progress:
-                    progress(f"prompt {number + 1} of {len(prompts)}: {name}")
-                device.reset()
+                    progress(f"prompt {number + 1} of {len(prompts)}: {way.name}")
+                if way.anew:
+                    device.reset()
                 began = time.perf_counter()
-                tokens = [token.id for token in device.chat(prompt, max_tokens=max_tokens, sampling=sampling)]
-                told[name].append((tokens, device.stats, time.perf_counter() - began))
+                asks = [{"role": "user", "content": prompt}]
+                tokens = [token.id for token in device.chat(asks, max_tokens=max_tokens, sampling=sampling)]
+                told[way.name].append((tokens, device.stats, time.perf_counter() - began))
             asked.append(device.tokens[: device.stats.prompt_tokens])
-    streamed = [tokens for tokens, _, _ in told[contenders[0].name]]
+    streamed = [tokens for tokens, _, _ in told[STREAM]] if STREAM in told else None
     rows = [_row(name, answers, streamed) for name, answers in told.items()]
+    alone = [row.tok_s for row in rows if row.way in (STREAM, LOCAL)]
+    for row in rows:
+        row.of_best = row.tok_s / max(alone) if alone and max(alone) > 0 else None
     if teacher is not None and not sampling.temperature:
         for row, answers in zip(rows, told.values(), strict=True):
             right = [agreed(teacher, prompt, tokens) for prompt, (tokens, _, _) in zip(asked, answers, strict=True)]
             row.agreement = sum(right) / max(1, row.tokens)
     return rows
+
+
+@contextmanager
+def whole(source: Bundle) -> Iterator[Part | None]:
+    """The model that answers are held against; None where the bundle holds too little of it."""
+    if not source.whole:
+        yield None
+        return
+    with closing(open_part(source, 0, source.config.n_layers, kv=KvConfig("f16", TEACHER_TOKENS))) as part:
+        yield part
 
 
 def agreed(teacher: Part, prompt: list[int], tokens: list[int]) -> int:
@@ -133,7 +192,19 @@ def agreed(teacher: Part, prompt: list[int], tokens: list[int]) -> int:
         sequence.close()
 
 
-def _row(name: str, answers: Sequence[tuple[list[int], Stats, float]], streamed: Sequence[list[int]]) -> Row:
+def table(title: str, rows: Sequence[Row]) -> str:
+    """Rows as people read them."""
+    columns = [column for column in COLUMNS if any(getattr(row, column[0]) is not None for row in rows)]
+    lines = ["\n" + f"{title:<32}" + "".join(f"{name:>10}" for _, name, _ in columns)]
+    for row in rows:
+        values = [(getattr(row, key), form) for key, _, form in columns]
+        cells = ["" if value is None else format(value, form) for value, form in values]
+        lines.append(f"{row.way:<32}" + "".join(f"{cell:>10}" for cell in cells))
+        lines += [f"    {note}" for note in row.notes]
+    return "\n".join(lines)
+
+
+def _row(name: str, answers: Sequence[tuple[list[int], Stats, float]], streamed: Sequence[list[int]] | None) -> Row:
     stats = [stats for _, stats, _ in answers]
     tokens = sum(len(said) for said, _, _ in answers)
     decoded = sum(len(said) - 1 for said, _, _ in answers)
@@ -151,6 +222,7 @@ def _row(name: str, answers: Sequence[tuple[list[int], Stats, float]], streamed:
         sum(one.cloud_ms for one in stats) / tokens,
         sum(one.accepted for one in stats) / drafted if drafted else None,
         None,
-        sum(said == text for (said, _, _), text in zip(answers, streamed, strict=True)),
+        None if streamed is None else sum(said == text for (said, _, _), text in zip(answers, streamed, strict=True)),
+        None,
         sorted({one.note for one in stats if one.note}),
     )

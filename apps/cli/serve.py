@@ -51,6 +51,7 @@ def command(
     from isthmus.cloud.models import load
     from isthmus.cloud.service import Service
     from isthmus.engine.part import KvConfig
+    from isthmus.engine.slow import check_slow_down
     from isthmus.protocol.address import check_listening
     from isthmus.protocol.errors import ServiceError
     from isthmus.protocol.transport import RouterTransport, check_free
@@ -59,6 +60,7 @@ def command(
     limits = ServiceLimits(max_sessions=max_sessions, kv_share=kv_share)
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
+    check_slow_down(slow_down)
     for bundle in bundles:
         check_bundle(bundle)
     if len({bundle.resolve() for bundle in bundles}) < len(bundles):

@@ -210,6 +210,8 @@ def test_a_port_in_use_is_one_line(
         (["--http", "[no-ip]:9090"], "no address for --http"),
         (["--http", "127.0.0.1:70000"], "no address for --http"),
         (["--kv-share", "nan"], "--kv-share is nan"),
+        (["--slow-down", "0.5"], "the slow-down is 0.5"),
+        (["--slow-down", "nan"], "the slow-down is nan"),
         (["--kv-format", "f8"], "KV format is 'f8'"),
         (["--listen", "TAKEN"], "taken"),
         (["one"], "twice"),

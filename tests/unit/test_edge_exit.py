@@ -102,6 +102,20 @@ def test_the_text_is_the_oracles(threshold: float, guesses: int | None, sampling
             assert one.stats.round_trips >= len(text) - 1
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+@pytest.mark.parametrize("guesses", [None, 0, 3])
+def test_what_is_said_while_a_question_is_under_way_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, threshold: float, guesses: int | None
+) -> None:
+    monkeypatch.setattr("isthmus.edge.pace.Pace.answer_s", lambda self: 60.0)  # time to say all that follows
+    with exiting(LossyWire(ToyService()), threshold, guesses) as one:
+        assert ids(one.generate(PROMPT, max_tokens=50)) == oracle(50, threshold)
+        text = oracle(50, threshold)
+        one.reset()
+        assert ids(one.generate(PROMPT, max_tokens=20)) == text[:20]
+        assert ids(one.generate(max_tokens=30)) == text[20:]  # what was said beyond the end is said again
+
+
 def test_a_threshold_that_nothing_reaches_gives_the_models_own_text() -> None:
     with exiting(LossyWire(ToyService()), 1.0, 3) as one:
         assert ids(one.generate(PROMPT, max_tokens=50)) == local(max_tokens=50)

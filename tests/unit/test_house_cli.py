@@ -80,7 +80,8 @@ def test_a_mistyped_version_is_named(typed: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["bench", "decod"], "did you mean 'isthmus bench decode'?"),
+        (["bench", "b-keep"], "see 'isthmus bench --help'"),
+        (["bench", "mods"], "did you mean 'isthmus bench modes'?"),
         (["bench", "decode", "--nonsense"], "see 'isthmus bench decode --help'"),
         (["keys", "revoke"], "see 'isthmus keys revoke --help'"),
         (["keys", "alow"], "did you mean 'isthmus keys allow'?"),

@@ -36,6 +36,11 @@ def test_tables_are_what_was_measured() -> None:
     assert tables.rewrite(README, ROOT / "benchmarks" / "results") == README
 
 
+def test_pictures_show_what_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results"
+    assert [path for path, table in tables.plots(README, results).items() if not tables.drawn(path, table)] == []
+
+
 def test_first_screen() -> None:
     """One sentence, two commands, at most eight lines of Python, one measured table."""
     head = README.partition("\n## ")[0]
@@ -105,6 +110,25 @@ def test_a_table_is_written_with_its_hardware(written: Path) -> None:
     assert "old" not in new
     assert tables.rewrite(new, written) == new
     assert "Not measured yet" in tables.rewrite(page.replace("speed.", "other."), written)
+
+
+def test_a_picture_names_the_table_that_it_shows(written: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+    results = record.Record("trips")
+    results.table("trips", ["way", "5 ms", "50 ms"], [["local", 80.0, 80.0], ["split", 40.0, 15.0]], note="Tokens.")
+    results.write(written)
+    page = "before\n<!-- plot: trips.trips -->\nold\n<!-- end -->\nafter\n"
+    assert "![Tokens.](benchmarks/results/trips.png)\n<!-- end -->" in tables.rewrite(page, written)
+    assert "Not measured yet" in tables.rewrite(page.replace("trips.trips", "other.trips"), written)
+    ((path, table),) = tables.plots(page, written).items()
+    assert not tables.drawn(path, table)
+    tables.draw(path, table)
+    assert tables.drawn(path, table)
+    first = path.read_bytes()
+    tables.draw(path, table)
+    assert path.read_bytes() == first  # the same figures give the same picture
+    table["rows"][0][1] = 81.0
+    assert not tables.drawn(path, table)
 
 
 def test_a_table_keeps_its_shape() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from isthmus.protocol.errors import BundleError
 from isthmus.quant.groups import QUANTIZABLE, dequantize, quantize
@@ -18,38 +17,18 @@ from isthmus.quant.packed import PackedMatrix
 from isthmus.split import shipped as heads
 from isthmus.split.bundle import Bundle
 from isthmus.split.certificate import Certificate
-from isthmus.split.exit_entry import Agreement, ExitEntry, exit_file
-from isthmus.split.exit_writer import exit_bytes, put_certificates, put_exits
+from isthmus.split.exit_entry import ExitEntry, exit_file
+from isthmus.split.exit_writer import put_certificates, put_exits
 from isthmus.split.exits import ExitSource, head_rows
 from isthmus.split.files import locked
 from isthmus.split.manifest import Manifest
-from isthmus.split.roles import Weights
 from tests import edge_bundle
 from tests.edge_bundle import CONFIG
 
 WIDTH = CONFIG.d_model
+weights = edge_bundle.exit_weights
+an_exit = edge_bundle.an_exit
 TOKENS = np.array([0, 3, 17, 40, 257], np.int32)
-
-
-def weights(seed: int = 0, d_ff: int = 48) -> Weights:
-    """An exit of random weights for the tiny model."""
-    rng = np.random.default_rng(seed)
-    queries, keys = CONFIG.n_heads * CONFIG.head_dim, CONFIG.n_kv_heads * CONFIG.head_dim
-    shapes = {"input": (WIDTH, WIDTH), "q": (queries, WIDTH), "k": (keys, WIDTH), "v": (keys, WIDTH)}
-    shapes |= {"o": (WIDTH, queries), "gate": (d_ff, WIDTH), "up": (d_ff, WIDTH), "down": (WIDTH, d_ff)}
-    found: dict[str, PackedMatrix | NDArray[np.float32]] = {
-        name: quantize(rng.standard_normal(shape).astype(np.float32), "q4") for name, shape in shapes.items()
-    }
-    vectors = ("attn_norm", "ffn_norm", "final_norm", "channel_mean", "channel_spread")
-    return found | {name: rng.random(WIDTH).astype(np.float32) for name in vectors}
-
-
-def an_exit(
-    model_id: str, layer: int = 2, seed: int = 0, tokens: NDArray[np.int32] | None = None
-) -> tuple[ExitEntry, bytes]:
-    count = 0 if tokens is None else len(tokens)
-    entry = ExitEntry(layer, exit_file(layer), 48, count, Agreement(0.5, 0.6))
-    return entry, exit_bytes(model_id, weights(seed), tokens)
 
 
 def certificate(data: bytes) -> Certificate:

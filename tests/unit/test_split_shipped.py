@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 import msgspec
 import pytest
 
+from isthmus.apps.cli.main import main
 from isthmus.split.certificate import Certificate
 from isthmus.split.exit_entry import MAX_HEAD_TOKENS
 from isthmus.split.shipped import FOLDER, LIST, Heads, shipped
@@ -30,6 +33,16 @@ def test_heads_are_whole_and_what_their_list_says(name: str) -> None:
         rows = len(file.array("head_tokens")) if entry.head_tokens else 0
         assert rows == entry.head_tokens <= MAX_HEAD_TOKENS
         assert {"channel_mean", "channel_spread", "final_norm"} <= set(file.tensors)
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in FOLDERS])
+def test_the_commands_that_made_them_are_ours(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in listed(name).commands:
+        isthmus, *words = shlex.split(command)
+        called = words[:2] if words[0] == "exits" else words[:1]
+        assert isthmus == "isthmus" and main([*called, "--help"]) == 0
+        help = capsys.readouterr().out
+        assert [word for word in words if word.startswith("-") and word not in help] == []
 
 
 def test_those_of_smollm2_reach_their_aims() -> None:

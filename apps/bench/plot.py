@@ -1,0 +1,61 @@
+"""Tokens per second against round trip, one line for each way to share a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from isthmus.protocol.errors import EngineError
+
+
+def check_drawing(path: Path) -> None:
+    """Refuses before anything is measured what could not be drawn.
+
+    Raises:
+        EngineError: matplotlib is not installed, or there is no such folder.
+    """
+    if find_spec("matplotlib") is None:
+        raise EngineError("drawing needs matplotlib", "pip install matplotlib, or leave --plot out")
+    if not path.parent.is_dir():
+        raise EngineError(f"there is no folder {path.parent}", "make it, or choose another file")
+
+
+def draw(
+    path: Path,
+    trips: Sequence[float],
+    speeds: Mapping[str, Sequence[float]],
+    title: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a PNG; the same figures give the same picture.
+
+    Args:
+        trips: round trips in ms.
+        speeds: tokens per second at each of them, by way.
+        metadata: text to keep in the file.
+
+    Raises:
+        EngineError: matplotlib is not installed, or the file cannot be written.
+    """
+    check_drawing(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (way, values) in enumerate(speeds.items()):
+        axes.plot(trips, values, marker="osD^v<>P*X"[index % 10], markersize=5, label=way)
+    axes.set(xlabel="round trip, ms", ylabel="tokens per second", xscale="log", yscale="log", title=title)
+    axes.set_xticks(trips, [f"{trip:g}" for trip in trips], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    figure.tight_layout()
+    try:
+        figure.savefig(path, format="png", metadata={"Software": None, **(metadata or {})})
+    except OSError as error:
+        raise EngineError(f"cannot write {path}: {error.strerror}", "choose another file") from error

@@ -1,0 +1,176 @@
+"""Ways to share SmolLM2 between a device and a cloud over emulated links, each held against the others in one run.
+
+At a round trip of 50 ms: against CE-CoLLM's policy as published (f16 states, threshold 0.8, one question a token, every
+prompt from nothing) with the same exit, and the pipelined drafts against their closed form. Then the same with a cloud
+whose model is a declared number of times larger; then other round trips, with fewer prompts, for the plot.
+
+usage: python benchmarks/modes.py [--prompts 24] [--fewer 3] [--tokens 64] [--trips 5,20,100,200] [--only WORDS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from models import bundle
+from record import Cell, Record
+
+from isthmus.apps.bench.modes import (
+    CE_COLLM,
+    EXIT,
+    LOCAL,
+    PIPELINED,
+    VERIFY,
+    Row,
+    Way,
+    compare,
+    select,
+    table,
+    ways,
+    whole,
+)
+from isthmus.apps.bench.shaping import LinkProfile
+from isthmus.apps.bench.stage import Stage
+from isthmus.edge.exit import ExitSpeaker
+from isthmus.edge.local import LocalPart
+from isthmus.engine import KvConfig, open_part
+from isthmus.engine.sampling import GREEDY
+from isthmus.protocol.chain import Chain
+from isthmus.split.bundle import Bundle
+from isthmus.split.exit_states import CHECK_TOPICS, questions
+
+FORMAT = "keep"
+TRIP_MS = 50
+CERTIFIED = f"{EXIT}, as certified"
+COLUMNS = ("way", "tok/s", "of the better alone", "asks a token", "bytes up a token", "cloud ms a token", "agrees")
+# Of exit mode to CE-CoLLM's policy: a row's attribute, unit, ratio to reach, whether that is the most.
+AGAINST = (
+    ("requests_per_token", "a token", 0.8, True),
+    ("cloud_ms_per_token", "ms a token", 0.8, True),
+    ("up_bytes_per_token", "bytes a token", 1 / 3, True),
+    ("tok_s", "tok/s", 1.2, False),
+)
+VERIFY_BYTES = 32
+CLOSED_FORM = 0.85
+
+
+def main() -> int:
+    """Measures and writes results/modes.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24, help="at 50 ms")
+    parser.add_argument("--fewer", type=int, default=3, help="prompts elsewhere; 0 leaves that out")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--trips", default="5,20,100,200", help="other round trips, in ms")
+    parser.add_argument("--cut", type=int, default=24)
+    parser.add_argument("--threshold", type=float, default=0.95, help="of exit mode")
+    parser.add_argument("--larger", type=float, default=8.0, help="times that the larger cloud model's steps take")
+    parser.add_argument("--only", default="", help="ways whose names hold one of these words")
+    options = parser.parse_args()
+    source = bundle(FORMAT)
+    contenders = ways(options.cut, options.threshold, source.whole)
+    certified = Way(CERTIFIED, {"mode": "exit", "cut": options.cut})
+    contenders.insert(next(i for i, way in enumerate(contenders) if way.name == EXIT) + 1, certified)
+    contenders = select(contenders, options.only)
+    record = Record("modes", {name: value for name, value in vars(options).items() if value != ""} | {"format": FORMAT})
+
+    rows = measured(source, contenders, TRIP_MS, options.prompts, options.tokens)
+    exits = f"exit mode believes the exit before layer {options.cut} from {options.threshold:g} on"
+    note = f"A round trip of {TRIP_MS} ms, {options.prompts} prompts, {options.tokens} tokens each at most; {exits}."
+    tell(record, "modes", rows, note)
+    against(record, {row.way: row for row in rows})
+    drafts(record, source, {row.way: row for row in rows})
+    if options.fewer:
+        others = [way for way in contenders if way.name != LOCAL]  # a device does not hold the larger model
+        larger = measured(source, others, TRIP_MS, options.fewer, options.tokens, options.larger)
+        note = f"Steps of the cloud take {options.larger:g} times as long; {TRIP_MS} ms, {options.fewer} prompts."
+        tell(record, "larger", larger, note)
+        speeds = {TRIP_MS: rows}
+        for trip in map(int, options.trips.split(",")):
+            speeds[trip] = measured(source, contenders, trip, options.fewer, options.tokens)
+        trips = sorted(speeds)
+        cells: list[list[Cell]] = [
+            [way.name, *(speeds[trip][i].tok_s for trip in trips)] for i, way in enumerate(contenders)
+        ]
+        note = f"Tokens per second; at {TRIP_MS} ms {options.prompts} prompts, elsewhere {options.fewer}."
+        record.table("trips", ["way", *(f"{trip} ms" for trip in trips)], cells, note=note)
+    record.write()
+    return 0
+
+
+def measured(
+    source: Bundle, contenders: Sequence[Way], trip_ms: int, prompts: int, tokens: int, cloud_step: float = 1.0
+) -> list[Row]:
+    """A row for each way, printed as well."""
+    asked = questions([], prompts, topics=CHECK_TOPICS)
+    with Stage(source, LinkProfile.of_rtt(trip_ms), cloud_step=cloud_step) as stage, whole(source) as teacher:
+        rows = compare(contenders, lambda way: stage.device(**way.options), asked, tokens, GREEDY, teacher)
+    larger = f", steps of the cloud take {cloud_step:g} times as long" if cloud_step > 1 else ""
+    print(table(f"round trip {trip_ms} ms{larger}", rows), flush=True)
+    return rows
+
+
+def tell(record: Record, name: str, rows: Sequence[Row], note: str) -> None:
+    """A table and its figures. Ways below 1 "of the better alone" lose to the better of device and cloud alone."""
+    cells: list[list[Cell]] = []
+    for row in rows:
+        asks, up, cloud = row.requests_per_token, row.up_bytes_per_token, row.cloud_ms_per_token
+        cells.append([row.way, row.tok_s, row.of_best, asks, up, cloud, row.agreement])
+        for key, unit, *_ in AGAINST:
+            record.figure(f"{name}/{row.way}/{key}", getattr(row, key), unit)
+        if row.agreement is not None:
+            record.figure(f"{name}/{row.way}/agreement", row.agreement, "share")
+    record.table(name, COLUMNS, cells, note=note)
+
+
+def against(record: Record, rows: dict[str, Row]) -> None:
+    """Exit mode beside CE-CoLLM's policy: the same exit, at equal or better agreement with the whole model."""
+    if EXIT not in rows or CE_COLLM not in rows:
+        record.skip("exit mode against CE-CoLLM's policy", "--only leaves one of them out")
+        return
+    for key, unit, ratio, at_most in AGAINST:
+        peer, value = f"modes/{CE_COLLM}/{key}", getattr(rows[EXIT], key)
+        record.figure(f"against CE-CoLLM/{key}", value, unit, target=ratio, of=peer, at_most=at_most)
+    ours, theirs = rows[EXIT].agreement, rows[CE_COLLM].agreement
+    if ours is not None and theirs is not None:
+        record.figure("against CE-CoLLM/agreement above theirs", ours - theirs, "share", target=0.0)
+
+
+def drafts(record: Record, source: Bundle, rows: dict[str, Row]) -> None:
+    """What verify mode sends, and how near pipelined drafts come to a*t_d + (1 - a)(R + t_v + t_d) seconds a token."""
+    for name, row in rows.items():
+        if name.startswith(VERIFY):
+            up = row.up_bytes_per_token
+            record.figure(f"{name}/bytes up", up, "bytes a token", target=VERIFY_BYTES, at_most=True)
+    row = rows.get(PIPELINED, Row(PIPELINED))
+    if not row.acceptance or not row.requests_per_token:
+        record.skip("the closed form of pipelined drafts", "--only leaves them out")
+        return
+    a, draft_ms, pass_ms = row.acceptance, drafting_ms(source), row.cloud_ms_per_token / row.requests_per_token
+    token_ms = a * draft_ms + (1 - a) * (TRIP_MS + pass_ms + draft_ms)
+    for what, value, unit in (("acceptance", a, "share"), ("a draft", draft_ms, "ms"), ("a pass", pass_ms, "ms")):
+        record.figure(f"closed form/{what}", value, unit)
+    record.figure("closed form/tok_s", 1e3 / token_ms, "tok/s")
+    record.figure(f"{PIPELINED}/tok_s", row.tok_s, "tok/s", target=CLOSED_FORM, of="closed form/tok_s")
+
+
+def drafting_ms(source: Bundle, tokens: int = 64) -> float:
+    """What one draft by the deepest exit takes."""
+    layer, kv, log = source.exits[-1].layer, KvConfig("f16", 1024), Chain()
+    head = open_part(source.exit(layer), layer, layer + 1, threads=1, kv=kv)
+    part = LocalPart(open_part(source, 0, layer, threads=1, kv=kv))
+    speaker = ExitSpeaker(part, head, layer)
+    log.extend(source.tokenizer().chat([{"role": "user", "content": questions([], 1)[0]}]))
+    log.extend((speaker.sample(log, GREEDY),))
+    began = time.perf_counter()
+    for _ in range(tokens):
+        log.extend((speaker.sample(log, GREEDY),))
+    took_ms = (time.perf_counter() - began) * 1e3
+    speaker.close()
+    part.close()
+    return took_ms / tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())
