@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 
+from isthmus.edge.controller import GaveUp
 from isthmus.edge.conversation import Conversation
 from isthmus.edge.notes import Notes
 from isthmus.edge.options import GenerateOptions
@@ -78,10 +79,15 @@ class Answer:
     def _next(self, wanted: int) -> int:
         while True:
             self._conversation.check(len(self._conversation.log))
+            self._runner = self._steering.turn(self._options, self._runner, wanted)
             try:
                 token = self._runner.next(self._conversation.remaining(wanted))
+            except GaveUp:
+                self._runner = self._steering.given_up(self._options, self._runner)
+                continue
             except IsthmusError as error:
                 self._runner = self._steering.alone(self._options, self._runner, error)
                 continue
             self._notes.waited()
+            self._steering.came(self._runner)
             return token

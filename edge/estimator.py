@@ -156,6 +156,13 @@ class Estimator:
         self._luck = {(one.source, one.layer): Share(1.0, TRUST / 2) for one in known.drafts}
         self._pace: dict[str, _Pace] = {}
 
+    def knows(self, device: DeviceFigures, cloud: CloudFigures | None = None) -> None:
+        """Takes times that were measured since in place of those known before."""
+        drafts = tuple(
+            replace(one, draft_ms=device.drafted(one.layer)) if one.layer else one for one in self._known.drafts
+        )
+        self._known = replace(self._known, device=device, cloud=cloud or self._known.cloud, drafts=drafts)
+
     def device_step(self, expected_ms: float, ms: float) -> None:
         """A step of this device that its figures put at `expected_ms`."""
         self._device = _drawn(self._device, expected_ms, ms)

@@ -10,6 +10,7 @@ from typing import Protocol
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Verified
 from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
+from isthmus.edge.watch import GLANCE_S, Watch
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
@@ -20,6 +21,7 @@ class Wire(Protocol):
     """A connection to a cloud that greets, stays alive and mends itself; `protocol.link.Link` is one."""
 
     welcome: m.Welcome | None
+    rtt_ms: float | None
     bytes_up: int
     bytes_down: int
 
@@ -46,6 +48,9 @@ class Link:
     Args:
         clock: seconds, as `time.monotonic`; simulated links bring their own.
         on_waiting: called with what `Patience.waiting` says, once each time that it begins.
+
+    Attributes:
+        watch: sees what goes up and comes down, and when; None for nobody.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Link:
         on_waiting: Callable[[str], None] | None = None,
     ) -> None:
         self.session = session
+        self.watch: Watch | None = None
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         if wire.welcome is not None:
@@ -183,12 +189,39 @@ class Link:
         self.session.cancel(lane)
         self.flush()
 
+    def look(self) -> None:
+        """Takes in what has come, without waiting."""
+        while True:
+            now = self._clock()
+            message = self._wire.receive(0.0)
+            if self.watch is not None:
+                self.watch.heard(message, now, now)
+            if message is None:
+                return
+            self.session.receive(message, now)
+
+    def ping(self) -> None:
+        """Asks for a sign of life, which `rtt_ms` tells of."""
+        self._wire.send(m.Ping(int(self._clock() * 1e6)))
+
+    @property
+    def up(self) -> bool:
+        """Whether the cloud shows signs of life."""
+        return self._wire.up
+
+    @property
+    def rtt_ms(self) -> float | None:
+        """The last sign of life's round trip, where the connection takes it in itself."""
+        return self._wire.rtt_ms
+
     def flush(self) -> None:
         """Sends what waits to be sent."""
         outbox = self.session.outbox
         if outbox:
             for message in outbox:
                 self._wire.send(message)
+                if self.watch is not None:
+                    self.watch.sent(message, self._clock())
             outbox.clear()
 
     def close(self) -> None:
@@ -220,17 +253,22 @@ class Link:
         while not session.events:
             try:
                 self.flush()
-                until = min(session.wake_at, clock() + _GLANCE_S)
+                began = clock()
+                until = min(session.wake_at, began + (GLANCE_S if self.watch else _GLANCE_S))
                 if deadline is not None:
                     until = min(until, deadline)
-                message = wire.receive(max(0.0, (until - clock()) * 1e3))
+                message = wire.receive(max(0.0, (until - began) * 1e3))
             except IsthmusError:
                 session.abandon()
                 self._tell()
                 raise
             now = clock()
+            if self.watch is not None:
+                self.watch.heard(message, began, now)
             if message is not None:
                 session.receive(message, now)
+            elif self.watch is not None and deadline is None:
+                self.watch.waits(now)
             if now >= until:
                 waited = session.patience.waiting
                 session.tick(now, wire.up, wire.failure)

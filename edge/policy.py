@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from isthmus.edge.costs import Candidate, Standing, candidates
 from isthmus.edge.figures import Figures, Wish
+from isthmus.edge.options import alone_refused
 from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
 
@@ -118,10 +119,7 @@ def _reason(best: Candidate, first: Candidate, allowed: Iterable[Candidate], wis
 def _nothing(figures: Figures, wish: Wish, weighed: Iterable[Candidate]) -> DeviceError:
     device = figures.device
     if wish.prefer == "privacy":
-        return DeviceError(
-            f"the device holds {device.held} of {device.n_layers} layers and nothing may be sent",
-            "give it all layers of the bundle, or prefer speed",
-        )
+        return alone_refused(device.held, device.n_layers)
     if figures.cloud is None:
         return DeviceError(
             "this device does not hold the whole model", "name a cloud, or use a bundle with all its layers"

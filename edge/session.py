@@ -91,6 +91,14 @@ class Session:
             lane.moved(enter)
         return lane
 
+    def agreed(self, alias: int, enter: int) -> int:
+        """Leading positions of the log that a lane's session holds, as far as this device knows."""
+        lane = self._lanes.get(alias)
+        if lane is None or lane.enter != enter:
+            return 0
+        lane.check(self.log)
+        return lane.agreed
+
     def edited(self, length: int) -> None:
         """The log is about to be cut back to `length`."""
         for lane in self._lanes.values():

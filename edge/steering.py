@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from isthmus.edge import policy
+from isthmus.edge.controller import Controller
 from isthmus.edge.events import Busy
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
@@ -31,6 +32,8 @@ class Steering:
         absent: why the cloud could not be reached when the device was opened.
         fallback: whether this device goes on by itself when the cloud goes away.
         clock: the link's seconds.
+        controller: decides in "auto" while the cloud answers; None where there is nothing to decide.
+        tell: called with why "auto" does without a cloud.
     """
 
     def __init__(
@@ -43,7 +46,10 @@ class Steering:
         *,
         fallback: bool,
         clock: Callable[[], float],
+        controller: Controller | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
+        self._controller, self._tell = controller, tell
         self._modes, self._holding, self._link, self._notes = modes, holding, link, notes
         self._fallback, self._clock = fallback, clock
         self._cloud_error = absent  # of when the cloud was last looked for
@@ -69,6 +75,12 @@ class Steering:
             if self._cloud_error is not None:
                 hint = "" if self._served else f" ({self._cloud_error.remedy})"
                 self._notes.add(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
+            if self._controller is not None and link_up:
+                with offering_local(whole):
+                    return self._controller.begin(options)
+            if self._tell is not None:
+                why = "there is no cloud, or none may be asked" if self._link is None else "the cloud does not answer"
+                self._tell(f"{mode}: {why}")
         if mode == "local":
             return self._modes.local(options)
         if self._link is None:
@@ -78,6 +90,26 @@ class Steering:
         self._served = True
         with offering_local(whole):
             return self._modes.shared(replace(options, mode=mode), self._link)
+
+    def turn(self, options: GenerateOptions, runner: Runner, wanted: int) -> Runner:
+        """The one for the next token, of which so many are still wanted: in "auto" it may be another."""
+        if self._controller is None:
+            return runner
+        following = self._controller.turn(options, runner, wanted)
+        if following is not runner:
+            self._left(runner)
+        return following
+
+    def came(self, runner: Runner) -> None:
+        """The token has come."""
+        if self._controller is not None:
+            self._controller.came(runner)
+
+    def given_up(self, options: GenerateOptions, runner: Runner) -> Runner:
+        """The one that goes on when it pays no more to wait for the cloud."""
+        assert self._controller is not None
+        self._left(runner)
+        return self._controller.given_up(options, runner)
 
     def alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner:
         """The one that goes on when the cloud failed.
@@ -89,6 +121,8 @@ class Steering:
             raise error
         if not (self._fallback and may_go_on(error, options.mode, self._served)):
             raise with_local(error) from error
+        if self._controller is not None:
+            self._controller.leave()
         with suppress(IsthmusError):
             runner.stop()
         self._cloud_error = error
@@ -104,8 +138,9 @@ class Steering:
             runner.stop()
         except LinkError:
             pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
-        if isinstance(runner, VerifyRunner | ExitRunner):
-            stats.drafted, stats.accepted = runner.drafted, runner.accepted
+        if self._controller is not None:
+            self._controller.leave()
+        self._left(runner)
         if stats.tokens and runner.source != "device":
             self._cloud_error = None
             self._rest.end()
@@ -114,6 +149,12 @@ class Steering:
             spent = [a - b for a, b in zip(now, self._counted, strict=True)]
             stats.bytes_up, stats.bytes_down, stats.round_trips, stats.cloud_ms = *spent[:3], spent[3] * 1e-3
             self._counted = now
+
+    def _left(self, runner: Runner) -> None:
+        """Counts what a runner has drafted that makes no more tokens."""
+        if isinstance(runner, VerifyRunner | ExitRunner):
+            self._notes.stats.drafted += runner.drafted
+            self._notes.stats.accepted += runner.accepted
 
     def _link_up(self) -> bool:
         if self._link is None or not self._rest.over(self._clock()):

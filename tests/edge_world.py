@@ -152,7 +152,7 @@ class ToyBundle:
     """What a device asks of a bundle."""
 
     def __init__(self, held: int = N_LAYERS, model_id: str = MODEL_ID) -> None:
-        self.config, self.model_id, self.held_layers = CONFIG, model_id, held
+        self.config, self.model_id, self.held_layers, self.exits = CONFIG, model_id, held, ()
         files = {f"weights/layer-{i:03d}.safetensors": SimpleNamespace(bytes=10_000_000) for i in range(N_LAYERS)}
         files |= {"weights/embed.safetensors": SimpleNamespace(bytes=5_000_000)}
         files |= {"weights/norm.safetensors": SimpleNamespace(bytes=1_000)}
@@ -374,6 +374,7 @@ class LossyWire:
         self.reconnect_every = 1 << 60  # messages from the device
         self.greeted = False
         self.welcome: m.Welcome | None = None
+        self.rtt_ms: float | None = None
         self.bytes_up = self.bytes_down = 0
         self._air: list[tuple[float, int, bool, list[bytes]]] = []
         self._count = itertools.count()
