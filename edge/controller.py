@@ -18,7 +18,7 @@ from isthmus.edge.runners import Runner
 from isthmus.edge.watch import Watch
 from isthmus.protocol.errors import DeviceError, IsthmusError
 
-DECIDE_S = 0.05  # between two decisions at least
+DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they have long been the same
 PING_S, LOST_S = 0.5, 5.0  # of a link that shows nothing else; until an unanswered ping is repeated
 LOOK_S, LOOK_SHARE = 0.02, 0.2  # between two looks at what is late: at least, and of how long it has been awaited
 LATE_MS = 50.0  # nothing is late before
@@ -55,10 +55,11 @@ class Controller:
         self.decisions = 0
         self._active = False
         self._better: Plan | None = None  # than what is awaited in vain
+        self._every = DECIDE_S
         self._made = self._wanted = self._tokens = 0  # tokens of the answer, still asked for, of this round
         self._decided = self._pinged = self._listened = float("-inf")
         self._began = self._look = self._took = 0.0  # of this round
-        self._waits = self._fresh = False
+        self._waits = self._fresh = self._tried = False
         self._rtt: float | None = None
         link.watch = Watch(knowledge, self.late)
 
@@ -66,6 +67,7 @@ class Controller:
         """Who makes the first token of an answer; the cloud is there."""
         self._active, self._fresh, self._wanted = True, True, options.max_tokens
         self._made = self._tokens = 0
+        self._tried = False
         self._knowledge.choice = None
         if self._knowledge.enough:
             with suppress(DeviceError):
@@ -91,11 +93,14 @@ class Controller:
             known.paced(self._tokens, self._took)
         self._fresh = self._fresh and not self._tokens
         self._wanted, self._tokens, self._waits = wanted, 0, True
-        if self._made and now - self._decided >= DECIDE_S:
+        if self._made and now - self._decided >= self._every:
             if known.enough:
                 self._listen(runner, now)
                 runner = self._reconsider(options, runner)
-            elif self._made >= TRY_AFTER:
+            elif self._made < TRY_AFTER:
+                known.expect()
+            elif not self._tried:
+                self._tried = True
                 known.try_out()
         self._began = self._look = self._clock()
         return runner
@@ -140,6 +145,8 @@ class Controller:
 
     def leave(self) -> None:
         """The answer has ended, or goes on as somebody else decided."""
+        if self._active and self._tried:
+            self._knowledge.try_out()  # again, now that nothing else runs
         self._active = self._waits = False
         if self._link.watch is not None:
             self._link.watch.forget()
@@ -149,7 +156,7 @@ class Controller:
         with suppress(DeviceError):
             plan, choice = self._decide(self._silence()), self._knowledge.choice
             if choice is not None and plan.choice.key == choice.key:
-                self._knowledge.choice = plan.choice
+                self._knowledge.choice, self._every = plan.choice, min(SELDOM_S, 1.5 * self._every)
             elif choice is None and plan.choice.mode == "stream":
                 self._take(plan)  # as it was begun, now with reasons
             else:
@@ -168,7 +175,7 @@ class Controller:
         return following
 
     def _take(self, plan: Plan) -> None:
-        self._knowledge.choice, self._fresh = plan.choice, True
+        self._knowledge.choice, self._fresh, self._every = plan.choice, True, DECIDE_S
         if self._tell is not None:
             after = f"after {self._made} tokens: " if self._made else ""
             self._tell(after + explain(plan))

@@ -24,7 +24,7 @@ MESSAGE_BYTES = 100  # of framing, encryption and envelope around each message
 TOKEN_BYTES = 3  # of a token's id among others
 NEWS_BYTES = 45  # of one streamed token
 ANSWER_BYTES = 40
-RATE_TRUST = 0.5  # of a rate that was seen, for many bytes that are still to go
+RATE_TRUST = 0.25  # of a rate that was seen, for many bytes that are still to go
 DEPTH = 8  # blocks of drafts under way at most
 
 

@@ -20,7 +20,8 @@ from isthmus.protocol.errors import IsthmusError
 from isthmus.protocol.messages import CAN_VERIFY, Offer
 from isthmus.split.bundle import Bundle
 
-TRY_ROWS, TRY_STEPS = 32, 4  # of a prompt, and of one row
+TRIES = 2  # one while the cloud answers, one when nothing else runs
+TRY_ROWS, TRY_STEPS = 32, 8  # of a prompt, and of one row
 
 
 class Knowledge:
@@ -60,7 +61,7 @@ class Knowledge:
         self._offer: Offer | None = None
         self._cloud_ms = 0.0  # of one step, as it was first seen
         self._cuts: tuple[int, ...] = ()
-        self._tried = False
+        self._tries, self._expected = 0, False
         self._kept = kept and kept / profile.name(bundle.model_id, holding.layers, *settings)
         self._known = profile.read(self._kept) if self._kept is not None else None
         if self._known is not None:
@@ -103,11 +104,17 @@ class Knowledge:
             choice,
         )
 
+    def expect(self) -> None:
+        """Has this device's weights looked over in the background: soon they may be needed."""
+        if not self._expected and self._holding.part is None:
+            self._expected = True
+            self._holding.prefetch()
+
     def try_out(self) -> None:
-        """Times a few steps of this device, which has had no reason to make any; once."""
-        if self._tried or not self._holding.layers:
+        """Times a few steps of this device, which has had no reason to make any."""
+        if self._known is not None or self._tries >= TRIES or not self._holding.layers:
             return
-        self._tried = True
+        self._tries += 1
         with suppress(IsthmusError):
             part = self._holding.open(self._holding.layers).part
             sequence = part.open()

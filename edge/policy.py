@@ -80,8 +80,11 @@ def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
 
 
 def explain(plan: Plan) -> str:
-    """A sentence and a table of every way that was weighed, the cheapest first."""
-    order = sorted(plan.candidates, key=lambda one: (bool(one.why_not), one.total_ms))
+    """A sentence and a table of the ways that were weighed, the cheapest first, each with its best settings."""
+    shown: dict[tuple[str, str, bool], Candidate] = {}
+    for one in sorted(plan.candidates, key=lambda one: (one != plan.choice, bool(one.why_not), one.total_ms)):
+        shown.setdefault((one.mode, one.source, one.depth > 1), one)
+    order = sorted(shown.values(), key=lambda one: (bool(one.why_not), one.total_ms))
     width = max(len(one.name) for one in order)
     lines = [plan.reason, "", f"  {'mode':<{width}}  ms/token   first ms  cloud ms/token"]
     for one in order:

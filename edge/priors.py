@@ -18,6 +18,7 @@ CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers
 CODEC_MS = 0.1
 CODED = "coded"  # exit mode's own codec
 LENGTHS = (1, 2, 3, 4, 6)
+DRAFTING = 2  # exits that may draft: the deepest are the ones whose drafts are taken
 
 # SmolLM2's own chat answers, 10,348 tokens of 100 of them: (g, tokens of a round), (g, rows that it costs the cloud).
 NGRAM_ACCEPTED = 0.75
@@ -62,9 +63,7 @@ def cloud(offer: Offer, step_ms: float, known: Sizes, same_model: bool) -> Cloud
 def drafts(bundle: Bundle, layers: Sequence[int], times: DeviceFigures) -> tuple[DraftFigures, ...]:
     """What can be drafted with: n-grams, and the exits before those layers."""
     found = [DraftFigures("ngram", 0, 0.0, NGRAM_ACCEPTED, NGRAM_TOKENS, NGRAM_ROWS)]
-    for one in bundle.exits:
-        if one.layer not in layers:
-            continue
+    for one in [one for one in bundle.exits if one.layer in layers][-DRAFTING:]:
         share = one.agreement.answers
         rounds = tuple((g, round_of(share, g)) for g in LENGTHS)
         rows = tuple((g, g + 1.0) for g in LENGTHS)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from isthmus.edge.estimator import quantile
 from isthmus.engine.part import Part, Rows, StepResult, Want
 
 MANY = 16  # rows from which on a step is a prompt's, bound by arithmetic and not by memory
-KEPT = 31  # steps that the medians are taken over
+KEPT = 31  # steps that are remembered
+FAST = 0.25  # share of them that are faster than what is told
 ENOUGH = 3  # steps of one row that tell how fast a device is
 GUESSED_ROW = 0.2  # what one of many rows costs, of a token, until a prompt was seen
 
@@ -57,14 +58,14 @@ class Stopwatch:
 
     @property
     def ms_per_mb(self) -> float:
-        """Of one row."""
-        return statistics.median(self._decoded)
+        """Of one row: the fast ones, as whatever else runs only ever makes a step slower."""
+        return quantile(list(self._decoded), FAST)
 
     @property
     def row_ms(self) -> float:
         """Of one of many rows through the whole model."""
         if self._prompt:
-            return statistics.median(self._prompt)
+            return quantile(list(self._prompt), FAST)
         return GUESSED_ROW * self.ms_per_mb * self.sizes.of(self.sizes.n_layers, False) / 1e6
 
     def remember(self, ms_per_mb: float, row_ms: float) -> None:

@@ -80,7 +80,7 @@ def ways(cut: int | None, threshold: float | None, whole: bool) -> list[Way]:
         found[-1:-1] = [Way("exit", ours)]
         found.append(Way("verify, exit drafts", {"mode": "verify", "draft": "exit", "draft_depth": 1}))
         found.append(Way("verify, exit drafts, pipelined", {"mode": "verify", "draft": "exit", "draft_depth": 8}))
-    return found
+    return [*found, Way("auto", {"mode": "auto"})]
 
 
 def compare(

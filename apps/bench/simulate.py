@@ -27,6 +27,7 @@ GREETINGS = 4  # trips that opening a connection has shown before the first ques
 BULK = 9000  # bytes each way that it moves to see the link's rate
 CODECS = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003), CodecFigures("coded", 384, 0.0))
 LENGTHS = (1, 2, 3, 4, 6)
+SHADOW = 4  # drafts that are held against what came while others draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,7 @@ class _Game:
         self._player: Player | None = None
         self._decided = -(10**12)
         self._curious = False
+        self._foreseen = 0  # tokens of the answer that were held against n-grams
 
     def play(self) -> Outcome:
         self._greet(self._estimator or Estimator(self._point.figures))
@@ -182,6 +184,7 @@ class _Game:
                 sight,
             )
             self._player = None
+            self._foreseen = 0
             if self._wish is not None:
                 self._choice = None
                 self._answer_auto()
@@ -237,6 +240,19 @@ class _Game:
         if self._estimator is not None and not fresh and choice.mode != "stream":
             took = (self._world.now - begin) / MS
             self._estimator.paced(choice.mode, talk.now_s, tokens * choice.ms_per_token, took)
+        if self._estimator is not None and choice.source != "ngram":
+            self._foresee(self._estimator)
+
+    def _foresee(self, estimator: Estimator) -> None:
+        """What n-grams would have drafted of the tokens that have come: a device sees that for nothing."""
+        answer = self._talk.answer
+        while self._foreseen < self._talk.made:
+            drafted = min(SHADOW, answer.drafted[self._foreseen])
+            taken = min(answer.taken(0, self._foreseen, drafted), drafted)
+            if self._foreseen + taken >= self._talk.made:
+                return
+            estimator.block("ngram", 0, SHADOW, drafted, taken)
+            self._foreseen += taken + 1
 
     def _decide(self, waited_ms: float) -> None:
         talk, estimator, world = self._talk, self._estimator, self._world
