@@ -12,13 +12,14 @@ from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link
 from isthmus.edge.modes import Modes
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.policy import Plan, decide, explain
+from isthmus.edge.policy import Plan, decide, explain, worth_probing
 from isthmus.edge.priors import CODED
 from isthmus.edge.runners import Runner
 from isthmus.edge.watch import Watch
 from isthmus.protocol.errors import DeviceError, IsthmusError
 
 DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they have long been the same
+PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
 PING_S, LOST_S = 0.5, 5.0  # of a link that shows nothing else; until an unanswered ping is repeated
 LOOK_S, LOOK_SHARE = 0.02, 0.2  # between two looks at what is late: at least, and of how long it has been awaited
 LATE_MS = 50.0  # nothing is late before
@@ -57,7 +58,8 @@ class Controller:
         self._better: Plan | None = None  # than what is awaited in vain
         self._every = DECIDE_S
         self._made = self._wanted = self._tokens = 0  # tokens of the answer, still asked for, of this round
-        self._decided = self._pinged = self._listened = float("-inf")
+        self._decided = self._pinged = self._probed = self._listened = float("-inf")
+        self._curious = False  # whether the uplink's rate might change the way
         self._began = self._look = self._took = 0.0  # of this round
         self._waits = self._fresh = self._tried = False
         self._rtt: float | None = None
@@ -95,6 +97,7 @@ class Controller:
         self._wanted, self._tokens, self._waits = wanted, 0, True
         if self._made and now - self._decided >= self._every:
             if known.enough:
+                known.follow(self._made)
                 self._listen(runner, now)
                 runner = self._reconsider(options, runner)
             elif self._made < TRY_AFTER:
@@ -192,7 +195,11 @@ class Controller:
         self._decided = now
         self.decisions += 1
         remaining = max(1, min(self._wanted, max(LEAST, USUAL - self._made)))
-        return decide(known.figures(now, silent_ms), self._wish, known.standing(remaining))
+        figures, standing = known.figures(now, silent_ms), known.standing(remaining)
+        plan = decide(figures, self._wish, standing)
+        if now - self._probed >= PROBE_S and not plan.choice.codec:
+            self._curious = worth_probing(figures, self._wish, replace(standing, current=plan.choice))
+        return plan
 
     def _listen(self, runner: Runner, now: float) -> None:
         """Hears what has come, and asks for a sign of life of a link that shows none otherwise."""
@@ -205,9 +212,15 @@ class Controller:
             if (rtt := link.rtt_ms) is not None and rtt != self._rtt:
                 self._rtt = rtt
                 unheard_ms = min(rtt, (now - before) * 1e3) if alone else 0.0
-                known.trip(now, rtt - unheard_ms / 2)
+                if self._probed == self._pinged:
+                    known.moved(now, PROBE_BYTES, rtt - unheard_ms / 2)
+                else:
+                    known.trip(now, rtt - unheard_ms / 2)
             asked = self._pinged > known.seen_s
-            if now - max(self._pinged, known.seen_s) >= (LOST_S if asked else PING_S):
+            if self._curious and not asked and now - self._probed >= PROBE_S:
+                self._pinged = self._probed = now
+                link.ping(PROBE_BYTES)
+            elif now - max(self._pinged, known.seen_s) >= (LOST_S if asked else PING_S):
                 self._pinged = now
                 link.ping()
 

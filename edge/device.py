@@ -342,6 +342,7 @@ class Device:
             kept=profile.folder(),
             clock=clock,
         )
+        self._conversation.keep(knowledge.truncate)
         return Controller(knowledge, self._modes, self._link, self._wish, clock, tell)
 
     # -- generating

@@ -13,6 +13,7 @@ from isthmus.edge.figures import DraftSource, Figures
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.runners import HIDDEN_LANE, TOKENS_LANE
+from isthmus.edge.shadow import DRAFTED, Shadow
 from isthmus.edge.stopwatch import Stopwatch
 from isthmus.engine.part import Rows, Want
 from isthmus.protocol.chain import Chain
@@ -62,6 +63,8 @@ class Knowledge:
         self._cloud_ms = 0.0  # of one step, as it was first seen
         self._cuts: tuple[int, ...] = ()
         self._tries, self._expected = 0, False
+        self._shadow = Shadow(self._foreseen)
+        self.truncate = self._shadow.truncate
         self._kept = kept and kept / profile.name(bundle.model_id, holding.layers, *settings)
         self._known = profile.read(self._kept) if self._kept is not None else None
         if self._known is not None:
@@ -86,6 +89,12 @@ class Knowledge:
         """What to decide on; only when it is `enough`."""
         assert self._estimator is not None
         return self._estimator.figures(now_s, max(0.0, silent_ms), self._link.up)
+
+    def follow(self, made: int) -> None:
+        """Looks at what has come since, of which so many tokens at most were made in this answer."""
+        tokens, drafting = self._log.tokens, self.choice is not None and self.choice.source == "ngram"
+        self._shadow.learn(tokens if drafting else tokens[: len(tokens) - made])
+        self._shadow.follow(tokens)
 
     def standing(self, remaining: int) -> Standing:
         """How far the answer is."""
@@ -145,6 +154,7 @@ class Knowledge:
 
     def moved(self, now_s: float, size: float, ms: float) -> None:
         """See `watch.Told`."""
+        self.seen_s = now_s
         link = self._to.link
         link.moved("up", now_s, size, max(1.0, ms - link.figures(now_s).trip_ms))
 
@@ -178,6 +188,10 @@ class Knowledge:
             self._estimator.paced(choice.mode, self._clock(), tokens * choice.ms_per_token, seconds * 1e3)
 
     # -- inside
+
+    def _foreseen(self, drafted: int, taken: int) -> None:
+        if self._estimator is not None:
+            self._estimator.block("ngram", 0, DRAFTED, drafted, taken)
 
     @property
     def _to(self) -> Estimator:

@@ -200,9 +200,12 @@ class Link:
                 return
             self.session.receive(message, now)
 
-    def ping(self) -> None:
-        """Asks for a sign of life, which `rtt_ms` tells of."""
-        self._wire.send(m.Ping(int(self._clock() * 1e6)))
+    def ping(self, size: int = 0) -> None:
+        """Asks for a sign of life, which `rtt_ms` tells of; with so many bytes more than it needs."""
+        ping = m.Ping(int(self._clock() * 1e6), bytes(size))
+        if self.watch is not None:
+            self.watch.sent(ping, self._clock())
+        self._wire.send(ping)
 
     @property
     def up(self) -> bool:

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from isthmus.edge.costs import Candidate, Standing, candidates
-from isthmus.edge.figures import Figures, Wish
+from isthmus.edge.figures import Figures, LinkFigures, Wish
 from isthmus.edge.options import alone_refused
 from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
 
 STEADY = ("local", "stream")  # ways that a bad link delays once, not for every token
 RISK = 0.15  # share of what remains that any other way must save over these
+VARIES = 0.03  # how much more of it on a link whose trips are twice as long at times
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
 HOPE = 4.0  # times the known uplink that the real one may be
 PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
@@ -62,7 +63,7 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     # What pays no trip for each token is in use until another has proved itself.
     same = [one for one in rivals if (one.key == current.key if current else one.mode in STEADY)]
     held = min(same, key=lambda one: one.total_ms, default=None)
-    if held is not None and held.key != best.key and not _worth(held, best, wish):
+    if held is not None and held.key != best.key and not _worth(held, best, wish, figures.link):
         return Plan(held, weighed, f"{held.name} goes on: {best.name} would not save enough to be worth it")
     return Plan(best, weighed, _reason(best, first, allowed, wish))
 
@@ -72,7 +73,8 @@ def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
     link, current = figures.link, standing.current
     if link is None or not link.up or wish.prefer == "privacy" or (current is not None and current.codec):
         return False
-    fast = replace(figures, link=replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps))
+    hoped = replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps, up_age_s=0.0)
+    fast = replace(figures, link=hoped)
     try:
         return bool(decide(fast, wish, standing).choice.codec)
     except DeviceError:
@@ -94,10 +96,14 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _worth(held: Candidate, best: Candidate, wish: Wish) -> bool:
+def _worth(held: Candidate, best: Candidate, wish: Wish, link: LinkFigures | None) -> bool:
     if wish.prefer == "cloud-cost":
         return best.cloud_ms < (1 - MARGIN) * held.cloud_ms
-    margin = RISK if held.mode in STEADY and best.mode not in STEADY else MARGIN
+    margin = MARGIN
+    if held.mode in STEADY and best.mode not in STEADY:
+        margin = RISK
+        if link is not None and link.trip_high_ms > link.trip_ms:
+            margin += VARIES * min(1.0, link.trip_high_ms / max(link.trip_ms, 1.0) - 1.0)
     return best.total_ms < (1 - margin) * held.total_ms
 
 

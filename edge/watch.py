@@ -74,6 +74,8 @@ class Watch:
                 self._prompt += len(message.tokens)
             case m.Draft():
                 self._ask(("rows", message.alias, message.epoch, message.position), now, len(message.tokens))
+            case m.Ping():
+                self._ask(("ping", message.sent_us), now, 0)
             case m.Generate():
                 self._token_s = 0.0
                 self._ask(("stream", message.alias, message.epoch), now, 1, len(message.tokens) - 1)
@@ -101,7 +103,7 @@ class Watch:
             case m.Tokens():
                 self._streamed(message, came)
             case m.Pong():
-                self._told.trip(came, max(0.0, came * 1e3 - message.sent_us * 1e-3))
+                self._answered(("ping", message.sent_us), came, 0, 0)
             case _:
                 return
         self._burst = 0
@@ -143,4 +145,5 @@ class Watch:
 def _size(message: m.Message) -> int:
     tokens = getattr(message, "tokens", ())
     tensor = getattr(message, "hidden", None)
-    return ENVELOPE_BYTES + 3 * len(tokens) + (len(tensor.data) if tensor is not None else 0)
+    padding = getattr(message, "padding", b"")
+    return ENVELOPE_BYTES + 3 * len(tokens) + len(padding) + (len(tensor.data) if tensor is not None else 0)

@@ -44,6 +44,7 @@ MIN_VERSION = 1
 INLINE_BYTES = 16 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_RANGE_BYTES = 64 * 1024
+MAX_PADDING = 16 * 1024
 MAX_DRAFT = 32
 CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft and Fill are understood
 
@@ -236,9 +237,14 @@ class Truncate(Struct, array_like=True, tag=11):
 
 
 class Ping(Struct, array_like=True, tag=12):
-    """Either way: answer with a Pong at once. sent_us is the sender's own clock, returned untouched."""
+    """Either way: answer with a Pong at once. sent_us is the sender's own clock, returned untouched.
+
+    Attributes:
+        padding: bytes that say nothing, to see how long they take.
+    """
 
     sent_us: Micros
+    padding: Annotated[bytes, Meta(max_length=MAX_PADDING)] = b""
 
 
 class Pong(Struct, array_like=True, tag=13):

@@ -65,7 +65,7 @@ def test_another_language_may_leave_trailing_defaults_out() -> None:
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    assert m.decode([msgpack.packb([12, 5, "news", {"more": 1}])]) == m.Ping(5)
+    assert m.decode([msgpack.packb([13, 5, "news", {"more": 1}])]) == m.Pong(5)
 
 
 def test_a_code_of_a_newer_version_is_unknown() -> None:
