@@ -264,7 +264,7 @@ class _Priced:
         # A state that was not kept is computed again together with all before it that the cloud lacks.
         device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
         link = self._link
-        aged = link.up_bps * 0.5 ** (max(0.0, link.up_age_s - FRESH_S) / FADE_S)
+        aged: float = link.up_bps * 0.5 ** (max(0.0, link.up_age_s - FRESH_S) / FADE_S)
         rate_bps = max(aged, min(link.up_bps, STALE_BPS))
         upload = rows * codec.row_bytes * 8e3 / (RATE_TRUST * rate_bps)
         return max(device, upload) + self._cloud.prefill(rows, cut)

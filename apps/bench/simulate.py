@@ -6,6 +6,7 @@ drafts and exits are right comes from recorded facts. Auto sees what a device co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -71,10 +72,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Answers one after the other, from a moment of the link's trace on."""
+    """Answers one after the other, from a moment of the link's trace on.
+
+    Attributes:
+        lead_s: from then on, the link is open before the first of them is asked for.
+        seconds: after which it is over, however far the answers are.
+    """
 
     start_s: float
     answers: tuple[Answer, ...]
+    lead_s: float = 0.0
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +174,18 @@ class _Game:
         self._player: Player | None = None
         self._decided = -(10**12)
         self._curious = False
+        self._end = math.inf
         self._foreseen = 0  # tokens of the answer that were held against n-grams
 
     def play(self) -> Outcome:
         self._greet(self._estimator or Estimator(self._point.figures))
-        begin = self._world.now
+        begin = self._world.now = max(self._world.now, round(self._window.lead_s * 1e9))
+        self._end = begin + self._window.seconds * 1e9
         tokens = wrong = 0
         sight = Sight(self._estimator, self._impatient if self._wish is not None else None)
         for answer in self._window.answers:
+            if self._world.now >= self._end:
+                break
             self._talk = Conversation(
                 self._world,
                 self._ways,
@@ -191,11 +203,11 @@ class _Game:
             else:
                 assert self._choice is not None
                 self._player = player(self._talk, self._choice, self._point.figures)
-                while self._talk.left:
+                while self._talk.left and self._world.now < self._end:
                     self._round(self._player, self._choice)
             if self._player is not None:
                 self._player.stop()
-            tokens, wrong = tokens + answer.tokens, wrong + self._talk.wrong
+            tokens, wrong = tokens + self._talk.made, wrong + self._talk.wrong
         seconds = (self._world.now - begin) / 1e9
         return Outcome(seconds, tokens, wrong, self._engine.busy_ms, self._switches, self._used)
 
@@ -217,7 +229,7 @@ class _Game:
     def _answer_auto(self) -> None:
         talk, world = self._talk, self._world
         self._decided = -(10**12)
-        while talk.left:
+        while talk.left and world.now < self._end:
             if world.now - self._decided >= DECIDE_MS * MS:
                 self._decide(0.0)
             assert self._player is not None and self._choice is not None
