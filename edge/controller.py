@@ -12,11 +12,11 @@ from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link
 from isthmus.edge.modes import Modes
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.policy import Plan, decide, explain, worth_probing
+from isthmus.edge.policy import STEADY, Plan, decide, explain, worth_probing
 from isthmus.edge.priors import CODED
 from isthmus.edge.runners import Runner
 from isthmus.edge.watch import Watch
-from isthmus.protocol.errors import DeviceError, IsthmusError
+from isthmus.protocol.errors import DeviceError, IsthmusError, ServiceError
 
 DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they have long been the same
 PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
@@ -145,6 +145,19 @@ class Controller:
         self._link.session.abandon()
         plan, self._better = self._better, None
         return self._switch(options, runner, plan)
+
+    def refused(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner | None:
+        """Who goes on when the cloud refused what was chosen here; None when it was none of these choices."""
+        choice = self._knowledge.choice
+        if not (self._active and isinstance(error, ServiceError)) or choice is None or choice.mode in STEADY:
+            return None
+        following = self._modes.shared(replace(options, mode="stream"), self._link)
+        self.leave()
+        with suppress(IsthmusError):
+            runner.stop()
+        if self._tell is not None:
+            self._tell(f"after {self._made} tokens: stream: {choice.name} was refused ({error.problem})")
+        return following
 
     def leave(self) -> None:
         """The answer has ended, or goes on as somebody else decided."""

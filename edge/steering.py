@@ -117,6 +117,9 @@ class Steering:
         Raises:
             IsthmusError: there is none.
         """
+        if self._controller is not None and (other := self._controller.refused(options, runner, error)) is not None:
+            self._left(runner)
+            return other
         if runner.source == "device" or not self._holding.whole:
             raise error
         if not (self._fallback and may_go_on(error, options.mode, self._served)):

@@ -423,7 +423,7 @@ def encode(message: Message) -> list[bytes]:
     if isinstance(message, Rows | Result | Draft | Fill):
         tensor = message.hidden
         if tensor is not None and len(tensor.data) > INLINE_BYTES:
-            bare = Tensor(tensor.codec, tensor.shape, tensor.plain)
+            bare = Tensor(tensor.codec, tensor.shape, tensor.plain, b"", tensor.stats)
             return [_encode(msgspec.structs.replace(message, hidden=bare)), tensor.data]
     return [_encode(message)]
 

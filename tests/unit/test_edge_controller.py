@@ -219,6 +219,25 @@ def test_a_cloud_that_falls_silent_is_not_waited_for(deciding: Any) -> None:
     assert len(text) == 30
 
 
+def test_what_the_cloud_refuses_is_streamed_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Choosy(TimedCloud):
+        def receive(self, message: Any) -> list[tuple[float, Any]]:
+            if isinstance(message, m.Draft):
+                return [(0.0, m.Fault(m.Code.UNSUPPORTED, "no drafts today", "", 0, message.alias, message.epoch))]
+            return super().receive(message)
+
+    def verify(figures: Figures, wish: Wish, standing: Any) -> Plan:
+        plan = policy.decide(figures, wish, standing)
+        return Plan(next(one for one in plan.candidates if one.source == "exit"), plan.candidates, "drafts")
+
+    monkeypatch.setattr(controller, "decide", verify)
+    told: list[str] = []
+    with decider(monkeypatch, LossyWire(Choosy()), known=True, held=CUT, explain=told.append) as one:
+        text = ids(one.generate(PROMPT, max_tokens=20))
+        assert set(one.stats.sources) == {"cloud"} and "no drafts today" in told[-1]
+    assert len(text) == 20
+
+
 def test_privacy_speaks_to_nobody(deciding: Any) -> None:
     wire = LossyWire(TimedCloud())
     told: list[str] = []

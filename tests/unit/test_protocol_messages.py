@@ -166,3 +166,9 @@ def test_version_n_speaks_with_its_neighbours(
     theirs: int, theirs_min: int, ours: int, ours_min: int, common: int | None
 ) -> None:
     assert m.agree(theirs, theirs_min, ours=ours, ours_min=ours_min) == common
+
+
+def test_a_large_tensor_keeps_all_that_says_how_to_read_it() -> None:
+    tensor = m.Tensor("ecsq6", (100, 576), 1, bytes(m.INLINE_BYTES + 1), b"12345678")
+    fill = m.Fill(1, 2, 3, b"head", [4] * 100, tensor)
+    assert m.decode(m.encode(fill)) == fill
