@@ -55,6 +55,7 @@ class Knowledge:
     ) -> None:
         self._bundle, self._holding, self._link, self._log = bundle, holding, link, log
         self._watch, self._slides, self._clock = watch, slides, clock
+        self._held, self._whole = holding.layers, holding.whole  # asking looks at every file
         self.choice: Candidate | None = None
         self.seen_s = float("-inf")
         self._estimator: Estimator | None = None  # once enough is known
@@ -65,7 +66,7 @@ class Knowledge:
         self._tries, self._expected = 0, False
         self._shadow = Shadow(self._foreseen)
         self.truncate = self._shadow.truncate
-        self._kept = kept and kept / profile.name(bundle.model_id, holding.layers, *settings)
+        self._kept = kept and kept / profile.name(bundle.model_id, self._held, *settings)
         self._known = profile.read(self._kept) if self._kept is not None else None
         if self._known is not None:
             watch.remember(self._known.ms_per_mb, self._known.row_ms)
@@ -73,7 +74,7 @@ class Knowledge:
     @property
     def enough(self) -> bool:
         """Whether a decision can be made; brings the figures up to date."""
-        welcome, watch, held = self._link.session.welcome, self._watch, self._holding.layers
+        welcome, watch, held = self._link.session.welcome, self._watch, self._held
         if welcome is None or (held and not watch.knows):
             return False
         offer = next((one for one in welcome.offers if one.model_id == self._bundle.model_id), None)
@@ -121,16 +122,16 @@ class Knowledge:
 
     def try_out(self) -> None:
         """Times a few steps of this device, which has had no reason to make any."""
-        if self._known is not None or self._tries >= TRIES or not self._holding.layers:
+        if self._known is not None or self._tries >= TRIES or not self._held:
             return
         self._tries += 1
         with suppress(IsthmusError):
-            part = self._holding.open(self._holding.layers).part
+            part = self._holding.open(self._held).part
             sequence = part.open()
             try:
                 ids = (self._log.tokens * TRY_ROWS)[:TRY_ROWS]
                 part.step(Rows().tokens(sequence, 0, ids, want=Want.NONE))
-                want = Want.SAMPLE if self._holding.whole else Want.HIDDEN
+                want = Want.SAMPLE if self._whole else Want.HIDDEN
                 for at in range(TRY_ROWS, TRY_ROWS + TRY_STEPS):
                     part.step(Rows().tokens(sequence, at, ids[:1], want=want))
             finally:
@@ -198,8 +199,8 @@ class Knowledge:
         return self._estimator or self._early
 
     def _begin(self, offer: Offer, can_verify: bool) -> None:
-        bundle, held = self._bundle, self._holding.layers
-        if self._slides and not self._holding.whole:
+        bundle, held = self._bundle, self._held
+        if self._slides and not self._whole:
             held = 0
         able = [e.layer for e in bundle.exits if e.layer <= held and bundle.holds(e.file)]
         layers = able if can_verify and not self._slides else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -190,9 +191,12 @@ def test_deciding_is_rare(deciding: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     wire = LossyWire(TimedCloud(SLOW))
     with deciding(wire, row_ms=5.0, known=True) as one:
         before = wire.now
+        looks = Mock(wraps=one._holding._held)
+        one._holding._held = looks
         tokens = len(ids(one.generate(PROMPT, max_tokens=200)))
         assert calls == one._steering._controller.decisions
         assert calls <= 2 + (wire.now - before) / DECIDE_S
+        assert looks.call_count <= 2  # when the answer begins: it takes longer than a decision
         assert calls < tokens / 4  # a token takes 5 ms, and two decisions soon lie 200 ms apart
 
 
