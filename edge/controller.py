@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from isthmus.edge.costs import Candidate
+from isthmus.edge.fallback import Rest
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link
@@ -22,6 +23,7 @@ DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they 
 PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
 PING_S, LOST_S = 0.5, 5.0  # of a link that shows nothing else; until an unanswered ping is repeated
 LOOK_S, LOOK_SHARE = 0.02, 0.2  # between two looks at what is late: at least, and of how long it has been awaited
+REST_S, MOST_REST_S = 1.0, 60.0  # a cloud that was given up is not asked again for so long: at first, and at most
 LATE_MS = 50.0  # nothing is late before
 TRY_AFTER = 8  # tokens of the cloud's after which a device that was never timed is
 USUAL, LEAST = 120, 24  # tokens that an answer has: mostly, and still to come however long it is
@@ -54,6 +56,7 @@ class Controller:
         self._knowledge, self._modes, self._link, self._wish = knowledge, modes, link, wish
         self._clock, self._tell = clock, tell
         self.decisions = 0
+        self._rest = Rest(REST_S, MOST_REST_S)  # of a cloud that was given up
         self._active = False
         self._better: Plan | None = None  # than what is awaited in vain
         self._every = DECIDE_S
@@ -115,6 +118,8 @@ class Controller:
         if self._waits:
             self._waits, self._took = False, self._clock() - self._began
         choice = self._knowledge.choice
+        if runner.source != "device":
+            self._rest.end()
         if choice is not None and choice.mode == "exit":
             self._knowledge.said(runner.source == "exit")
 
@@ -142,6 +147,7 @@ class Controller:
     def given_up(self, options: GenerateOptions, runner: Runner) -> Runner:
         """Who goes on after `GaveUp`."""
         assert self._better is not None
+        self._rest.begin(self._clock())
         self._link.session.abandon()
         plan, self._better = self._better, None
         return self._switch(options, runner, plan)
@@ -159,19 +165,25 @@ class Controller:
             self._tell(f"after {self._made} tokens: stream: {choice.name} was refused ({error.problem})")
         return following
 
-    def leave(self) -> None:
-        """The answer has ended, or goes on as somebody else decided."""
+    def ended(self) -> None:
+        """The answer is complete, or nobody wants more of it."""
         if self._active and self._tried:
             self._knowledge.try_out()  # again, now that nothing else runs
+        self.leave()
+        self._knowledge.keep()
+
+    def leave(self) -> None:
+        """The answer goes on as somebody else decided."""
         self._active = self._waits = False
         if self._link.watch is not None:
             self._link.watch.forget()
-        self._knowledge.keep()
 
     def _reconsider(self, options: GenerateOptions, runner: Runner) -> Runner:
         with suppress(DeviceError):
             plan, choice = self._decide(self._silence()), self._knowledge.choice
-            if choice is not None and plan.choice.key == choice.key:
+            resting = choice is not None and choice.mode == "local" and not self._rest.over(self._clock())
+            if choice is not None and (resting or plan.choice.key == choice.key):
+                plan = plan if plan.choice.key == choice.key else replace(plan, choice=choice)
                 self._knowledge.choice, self._every = plan.choice, min(SELDOM_S, 1.5 * self._every)
             elif choice is None and plan.choice.mode == "stream":
                 self._take(plan)  # as it was begun, now with reasons

@@ -141,8 +141,6 @@ class Steering:
             runner.stop()
         except LinkError:
             pass  # the answer is complete, or its reader has gone: a cancel that is lost costs nothing
-        if self._controller is not None:
-            self._controller.leave()
         self._left(runner)
         if stats.tokens and runner.source != "device":
             self._cloud_error = None
@@ -152,6 +150,8 @@ class Steering:
             spent = [a - b for a, b in zip(now, self._counted, strict=True)]
             stats.bytes_up, stats.bytes_down, stats.round_trips, stats.cloud_ms = *spent[:3], spent[3] * 1e-3
             self._counted = now
+        if self._controller is not None:
+            self._controller.ended()
 
     def _left(self, runner: Runner) -> None:
         """Counts what a runner has drafted that makes no more tokens."""

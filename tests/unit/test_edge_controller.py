@@ -220,7 +220,10 @@ def test_a_cloud_that_falls_silent_is_not_waited_for(deciding: Any) -> None:
         text += ids(answer)
         assert set(one.stats.sources) == {"device"}
         assert one.stats.note == ""
-    assert len(text) == 30
+        asked = sum(isinstance(message, m.Generate) for message in wire.sent)
+        text += ids(one.generate(max_tokens=200))
+        assert sum(isinstance(message, m.Generate) for message in wire.sent) <= asked + 3  # in two seconds, at 10 ms
+    assert len(text) == 230
 
 
 def test_what_the_cloud_refuses_is_streamed_instead(monkeypatch: pytest.MonkeyPatch) -> None:
