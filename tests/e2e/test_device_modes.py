@@ -153,7 +153,9 @@ def test_a_key_that_is_revoked_in_the_middle_of_a_chat(cloud: Cloud, tmp_path: P
         for problem in ("not allowed any more", ""):
             tokens += [token.id for token in one.generate(max_tokens=4)]
             assert set(one.stats.sources) == {"device"}
-            assert problem in one.stats.note and "by itself" in one.stats.note
+            assert problem in one.stats.note
+            # Once it has been timed, auto may choose this device, and ask nobody.
+            assert "by itself" in one.stats.note or (not problem and not one.stats.bytes_up)
         with pytest.raises(IsthmusError, match="or use mode local"):
             list(one.generate(max_tokens=4, mode="stream"))
     with device(cloud, "local") as alone:
