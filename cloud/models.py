@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.cloud.files import BundleFiles
+from isthmus.cloud.pace import measured
 from isthmus.cloud.scheduler import State
 from isthmus.cloud.session import Session
 from isthmus.engine.part import KV_BLOCK, KvConfig, Part
@@ -74,12 +75,15 @@ def serve_part(
     files: BundleFiles | None = None,
     weights: str = "",
     channels: dict[int, ChannelStats] | None = None,
+    steps: tuple[tuple[int, int], ...] = (),
+    row_us: int = 0,
 ) -> Model:
     """A model from a part that is open already.
 
     Args:
         weights: the weights' format, for people.
         channels: statistics of the channels before some layers, with which devices may code hidden states.
+        steps, row_us: how fast it is, as in `protocol.fields.Offer`.
 
     Raises:
         ServiceError: the part lacks the model's last layers.
@@ -101,6 +105,8 @@ def serve_part(
         config.context_length,
         weights,
         tuple(stats.digest for stats in (channels or {}).values()),
+        steps,
+        row_us,
     )
     return Model(offer, part, kv, files, channels or {})
 
@@ -125,6 +131,15 @@ def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_dow
     listing = bundle.manifest
     files = BundleFiles(folder)
     channels = {entry.layer: bundle.exit(entry.layer).channels for entry in bundle.exits if bundle.holds(entry.file)}
+    steps, row_us = measured(part)
     return serve_part(
-        part, listing.model_id, listing.name, kv=kv, files=files, weights=listing.weights, channels=channels
+        part,
+        listing.model_id,
+        listing.name,
+        kv=kv,
+        files=files,
+        weights=listing.weights,
+        channels=channels,
+        steps=steps,
+        row_us=row_us,
     )

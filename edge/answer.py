@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 from isthmus.edge.bridge import Bridge
+from isthmus.edge.controller import GaveUp
 from isthmus.edge.conversation import Conversation
 from isthmus.edge.link import Silent
 from isthmus.edge.notes import Notes
@@ -98,18 +99,21 @@ class Answer:
         while True:
             guesses = self._guesses
             self._conversation.check(len(self._log) + len(guesses))
+            wanted = self._options.max_tokens - len(stats.tokens) + len(guesses)
             if self._runner is not None:
-                self._runner = steering.suited(self._runner, self._options, guesses)
+                self._runner = steering.turn(self._options, self._runner, guesses, wanted)
             else:
                 self._runner = steering.back(self._options, guesses)
                 if self._runner is None:
                     return None
-            wanted = self._options.max_tokens - len(stats.tokens) + len(guesses)
             try:
                 with steering.listening(self._runner, bool(guesses), bool(stats.finish)):
                     token = self._runner.next(self._conversation.remaining(wanted))
             except Silent:
                 return None
+            except GaveUp:
+                self._runner = steering.given_up(self._options, self._runner)
+                continue
             except IsthmusError as error:
                 if not steering.lost(self._options, self._runner, error):
                     if self._keep() and stats.finish:
@@ -119,6 +123,7 @@ class Answer:
                     self._runner = None
                 continue
             self._notes.waited()
+            self._steering.came(self._runner)
             return token
 
     def _take(self, token: int) -> Token:

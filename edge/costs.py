@@ -24,6 +24,7 @@ MESSAGE_BYTES = 100  # of framing, encryption and envelope around each message
 TOKEN_BYTES = 3  # of a token's id among others
 NEWS_BYTES = 45  # of one streamed token
 ANSWER_BYTES = 40
+FRESH_S, FADE_S, STALE_BPS = 3.0, 5.0, 5e5  # a rate that was seen longer ago fades by halves, down to here
 RATE_TRUST = 0.5  # of a rate that was seen, for many bytes that are still to go
 DEPTH = 8  # blocks of drafts under way at most
 
@@ -262,7 +263,10 @@ class _Priced:
         rows = max(0.0, _missing(self._standing.hidden_missing, cut) - 1)
         # A state that was not kept is computed again together with all before it that the cloud lacks.
         device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
-        upload = rows * codec.row_bytes * 8e3 / (RATE_TRUST * self._link.up_bps)
+        link = self._link
+        aged: float = link.up_bps * 0.5 ** (max(0.0, link.up_age_s - FRESH_S) / FADE_S)
+        rate_bps = max(aged, min(link.up_bps, STALE_BPS))
+        upload = rows * codec.row_bytes * 8e3 / (RATE_TRUST * rate_bps)
         return max(device, upload) + self._cloud.prefill(rows, cut)
 
     def _draft_ms(self, drafts: DraftFigures) -> float:

@@ -11,14 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from isthmus.edge import priors, profile
 from isthmus.edge.answer import Answer, OnRollback
 from isthmus.edge.chat import Chat, Message, parse
+from isthmus.edge.controller import Controller
 from isthmus.edge.conversation import Conversation
 from isthmus.edge.drafting import NGRAMS, Drafting
 from isthmus.edge.events import Timeouts
 from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
 from isthmus.edge.journal import Journal, Kept
+from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link, Wire
 from isthmus.edge.modes import Modes
 from isthmus.edge.notes import Notes
@@ -26,7 +29,9 @@ from isthmus.edge.opening import Opening
 from isthmus.edge.options import (
     GenerateOptions,
     Overflow,
+    alone_refused,
     as_mode,
+    as_wish,
     check_cut,
     check_memory,
     kv_room,
@@ -34,6 +39,7 @@ from isthmus.edge.options import (
 )
 from isthmus.edge.standby import Standby
 from isthmus.edge.steering import Steering
+from isthmus.edge.stopwatch import Stopwatch
 from isthmus.edge.text import Text, token_ids
 from isthmus.edge.token import CutOff, Mode, Source, Stats, Token
 from isthmus.engine.sampling import GREEDY, Sampling
@@ -74,6 +80,10 @@ class Device:
         overflow: what a longer conversation does: "error", or "slide" (attention sees the last kv_tokens positions).
         backend: as in `isthmus.engine.open_part`.
         slow_down: pretends to be a machine so many times slower, by waiting in proportion to what it computes.
+        prefer: what "auto" is after: "speed", "cloud-cost" (the fewest seconds of the cloud's engine that do not take
+            much longer) or "privacy" (this device alone; no cloud is spoken to).
+        max_disagreement: share of tokens that "auto" may let differ from the cloud's model; 0 keeps to its very text.
+        explain: called with why "auto" works as it does, when an answer begins and when that changes.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
             it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
             count as guesses until the cloud, back again, confirms them.
@@ -117,6 +127,9 @@ class Device:
         backend: str = "auto",
         slow_down: float = 1.0,
         timeouts: Timeouts | None = None,
+        prefer: str = "speed",
+        max_disagreement: float = 0.0,
+        explain: Callable[[str], None] | None = None,
         fallback: bool = True,
         standby: bool = True,
         on_rollback: OnRollback = "replace",
@@ -131,6 +144,9 @@ class Device:
         if threads < 0:
             raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
         check_memory(memory_mb)
+        self._wish = as_wish(prefer, max_disagreement, mode)
+        if self._wish.prefer == "privacy":
+            cloud = wire = None
         self.stats = Stats()
         self._notes = Notes()
         self._notes.begin(self.stats)
@@ -150,6 +166,7 @@ class Device:
             self._cut = check_cut(cut, self.config) if cut is not None else None
             room, slides = kv_room(kv_tokens, self.config), overflow == "slide"
             window = room if slides else 0
+            watch = Stopwatch(priors.sizes(self._bundle), clock)
             self._conversation = Conversation(room, slides)
             self._log = self._conversation.log
             self._holding = Holding(
@@ -160,7 +177,10 @@ class Device:
                 backend=backend,
                 threads=threads,
                 slow_down=slow_down,
+                watch=watch,
             )
+            if self._wish.prefer == "privacy" and not self._holding.whole:
+                raise alone_refused(self._holding.layers, self.config.n_layers)
             opened.callback(self._holding.close)
             self._exits = Exits(self._bundle, self._holding)
             opened.callback(self._exits.close)
@@ -193,6 +213,10 @@ class Device:
                 standby=Standby(self._bundle, self._holding, self._log) if stands_by else None,
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
+                controller=self._controller(
+                    watch, slides, clock, explain, (backend, threads, slow_down, memory_mb, kv_tokens)
+                ),
+                tell=explain,
             )
             self._journal: Journal | None = None
             self._kept: Kept | None = None  # what the journal held, until something else is said
@@ -351,6 +375,30 @@ class Device:
     ) -> None:
         self.close()
 
+    def _controller(
+        self,
+        watch: Stopwatch,
+        slides: bool,
+        clock: Callable[[], float],
+        tell: Callable[[str], None] | None,
+        settings: tuple[object, ...],
+    ) -> Controller | None:
+        if self._link is None:
+            return None
+        knowledge = Knowledge(
+            self._bundle,
+            self._holding,
+            self._link,
+            self._log,
+            watch,
+            slides=slides,
+            settings=settings,
+            kept=profile.folder(),
+            clock=clock,
+        )
+        self._conversation.keep(knowledge.truncate)
+        return Controller(knowledge, self._modes, self._link, self._wish, clock, tell)
+
     # -- generating
 
     def _options(
@@ -366,6 +414,7 @@ class Device:
             raise DeviceError("the device is closed", "open another one")
         cut = self._cut if cut is None else check_cut(cut, self.config)
         chosen = self._mode if mode is None else as_mode(mode)
+        as_wish(self._wish.prefer, self._wish.max_disagreement, chosen)
         codec = codec or self._codec
         return GenerateOptions(
             max_tokens, sampling, stop_words(stop), chosen, cut, codec, self._threshold, self._guesses

@@ -22,6 +22,7 @@ from isthmus.split.bundle import Bundle
 
 NGRAMS, EXIT = "ngrams", "exit"
 MAX_DEPTH = 64
+Chosen = tuple[str, int, int]
 
 
 class Drafting:
@@ -35,9 +36,6 @@ class Drafting:
         holding: this device's engine, for the small model.
         kv_tokens: positions that a conversation may have.
 
-    Attributes:
-        by_exit: whether the drafts are an exit's.
-
     Raises:
         DeviceError: the small model has another tokenizer, or the depth is none.
         BundleError: there is no bundle.
@@ -50,9 +48,11 @@ class Drafting:
             raise DeviceError(f"draft_depth is {depth}", f"choose 1 (wait for each answer) to {MAX_DEPTH}")
         self._ngrams = NgramDrafts()
         self._model: ModelDrafts | None = None
+        self._by_exits: dict[int, ModelDrafts] = {}
         self._part: LocalPart | None = None
-        self._exits, self.by_exit = exits, source == EXIT
+        self._exits, self._source = exits, str(source)
         self.pace = Pace(depth, acceptance=0.3 if source == NGRAMS else 0.5)
+        self._paces: dict[tuple[str, int, int], Pace] = {}
         if source not in (NGRAMS, EXIT):
             small = Bundle.open(source)
             check_tokenizer(small, bundle)
@@ -65,8 +65,13 @@ class Drafting:
         """The small model, None where there is none."""
         return self._part
 
-    def runner(self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int]) -> VerifyRunner:
+    def runner(
+        self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int], chosen: Chosen | None = None
+    ) -> VerifyRunner:
         """A runner for one answer.
+
+        Args:
+            chosen: "ngram" or "exit", the exit's layer, and the depth, in place of the device's own.
 
         Raises:
             DeviceError: the cloud cannot check drafts.
@@ -74,17 +79,27 @@ class Drafting:
         welcome = link.welcome()
         if welcome is None or CAN_VERIFY not in welcome.capabilities:
             raise DeviceError("this cloud does not check drafts", "update isthmus there, or use stream mode")
-        if self.by_exit and self._model is None:
-            self._model = ModelDrafts(self._exits.speaker(self._exits.layer(None)))
-        if self._model is not None:
-            self._model.speak(sampling)
-            return VerifyRunner(link, log, sampling, eos, self._model, self.pace)
-        return VerifyRunner(link, log, sampling, eos, self._ngrams, self.pace)
+        pace, model = self.pace, self._model
+        if chosen is not None:
+            pace = self._paces.setdefault(chosen, Pace(chosen[2], acceptance=0.3 if chosen[0] == "ngram" else 0.5))
+            model = self._exit(chosen[1]) if chosen[0] == EXIT else None
+        elif self._source == EXIT:
+            model = self._exit(self._exits.layer(None))
+        if model is not None:
+            model.speak(sampling)
+            return VerifyRunner(link, log, sampling, eos, model, pace)
+        return VerifyRunner(link, log, sampling, eos, self._ngrams, pace)
 
     def truncate(self, length: int) -> None:
         """The conversation is cut back to `length` tokens."""
-        drafts = self._ngrams if self._model is None else self._model
-        drafts.truncate(min(length, len(drafts)))
+        for drafts in (self._ngrams, self._model, *self._by_exits.values()):
+            if drafts is not None:
+                drafts.truncate(min(length, len(drafts)))
+
+    def _exit(self, layer: int) -> ModelDrafts:
+        if layer not in self._by_exits:
+            self._by_exits[layer] = ModelDrafts(self._exits.speaker(layer))
+        return self._by_exits[layer]
 
     def close(self) -> None:
         """Frees the small model."""

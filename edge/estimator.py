@@ -48,6 +48,16 @@ class Window:
         """Observes a value."""
         self._seen.append((now_s, value))
 
+    def worse(self, now_s: float, value: float) -> None:
+        """Observes the same as last time once more: the larger value counts."""
+        at, last = self._seen.pop()
+        self._seen.append((at, max(last, value)))
+
+    @property
+    def last_s(self) -> float:
+        """When something was last seen."""
+        return self._seen[-1][0] if self._seen else float("-inf")
+
     def values(self, now_s: float) -> list[float]:
         """What counts now, the oldest first."""
         while len(self._seen) > 1 and self._seen[0][0] < now_s - self._span_s:
@@ -94,7 +104,11 @@ class LinkEstimator:
 
     def trip(self, now_s: float, ms: float) -> None:
         """A question of one segment was answered; `ms` without the cloud's own time."""
-        self._trips.add(now_s, max(0.0, ms))
+        ms = max(0.0, ms)
+        if now_s - ms * 1e-3 < self._trips.last_s - 1e-3:
+            self._trips.worse(now_s, ms)  # was under way when the last one came: the same moment of the link
+        else:
+            self._trips.add(now_s, ms)
 
     def moved(self, way: Direction, now_s: float, size: float, ms: float) -> None:
         """Bytes that came through in a time that no trip is part of; a few of them say nothing."""
@@ -115,6 +129,7 @@ class LinkEstimator:
             rates["down"][1],
             silent_ms,
             up,
+            min(now_s - self._moved["up"].last_s, 1e6),
         )
 
     def _rates(self, seen: list[float]) -> tuple[float, float]:
@@ -155,6 +170,13 @@ class Estimator:
         # Tokens taken over those expected, for all lengths at once: else one that is not in use would seem better.
         self._luck = {(one.source, one.layer): Share(1.0, TRUST / 2) for one in known.drafts}
         self._pace: dict[str, _Pace] = {}
+
+    def knows(self, device: DeviceFigures, cloud: CloudFigures | None = None) -> None:
+        """Takes times that were measured since in place of those known before."""
+        drafts = tuple(
+            replace(one, draft_ms=device.drafted(one.layer)) if one.layer else one for one in self._known.drafts
+        )
+        self._known = replace(self._known, device=device, cloud=cloud or self._known.cloud, drafts=drafts)
 
     def device_step(self, expected_ms: float, ms: float) -> None:
         """A step of this device that its figures put at `expected_ms`."""

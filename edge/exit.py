@@ -216,6 +216,10 @@ class ExitRunner:
         token, self.source = self._ready.popleft()
         return token
 
+    def ready(self) -> bool:
+        """See `Runner`."""
+        return bool(self._ready)
+
     def reused(self) -> int:
         """See `Runner`."""
         self._lane.check(self._log)

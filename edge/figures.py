@@ -148,6 +148,7 @@ class LinkFigures(_Json):
         up_low_bps, down_low_bps: their 10 % quantiles.
         silent_ms: since something was due from the cloud that has not come; 0 while nothing is late.
         up: whether the cloud can be spoken to.
+        up_age_s: since the uplink's rate was last seen.
     """
 
     trip_ms: float
@@ -158,6 +159,7 @@ class LinkFigures(_Json):
     down_low_bps: float
     silent_ms: float = 0.0
     up: bool = True
+    up_age_s: float = 0.0
 
     def __post_init__(self) -> None:
         _check_times(self, "trip_ms", "trip_high_ms", "silent_ms")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from isthmus.edge import budget
 from isthmus.edge.local import CHUNK, LocalPart
+from isthmus.edge.stopwatch import Stopwatch
 from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig, Part, WeightSource
 from isthmus.engine.slow import check_slow_down, slowed
 from isthmus.protocol.errors import DeviceError
@@ -19,6 +20,7 @@ class Holding:
         window: attention window in positions, 0 for all.
         backend, threads: as in `isthmus.engine.open_part`.
         slow_down: as in `Device`.
+        watch: sees what the steps of the bundle's own layers take.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class Holding:
         backend: str,
         threads: int,
         slow_down: float = 1.0,
+        watch: Stopwatch | None = None,
     ) -> None:
         check_slow_down(slow_down)
         self._bundle, self._memory_mb, self._window = bundle, memory_mb, window
         self._backend, self._threads, self._slow_down = backend, threads, slow_down
+        self._watch = watch
         self.kv = KvConfig(max_tokens=kv_tokens + (CHUNK + KV_SLACK + KV_SINKS + 3 * KV_BLOCK if window else KV_BLOCK))
         self.part: LocalPart | None = None
 
@@ -65,7 +69,8 @@ class Holding:
             layers = self.layers
             if layers < depth:
                 raise self._refusal(depth)
-            self.part = LocalPart(self.open_part(self._bundle, 0, layers, self.kv), self._window)
+            part = self.open_part(self._bundle, 0, layers, self.kv)
+            self.part = LocalPart(self._watch.timed(part) if self._watch else part, self._window)
         return self.part
 
     def open_part(self, source: WeightSource, start: int, end: int, kv: KvConfig) -> Part:

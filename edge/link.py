@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,13 +10,11 @@ from typing import Protocol
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Verified
 from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
+from isthmus.edge.watch import GLANCE_S, Watch
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
-_FIRST_S = 1.0  # patience, until a round trip was measured
-_LEAST_S, _TRIPS, _GAPS = 0.036, 1.7, 3.0  # a little less than 50 ms and two trips, for the token that follows
 _TICK_S = 1e-6  # what a clock may be wrong by
-_ROW_S = 0.004  # generous: of a row among many
 _GLANCE_S = 0.25  # how often a waiting device looks whether the link is still up
 
 
@@ -25,6 +22,7 @@ class Wire(Protocol):
     """A connection to a cloud that greets, stays alive and mends itself; `protocol.link.Link` is one."""
 
     welcome: m.Welcome | None
+    rtt_ms: float | None
     bytes_up: int
     bytes_down: int
 
@@ -64,6 +62,7 @@ class Link:
     Attributes:
         idle: does a little of what can be done while `hush` is waited for; whether there was anything.
         on_lane: told of a lane before anything is sent on it.
+        watch: sees what goes up and comes down, and when; None for nobody.
         hush: gives the seconds without a sign of life after which waiting ends with `Silent`; None to wait as long as
             the session's patience lasts.
     """
@@ -79,6 +78,7 @@ class Link:
         self.hush: Callable[[], float] | None = None
         self.idle: Callable[[], bool] | None = None
         self.on_lane: Callable[[Lane], None] | None = None
+        self.watch: Watch | None = None
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         if wire.welcome is not None:
@@ -90,27 +90,9 @@ class Link:
         return self._wire.bytes_up, self._wire.bytes_down, self.session.round_trips, self.session.cloud_us
 
     @property
-    def up(self) -> bool:
-        """Whether there is a connection and the cloud shows signs of life."""
-        return self._wire.up
-
-    @property
     def heard_s(self) -> float:
         """When the link last showed a sign of life, by the clock."""
         return self._wire.heard_s
-
-    def due_s(self) -> float:
-        """Seconds without a sign of life after which a link on which an answer is due counts as down.
-
-        So long that the device's own next token comes within two round trips, or 50 ms if those are shorter. A stream
-        that comes slowly anyway gets longer, and so does a cloud that was sent many rows.
-        """
-        session = self.session
-        if not session.trips_s:
-            return _FIRST_S
-        trip_s = statistics.median(session.trips_s)
-        gap_s = statistics.median(session.gaps_s) if session.gaps_s else 0.0
-        return max(_LEAST_S, _TRIPS * trip_s, _GAPS * gap_s) + _ROW_S * session.rows_under_way
 
     @property
     def max_rows(self) -> int:
@@ -237,12 +219,42 @@ class Link:
         self.session.cancel(lane)
         self.flush()
 
+    def look(self) -> None:
+        """Takes in what has come, without waiting."""
+        while True:
+            now = self._clock()
+            message = self._wire.receive(0.0)
+            if self.watch is not None:
+                self.watch.heard(message, now, now)
+            if message is None:
+                return
+            self.session.receive(message, now)
+
+    def ping(self, size: int = 0) -> None:
+        """Asks for a sign of life, which `rtt_ms` tells of; with so many bytes more than it needs."""
+        ping = m.Ping(int(self._clock() * 1e6), bytes(size))
+        if self.watch is not None:
+            self.watch.sent(ping, self._clock())
+        self._wire.send(ping)
+
+    @property
+    def up(self) -> bool:
+        """Whether the cloud shows signs of life."""
+        return self._wire.up
+
+    @property
+    def rtt_ms(self) -> float | None:
+        """The last sign of life's round trip, where the connection takes it in itself."""
+        return self._wire.rtt_ms
+
     def flush(self) -> None:
         """Sends what waits to be sent."""
         outbox = self.session.outbox
         if outbox:
             for message in outbox:
                 self._wire.send(message)
+                if self.watch is not None:
+                    self.watch.sent(message, self._clock())
             outbox.clear()
 
     def close(self, keep: bool = False) -> None:
@@ -277,13 +289,14 @@ class Link:
         while not session.events:
             try:
                 self.flush()
-                until = min(session.wake_at, clock() + _GLANCE_S)
+                began = clock()
+                until = min(session.wake_at, began + (GLANCE_S if self.watch else _GLANCE_S))
                 if deadline is not None:
                     until = min(until, deadline)
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
-                message = wire.receive(0.0 if idle else max(0.0, (until - clock()) * 1e3))
+                message = wire.receive(0.0 if idle else max(0.0, (until - began) * 1e3))
                 if message is None and idle:
                     idle = self.idle is not None and self.idle()
             except IsthmusError:
@@ -291,19 +304,24 @@ class Link:
                 self._tell()
                 raise
             now = clock()
+            if self.watch is not None:
+                self.watch.heard(message, began, now)
             if message is not None:
                 session.receive(message, now)
-            elif hush is not None and not session.events:
-                heard_s = max(heard_s, wire.heard_s)
-                silent_s = now - heard_s + _TICK_S
-                if silent_s >= hush():
-                    session.tick(now, wire.up, wire.failure)
-                    if session.events:
-                        break
-                    raise Silent
-                if silent_s >= hush() / 2 and probed_s != heard_s:
-                    probed_s = heard_s
-                    wire.probe()
+            elif deadline is None and not session.events:
+                if self.watch is not None and (hush is None or hush() > 0.0):
+                    self.watch.waits(now)
+                if hush is not None:
+                    heard_s = max(heard_s, wire.heard_s)
+                    silent_s = now - heard_s + _TICK_S
+                    if silent_s >= hush():
+                        session.tick(now, wire.up, wire.failure)
+                        if session.events:
+                            break
+                        raise Silent
+                    if silent_s >= hush() / 2 and probed_s != heard_s:
+                        probed_s = heard_s
+                        wire.probe()
             if now >= until:
                 waited = session.patience.waiting
                 session.tick(now, wire.up, wire.failure)

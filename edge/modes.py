@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from isthmus.edge.bridge import Bridge, Retold
-from isthmus.edge.drafting import Drafting
+from isthmus.edge.drafting import Chosen, Drafting
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
@@ -50,15 +50,18 @@ class Modes:
         """The whole model on this device."""
         return LocalRunner(self._holding.open(self._bundle.config.n_layers), self._log, options.sampling)
 
-    def shared(self, options: GenerateOptions, link: Link) -> Runner:
+    def shared(self, options: GenerateOptions, link: Link, draft: Chosen | None = None) -> Runner:
         """Any mode that needs the cloud, which has answered.
+
+        Args:
+            draft: what verify mode drafts with, in place of the device's own.
 
         Raises:
             DeviceError: this device or the cloud cannot do that.
             BundleError: there is no such exit.
         """
         if options.mode == "verify":
-            return self._drafting.runner(link, self._log, options.sampling, self._eos)
+            return self._drafting.runner(link, self._log, options.sampling, self._eos, draft)
         if options.mode == "split":
             cut = self.default_cut() if options.cut is None else options.cut
             part = self._holding.open(cut)
@@ -68,11 +71,6 @@ class Modes:
         if options.mode == "exit":
             return self._exit(options, link)
         return StreamRunner(link, self._log, options.sampling, self._eos)
-
-    @property
-    def drafts_here(self) -> bool:
-        """Whether verify mode drafts with this device's layers."""
-        return self._drafting.by_exit
 
     @property
     def can_bridge(self) -> bool:

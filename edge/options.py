@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
+from isthmus.edge.figures import Prefer, Wish
 from isthmus.edge.token import MODES, Mode
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.sampling import GREEDY, Sampling
@@ -81,6 +82,26 @@ def as_mode(mode: str) -> Mode:
     if mode not in MODES:
         raise DeviceError(f"mode is {mode!r}", f"choose one of {', '.join(MODES)}")
     return mode
+
+
+def as_wish(prefer: str, max_disagreement: float, mode: str) -> Wish:
+    """What the user wishes, checked.
+
+    Raises:
+        DeviceError: no such wish, no share, or a mode that goes against it.
+    """
+    wish = Wish(cast(Prefer, prefer), max_disagreement)
+    if prefer == "privacy" and mode not in ("auto", "local"):
+        raise DeviceError(f"{mode} mode sends something and privacy is preferred", "use mode local, or prefer speed")
+    return wish
+
+
+def alone_refused(held: int, n_layers: int) -> DeviceError:
+    """Why a device cannot keep everything to itself."""
+    return DeviceError(
+        f"the device holds {held} of {n_layers} layers and nothing may be sent",
+        "give it all layers of the bundle, or prefer speed",
+    )
 
 
 class Layered(Protocol):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.edge.lane import Lane
+from isthmus.protocol import messages as m
 
 
 @dataclass(slots=True)
@@ -19,3 +20,8 @@ class Pending:
     rows: int = 0  # that the cloud has to compute before it says something
     tries: int = 0
     head: bytes = b""  # of a draft: chain over the tokens before it
+
+
+def bulk_key(request: m.GetManifest | m.GetRange) -> tuple[Any, ...]:
+    """What a request for bulk data is known by until it is answered."""
+    return ("range", request.name, request.offset) if isinstance(request, m.GetRange) else ("manifest",)

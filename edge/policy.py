@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from isthmus.edge.costs import Candidate, Standing, candidates
-from isthmus.edge.figures import Figures, Wish
+from isthmus.edge.figures import Figures, LinkFigures, Wish
+from isthmus.edge.options import alone_refused
 from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
 
 STEADY = ("local", "stream")  # ways that a bad link delays once, not for every token
 RISK = 0.15  # share of what remains that any other way must save over these
+VARIES = 0.03  # how much more of it on a link whose trips are twice as long at times
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
 HOPE = 4.0  # times the known uplink that the real one may be
 PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
@@ -61,7 +63,7 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     # What pays no trip for each token is in use until another has proved itself.
     same = [one for one in rivals if (one.key == current.key if current else one.mode in STEADY)]
     held = min(same, key=lambda one: one.total_ms, default=None)
-    if held is not None and held.key != best.key and not _worth(held, best, wish):
+    if held is not None and held.key != best.key and not _worth(held, best, wish, figures.link):
         return Plan(held, weighed, f"{held.name} goes on: {best.name} would not save enough to be worth it")
     return Plan(best, weighed, _reason(best, first, allowed, wish))
 
@@ -71,7 +73,8 @@ def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
     link, current = figures.link, standing.current
     if link is None or not link.up or wish.prefer == "privacy" or (current is not None and current.codec):
         return False
-    fast = replace(figures, link=replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps))
+    hoped = replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps, up_age_s=0.0)
+    fast = replace(figures, link=hoped)
     try:
         return bool(decide(fast, wish, standing).choice.codec)
     except DeviceError:
@@ -79,8 +82,11 @@ def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
 
 
 def explain(plan: Plan) -> str:
-    """A sentence and a table of every way that was weighed, the cheapest first."""
-    order = sorted(plan.candidates, key=lambda one: (bool(one.why_not), one.total_ms))
+    """A sentence and a table of the ways that were weighed, the cheapest first, each with its best settings."""
+    shown: dict[tuple[str, str, bool], Candidate] = {}
+    for one in sorted(plan.candidates, key=lambda one: (one != plan.choice, bool(one.why_not), one.total_ms)):
+        shown.setdefault((one.mode, one.source, one.depth > 1), one)
+    order = sorted(shown.values(), key=lambda one: (bool(one.why_not), one.total_ms))
     width = max(len(one.name) for one in order)
     lines = [plan.reason, "", f"  {'mode':<{width}}  ms/token   first ms  cloud ms/token"]
     for one in order:
@@ -90,10 +96,14 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _worth(held: Candidate, best: Candidate, wish: Wish) -> bool:
+def _worth(held: Candidate, best: Candidate, wish: Wish, link: LinkFigures | None) -> bool:
     if wish.prefer == "cloud-cost":
         return best.cloud_ms < (1 - MARGIN) * held.cloud_ms
-    margin = RISK if held.mode in STEADY and best.mode not in STEADY else MARGIN
+    margin = MARGIN
+    if held.mode in STEADY and best.mode not in STEADY:
+        margin = RISK
+        if link is not None and link.trip_high_ms > link.trip_ms:
+            margin += VARIES * min(1.0, link.trip_high_ms / max(link.trip_ms, 1.0) - 1.0)
     return best.total_ms < (1 - margin) * held.total_ms
 
 
@@ -118,10 +128,7 @@ def _reason(best: Candidate, first: Candidate, allowed: Iterable[Candidate], wis
 def _nothing(figures: Figures, wish: Wish, weighed: Iterable[Candidate]) -> DeviceError:
     device = figures.device
     if wish.prefer == "privacy":
-        return DeviceError(
-            f"the device holds {device.held} of {device.n_layers} layers and nothing may be sent",
-            "give it all layers of the bundle, or prefer speed",
-        )
+        return alone_refused(device.held, device.n_layers)
     if figures.cloud is None:
         return DeviceError(
             "this device does not hold the whole model", "name a cloud, or use a bundle with all its layers"

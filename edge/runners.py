@@ -37,6 +37,10 @@ class Runner(Protocol):
         """
         ...
 
+    def ready(self) -> bool:
+        """Whether the next token is here already."""
+        ...
+
     def reused(self) -> int:
         """Leading positions of the log that need not be computed again."""
         ...
@@ -56,6 +60,9 @@ class LocalRunner:
 
     def next(self, remaining: int) -> int:
         return self._part.sample(self._log, self._sampling)
+
+    def ready(self) -> bool:
+        return False
 
     def reused(self) -> int:
         return min(self._part.held(self._part.part.end), len(self._log) - 1)
@@ -93,6 +100,9 @@ class StreamRunner:
                         "the conversation is full in the cloud", "begin a new one, or choose overflow='slide'"
                     )
         return self._ready.popleft()
+
+    def ready(self) -> bool:
+        return bool(self._ready)
 
     def reused(self) -> int:
         self._lane.check(self._log)
@@ -136,6 +146,9 @@ class SplitRunner:
                 continue
             self._asked = None
             return tokens[0]
+
+    def ready(self) -> bool:
+        return False
 
     def reused(self) -> int:
         self._lane.check(self._log)

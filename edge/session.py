@@ -27,13 +27,13 @@ from isthmus.edge.events import (
 )
 from isthmus.edge.lane import Lane
 from isthmus.edge.patience import Patience
-from isthmus.edge.pending import Pending
+from isthmus.edge.pending import Pending, bulk_key
 from isthmus.edge.stream import Stream
+from isthmus.edge.trips import Trips
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain, extend
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
 
-_TRIPS = 16
 _MAX_SETBACKS = 24  # realignments in a row without one answer
 _MAX_REPEATS = 3  # of a draft, which a cloud drops without a word when it does not fit
 
@@ -55,8 +55,7 @@ class Session:
         patience: how long it waits.
         restore: gives a fresh lane what was kept of it.
         connections: Welcomes so far.
-        gaps_s: between the messages of a stream; the last ones.
-        trips_s: from question to answer, without the time in the cloud's engine; the last ones.
+        trips: how long answers take.
     """
 
     def __init__(
@@ -84,8 +83,7 @@ class Session:
         self._streams: dict[int, Stream] = {}
         self.patience = Patience(self._timeouts, where)
         self.connections = 0
-        self.trips_s: deque[float] = deque(maxlen=_TRIPS)
-        self.gaps_s: deque[float] = deque(maxlen=_TRIPS)
+        self.trips = Trips()
         self._closing = False
         self._setbacks = 0
 
@@ -102,6 +100,14 @@ class Session:
             self._drop(lane)
             lane.moved(enter)
         return lane
+
+    def agreed(self, alias: int, enter: int) -> int:
+        """Leading positions of the log that a lane's session holds, as far as this device knows."""
+        lane = self._lanes.get(alias)
+        if lane is None or lane.enter != enter:
+            return 0
+        lane.check(self.log)
+        return lane.agreed
 
     def edited(self, length: int) -> None:
         """The log is about to be cut back to `length`."""
@@ -164,7 +170,7 @@ class Session:
         """Asks for bulk data; `Served` follows."""
         self._busy(now)
         self.round_trips += 1
-        self._post(_bulk_key(request), request, None, now)
+        self._post(bulk_key(request), request, None, now)
 
     def close(self) -> None:
         """Tells the cloud to forget the lanes."""
@@ -226,10 +232,9 @@ class Session:
                     break
                 self._overdue(pending, now)
 
-    @property
-    def rows_under_way(self) -> int:
-        """Tokens that the cloud was sent and has not answered."""
-        return sum(pending.rows for pending in self._pending.values())
+    def due_s(self) -> float:
+        """As `Trips.due_s`, for the rows that are under way."""
+        return self.trips.due_s(sum(pending.rows for pending in self._pending.values()))
 
     @property
     def wake_at(self) -> float:
@@ -319,7 +324,7 @@ class Session:
             return
         pending = self._pending[("stream", message.alias)]
         if not pending.rows:
-            self.gaps_s.append(now - pending.asked_at)
+            self.trips.streamed(now - pending.asked_at)
         pending.asked_at, pending.retry_at = now, now + self._timeouts.retry_ms / 1e3
         pending.tries = pending.rows = 0
         for fresh, taken in stream.take(message):
@@ -482,7 +487,7 @@ class Session:
         self.round_trips += waited
         self.cloud_us += engine_us
         if not pending.tries:
-            self.trips_s.append(max(0.0, now - pending.asked_at - engine_us * 1e-6))
+            self.trips.answered(now - pending.asked_at - engine_us * 1e-6)
 
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
@@ -492,7 +497,3 @@ class Session:
     def _fail(self, error: IsthmusError) -> None:
         self.abandon()
         self.events.append(Refused(error))
-
-
-def _bulk_key(request: m.GetManifest | m.GetRange) -> tuple[Any, ...]:
-    return ("range", request.name, request.offset) if isinstance(request, m.GetRange) else ("manifest",)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from isthmus.edge import policy
 from isthmus.edge.bridge import Bridge
+from isthmus.edge.controller import Controller
 from isthmus.edge.events import Busy
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
@@ -35,6 +36,8 @@ class Steering:
         standby: keeps this device ready, None where it does not.
         confirm_s: how long a complete answer waits for a silent cloud that has guesses to confirm.
         clock: the link's seconds.
+        controller: decides in "auto" while the cloud answers; None where there is nothing to decide.
+        tell: called with why "auto" does without a cloud.
     """
 
     def __init__(
@@ -49,7 +52,10 @@ class Steering:
         standby: Standby | None,
         confirm_s: float,
         clock: Callable[[], float],
+        controller: Controller | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
+        self._controller, self._tell = controller, tell
         self._modes, self._holding, self._link, self._notes = modes, holding, link, notes
         self._fallback, self._standby, self._confirm_s, self._clock = fallback, standby, confirm_s, clock
         self._cloud_error = absent  # of when the cloud was last looked for
@@ -80,6 +86,12 @@ class Steering:
             if self._cloud_error is not None:
                 hint = "" if self._served else f" ({self._cloud_error.remedy})"
                 self._notes.add(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
+            if self._controller is not None and link_up:
+                with offering_local(whole):
+                    return self._controller.begin(options)
+            if self._tell is not None:
+                why = "there is no cloud, or none may be asked" if self._link is None else "the cloud does not answer"
+                self._tell(f"{mode}: {why}")
         if mode == "local":
             return self._modes.local(options)
         if self._link is None:
@@ -103,10 +115,10 @@ class Steering:
             yield
             return
         silent = guessed and link.heard_s <= self._silent_at
-        alone = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not self._modes.drafts_here)
-        idle = alone and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
+        rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
+        idle = rests and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
         link.idle = self._standby.work if self._standby is not None and idle else None
-        link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.due_s
+        link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.session.due_s
         try:
             yield
         except Silent:
@@ -120,16 +132,37 @@ class Steering:
         """What goes on while the cloud is silent."""
         return self._modes.bridge(options)
 
-    def suited(self, runner: Runner, options: GenerateOptions, guesses: Sequence[int]) -> Runner:
-        """The runner, or another one that has guesses confirmed sooner, and is not needed after that."""
+    def turn(self, options: GenerateOptions, runner: Runner, guesses: Sequence[int], wanted: int) -> Runner:
+        """The one for the next token that counts.
+
+        Args:
+            runner: who made the last one.
+            guesses: what this device has said beyond it.
+            wanted: tokens that are still asked for at most.
+        """
+        following = runner
         if runner is self._retelling and not guesses:
-            return self.again(runner, options)
-        assert self._link is not None or not guesses
-        if guesses and isinstance(runner, StreamRunner) and self._link.session.connections > self._connections:  # type: ignore[union-attr]
+            following = self.again(runner, options)
+        elif guesses and isinstance(runner, StreamRunner) and self._reconnected:
             with suppress(IsthmusError):
                 runner.stop()
-            return self._retell(options, guesses)
-        return runner
+            following = self._retell(options, guesses)
+        elif not guesses and self._controller is not None:
+            following = self._controller.turn(options, runner, wanted)
+        if following is not runner:
+            self._left(runner)
+        return following
+
+    def came(self, runner: Runner) -> None:
+        """The token has come."""
+        if self._controller is not None:
+            self._controller.came(runner)
+
+    def given_up(self, options: GenerateOptions, runner: Runner) -> Runner:
+        """The one that goes on when it pays no more to wait for the cloud."""
+        assert self._controller is not None
+        self._left(runner)
+        return self._controller.given_up(options, runner)
 
     def again(self, runner: Runner, options: GenerateOptions) -> Runner:
         """A new one after the log has changed."""
@@ -144,7 +177,10 @@ class Steering:
         may = away and isinstance(error, LinkError) and not isinstance(error, Busy)
         if not (may and self._bridging and may_go_on(error, options.mode, self._served)):
             return False
-        self._gone(runner, error)
+        self._left(runner)
+        with suppress(IsthmusError):
+            runner.stop()
+        self._gone(error)
         return True
 
     def back(self, options: GenerateOptions, guesses: Sequence[int]) -> Runner | None:
@@ -166,32 +202,49 @@ class Steering:
         Raises:
             IsthmusError: there is none.
         """
+        if self._controller is not None and (other := self._controller.refused(options, runner, error)) is not None:
+            self._left(runner)
+            return other
         if runner.source == "device" or not self._holding.whole:
             raise error
         if not (self._fallback and may_go_on(error, options.mode, self._served)):
             raise with_local(error) from error
-        self._gone(runner, error)
-        return self._modes.local(options)
-
-    def _gone(self, runner: Runner, error: IsthmusError, guessed: int = 0) -> None:
+        self._left(runner)
         with suppress(IsthmusError):
             runner.stop()
+        self._gone(error)
+        return self._modes.local(options)
+
+    def _gone(self, error: IsthmusError, guessed: int = 0) -> None:
+        if self._controller is not None:
+            self._controller.leave()
         self._cloud_error = error
         if isinstance(error, Busy):
             self._rest.begin(self._clock())
         said = len(self._notes.stats.tokens) - guessed
         self._notes.add(f"{error.problem}: this device went on by itself after {said} tokens")
 
+    @property
+    def _reconnected(self) -> bool:
+        """Whether the connection is another one than when the link was last found silent."""
+        return self._link is not None and self._link.session.connections > self._connections
+
     def _retell(self, options: GenerateOptions, guesses: Sequence[int]) -> Runner:
         assert self._link is not None
-        runner = self._shared(options)
-        if len(guesses) > 1 and isinstance(runner, StreamRunner):
-            self._retelling = runner = self._modes.retold(options, self._link, guesses) or runner
-        return runner
+        if len(guesses) > 1 and options.mode in ("auto", "stream"):
+            self._link.welcome()
+            self._retelling = self._modes.retold(options, self._link, guesses)
+            if self._retelling is not None:
+                if self._controller is not None:
+                    self._controller.leave()
+                return self._retelling
+        return self._shared(options)
 
     def _shared(self, options: GenerateOptions) -> Runner:
         assert self._link is not None
         self._link.welcome()
+        if options.mode == "auto" and self._controller is not None:
+            return self._controller.begin(options)
         mode = "stream" if options.mode == "auto" else options.mode
         return self._modes.shared(replace(options, mode=mode), self._link)
 
@@ -200,10 +253,9 @@ class Steering:
         if runner is not None:
             with suppress(LinkError):  # the answer is complete, or its reader has gone: a lost cancel costs nothing
                 runner.stop()
-        if isinstance(runner, VerifyRunner | ExitRunner):
-            stats.drafted, stats.accepted = runner.drafted, runner.accepted
+            self._left(runner)
         if guessed and runner is not None and self._link is not None:
-            self._gone(runner, LinkError(f"{self._link.session.where} fell silent"), guessed)
+            self._gone(LinkError(f"{self._link.session.where} fell silent"), guessed)
         elif stats.tokens and runner is not None and runner.source != "device":
             self._cloud_error = None
             self._rest.end()
@@ -212,6 +264,14 @@ class Steering:
             spent = [a - b for a, b in zip(now, self._counted, strict=True)]
             stats.bytes_up, stats.bytes_down, stats.round_trips, stats.cloud_ms = *spent[:3], spent[3] * 1e-3
             self._counted = now
+        if self._controller is not None:
+            self._controller.ended()
+
+    def _left(self, runner: Runner) -> None:
+        """Counts what a runner has drafted that makes no more tokens."""
+        if isinstance(runner, VerifyRunner | ExitRunner):
+            self._notes.stats.drafted += runner.drafted
+            self._notes.stats.accepted += runner.accepted
 
     def _link_up(self) -> bool:
         if self._link is None or not self._rest.over(self._clock()):

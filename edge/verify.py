@@ -10,6 +10,7 @@ from typing import Protocol
 
 from isthmus.edge.events import Answered, Verified
 from isthmus.edge.link import Link, Restart
+from isthmus.edge.model_drafts import ModelDrafts
 from isthmus.edge.pace import Pace
 from isthmus.edge.runners import TOKENS_LANE, sampler
 from isthmus.edge.token import Source
@@ -68,6 +69,7 @@ class VerifyRunner:
 
     Attributes:
         source: of the token given last: "verified" was drafted here, "cloud" is the cloud's own.
+        by_model: whether a model on this device drafts.
         drafted, accepted: guesses that were checked, and that were right.
     """
 
@@ -78,6 +80,7 @@ class VerifyRunner:
     ) -> None:
         self._link, self._log, self._eos, self._drafts = link, log, frozenset(eos), drafts
         self._pace = pace or Pace()
+        self.by_model = isinstance(drafts, ModelDrafts)
         self._sampler = sampler(sampling)
         self._lane = link.session.lane(TOKENS_LANE, 0)
         self._ready: deque[tuple[int, Source]] = deque()
@@ -109,6 +112,10 @@ class VerifyRunner:
                 self._running = False
         token, self.source = self._ready.popleft()
         return token
+
+    def ready(self) -> bool:
+        """See `Runner`."""
+        return bool(self._ready)
 
     def reused(self) -> int:
         """See `Runner`."""

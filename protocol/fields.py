@@ -84,6 +84,9 @@ class Offer(Struct, array_like=True, frozen=True):
         context_length: positions that the model was trained for.
         weights: the weights' format, such as "q4" or "keep", for people; empty when it is not told.
         channels: digests of the channel statistics that tensors may be coded with.
+        steps: (rows, microseconds) of steps of so many rows of one sequence, each of which is sampled, as measured when
+            the service was started; ascending, empty when they are not told.
+        row_us: of one row of many of which none is sampled, microseconds; 0 when it is not told.
     """
 
     model_id: Name
@@ -98,3 +101,5 @@ class Offer(Struct, array_like=True, frozen=True):
     context_length: U32
     weights: Name = ""
     channels: Annotated[tuple[bytes, ...], Meta(max_length=256)] = ()
+    steps: Annotated[tuple[tuple[U32, Micros], ...], Meta(max_length=16)] = ()
+    row_us: Micros = 0

@@ -44,6 +44,7 @@ MIN_VERSION = 1
 INLINE_BYTES = 16 * 1024
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_RANGE_BYTES = 64 * 1024
+MAX_PADDING = 16 * 1024
 MAX_DRAFT = 32
 CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft and Fill are understood
 
@@ -236,9 +237,14 @@ class Truncate(Struct, array_like=True, tag=11):
 
 
 class Ping(Struct, array_like=True, tag=12):
-    """Either way: answer with a Pong at once. sent_us is the sender's own clock, returned untouched."""
+    """Either way: answer with a Pong at once. sent_us is the sender's own clock, returned untouched.
+
+    Attributes:
+        padding: bytes that say nothing, to see how long they take.
+    """
 
     sent_us: Micros
+    padding: Annotated[bytes, Meta(max_length=MAX_PADDING)] = b""
 
 
 class Pong(Struct, array_like=True, tag=13):
@@ -417,7 +423,7 @@ def encode(message: Message) -> list[bytes]:
     if isinstance(message, Rows | Result | Draft | Fill):
         tensor = message.hidden
         if tensor is not None and len(tensor.data) > INLINE_BYTES:
-            bare = Tensor(tensor.codec, tensor.shape, tensor.plain)
+            bare = Tensor(tensor.codec, tensor.shape, tensor.plain, b"", tensor.stats)
             return [_encode(msgspec.structs.replace(message, hidden=bare)), tensor.data]
     return [_encode(message)]
 

@@ -32,6 +32,7 @@ COLUMNS = (  # an attribute of a row, title, format
 STREAM, LOCAL = "cloud only (stream)", "device only (local)"
 CE_COLLM, EXIT, VERIFY = "CE-CoLLM's policy", "exit", "verify"
 PIPELINED = f"{VERIFY}, exit drafts, pipelined"
+AUTO = "auto"
 CE_COLLM_THRESHOLD = 0.8  # as published (2411.02829), on f16 states and one question a token
 
 
@@ -110,7 +111,7 @@ def ways(cut: int | None, threshold: float | None, whole: bool, exits: bool = Tr
         drafted = {"mode": "verify", "draft": "exit"}
         found.append(Way(f"{VERIFY}, exit drafts", {**drafted, "draft_depth": 1}))
         found.append(Way(PIPELINED, {**drafted, "draft_depth": 8}))
-    return found
+    return [*found, Way(AUTO, {"mode": "auto"})]
 
 
 def select(contenders: Sequence[Way], only: str) -> list[Way]:

@@ -6,6 +6,7 @@ drafts and exits are right comes from recorded facts. Auto sees what a device co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ GREETINGS = 4  # trips that opening a connection has shown before the first ques
 BULK = 9000  # bytes each way that it moves to see the link's rate
 CODECS = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003), CodecFigures("coded", 384, 0.0))
 LENGTHS = (1, 2, 3, 4, 6)
+SHADOW = 4  # drafts that are held against what came while others draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Answers one after the other, from a moment of the link's trace on."""
+    """Answers one after the other, from a moment of the link's trace on.
+
+    Attributes:
+        lead_s: from then on, the link is open before the first of them is asked for.
+        seconds: after which it is over, however far the answers are.
+    """
 
     start_s: float
     answers: tuple[Answer, ...]
+    lead_s: float = 0.0
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +174,18 @@ class _Game:
         self._player: Player | None = None
         self._decided = -(10**12)
         self._curious = False
+        self._end = math.inf
+        self._foreseen = 0  # tokens of the answer that were held against n-grams
 
     def play(self) -> Outcome:
         self._greet(self._estimator or Estimator(self._point.figures))
-        begin = self._world.now
+        begin = self._world.now = max(self._world.now, round(self._window.lead_s * 1e9))
+        self._end = begin + self._window.seconds * 1e9
         tokens = wrong = 0
         sight = Sight(self._estimator, self._impatient if self._wish is not None else None)
         for answer in self._window.answers:
+            if self._world.now >= self._end:
+                break
             self._talk = Conversation(
                 self._world,
                 self._ways,
@@ -182,17 +196,18 @@ class _Game:
                 sight,
             )
             self._player = None
+            self._foreseen = 0
             if self._wish is not None:
                 self._choice = None
                 self._answer_auto()
             else:
                 assert self._choice is not None
                 self._player = player(self._talk, self._choice, self._point.figures)
-                while self._talk.left:
+                while self._talk.left and self._world.now < self._end:
                     self._round(self._player, self._choice)
             if self._player is not None:
                 self._player.stop()
-            tokens, wrong = tokens + answer.tokens, wrong + self._talk.wrong
+            tokens, wrong = tokens + self._talk.made, wrong + self._talk.wrong
         seconds = (self._world.now - begin) / 1e9
         return Outcome(seconds, tokens, wrong, self._engine.busy_ms, self._switches, self._used)
 
@@ -214,7 +229,7 @@ class _Game:
     def _answer_auto(self) -> None:
         talk, world = self._talk, self._world
         self._decided = -(10**12)
-        while talk.left:
+        while talk.left and world.now < self._end:
             if world.now - self._decided >= DECIDE_MS * MS:
                 self._decide(0.0)
             assert self._player is not None and self._choice is not None
@@ -237,6 +252,19 @@ class _Game:
         if self._estimator is not None and not fresh and choice.mode != "stream":
             took = (self._world.now - begin) / MS
             self._estimator.paced(choice.mode, talk.now_s, tokens * choice.ms_per_token, took)
+        if self._estimator is not None and choice.source != "ngram":
+            self._foresee(self._estimator)
+
+    def _foresee(self, estimator: Estimator) -> None:
+        """What n-grams would have drafted of the tokens that have come: a device sees that for nothing."""
+        answer = self._talk.answer
+        while self._foreseen < self._talk.made:
+            drafted = min(SHADOW, answer.drafted[self._foreseen])
+            taken = min(answer.taken(0, self._foreseen, drafted), drafted)
+            if self._foreseen + taken >= self._talk.made:
+                return
+            estimator.block("ngram", 0, SHADOW, drafted, taken)
+            self._foreseen += taken + 1
 
     def _decide(self, waited_ms: float) -> None:
         talk, estimator, world = self._talk, self._estimator, self._world

@@ -55,6 +55,20 @@ def command(
         int,
         typer.Option("--draft-depth", help="Drafts that may be under way at once in verify mode; 1 waits for each"),
     ] = 8,
+    prefer: Annotated[
+        str,
+        typer.Option(
+            metavar="speed|cloud-cost|privacy",
+            help="What auto is after: speed, little of the cloud's time, or privacy (no cloud is spoken to)",
+        ),
+    ] = "speed",
+    max_disagreement: Annotated[
+        float,
+        typer.Option("--max-disagreement", help="Share of tokens that auto may let differ from the cloud's model"),
+    ] = 0.0,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say on standard error why auto works as it does, and when it changes")
+    ] = False,
     cloud: Annotated[str | None, typer.Option(help="The cloud's address: HOST:PORT")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME|ID", help="Which of the cloud's models to fetch, when it serves several")
@@ -110,11 +124,13 @@ def command(
 ) -> None:
     """Ask a model, or chat with it when there is no --prompt.
 
-    Without --cloud everything is computed on this device. With it, auto lets the cloud answer while it can be reached
-    and goes on alone when it cannot. In verify mode this device guesses ahead and the cloud checks: the text is that
-    of stream mode, in fewer round trips. In exit mode the device says by itself what its exit is sure of, and asks the
-    cloud about the rest; `isthmus inspect` shows what the exit's certificate promises. With the codec f32 the text of
-    split mode does not depend on where its tokens are computed; the others send less and may change it.
+    Without --cloud everything is computed on this device. With it, auto measures device, cloud and link, and works in
+    the way that ends the answer first, token by token, among those that keep to the text of the cloud's model
+    (--max-disagreement lets exits speak, too); it goes on alone when the cloud cannot be reached. In verify mode this
+    device guesses ahead and the cloud checks: the text is that of stream mode, in fewer round trips. In exit mode the
+    device says by itself what its exit is sure of, and asks the cloud about the rest; `isthmus inspect` shows what the
+    exit's certificate promises. With the codec f32 the text of split mode does not depend on where its tokens are
+    computed; the others send less and may change it.
     """
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
@@ -131,8 +147,8 @@ def command(
     _check_effects(ctx)
     if greedy:
         sampling = Sampling()
-    screen = Screen()
-    mode = "local" if cloud is None and mode == "auto" else mode
+    screen, reasons = Screen(), list[str]()
+    mode = "local" if cloud is None and mode == "auto" and not explain else mode
     with (
         Fetching(bundle, mode, cut) as fetching,
         Device(
@@ -153,17 +169,20 @@ def command(
             overflow=overflow,  # type: ignore[arg-type]
             on_rollback=on_rollback if on_rollback != "replace" else screen.rollback,  # type: ignore[arg-type]
             resume=resume,
+            prefer=prefer,
+            max_disagreement=max_disagreement,
+            explain=(reasons.append if json else _explain) if explain else None,
             progress=fetching.progress,
         ) as device,
     ):
         fetching.done()
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
-        cut_off = device.unfinished
+        cut_off, told = device.unfinished, reasons if explain else None
         if cut_off is not None and (prompt is None or cut_off.question in (None, text)):
-            _answer(device, screen, device.go_on(), json, max_tokens, cut_off.text)
+            _answer(device, screen, device.go_on(), max_tokens, cut_off.text, json=json, reasons=told)
         elif prompt is not None:
             tokens = device.generate(text, **options) if raw else device.chat(text, **options)
-            _answer(device, screen, tokens, json, max_tokens)
+            _answer(device, screen, tokens, max_tokens, json=json, reasons=told)
         if prompt is None:
             chat(device, screen, raw, cloud is not None, options)
 
@@ -215,6 +234,9 @@ def _check_effects(ctx: typer.Context) -> None:
                 refuse(name, "has no effect without --mode split or exit", "add that, or leave it out")
     if mode != "exit" and "threshold" in given and not ("cloud" in given and "prompt" not in given):
         refuse("threshold", "has no effect without --mode exit", "add that, or leave it out")
+    for name in ("prefer", "max_disagreement", "explain"):
+        if name in given and mode != "auto" and not ("cloud" in given and "prompt" not in given):
+            refuse(name.replace("_", "-"), "has no effect without --mode auto", "leave one of them out")
     if mode != "verify" and not ("cloud" in given and "prompt" not in given):
         for name in ("draft", "draft_depth"):
             if name in given:
@@ -236,8 +258,21 @@ def _read(prompt: str) -> str:
     return text
 
 
+def _explain(why: str) -> None:
+    import sys
+
+    print(f"auto: {why}", file=sys.stderr)
+
+
 def _answer(
-    device: Device, screen: Screen, tokens: Iterable[Token], json: bool, max_tokens: int, so_far: str = ""
+    device: Device,
+    screen: Screen,
+    tokens: Iterable[Token],
+    max_tokens: int,
+    so_far: str = "",
+    *,
+    json: bool,
+    reasons: list[str] | None,
 ) -> None:
     import sys
     from json import dumps
@@ -250,7 +285,8 @@ def _answer(
         for _ in tokens:
             pass
         tell_note(device, note)
-        print(dumps(device.stats.to_dict(), ensure_ascii=False))
+        told = device.stats.to_dict() | ({} if reasons is None else {"explain": reasons})
+        print(dumps(told, ensure_ascii=False))
         return
     screen.show(tokens, so_far)
     tell_note(device, note)

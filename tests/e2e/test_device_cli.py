@@ -40,6 +40,16 @@ def test_json_has_all_that_an_answer_cost(bundle: Path) -> None:
     assert answer["prompt_tokens"] == 5 < json.loads(chat.stdout)["prompt_tokens"]
 
 
+def test_auto_explains_itself(bundle: Path) -> None:
+    arguments = (str(bundle), "--prompt", "hello", "--greedy", "--max-tokens", "5", "--threads", "1", "--explain")
+    private = ("--prefer", "privacy", "--cloud", "127.0.0.1:9", "--no-keys")  # where nobody is, and nobody is asked
+    told = run(*arguments, *private)
+    assert (told.returncode, told.stderr) == (0, "auto: local: there is no cloud, or none may be asked\n")
+    answer = json.loads(run(*arguments, *private, "--json").stdout)
+    assert answer["explain"] == ["local: there is no cloud, or none may be asked"]
+    assert (answer["bytes_up"], answer["note"]) == (0, "")
+
+
 def test_the_prompt_comes_from_standard_input_and_a_seed_fixes_the_text(bundle: Path) -> None:
     arguments = (str(bundle), "--prompt", "-", "--max-tokens", "20", "--temperature", "1")
     first, second, other = (run(*arguments, "--seed", seed, stdin="hello\n") for seed in ("1", "1", "2"))
@@ -80,6 +90,11 @@ def test_bytes_that_are_no_text_are_one_line_each(bundle: Path) -> None:
         (["--keys", "nowhere"], "--keys has no effect without --cloud"),
         (["--no-keys"], "--no-keys has no effect without --cloud"),
         ([*NOBODY, "--keys", "nowhere"], "--keys has no effect with --no-keys"),
+        (["--prefer", "magic"], "--prefer is 'magic'; choose one of speed, cloud-cost, privacy"),
+        ([*NOBODY, "--max-disagreement", "1.5"], "--max-disagreement is 1.5; give a share from 0 to 1"),
+        ([*NOBODY, "--max-disagreement", "nan"], "--max-disagreement is nan"),
+        (["--mode", "local", "--prefer", "speed"], "--prefer has no effect without --mode auto"),
+        ([*NOBODY, "--mode", "stream", "--explain"], "--explain has no effect without --mode auto"),
         (["--greedy", "--temperature", "1"], "--temperature has no effect with --greedy"),
         (["question"], "ask with --prompt 'QUESTION'"),
         (["--memory-mb", "50"], "the budget is 50 MB"),

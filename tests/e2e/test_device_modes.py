@@ -40,7 +40,10 @@ def device(cloud: Cloud, mode: str = "auto", bundle: ToyBundle | None = None, **
 def test_every_mode_gives_the_same_text(cloud: Cloud, mode: str, sampling: Sampling) -> None:
     with device(cloud, mode) as one:
         assert ids(one.generate(PROMPT, max_tokens=40, sampling=sampling)) == local(max_tokens=40, sampling=sampling)
-        assert set(one.stats.sources) == {"split" if mode == "split" else "cloud"}
+        if mode == "auto":  # begins in the cloud, and goes on as measured times say
+            assert one.stats.sources[0] == "cloud"
+        else:
+            assert set(one.stats.sources) == {"split" if mode == "split" else "cloud"}
         assert one.stats.bytes_up > 0 and one.stats.bytes_down > 0
 
 
@@ -150,7 +153,9 @@ def test_a_key_that_is_revoked_in_the_middle_of_a_chat(cloud: Cloud, tmp_path: P
         for problem in ("not allowed any more", ""):
             tokens += [token.id for token in one.generate(max_tokens=4)]
             assert set(one.stats.sources) == {"device"}
-            assert problem in one.stats.note and "by itself" in one.stats.note
+            assert problem in one.stats.note
+            # Once it has been timed, auto may choose this device, and ask nobody.
+            assert "by itself" in one.stats.note or (not problem and not one.stats.bytes_up)
         with pytest.raises(IsthmusError, match="or use mode local"):
             list(one.generate(max_tokens=4, mode="stream"))
     with device(cloud, "local") as alone:

@@ -48,7 +48,7 @@ def test_ways_without_exits_leave_out_what_needs_them() -> None:
     assert names[:2] == [STREAM, LOCAL] and {CE_COLLM, EXIT, PIPELINED} <= set(names)
     assert len(set(names)) == len(names)
     bare = [way.name for way in ways(None, None, whole=True, exits=False)]
-    assert len(bare) == 4 and not any("exit" in name or name == CE_COLLM for name in bare)
+    assert len(bare) == 5 and not any("exit" in name or name == CE_COLLM for name in bare)
     assert LOCAL not in [way.name for way in ways(24, None, whole=False)]
 
 

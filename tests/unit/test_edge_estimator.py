@@ -27,19 +27,29 @@ def test_quickly_sceptical_slowly_trusting() -> None:
     for i in range(20):
         link.trip(0.1 * i, 20.0)
     for i in range(4):
-        link.trip(2.0 + 0.05 * i, 400.0)
-    assert link.figures(2.2).trip_ms == 400.0
+        link.trip(2.4 + 0.5 * i, 400.0)
+    assert link.figures(4.0).trip_ms == 400.0
     for i in range(4):
-        link.trip(2.2 + 0.05 * i, 20.0)
-    found = link.figures(2.4)
+        link.trip(4.2 + 0.05 * i, 20.0)
+    found = link.figures(4.4)
     assert found.trip_ms == 20.0 and found.expected_trip_ms > 20.0
 
     slow = LinkEstimator(0.0)
     for i in range(20):
-        slow.trip(0.1 * i, 400.0)
+        slow.trip(0.5 * i, 400.0)
     for i in range(5):
-        slow.trip(2.0 + 0.1 * i, 20.0)
-    assert slow.figures(2.5).trip_ms == 400.0
+        slow.trip(10.0 + 0.1 * i, 20.0)
+    assert slow.figures(10.5).trip_ms == 400.0
+
+
+def test_trips_that_were_under_way_together_are_one_moment_of_the_link() -> None:
+    link = LinkEstimator(0.0)
+    for i in range(10):
+        link.trip(0.1 * i, 20.0)
+    for i in range(5):
+        link.trip(2.0 + 0.001 * i, 1000.0 - i)  # a pipe behind one stall
+    found = link.figures(2.1)
+    assert found.trip_ms == found.trip_high_ms == 20.0
 
 
 def test_what_is_old_is_forgotten_but_for_the_last() -> None:

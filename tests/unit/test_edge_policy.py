@@ -187,7 +187,9 @@ def test_the_explanation_shows_every_way_and_why_not() -> None:
     plan = decide(known, EXACT, FRESH)
     told = explain(plan)
     assert told.startswith(plan.reason)
-    assert all(one.name in told for one in plan.candidates)
+    ways = {one.name: (one.mode, one.source, one.depth > 1) for one in plan.candidates}
+    shown = [ways[line[2:].split("  ")[0]] for line in told.splitlines()[3:]]
+    assert sorted(shown) == sorted(set(ways.values()))
     assert "the device holds 20 of 30 layers" in told and "% of tokens may differ" in told
     for wish in (EXACT, LOOSE):
         told = explain(decide(known, wish, FRESH))

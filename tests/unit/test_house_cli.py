@@ -105,7 +105,7 @@ def test_paragraphs_of_help_are_broken_by_the_terminal_alone(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["run", "--help"]) == 0
-    assert " cloud answer while it can be reached and goes on alone when it cannot. " in capsys.readouterr().out
+    assert " device, cloud and link, and works in the way that ends the answer first, token " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

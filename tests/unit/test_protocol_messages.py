@@ -65,7 +65,7 @@ def test_another_language_may_leave_trailing_defaults_out() -> None:
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    assert m.decode([msgpack.packb([12, 5, "news", {"more": 1}])]) == m.Ping(5)
+    assert m.decode([msgpack.packb([13, 5, "news", {"more": 1}])]) == m.Pong(5)
 
 
 def test_a_code_of_a_newer_version_is_unknown() -> None:
@@ -166,3 +166,9 @@ def test_version_n_speaks_with_its_neighbours(
     theirs: int, theirs_min: int, ours: int, ours_min: int, common: int | None
 ) -> None:
     assert m.agree(theirs, theirs_min, ours=ours, ours_min=ours_min) == common
+
+
+def test_a_large_tensor_keeps_all_that_says_how_to_read_it() -> None:
+    tensor = m.Tensor("ecsq6", (100, 576), 1, bytes(m.INLINE_BYTES + 1), b"12345678")
+    fill = m.Fill(1, 2, 3, b"head", [4] * 100, tensor)
+    assert m.decode(m.encode(fill)) == fill

@@ -1,0 +1,346 @@
+"""Is "auto" as near to the best mode on real links as in the simulator? Eight windows of 60 seconds, played for real.
+
+In each window a cloud is a process of its own, the link is a relay that replays a trace from a moment on, and a device
+answers questions one after the other: in every fixed mode that the wish allows, each on the same stretch of the trace,
+then in auto, which has met machine and cloud before but not the link. The simulator plays auto on the same stretch with
+times that were measured just before, and with what n-grams and exits foresee of the very answers. A device that holds
+20 layers has a folder with no more in it. Slow-downs are declared; nothing else should run on the machine.
+
+usage: python benchmarks/windows.py --traces FOLDER [--seconds 60] [--only 0,3] [--questions 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from models import BENCH
+from record import Cell, Record
+
+from isthmus.apps.bench.facts import LONGEST, Answer, ExitFacts
+from isthmus.apps.bench.relay import LinkProfile, Relay
+from isthmus.apps.bench.simulate import LinkPlan, Point, Window, play_auto
+from isthmus.apps.bench.traces import Trace, read_pair
+from isthmus.apps.cli.cloud_process import CloudProcess
+from isthmus.edge import Device, Timeouts, priors
+from isthmus.edge.drafts import NgramDrafts
+from isthmus.edge.exit import ExitSpeaker
+from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, Wish
+from isthmus.edge.local import LocalPart
+from isthmus.engine import KvConfig, Rows, Want, open_part
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.keys import AllowList, write_pair
+from isthmus.split.bundle import Bundle
+from isthmus.split.exit_states import questions
+
+LEAD_S = 3.0  # in which a device connects
+TOKENS = 120  # of an answer at most
+NEAR, ALIKE = 0.9, 0.1
+STEPS = (1, 2, 4, 8)
+PROMPT = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """A window."""
+
+    link: str
+    start_s: float
+    rtt_ms: float
+    slow: float
+    cloud: float
+    held: int
+    disagreement: float
+
+
+CASES = (
+    Case("Verizon-LTE-short", 20, 20, 4, 1, 30, 0.0),
+    Case("Verizon-LTE-short", 60, 5, 1, 8, 20, 0.05),
+    Case("ATT-LTE-driving-2016", 20, 50, 4, 1, 30, 0.0),
+    Case("ATT-LTE-driving-2016", 60, 20, 1, 8, 20, 0.05),
+    Case("TMobile-UMTS-driving", 30, 20, 4, 1, 30, 0.0),
+    Case("TMobile-UMTS-driving", 90, 20, 1, 8, 20, 0.0),
+    Case("Verizon-EVDO-driving", 20, 100, 1, 1, 30, 0.0),
+    Case("Verizon-EVDO-driving", 60, 50, 4, 8, 20, 0.05),
+)
+
+
+class Times:
+    """What this machine takes, measured in this run with one thread: layers [0, k), steps of n rows, one prompt row."""
+
+    def __init__(self, source: Bundle, layers: list[int]) -> None:
+        part = open_part(source, 0, source.config.n_layers, threads=1, kv=KvConfig("f16", 4096))
+        self.n_layers = part.end
+
+        def step(count: int, leave: int | None, want: Want) -> float:
+            sequence, took = part.open(), []
+            part.step(Rows().tokens(sequence, 0, [7] * PROMPT, want=Want.NONE))
+            for turn in range(12):
+                rows = Rows().tokens(
+                    sequence,
+                    PROMPT + turn * count,
+                    [7] * count,
+                    leave=leave,
+                    want=want,
+                    want_all=want is not Want.NONE,
+                )
+                began = time.perf_counter()
+                part.step(rows)
+                took.append((time.perf_counter() - began) * 1e3)
+            sequence.close()
+            return statistics.median(took[2:])
+
+        self.layers = {k: step(1, k, Want.HIDDEN) for k in sorted({1, *layers, part.end})}
+        self.rows = {n: step(n, None, Want.SAMPLE) for n in STEPS}
+        self.head = max(0.1, self.rows[1] - self.layers[part.end])
+        self.prompt = step(64, None, Want.NONE) / 64
+        self.device_more = self.cloud_more = 0.0  # what a token takes beyond the engine
+        part.close()
+
+    def device(self, case: Case) -> DeviceFigures:
+        """Of the case's device."""
+        points = tuple((k, ms * case.slow) for k, ms in self.layers.items())
+        head, exit_ms = self.head * case.slow, self.layers[1] * case.slow
+        return DeviceFigures(
+            case.held, self.n_layers, points, head + self.device_more, exit_ms, self.prompt * case.slow, priors.CODEC_MS
+        )
+
+    def cloud(self, case: Case) -> CloudFigures:
+        """Of the case's cloud."""
+        rows = tuple((n, ms * case.cloud + self.cloud_more) for n, ms in self.rows.items())
+        return CloudFigures(self.n_layers, rows, self.head * case.cloud, self.prompt * case.cloud)
+
+
+def answers(source: Bundle, asked: list[str], layers: list[int]) -> list[Answer]:
+    """What the model answers, and what n-grams and exits foresee of it."""
+    kv = KvConfig("f16", 4096)
+    found, before = [], list[int]()
+    with Device(source, mode="local", threads=1, kv_tokens=1024) as device:
+        speakers = {}
+        for layer in layers:
+            part = LocalPart(open_part(source, 0, layer, threads=1, kv=kv))
+            speakers[layer] = ExitSpeaker(
+                part, open_part(source.exit(layer), layer, layer + 1, threads=1, kv=kv), layer
+            )
+        for question in asked:
+            device.reset()
+            list(device.chat(question, max_tokens=TOKENS))
+            log, first = device.tokens, device.stats.prompt_tokens
+            shared = next((i for i, (a, b) in enumerate(zip(log, before, strict=False)) if a != b), len(before))
+            found.append(along(log, first, min(shared, first - 1), speakers))
+            before = log
+    return found
+
+
+def along(log: list[int], first: int, shared: int, speakers: Mapping[int, ExitSpeaker]) -> Answer:
+    """One answer; of its prompt, both sides still hold what it shares with the one before."""
+    from isthmus.engine.sampling import GREEDY
+
+    drafts, drafted, agreed = NgramDrafts(), list[int](), list[int]()
+    said: dict[int, tuple[list[float], list[bool]]] = {layer: ([], []) for layer in speakers}
+    drafts.extend(log[:first])
+    chain = Chain()
+    chain.extend(log[:first])
+    for speaker in speakers.values():
+        speaker.truncate(0)
+    for at in range(first, len(log)):
+        guesses = drafts.draft(LONGEST)
+        drafted.append(len(guesses))
+        pairs = list(zip(guesses, log[at:], strict=False))
+        agreed.append(next((i for i, (guess, came) in enumerate(pairs) if guess != came), len(pairs)))
+        for layer, speaker in speakers.items():
+            word = speaker.say(chain, GREEDY)
+            said[layer][0].append(word.confidence)
+            said[layer][1].append(word.token == log[at])
+        drafts.extend([log[at]])
+        chain.extend([log[at]])
+    exits = {layer: ExitFacts(tuple(sure), tuple(right)) for layer, (sure, right) in said.items()}
+    return Answer(first - shared, tuple(drafted), tuple(agreed), exits)
+
+
+def turned(trace: Trace, start_s: float) -> Trace:
+    """A trace that begins where another is after some seconds."""
+    start = round(start_s * 1e3) % trace.period_ms
+    times = [time_ms - start for time_ms in trace.times_ms if time_ms > start]
+    return Trace((*times, *(t + trace.period_ms - start for t in trace.times_ms if t <= start)), trace.name)
+
+
+def part_of(source: Bundle, held: int, folder: Path) -> Path:
+    """A folder with the first layers of a bundle and the exits before them."""
+    if held == source.config.n_layers:
+        return source.path
+    files = source.manifest.part_files(0, held)
+    names = ["bundle.json", source.manifest.tokenizer.file, *files]
+    names += [entry.file for entry in source.exits if entry.layer <= held]
+    for name in dict.fromkeys(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(source.path / name, folder / name)
+    return folder
+
+
+def fixed_ways(case: Case, source: Bundle, layers: list[int]) -> dict[str, dict[str, Any]]:
+    """Every fixed mode that the wish allows, by name."""
+    ways: dict[str, dict[str, Any]] = {"stream": {"mode": "stream"}}
+    if case.held == source.config.n_layers:
+        ways["local"] = {"mode": "local"}
+    ways["verify ngram"] = {"mode": "verify", "draft_depth": 1}
+    if layers:
+        ways["verify exit"] = {"mode": "verify", "draft": "exit", "draft_depth": 1}
+        ways["verify exit pipelined"] = {"mode": "verify", "draft": "exit", "draft_depth": 8}
+    cut = min(case.held, source.config.n_layers - 1)
+    ways["split f32"] = {"mode": "split", "cut": cut, "codec": "f32"}
+    for entry in source.exits:
+        promised = entry.certificate.disagreement if entry.certificate else 1.0
+        if entry.layer in layers and promised <= case.disagreement:
+            ways[f"exit {entry.layer}"] = {"mode": "exit", "cut": entry.layer}
+    return ways
+
+
+def play(device: Device, asked: list[str], begin_s: float, seconds: float) -> tuple[int, Counter[str]]:
+    """Tokens that came in time, and where they were made."""
+    time.sleep(max(0.0, begin_s - time.monotonic()))
+    sources: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    while True:
+        for question in asked:
+            device.reset()
+            for token in device.chat(question, max_tokens=TOKENS):
+                if time.monotonic() >= end:
+                    return sum(sources.values()), sources
+                sources[token.source] += 1
+
+
+def real(
+    case: Case, options: Mapping[str, Any], folder: Path, keys: Path, cloud: str, link: LinkProfile
+) -> Callable[[list[str], float], tuple[int, Counter[str]]]:
+    """Plays a window in one mode."""
+
+    def played(asked: list[str], seconds: float) -> tuple[int, Counter[str]]:
+        auto = options["mode"] == "auto"
+        patience = Timeouts(connect_ms=60_000) if auto else Timeouts(connect_ms=60_000, give_up_ms=120_000)
+        with Relay(cloud, link) as relay:
+            began = time.monotonic()
+            with Device(
+                folder,
+                relay.address,
+                keys=keys,
+                threads=1,
+                slow_down=case.slow,
+                kv_tokens=1024,
+                timeouts=patience,
+                fallback=auto,
+                **options,
+            ) as device:
+                if options["mode"] != "local" and device._link is not None:
+                    device._link.welcome()
+                return play(device, asked, began + LEAD_S, seconds)
+
+    return played
+
+
+def main() -> int:
+    """Plays the windows and writes results/windows.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", required=True, type=Path, help="folder of PREFIX.up and PREFIX.down")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--only", default="", help="numbers of windows, from 0 on; all else")
+    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--bundle", type=Path, default=BENCH / "smollm2-exits", help="with calibrated exits")
+    options = parser.parse_args()
+    source = Bundle.open(options.bundle)
+    chosen = [CASES[int(n)] for n in options.only.split(",")] if options.only else list(CASES)
+    layers = [entry.layer for entry in source.exits]
+    asked = questions([], options.questions)
+    times, said = Times(source, [*layers, 20]), answers(source, asked, layers)
+    record = Record(
+        "windows",
+        {
+            "seconds": options.seconds,
+            "questions": options.questions,
+            "threads": "1 on each side",
+            "emulated": "device slow-down, cloud step, round trip and links",
+        },
+    )
+    rows: list[list[Cell]] = []
+    with ExitStack() as stack:
+        keys = Path(stack.enter_context(TemporaryDirectory(prefix="isthmus-windows-")))
+        os.environ["ISTHMUS_CACHE"] = str(keys / "cache")  # what auto learns of this machine, and nothing from before
+        write_pair(keys, "server")
+        AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "bench")
+        for number, case in enumerate(chosen):
+            folder = part_of(source, case.held, keys / f"part-{number}")
+            able = [layer for layer in layers if layer <= case.held]
+            up, down = (turned(one, case.start_s - LEAD_S) for one in read_pair(options.traces / case.link))
+            link = replace(LinkProfile.of_rtt(case.rtt_ms), trace_up=up, trace_down=down)
+            tokens: dict[str, int] = {}
+            with CloudProcess(source.path, keys, 1, case.cloud) as cloud:
+                if not times.cloud_more:
+                    calibrate(times, source.path, keys, cloud.address, asked)
+                wish = {"mode": "auto", "max_disagreement": case.disagreement}
+                real(case, wish, folder, keys, cloud.address, LinkProfile())(asked, 5.0)  # meets machine and cloud
+                for name, way in fixed_ways(case, source, able).items():
+                    tokens[name], _ = real(case, way, folder, keys, cloud.address, link)(asked, options.seconds)
+                    print(f"window {number}: {name} {tokens[name]} tokens", file=sys.stderr, flush=True)
+                auto, sources = real(case, wish, folder, keys, cloud.address, link)(asked, options.seconds)
+            device = times.device(case)
+            figures = Figures(
+                device,
+                times.cloud(case),
+                None,
+                priors.exits(source, able),
+                priors.drafts(source, able, device),
+                priors.codecs(source.config, ("f32",)),
+            )
+            point = Point(device, times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
+            turns = int(options.seconds * 1e3 / (len(said) * TOKENS)) + 2
+            window = Window(0.0, tuple(said) * turns, LEAD_S, options.seconds)
+            outcome = play_auto(point, Wish("speed", case.disagreement), window)
+            best = max(tokens, key=tokens.__getitem__)
+            alone = max(count for name, count in tokens.items() if name in ("local", "stream"))
+            name = f"window {CASES.index(case)}"
+            record.figure(f"{name}/auto of the best mode", auto / max(1, tokens[best]), "ratio", target=NEAR)
+            record.figure(f"{name}/auto of local or stream", auto / max(1, alone), "ratio", target=NEAR)
+            off = abs(outcome.tokens / max(1, auto) - 1.0)
+            record.figure(f"{name}/simulator off by", off, "share", target=ALIKE, at_most=True)
+            where = ", ".join(f"{source} {count}" for source, count in sources.most_common())
+            row: list[Cell] = [case.link, case.start_s, case.rtt_ms, case.slow, case.cloud, case.held]
+            row += [case.disagreement, best, tokens[best], auto, outcome.tokens, where]
+            row.append("; ".join(f"{name} {count}" for name, count in tokens.items()))
+            rows.append(row)
+            print(*rows[-1], dict(outcome.used), file=sys.stderr, flush=True)
+    columns = ["link", "from, s", "round trip, ms", "device slow-down", "cloud step", "layers held", "disagreement"]
+    columns += ["best mode", "its tokens", "auto", "simulated auto", "made by", "all modes"]
+    record.table("windows", columns, rows, note="Tokens in the window; the simulator plays auto.")
+    record.write()
+    return 0
+
+
+def calibrate(times: Times, folder: Path, keys: Path, cloud: str, asked: list[str]) -> None:
+    """What a token takes beyond the engine on either side: messages, text, and the other side at work."""
+    plain = Case("", 0, 0, 1, 1, times.n_layers, 0.0)
+    for mode in ("local", "stream"):
+        with Device(folder, cloud, keys=keys, threads=1, kv_tokens=1024, mode=mode) as device:
+            speeds = []
+            for question in asked[:3]:
+                device.reset()
+                list(device.chat(question, max_tokens=TOKENS))
+                speeds.append(device.stats.tok_s)
+        ms = 1e3 / statistics.median(speeds)
+        if mode == "local":
+            times.device_more = max(0.0, ms - times.device(plain).token_ms)
+        else:
+            times.cloud_more = max(0.01, ms - times.cloud(plain).step(1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

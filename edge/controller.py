@@ -1,0 +1,270 @@
+"""Decides while an answer is made: the policy is asked at token boundaries, and when the cloud is late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from isthmus.edge.costs import Candidate
+from isthmus.edge.fallback import Rest
+from isthmus.edge.figures import Figures, Wish
+from isthmus.edge.knowledge import Knowledge
+from isthmus.edge.link import Link
+from isthmus.edge.modes import Modes
+from isthmus.edge.options import GenerateOptions
+from isthmus.edge.policy import STEADY, Plan, decide, explain, worth_probing
+from isthmus.edge.priors import CODED
+from isthmus.edge.runners import Runner
+from isthmus.edge.watch import Watch
+from isthmus.protocol.errors import DeviceError, IsthmusError, ServiceError
+
+DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they have long been the same
+PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
+PING_S, LOST_S = 0.5, 5.0  # of a link that shows nothing else; until an unanswered ping is repeated
+LOOK_S, LOOK_SHARE = 0.02, 0.2  # between two looks at what is late: at least, and of how long it has been awaited
+REST_S, MOST_REST_S = 1.0, 60.0  # a cloud that was given up is not asked again for so long: at first, and at most
+LATE_MS = 50.0  # nothing is late before
+TRY_AFTER = 8  # tokens of the cloud's after which a device that was never timed is
+USUAL, LEAST = 120, 24  # tokens that an answer has: mostly, and still to come however long it is
+
+
+class GaveUp(Exception):
+    """What is awaited is late, and another way of working is better than to wait on."""
+
+
+class Controller:
+    """See the module.
+
+    Args:
+        clock: the link's seconds.
+        tell: called with why, when an answer begins and when its way of working changes.
+
+    Attributes:
+        decisions: made so far.
+    """
+
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        modes: Modes,
+        link: Link,
+        wish: Wish,
+        clock: Callable[[], float],
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._knowledge, self._modes, self._link, self._wish = knowledge, modes, link, wish
+        self._clock, self._tell = clock, tell
+        self.decisions = 0
+        self._rest = Rest(REST_S, MOST_REST_S)  # of a cloud that was given up
+        self._active = False
+        self._better: Plan | None = None  # than what is awaited in vain
+        self._every = DECIDE_S
+        self._made = self._wanted = self._tokens = 0  # tokens of the answer, still asked for, of this round
+        self._decided = self._pinged = self._probed = self._listened = float("-inf")
+        self._curious = False  # whether the uplink's rate might change the way
+        self._began = self._look = self._took = 0.0  # of this round
+        self._waits = self._fresh = self._tried = False
+        self._rtt: float | None = None
+        link.watch = Watch(knowledge, self.late)
+
+    def begin(self, options: GenerateOptions) -> Runner:
+        """Who makes the first token of an answer; the cloud is there."""
+        self._active, self._fresh, self._wanted = True, True, options.max_tokens
+        self._made = self._tokens = 0
+        self._tried = False
+        self._knowledge.choice = None
+        if self._knowledge.enough:
+            with suppress(DeviceError):
+                plan = self._decide(0.0)
+                runner = self._runner(options, plan.choice)
+                self._take(plan)
+                return runner
+        if self._tell is not None:
+            self._tell("stream: too little is known yet to choose")
+        return self._modes.shared(replace(options, mode="stream"), self._link)
+
+    def turn(self, options: GenerateOptions, runner: Runner, wanted: int) -> Runner:
+        """Who makes the next token.
+
+        Args:
+            runner: who made the last one, or was chosen to make the first.
+            wanted: tokens that are still asked for at most.
+        """
+        if not self._active or runner.ready():
+            return runner
+        known, now = self._knowledge, self._clock()
+        if self._tokens and not self._fresh:
+            known.paced(self._tokens, self._took)
+        self._fresh = self._fresh and not self._tokens
+        self._wanted, self._tokens, self._waits = wanted, 0, True
+        if self._made and now - self._decided >= self._every:
+            if known.enough:
+                known.follow(self._made)
+                self._listen(runner, now)
+                runner = self._reconsider(options, runner)
+            elif self._made < TRY_AFTER:
+                known.expect()
+            elif not self._tried:
+                self._tried = True
+                known.try_out()
+        self._began = self._look = self._clock()
+        return runner
+
+    def came(self, runner: Runner) -> None:
+        """A token has come."""
+        self._made += 1
+        self._tokens += 1
+        if self._waits:
+            self._waits, self._took = False, self._clock() - self._began
+        choice = self._knowledge.choice
+        if runner.source != "device":
+            self._rest.end()
+        if choice is not None and choice.mode == "exit":
+            self._knowledge.said(runner.source == "exit")
+
+    def late(self, now: float) -> None:
+        """The device waits for the cloud.
+
+        Raises:
+            GaveUp: it should not.
+        """
+        choice = self._knowledge.choice
+        if not (self._active and self._waits) or choice is None or choice.mode == "local" or now < self._look:
+            return
+        waited_ms = (now - self._began) * 1e3
+        usual_ms = _usual(choice, self._knowledge.figures(now), self._fresh)
+        if waited_ms < usual_ms:
+            self._look = self._began + usual_ms * 1e-3
+            return
+        self._look = now + max(LOOK_S, LOOK_SHARE * waited_ms * 1e-3)
+        with suppress(DeviceError):
+            plan = self._decide(waited_ms - usual_ms)
+            if plan.choice.key != choice.key:
+                self._better = plan
+                raise GaveUp
+
+    def given_up(self, options: GenerateOptions, runner: Runner) -> Runner:
+        """Who goes on after `GaveUp`."""
+        assert self._better is not None
+        self._rest.begin(self._clock())
+        self._link.session.abandon()
+        plan, self._better = self._better, None
+        return self._switch(options, runner, plan)
+
+    def refused(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner | None:
+        """Who goes on when the cloud refused what was chosen here; None when it was none of these choices."""
+        choice = self._knowledge.choice
+        if not (self._active and isinstance(error, ServiceError)) or choice is None or choice.mode in STEADY:
+            return None
+        following = self._modes.shared(replace(options, mode="stream"), self._link)
+        self.leave()
+        with suppress(IsthmusError):
+            runner.stop()
+        if self._tell is not None:
+            self._tell(f"after {self._made} tokens: stream: {choice.name} was refused ({error.problem})")
+        return following
+
+    def ended(self) -> None:
+        """The answer is complete, or nobody wants more of it."""
+        if self._active and self._tried:
+            self._knowledge.try_out()  # again, now that nothing else runs
+        self.leave()
+        self._knowledge.keep()
+
+    def leave(self) -> None:
+        """The answer goes on as somebody else decided."""
+        self._active = self._waits = False
+        if self._link.watch is not None:
+            self._link.watch.forget()
+
+    def _reconsider(self, options: GenerateOptions, runner: Runner) -> Runner:
+        with suppress(DeviceError):
+            plan, choice = self._decide(self._silence()), self._knowledge.choice
+            resting = choice is not None and choice.mode == "local" and not self._rest.over(self._clock())
+            if choice is not None and (resting or plan.choice.key == choice.key):
+                plan = plan if plan.choice.key == choice.key else replace(plan, choice=choice)
+                self._knowledge.choice, self._every = plan.choice, min(SELDOM_S, 1.5 * self._every)
+            elif choice is None and plan.choice.mode == "stream":
+                self._take(plan)  # as it was begun, now with reasons
+            else:
+                return self._switch(options, runner, plan)
+        return runner
+
+    def _switch(self, options: GenerateOptions, runner: Runner, plan: Plan) -> Runner:
+        try:
+            following = self._runner(options, plan.choice)
+        except IsthmusError:
+            self._active = False  # what cannot be had after all is not asked for again in this answer
+            return runner
+        with suppress(IsthmusError):
+            runner.stop()
+        self._take(plan)
+        return following
+
+    def _take(self, plan: Plan) -> None:
+        self._knowledge.choice, self._fresh, self._every = plan.choice, True, DECIDE_S
+        if self._tell is not None:
+            after = f"after {self._made} tokens: " if self._made else ""
+            self._tell(after + explain(plan))
+
+    def _runner(self, options: GenerateOptions, choice: Candidate) -> Runner:
+        if choice.mode == "local":
+            return self._modes.local(options)
+        codec, draft = choice.codec if choice.codec != CODED else "", (choice.source, choice.cut, choice.depth)
+        chosen = replace(options, mode=choice.mode, cut=choice.cut or None, codec=codec, threshold=None, guesses=None)
+        return self._modes.shared(chosen, self._link, draft if choice.mode == "verify" else None)
+
+    def _decide(self, silent_ms: float) -> Plan:
+        now, known = self._clock(), self._knowledge
+        self._decided = now
+        self.decisions += 1
+        remaining = max(1, min(self._wanted, max(LEAST, USUAL - self._made)))
+        figures, standing = known.figures(now, silent_ms), known.standing(remaining)
+        plan = decide(figures, self._wish, standing)
+        if now - self._probed >= PROBE_S and not plan.choice.codec:
+            self._curious = worth_probing(figures, self._wish, replace(standing, current=plan.choice))
+        return plan
+
+    def _listen(self, runner: Runner, now: float) -> None:
+        """Hears what has come, and asks for a sign of life of a link that shows none otherwise."""
+        link, known = self._link, self._knowledge
+        before, self._listened = self._listened, now
+        with suppress(IsthmusError):
+            alone = runner.source == "device"
+            if alone:
+                link.look()
+            if (rtt := link.rtt_ms) is not None and rtt != self._rtt:
+                self._rtt = rtt
+                unheard_ms = min(rtt, (now - before) * 1e3) if alone else 0.0
+                if self._probed == self._pinged:
+                    known.moved(now, PROBE_BYTES, rtt - unheard_ms / 2)
+                else:
+                    known.trip(now, rtt - unheard_ms / 2)
+            asked = self._pinged > known.seen_s
+            if self._curious and not asked and now - self._probed >= PROBE_S:
+                self._pinged = self._probed = now
+                link.ping(PROBE_BYTES)
+            elif now - max(self._pinged, known.seen_s) >= (LOST_S if asked else PING_S):
+                self._pinged = now
+                link.ping()
+
+    def _silence(self) -> float:
+        """For how many ms more than is usual a ping has not been answered."""
+        if self._pinged <= self._knowledge.seen_s:
+            return 0.0
+        now = self._clock()
+        link = self._knowledge.figures(now).link
+        return (now - self._pinged) * 1e3 - (2 * link.trip_high_ms if link is not None else 0.0)
+
+
+def _usual(choice: Candidate, known: Figures, fresh: bool) -> float:
+    """How long an answer of the cloud takes when all goes well, in ms."""
+    link, cloud = known.link, known.cloud
+    assert link is not None and cloud is not None
+    ms = cloud.step(max(1, choice.draft_tokens + 1)) + cloud.queue_ms
+    if choice.mode == "stream":
+        ms += max(link.trip_high_ms - link.trip_ms, 0.5 * link.trip_ms)
+    else:
+        ms += 1.5 * link.trip_high_ms
+    return max(LATE_MS, ms + (choice.setup_ms + 3 * link.trip_high_ms if fresh else 0.0))

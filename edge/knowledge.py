@@ -1,0 +1,219 @@
+"""What a device knows when it decides: its own times, the cloud's and the link's, learnt as an answer is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from isthmus.edge import priors, profile
+from isthmus.edge.costs import Candidate, Standing
+from isthmus.edge.estimator import Estimator
+from isthmus.edge.figures import DraftSource, Figures
+from isthmus.edge.holding import Holding
+from isthmus.edge.link import Link
+from isthmus.edge.runners import HIDDEN_LANE, TOKENS_LANE
+from isthmus.edge.shadow import DRAFTED, Shadow
+from isthmus.edge.stopwatch import Stopwatch
+from isthmus.engine.part import Rows, Want
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import IsthmusError
+from isthmus.protocol.messages import CAN_VERIFY, Offer
+from isthmus.split.bundle import Bundle
+
+TRIES = 2  # one while the cloud answers, one when nothing else runs
+TRY_ROWS, TRY_STEPS = 32, 8  # of a prompt, and of one row
+
+
+class Knowledge:
+    """See the module; a `watch.Told`.
+
+    Args:
+        watch: of this device's own layers.
+        slides: whether the conversation's oldest positions fall out of sight: then only whole models answer.
+        settings: beside model and machine, what makes another device of this one.
+        kept: folder of profiles, None for none.
+        clock: the link's seconds.
+
+    Attributes:
+        choice: the way that is in use, for what is seen of it.
+        seen_s: when the link last showed its trip.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        holding: Holding,
+        link: Link,
+        log: Chain,
+        watch: Stopwatch,
+        *,
+        slides: bool,
+        settings: tuple[object, ...],
+        kept: Path | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._bundle, self._holding, self._link, self._log = bundle, holding, link, log
+        self._watch, self._slides, self._clock = watch, slides, clock
+        self._held, self._whole = holding.layers, holding.whole  # asking looks at every file
+        self.choice: Candidate | None = None
+        self.seen_s = float("-inf")
+        self._estimator: Estimator | None = None  # once enough is known
+        self._early = Estimator(Figures(priors.device(watch, 0, ())), priors.TRIP_MS)
+        self._offer: Offer | None = None
+        self._cloud_ms = 0.0  # of one step, as it was first seen
+        self._cuts: tuple[int, ...] = ()
+        self._tries, self._expected = 0, False
+        self._shadow = Shadow(self._foreseen)
+        self.truncate = self._shadow.truncate
+        self._kept = kept and kept / profile.name(bundle.model_id, self._held, *settings)
+        self._known = profile.read(self._kept) if self._kept is not None else None
+        if self._known is not None:
+            watch.remember(self._known.ms_per_mb, self._known.row_ms)
+
+    @property
+    def enough(self) -> bool:
+        """Whether a decision can be made; brings the figures up to date."""
+        welcome, watch, held = self._link.session.welcome, self._watch, self._held
+        if welcome is None or (held and not watch.knows):
+            return False
+        offer = next((one for one in welcome.offers if one.model_id == self._bundle.model_id), None)
+        if offer is None or not (offer.steps or self._cloud_ms):
+            return False
+        if self._estimator is None or offer != self._offer:
+            self._begin(offer, CAN_VERIFY in welcome.capabilities)
+        else:
+            self._estimator.knows(priors.device(watch, held, self._cuts))
+        return True
+
+    def figures(self, now_s: float, silent_ms: float = 0.0) -> Figures:
+        """What to decide on; only when it is `enough`."""
+        assert self._estimator is not None
+        return self._estimator.figures(now_s, max(0.0, silent_ms), self._link.up)
+
+    def follow(self, made: int) -> None:
+        """Looks at what has come since, of which so many tokens at most were made in this answer."""
+        tokens, drafting = self._log.tokens, self.choice is not None and self.choice.source == "ngram"
+        self._shadow.learn(tokens if drafting else tokens[: len(tokens) - made])
+        self._shadow.follow(tokens)
+
+    def standing(self, remaining: int) -> Standing:
+        """How far the answer is."""
+        total, part, session, choice = len(self._log), self._holding.part, self._link.session, self.choice
+
+        def held(depth: int) -> int:
+            return min(part.held(depth), total) if part is not None and part.part.end >= depth else 0
+
+        depths = sorted({*self._cuts, self._bundle.config.n_layers})
+        whole = choice is not None and choice.mode in ("stream", "verify")  # the cloud is ahead, if anything
+        return Standing(
+            remaining,
+            tuple((depth, float(total - held(depth))) for depth in depths),
+            1 if whole else max(1, total - session.agreed(TOKENS_LANE, 0)),
+            tuple((k, float(total - min(session.agreed(HIDDEN_LANE, k), held(k)))) for k in self._cuts),
+            choice,
+        )
+
+    def expect(self) -> None:
+        """Has this device's weights looked over in the background: soon they may be needed."""
+        if not self._expected and self._holding.part is None:
+            self._expected = True
+            self._holding.prefetch()
+
+    def try_out(self) -> None:
+        """Times a few steps of this device, which has had no reason to make any."""
+        if self._known is not None or self._tries >= TRIES or not self._held:
+            return
+        self._tries += 1
+        with suppress(IsthmusError):
+            part = self._holding.open(self._held).part
+            sequence = part.open()
+            try:
+                ids = (self._log.tokens * TRY_ROWS)[:TRY_ROWS]
+                part.step(Rows().tokens(sequence, 0, ids, want=Want.NONE))
+                want = Want.SAMPLE if self._whole else Want.HIDDEN
+                for at in range(TRY_ROWS, TRY_ROWS + TRY_STEPS):
+                    part.step(Rows().tokens(sequence, at, ids[:1], want=want))
+            finally:
+                sequence.close()
+
+    def keep(self) -> None:
+        """Writes down how fast this device is, if that is news."""
+        if self._kept is None or not self._watch.knows or self._holding.part is None:
+            return
+        found = profile.Profile(self._watch.ms_per_mb, self._watch.row_ms, self._numerics())
+        if self._known is None or not self._known.near(found):
+            profile.write(self._kept, found)
+            self._known = found
+
+    # -- what is seen
+
+    def trip(self, now_s: float, ms: float) -> None:
+        """See `watch.Told`."""
+        self.seen_s = now_s
+        self._to.link.trip(now_s, ms)
+
+    def moved(self, now_s: float, size: float, ms: float) -> None:
+        """See `watch.Told`."""
+        self.seen_s = now_s
+        link = self._to.link
+        link.moved("up", now_s, size, max(1.0, ms - link.figures(now_s).trip_ms))
+
+    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float) -> None:
+        """See `watch.Told`."""
+        if self._estimator is None:
+            if rows == 1 and prompt <= 0:
+                self._cloud_ms = ms
+            return
+        cloud = self._estimator.figures(now_s).cloud
+        assert cloud is not None
+        self._estimator.queued(now_s, queue_ms)
+        self._estimator.cloud_step(cloud.step(max(1, rows)) + cloud.prefill(max(0, prompt)), ms)
+
+    def checked(self, drafted: int, taken: int) -> None:
+        """See `watch.Told`."""
+        choice = self.choice
+        if self._estimator is not None and choice is not None and choice.mode == "verify":
+            source: DraftSource = "ngram" if choice.source == "ngram" else "exit"
+            self._estimator.block(source, choice.cut, drafted, drafted, max(0, taken))
+
+    def said(self, sure: bool) -> None:
+        """An exit has looked at a token."""
+        if self._estimator is not None and self.choice is not None:
+            self._estimator.exit(self.choice.cut, self.choice.threshold, sure)
+
+    def paced(self, tokens: int, seconds: float) -> None:
+        """A round of the way that is in use has given so many tokens."""
+        choice = self.choice
+        if self._estimator is not None and choice is not None and choice.mode != "stream":
+            self._estimator.paced(choice.mode, self._clock(), tokens * choice.ms_per_token, seconds * 1e3)
+
+    # -- inside
+
+    def _foreseen(self, drafted: int, taken: int) -> None:
+        if self._estimator is not None:
+            self._estimator.block("ngram", 0, DRAFTED, drafted, taken)
+
+    @property
+    def _to(self) -> Estimator:
+        return self._estimator or self._early
+
+    def _begin(self, offer: Offer, can_verify: bool) -> None:
+        bundle, held = self._bundle, self._held
+        if self._slides and not self._whole:
+            held = 0
+        able = [e.layer for e in bundle.exits if e.layer <= held and bundle.holds(e.file)]
+        layers = able if can_verify and not self._slides else []
+        self._cuts = tuple(sorted({*layers, held} - {0, bundle.config.n_layers}))
+        times = priors.device(self._watch, held, self._cuts)
+        same = offer.exact and offer.numerics == self._numerics() and self._holding.kv.format in offer.kv_formats
+        drafts = priors.drafts(bundle, layers, times) if can_verify and not self._slides else ()
+        codecs = () if self._slides else priors.codecs(bundle.config, offer.codecs)
+        cloud = priors.cloud(offer, self._cloud_ms, self._watch.sizes, same)
+        seen, self._offer = self._to.link, offer
+        self._estimator = Estimator(Figures(times, cloud, None, priors.exits(bundle, layers), drafts, codecs))
+        self._estimator.link = seen
+
+    def _numerics(self) -> str:
+        part = self._holding.part
+        return part.part.numerics.id if part is not None else self._known.numerics if self._known is not None else ""

@@ -1,0 +1,88 @@
+"""What a device believes before it has seen much: figures out of a bundle, a cloud's offer and its own stopwatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isthmus.edge import budget
+from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, round_of
+from isthmus.edge.stopwatch import Sizes, Stopwatch
+from isthmus.engine.config import DecoderConfig
+from isthmus.protocol.messages import Offer
+from isthmus.split.bundle import Bundle
+
+TRIP_MS = 50.0  # of a link over which nothing was sent yet
+ROW_SHARE = 0.2  # what a further row of a pass costs the cloud, of the first
+PREFILL_SHARE = 0.15  # what one row of a prompt costs it
+CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers
+CODEC_MS = 0.1
+CODED = "coded"  # exit mode's own codec
+LENGTHS = (1, 2, 3, 4, 6)
+DRAFTING = 2  # exits that may draft: the deepest are the ones whose drafts are taken
+
+# SmolLM2's own chat answers, 10,348 tokens of 100 of them: (g, tokens of a round), (g, rows that it costs the cloud).
+NGRAM_ACCEPTED = 0.75
+NGRAM_TOKENS = ((1, 1.23), (2, 1.33), (3, 1.38), (4, 1.42), (6, 1.45))
+NGRAM_ROWS = ((1, 1.33), (2, 1.54), (3, 1.73), (4, 1.90), (6, 2.23))
+
+
+def sizes(bundle: Bundle) -> Sizes:
+    """What a row of this model reads."""
+    files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
+    parts = budget.PartSizes.from_files(bundle.config.n_layers, files)
+    layer = sum(parts.layers) / len(parts.layers)
+    head = parts.head if parts.head > parts.embed else parts.embed  # tied: the head is the embedding
+    return Sizes(bundle.config.n_layers, max(1.0, layer), head, max(1.0, layer))
+
+
+def device(watch: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
+    """This device's times.
+
+    Args:
+        held: leading layers that it can run.
+        layers: cuts that are of interest.
+    """
+    known = watch.sizes
+    ms = watch.ms_per_mb / 1e6 if watch.knows else 0.0
+    depths = sorted({1, known.n_layers, *layers})
+    times = tuple((depth, ms * known.of(depth, False)) for depth in depths)
+    row_ms = watch.row_ms if watch.knows else 0.0
+    return DeviceFigures(held, known.n_layers, times, ms * known.head, ms * known.exit, row_ms, CODEC_MS)
+
+
+def cloud(offer: Offer, step_ms: float, known: Sizes, same_model: bool) -> CloudFigures:
+    """A cloud's times, as it declares them, or out of one step of one row."""
+    rows = tuple((count, us * 1e-3) for count, us in offer.steps)
+    head = known.head / known.of(known.n_layers, True)
+    if not rows or rows[0][0] != 1 or rows[0][1] <= 0:
+        rows = tuple((n, step_ms * (1 + ROW_SHARE * (n - 1))) for n in (1, 2, 4, 8))
+    prefill = offer.row_us * 1e-3 or PREFILL_SHARE * rows[0][1]
+    return CloudFigures(known.n_layers, rows, rows[0][1] * head, prefill, 0.0, same_model)
+
+
+def drafts(bundle: Bundle, layers: Sequence[int], times: DeviceFigures) -> tuple[DraftFigures, ...]:
+    """What can be drafted with: n-grams, and the exits before those layers."""
+    found = [DraftFigures("ngram", 0, 0.0, NGRAM_ACCEPTED, NGRAM_TOKENS, NGRAM_ROWS)]
+    for one in [one for one in bundle.exits if one.layer in layers][-DRAFTING:]:
+        share = one.agreement.answers
+        rounds = tuple((g, round_of(share, g)) for g in LENGTHS)
+        rows = tuple((g, g + 1.0) for g in LENGTHS)
+        found.append(DraftFigures("exit", one.layer, times.drafted(one.layer), share, rounds, rows))
+    return tuple(found)
+
+
+def exits(bundle: Bundle, layers: Sequence[int]) -> tuple[ExitFigures, ...]:
+    """Of the exits before those layers the ones that may emit, as their certificates say."""
+    return tuple(
+        ExitFigures(
+            one.layer, min(1.0, one.certificate.threshold), one.certificate.emitted, one.certificate.disagreement, CODED
+        )
+        for one in bundle.exits
+        if one.layer in layers and one.certificate is not None
+    )
+
+
+def codecs(config: DecoderConfig, taken: Sequence[str]) -> tuple[CodecFigures, ...]:
+    """How hidden states may travel without a promise being broken: as they are, and in exit mode as was certified."""
+    found = [CodecFigures("f32", 4.0 * config.d_model, 0.0)] if "f32" in taken else []
+    return (*found, CodecFigures(CODED, CODED_BYTES * config.d_model, 0.0))
