@@ -41,6 +41,8 @@ class Wire(Protocol):
 
     def probe(self) -> None: ...
 
+    def renew(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -130,6 +132,10 @@ class Link:
             elif self._clock() >= until:
                 break
         return self._wire.up and self.welcome(0.0) is not None
+
+    def race(self) -> None:
+        """Tries a fresh connection beside one that is silent: whichever shows life first is used."""
+        self._wire.renew()
 
     def back(self) -> bool:
         """Whether a cloud that was lost is there again; does not wait."""

@@ -124,6 +124,7 @@ class Steering:
         except Silent:
             if not silent:
                 self._silent_at, self._connections = self._clock(), link.session.connections
+                link.race()
             raise
         finally:
             link.hush = link.idle = None

@@ -459,6 +459,9 @@ class LossyWire:
     def probe(self) -> None:
         self.send(m.Ping(0))
 
+    def renew(self) -> None:
+        pass  # connections are made at once here
+
     def close(self) -> None:
         self._air.clear()
 
