@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from isthmus.edge.device import Device, Prompt
-from isthmus.edge.token import Stats, Token
+from isthmus.edge.token import CutOff, Stats, Token
 
 T = TypeVar("T")
 
@@ -43,6 +43,15 @@ class AsyncDevice:
     def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> AsyncIterator[Token]:
         """As `Device.chat`."""
         return self._tokens(lambda device: device.chat(messages, **options))
+
+    async def unfinished(self) -> CutOff | None:
+        """As `Device.unfinished`."""
+        device = await self._opened()
+        return await self._call(lambda: device.unfinished)
+
+    def go_on(self) -> AsyncIterator[Token]:
+        """As `Device.go_on`."""
+        return self._tokens(lambda device: device.go_on())
 
     async def reset(self) -> None:
         """As `Device.reset`."""

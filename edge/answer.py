@@ -16,7 +16,7 @@ from isthmus.edge.runners import Runner
 from isthmus.edge.steering import Steering
 from isthmus.edge.text import Text
 from isthmus.edge.token import Rollback, Source, Token
-from isthmus.protocol.errors import IsthmusError
+from isthmus.protocol.errors import IsthmusError, LinkError
 
 OnRollback = Literal["replace", "keep"] | Callable[[Rollback], bool]
 
@@ -109,6 +109,8 @@ class Answer:
             try:
                 with steering.listening(self._runner, bool(guesses), bool(stats.finish)):
                     token = self._runner.next(self._conversation.remaining(wanted))
+                if not self._conversation.speaks(token):
+                    raise LinkError(f"the cloud answers nonsense: token {token}", "both sides must be one version")
             except Silent:
                 return None
             except GaveUp:

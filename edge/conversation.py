@@ -16,14 +16,16 @@ class Conversation:
     Args:
         room: positions that it may have.
         slides: whether a longer one goes on, its oldest positions out of sight.
+        vocab: tokens of the model.
 
     Attributes:
         log: all tokens so far.
         journal: where it is written down, None for nowhere.
     """
 
-    def __init__(self, room: int, slides: bool) -> None:
+    def __init__(self, room: int, slides: bool, vocab: int) -> None:
         self.log = Chain()
+        self._vocab = vocab
         self._room, self._slides = room, slides
         self.journal: Journal | None = None
         self._keepers: list[Callable[[int], None]] = []
@@ -70,6 +72,10 @@ class Conversation:
                 f"the conversation has {length} tokens and there is room for {self._room}",
                 "begin a new one, raise kv_tokens, or choose overflow='slide'",
             )
+
+    def speaks(self, token: int) -> bool:
+        """Whether the model has such a token."""
+        return 0 <= token < self._vocab
 
     def remaining(self, wanted: int) -> int:
         """How many of so many more tokens there is room for."""

@@ -167,7 +167,7 @@ class Device:
             room, slides = kv_room(kv_tokens, self.config), overflow == "slide"
             window = room if slides else 0
             watch = Stopwatch(priors.sizes(self._bundle), clock)
-            self._conversation = Conversation(room, slides)
+            self._conversation = Conversation(room, slides, self.config.vocab_size)
             self._log = self._conversation.log
             self._holding = Holding(
                 self._bundle,
@@ -464,8 +464,7 @@ class Device:
     def _restore(self, journal: Journal) -> None:
         """Takes up what a journal holds, and writes on there."""
         self._journal, self._kept = journal, journal.kept
-        vocab = self.config.vocab_size
-        if any(not 0 <= token < vocab for token in journal.kept.tokens):
+        if not all(map(self._conversation.speaks, journal.kept.tokens)):
             raise DeviceError("the resume file holds tokens that this model has not", "name another file")
         self._conversation.check(len(journal.kept.tokens))
         self._log.extend(journal.kept.tokens)

@@ -21,10 +21,11 @@ class Lane:
         opened: whether the cloud knows the lane on this connection.
         committed: positions that the cloud holds, as last told.
         head: chain over those positions, as last told.
+        sent: positions that it was ever sent or said to hold, whatever became of them.
         agreed: leading positions at which the cloud's log is known to be the device's.
     """
 
-    __slots__ = ("agreed", "alias", "committed", "enter", "epoch", "head", "opened", "session")
+    __slots__ = ("agreed", "alias", "committed", "enter", "epoch", "head", "opened", "sent", "session")
 
     def __init__(self, alias: int, enter: int) -> None:
         self.alias = alias
@@ -39,6 +40,7 @@ class Lane:
         self.committed = 0
         self.head = ROOT
         self.agreed = 0
+        self.sent = 0
 
     def ready(self, limit: int) -> bool:
         """Whether rows may be sent from `committed` on, which is at most `limit`."""
@@ -65,6 +67,7 @@ class Lane:
     def told(self, committed: int, head: bytes, log: Chain) -> bool:
         """Takes in what the cloud says that it holds; False when that is not a prefix of the log."""
         self.committed, self.head = committed, head
+        self.sent = max(self.sent, committed)
         self.agreed = min(self.agreed, committed)
         return self.check(log)
 

@@ -13,18 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from isthmus.edge.events import (
-    Aligned,
-    Answered,
-    Behind,
-    Event,
-    Refused,
-    Served,
-    Streamed,
-    Timeouts,
-    Up,
-    Verified,
-)
+from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Timeouts, Up, Verified
 from isthmus.edge.lane import Lane
 from isthmus.edge.patience import Patience
 from isthmus.edge.pending import Pending, bulk_key
@@ -293,7 +282,7 @@ class Session:
 
     def _result(self, message: m.Result, now: float) -> None:
         lane = self._lanes.get(message.alias)
-        if lane is None or lane.epoch != message.epoch:
+        if lane is None or lane.epoch != message.epoch or self._beyond(lane, message.position):
             return
         key = ("rows", message.alias, message.position)
         pending = self._pending.get(key)
@@ -339,12 +328,13 @@ class Session:
     def _verdict(self, message: m.Verdict, now: float) -> None:
         lane, key = self._lanes.get(message.alias), ("rows", message.alias, message.position)
         pending = self._pending.get(key)
-        if lane is None or pending is None or lane.epoch != message.epoch or not isinstance(pending.message, m.Draft):
+        if lane is None or lane.epoch != message.epoch or self._beyond(lane, message.position):
+            return
+        if pending is None or not isinstance(pending.message, m.Draft):
             return
         guesses, accepted = pending.message.tokens, message.accepted
         if accepted > len(guesses):
-            problem = f"{self.where} answers nonsense: it accepts {accepted} of {len(guesses)} drafted tokens"
-            self._fail(LinkError(problem, "both sides must be one version"))
+            self._nonsense(f"it accepts {accepted} of {len(guesses)} drafted tokens")
             return
         head = pending.head
         for token in guesses[:accepted]:
@@ -436,6 +426,8 @@ class Session:
 
     def _post(self, key: tuple[Any, ...], message: Any, lane: Lane | None, now: float, head: bytes = b"") -> None:
         rows = len(getattr(message, "tokens", ()))
+        if lane is not None and rows:
+            lane.sent = max(lane.sent, message.position + rows)
         self._pending[key] = Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3, rows, head=head)
         if self.welcome is not None:
             self.outbox.append(message)
@@ -493,6 +485,14 @@ class Session:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
         if not self._pending:
             self.patience.begin(now)
+
+    def _beyond(self, lane: Lane, position: int) -> bool:
+        if position > lane.sent:
+            self._nonsense(f"it answers about token {position} and was sent {lane.sent}")
+        return position > lane.sent
+
+    def _nonsense(self, what: str) -> None:
+        self._fail(LinkError(f"{self.where} answers nonsense: {what}", "both sides must be one version"))
 
     def _fail(self, error: IsthmusError) -> None:
         self.abandon()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +86,26 @@ def test_errors_are_those_of_the_blocking_device() -> None:
     asyncio.run(run())
     with pytest.raises(DeviceError, match="choose one of auto"):
         asyncio.run(AsyncDevice(ToyBundle(), mode="magic").__aenter__())
+
+
+def test_a_conversation_is_taken_up_from_its_file(tmp_path: Path) -> None:
+    async def begin() -> list[int]:
+        async with AsyncDevice(ToyBundle(), resume=tmp_path / "talk", **options("stream")) as device:
+            said = []
+            async for token in device.chat("hi", max_tokens=20):
+                said.append(token.id)
+                if len(said) == 6:
+                    break
+            return said
+
+    async def finish() -> list[int]:
+        async with AsyncDevice(ToyBundle(), resume=tmp_path / "talk", **options("stream")) as device:
+            cut_off = await device.unfinished()
+            assert cut_off is not None and cut_off.question == "hi"
+            rest = [token.id async for token in device.go_on()]
+            assert await device.unfinished() is None
+            return rest
+
+    said = asyncio.run(begin())
+    with Device(ToyBundle(), mode="local") as alone:  # type: ignore[arg-type]
+        assert said + asyncio.run(finish()) == [token.id for token in alone.chat("hi", max_tokens=20)]
