@@ -161,9 +161,11 @@ class Journal:
             end += len(line) + 1
             body = line[9:]
             if line[:9] != _checksum(body):
+                if not number and not _torn_head(line):
+                    raise self._foreign()
                 if end == len(data):
                     return  # the last one, torn
-                raise self._damaged(number + 1) if number else self._foreign()
+                raise self._damaged(number + 1)
             yield end, json.loads(body)
         if len(lines) == 1 and not _torn_head(data):
             raise self._foreign()

@@ -151,7 +151,12 @@ def test_what_is_no_conversation_of_this_model_is_refused(tmp_path: Path) -> Non
         list(one.generate(PROMPT, max_tokens=2))
     with pytest.raises(DeviceError, match="holds a conversation with"):
         device(mode="local", bundle=ToyBundle(model_id="cd" * 16), resume=path)
-    for name, data in (("text", b"hello\nworld\n"), ("line", b"no end of a line here"), ("zip", bytes(range(256)))):
+    for name, data in (
+        ("word", b"hello\n"),
+        ("text", b"hello\nworld\n"),
+        ("line", b"no end of a line here"),
+        ("zip", bytes(range(256))),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DeviceError, match="is no conversation of isthmus"):
             device(mode="local", resume=tmp_path / name)
