@@ -161,7 +161,7 @@ class Journal:
             end += len(line) + 1
             body = line[9:]
             if line[:9] != _checksum(body):
-                if not number and not _torn_head(line):
+                if not number:
                     raise self._foreign()
                 if end == len(data):
                     return  # the last one, torn
@@ -234,4 +234,5 @@ def _checksum(body: bytes) -> bytes:
 
 def _torn_head(data: bytes) -> bool:
     """Whether a first line without its end may have been the head of a journal."""
-    return len(data) < 9 or (data[8:9] == b" " and b'["isthmus"'.startswith(data[9:19]))
+    digits = all(byte in b"0123456789abcdef" for byte in data[:8])
+    return digits and data[8:9] in (b"", b" ") and b'["isthmus"'.startswith(data[9:19])
