@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=10, help="for each mode and round trip")
     options = parser.parse_args()
     record = Record("survival", vars(options) | {"tokens an answer": TOKENS})
-    folder = bundle("exits").path
+    folder = bundle("keep").path
     if options.sequences:
         sequences(record, options.sequences)
     if options.processes:

@@ -60,6 +60,7 @@ class Answer:
             self._told(token, source, True)
         self._runner: Runner | None = None if self._stats.finish else steering.runner(options)
         self._bridge: Bridge | None = None
+        self._again = False  # whether the log went on otherwise than the runner made it
 
     def tokens(self) -> Generator[Token]:
         """The tokens as they are made; to be read once."""
@@ -75,18 +76,22 @@ class Answer:
                 if token is not None and self._guesses and self._confirmed(token):
                     continue
                 told = self._guess() if token is None else self._take(token)
+                if told is None:
+                    continue  # there is nothing to guess with: the cloud is waited for
                 last = time.perf_counter()
                 first = last if first == self._started else first
                 yield told
         finally:
             stats.finish = stats.finish or "cancelled"
-            guessed = self._keep()
             stats.text = "".join(self._pieces)
             if len(stats.tokens) > had:
                 stats.ttft_ms = (first - self._started) * 1e3
                 stats.tok_s = (len(stats.tokens) - had - 1) / (last - first) if last > first else 0.0
-            self._steering.finish(self._runner, stats, guessed)
-            self._ended(stats.text)
+            try:
+                self._steering.finish(self._runner, stats, len(self._guesses))
+            finally:
+                self._keep()
+                self._ended(stats.text)
 
     @property
     def _guesses(self) -> list[int]:
@@ -100,13 +105,14 @@ class Answer:
             guesses = self._guesses
             self._conversation.check(len(self._log) + len(guesses))
             wanted = self._options.max_tokens - len(stats.tokens) + len(guesses)
-            if self._runner is not None:
-                self._runner = steering.turn(self._options, self._runner, guesses, wanted)
-            else:
-                self._runner = steering.back(self._options, guesses)
+            if self._runner is None:
+                self._runner = steering.back(self._options, guesses, bool(stats.finish))
                 if self._runner is None:
                     return None
             try:
+                if self._again:
+                    self._again, self._runner = False, steering.again(self._runner, self._options)
+                self._runner = steering.turn(self._options, self._runner, guesses, wanted)
                 with steering.listening(self._runner, bool(guesses), bool(stats.finish)):
                     token = self._runner.next(self._conversation.remaining(wanted))
                 if not self._conversation.speaks(token):
@@ -134,10 +140,17 @@ class Answer:
         self._conversation.extend((token,), self._runner.source)
         return self._told(token, self._runner.source, True)
 
-    def _guess(self) -> Token:
-        """The next token is this device's guess."""
+    def _guess(self) -> Token | None:
+        """The next token is this device's guess; None where it cannot make any."""
         self._bridge = self._bridge or self._steering.bridge(self._options)
-        return self._told(self._bridge.say(), self._bridge.source, False)
+        if self._bridge is None:
+            return None
+        try:
+            return self._told(self._bridge.say(), self._bridge.source, False)
+        except IsthmusError as error:
+            self._bridge = None
+            self._steering.unbridged(error)
+            return None
 
     def _confirmed(self, token: int) -> bool:
         """Holds the first guess against what counts; whether it stands, because it is right or the caller keeps it."""
@@ -147,9 +160,10 @@ class Answer:
             return True
         wrong = Rollback(len(self._log), tuple(stats.tokens[at:]), "".join(self._pieces[at:]))
         if self._on_rollback == "keep" or (callable(self._on_rollback) and not self._on_rollback(wrong)):
-            self._keep()
             assert self._runner is not None
-            self._runner = self._steering.again(self._runner, self._options)
+            self._steering.stop(self._runner)
+            self._keep()
+            self._again = not stats.finish
             return True
         stats.replaced += len(wrong.tokens)
         stats.finish = ""

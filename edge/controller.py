@@ -17,7 +17,7 @@ from isthmus.edge.policy import STEADY, Plan, decide, explain, worth_probing
 from isthmus.edge.priors import CODED
 from isthmus.edge.runners import Runner
 from isthmus.edge.watch import Watch
-from isthmus.protocol.errors import DeviceError, IsthmusError, ServiceError
+from isthmus.protocol.errors import BundleError, DeviceError, EngineError, IsthmusError, ServiceError
 
 DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they have long been the same
 PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
@@ -72,10 +72,10 @@ class Controller:
         """Who makes the first token of an answer; the cloud is there."""
         self._active, self._fresh, self._wanted = True, True, options.max_tokens
         self._made = self._tokens = 0
-        self._tried = False
+        self._tried = self._waits = False
         self._knowledge.choice = None
         if self._knowledge.enough:
-            with suppress(DeviceError):
+            with suppress(DeviceError, BundleError, EngineError, ServiceError):  # then as when little is known
                 plan = self._decide(0.0)
                 runner = self._runner(options, plan.choice)
                 self._take(plan)
@@ -113,6 +113,8 @@ class Controller:
 
     def came(self, runner: Runner) -> None:
         """A token has come."""
+        if not self._active:
+            return
         self._made += 1
         self._tokens += 1
         if self._waits:
@@ -148,6 +150,8 @@ class Controller:
         """Who goes on after `GaveUp`."""
         assert self._better is not None
         self._rest.begin(self._clock())
+        with suppress(IsthmusError):
+            runner.stop()
         self._link.session.abandon()
         plan, self._better = self._better, None
         return self._switch(options, runner, plan)
@@ -175,6 +179,7 @@ class Controller:
     def leave(self) -> None:
         """The answer goes on as somebody else decided."""
         self._active = self._waits = False
+        self._knowledge.choice = None
         if self._link.watch is not None:
             self._link.watch.forget()
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -321,17 +322,20 @@ class Device:
 
     @property
     def unfinished(self) -> CutOff | None:
-        """The answer that was cut off and can be gone on with; None when there is none."""
+        """The answer that was cut off in the file that was opened, to `go_on` with; None when there is none."""
         kept = self._kept
         if kept is None or kept.unfinished is None or kept.tokens != self._log.tokens:
             return None
         cut_off = kept.unfinished
         text = Text(self._tokenizer.stream(), tuple(cut_off.options["stop"]))
         said = "".join(text.push(token) for token in kept.tokens[cut_off.base :] if token not in self._eos)
-        return CutOff(said, cut_off.asked[-1]["content"] if cut_off.asked else None)
+        before = self._tokenizer.decode(kept.tokens[: cut_off.base])
+        return CutOff(said, cut_off.asked[-1]["content"] if cut_off.asked else before)
 
     def go_on(self) -> Iterator[Token]:
-        """The rest of the answer that was cut off, as it was asked for then; its stats are those of the whole answer.
+        """The rest of the answer that was cut off, as it was asked for then, in this device's mode.
+
+        Its stats are those of the whole answer.
 
         Raises:
             DeviceError: there is none.
@@ -344,8 +348,12 @@ class Device:
         said = list(zip(kept.tokens[cut_off.base :], kept.sources, strict=False))
         asked = parse(cut_off.asked) if cut_off.asked is not None else None
         self._stop_active()
+        options = replace(GenerateOptions.read(cut_off.options), mode=self._mode)
+        if self._mode != cut_off.options["mode"]:
+            options = replace(options, cut=self._cut, codec=self._codec, threshold=self._threshold)
+        answer = self._begin(options, started, asked, said)
         self._kept = None
-        return self._begin(GenerateOptions.read(cut_off.options), started, asked, said)
+        return answer
 
     def reset(self) -> None:
         """Forgets the conversation."""
@@ -466,7 +474,7 @@ class Device:
         self._journal, self._kept = journal, journal.kept
         if not all(map(self._conversation.speaks, journal.kept.tokens)):
             raise DeviceError("the resume file holds tokens that this model has not", "name another file")
-        self._conversation.check(len(journal.kept.tokens))
+        self._conversation.check(len(journal.kept.tokens) - 1)  # the last token of a full one has no KV
         self._log.extend(journal.kept.tokens)
         self._conversation.journal = journal
         self._chat.restore(journal.kept.messages, journal.kept.tokens if journal.kept.told else ())

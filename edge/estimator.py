@@ -155,10 +155,13 @@ class Estimator:
 
     Args:
         known: what was measured before, and what the cloud declares.
+
+    Attributes:
+        known: the same; what corrections are made to.
     """
 
     def __init__(self, known: Figures, trip_ms: float = 0.0) -> None:
-        self._known = known
+        self.known = known
         self.link = LinkEstimator(trip_ms)
         self._device = self._cloud = 1.0
         self._queued = Window(QUEUE_SPAN_S, QUEUED)
@@ -174,16 +177,16 @@ class Estimator:
     def knows(self, device: DeviceFigures, cloud: CloudFigures | None = None) -> None:
         """Takes times that were measured since in place of those known before."""
         drafts = tuple(
-            replace(one, draft_ms=device.drafted(one.layer)) if one.layer else one for one in self._known.drafts
+            replace(one, draft_ms=device.drafted(one.layer)) if one.layer else one for one in self.known.drafts
         )
-        self._known = replace(self._known, device=device, cloud=cloud or self._known.cloud, drafts=drafts)
+        self.known = replace(self.known, device=device, cloud=cloud or self.known.cloud, drafts=drafts)
 
     def device_step(self, expected_ms: float, ms: float) -> None:
-        """A step of this device that its figures put at `expected_ms`."""
+        """A step of this device that the `known` figures put at `expected_ms`."""
         self._device = _drawn(self._device, expected_ms, ms)
 
     def cloud_step(self, expected_ms: float, ms: float) -> None:
-        """A step of the cloud, as it says itself and without its queue, that its figures put at `expected_ms`."""
+        """A step of the cloud, as it says itself and without its queue, that `known` puts at `expected_ms`."""
         self._cloud = _drawn(self._cloud, expected_ms, ms)
 
     def queued(self, now_s: float, ms: float) -> None:
@@ -202,15 +205,15 @@ class Estimator:
             self._luck[source, layer].saw(taken, expected)
 
     def paced(self, mode: str, now_s: float, predicted_ms: float, ms: float) -> None:
-        """Tokens of a mode that its formula put at `predicted_ms` together."""
+        """Tokens of a mode that these figures, its pace among them, put at `predicted_ms` together."""
         pace = self._pace.setdefault(mode, _Pace(seen_s=now_s))
-        ratio = min(PACE_BOUND, max(1 / PACE_BOUND, ms / max(predicted_ms, 1e-3)))
+        ratio = min(PACE_BOUND, max(1 / PACE_BOUND, pace.at(now_s) * ms / max(predicted_ms, 1e-3)))
         pace.factor = pace.at(now_s) ** (1 - PACE_WEIGHT) * ratio**PACE_WEIGHT
         pace.seen_s = now_s
 
     def figures(self, now_s: float, silent_ms: float = 0.0, up: bool = True) -> Figures:
         """What to decide on now."""
-        known = self._known
+        known = self.known
         queued = self._queued.values(now_s)
         queue_ms = statistics.median(queued) if queued else known.cloud.queue_ms if known.cloud else 0.0
         return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from isthmus.edge.chat import parse
 from isthmus.edge.lane import Lane
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.token import Source
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import DeviceError, IsthmusError
 
 VERSION = 1
 _EPOCHS = 1024  # that a lane may have gone through since it was last written down
@@ -78,11 +79,15 @@ class Journal:
         self.kept = Kept()
         self._known: dict[int, tuple[int, bytes, int, int]] = {}
         try:
-            self._file: IO[bytes] = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-        except OSError as error:
-            raise DeviceError(f"{path} cannot be written: {error.strerror}", "name another file") from error
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+            self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
+        except OSError as error:  # one that cannot be sought has no errno
+            raise DeviceError(f"{path} cannot be written: {error.strerror or error}", "name another file") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise DeviceError(f"{path} is no file that can be kept", "name a file of its own")
             self._lock()
+            os.fchmod(self._file.fileno(), 0o600)
             self._read()
         except BaseException:
             self._file.close()
@@ -122,7 +127,8 @@ class Journal:
 
     def close(self) -> None:
         """Ends writing."""
-        self._file.close()
+        with suppress(OSError):  # what does not fit on a full disk was said when it was written
+            self._file.close()
 
     def _lock(self) -> None:
         try:
@@ -144,7 +150,7 @@ class Journal:
             else:
                 try:
                     self._replay(*record)
-                except (TypeError, ValueError, KeyError, AttributeError, DeviceError) as error:
+                except (TypeError, ValueError, KeyError, AttributeError, IsthmusError) as error:
                     raise self._damaged(number + 1) from error
             sound = start
         self._file.seek(sound)
@@ -171,7 +177,7 @@ class Journal:
             raise self._foreign()
 
     def _check(self, record: list[Any]) -> None:
-        if len(record) != 4 or record[0] != "isthmus":
+        if not isinstance(record, list) or len(record) != 4 or record[0] != "isthmus":
             raise self._foreign()
         _, version, model_id, name = record
         if version != VERSION:
@@ -187,11 +193,20 @@ class Journal:
             kept.tokens += [int(token) for token in ids]
             if source in get_args(Source):
                 kept.sources += [source] * len(ids)
+            else:
+                kept.unfinished, kept.told = None, False  # a prompt: nobody goes on with the answer before it
         elif kind == "cut":
             (length,) = told
             if not 0 <= length <= len(kept.tokens):
                 raise ValueError(length)
             del kept.tokens[length:]
+            if kept.unfinished is not None and length < kept.unfinished.base:
+                kept.unfinished = None
+            if kept.unfinished is not None:
+                del kept.sources[length - kept.unfinished.base :]
+            kept.told = False
+            if not length:
+                kept.messages = []
         elif kind == "asked":
             base, options, asked = told
             if base != len(kept.tokens):

@@ -102,7 +102,7 @@ class Knowledge:
         total, part, session, choice = len(self._log), self._holding.part, self._link.session, self.choice
 
         def held(depth: int) -> int:
-            return min(part.held(depth), total) if part is not None and part.part.end >= depth else 0
+            return part.held(depth, self._log) if part is not None and part.part.end >= depth else 0
 
         depths = sorted({*self._cuts, self._bundle.config.n_layers})
         whole = choice is not None and choice.mode in ("stream", "verify")  # the cloud is ahead, if anything
@@ -165,7 +165,7 @@ class Knowledge:
             if rows == 1 and prompt <= 0:
                 self._cloud_ms = ms
             return
-        cloud = self._estimator.figures(now_s).cloud
+        cloud = self._estimator.known.cloud
         assert cloud is not None
         self._estimator.queued(now_s, queue_ms)
         self._estimator.cloud_step(cloud.step(max(1, rows)) + cloud.prefill(max(0, prompt)), ms)
@@ -191,7 +191,7 @@ class Knowledge:
     # -- inside
 
     def _foreseen(self, drafted: int, taken: int) -> None:
-        if self._estimator is not None:
+        if self._estimator is not None and any(one.source == "ngram" for one in self._estimator.known.drafts):
             self._estimator.block("ngram", 0, DRAFTED, drafted, taken)
 
     @property

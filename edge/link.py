@@ -137,10 +137,6 @@ class Link:
         """Tries a fresh connection beside one that is silent: whichever shows life first is used."""
         self._wire.renew()
 
-    def back(self) -> bool:
-        """Whether a cloud that was lost is there again; does not wait."""
-        return self.glance(0.0)
-
     def align(self, lane: Lane, limit: int) -> int:
         """Brings the lane to a prefix of the log of at most `limit` tokens; how many that are."""
         if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit)):
@@ -305,6 +301,8 @@ class Link:
                 message = wire.receive(0.0 if idle else max(0.0, (until - began) * 1e3))
                 if message is None and idle:
                     idle = self.idle is not None and self.idle()
+                    if idle:
+                        continue  # what came meanwhile is looked for before anything is judged
             except IsthmusError:
                 session.abandon()
                 self._tell()

@@ -35,9 +35,9 @@ class LocalPart:
         self._log = Chain()  # that the KV is for
         self._last: tuple[int, int, NDArray[np.float32]] | None = None  # cut, position, hidden [n, d_model]
 
-    def held(self, depth: int) -> int:
-        """Leading positions whose KV of layers [0, depth) is held."""
-        return self._coverage.at(depth)
+    def held(self, depth: int, log: Chain) -> int:
+        """Leading positions of a log whose KV of layers [0, depth) is held."""
+        return min(self._coverage.at(depth), self._log.common(log))
 
     def sample(self, log: Chain, sampling: Sampling) -> int:
         """The token after the whole log.

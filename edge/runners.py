@@ -65,7 +65,7 @@ class LocalRunner:
         return False
 
     def reused(self) -> int:
-        return min(self._part.held(self._part.part.end), len(self._log) - 1)
+        return min(self._part.held(self._part.part.end, self._log), len(self._log) - 1)
 
     def stop(self) -> None:
         pass
@@ -152,7 +152,7 @@ class SplitRunner:
 
     def reused(self) -> int:
         self._lane.check(self._log)
-        return min(self._lane.agreed, self._part.held(self._cut), len(self._log) - 1)
+        return min(self._lane.agreed, self._part.held(self._cut, self._log), len(self._log) - 1)
 
     def stop(self) -> None:
         if self._asked is not None:

@@ -6,7 +6,7 @@ import time
 
 from isthmus.edge.holding import Holding
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import IsthmusError
 from isthmus.split.bundle import Bundle
 
 SLICE_S = 0.008  # of work at a time: by so much an answer may be taken in late
@@ -38,13 +38,13 @@ class Standby:
             return False
         try:
             part = self._holding.open(self._depth)
-            missing = len(self._log) - 1 - part.held(self._depth)
+            missing = len(self._log) - 1 - part.held(self._depth, self._log)
             if missing < BATCH:
                 return False
             rows = max(BATCH, min(missing, int(SLICE_S / self._row_s))) if self._row_s else BATCH
             began = time.perf_counter()
             part.advance(self._log, rows)
             self._row_s = (time.perf_counter() - began) / rows
-        except DeviceError:  # no memory for it, or no room: then it goes on more slowly, if at all
+        except IsthmusError:  # no memory, no room, damaged weights: then it goes on more slowly, if at all
             self._failed = True
         return not self._failed

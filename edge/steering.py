@@ -74,6 +74,9 @@ class Steering:
             IsthmusError: what was asked for cannot be had.
         """
         mode, whole = options.mode, self._holding.whole
+        if self._controller is not None:
+            self._controller.leave()
+        self._retelling = None
         self._bridging = self._fallback and self._link is not None and mode != "local" and self._modes.can_bridge
         if self._link is not None:
             self._link.session.patience.impatient = mode == "auto" and whole and self._fallback
@@ -129,9 +132,18 @@ class Steering:
         finally:
             link.hush = link.idle = None
 
-    def bridge(self, options: GenerateOptions) -> Bridge:
-        """What goes on while the cloud is silent."""
-        return self._modes.bridge(options)
+    def bridge(self, options: GenerateOptions) -> Bridge | None:
+        """What goes on while the cloud is silent; None where nothing can after all, for the rest of the answer."""
+        try:
+            return self._modes.bridge(options)
+        except IsthmusError as error:
+            self.unbridged(error)
+            return None
+
+    def unbridged(self, error: IsthmusError) -> None:
+        """This device cannot go on alone in this answer."""
+        self._bridging = False
+        self._notes.add(f"this device cannot go on alone: {error.problem}")
 
     def turn(self, options: GenerateOptions, runner: Runner, guesses: Sequence[int], wanted: int) -> Runner:
         """The one for the next token that counts.
@@ -162,11 +174,19 @@ class Steering:
     def given_up(self, options: GenerateOptions, runner: Runner) -> Runner:
         """The one that goes on when it pays no more to wait for the cloud."""
         assert self._controller is not None
+        following = self._controller.given_up(options, runner)
+        if following is not runner:
+            self._left(runner)
+        return following
+
+    def stop(self, runner: Runner) -> None:
+        """The log is about to go on otherwise than a runner made it."""
+        with suppress(IsthmusError):
+            runner.stop()
         self._left(runner)
-        return self._controller.given_up(options, runner)
 
     def again(self, runner: Runner, options: GenerateOptions) -> Runner:
-        """A new one after the log has changed."""
+        """A new one, after `stop` or when guesses are confirmed."""
         with suppress(IsthmusError):
             runner.stop()
         self._retelling = None
@@ -184,11 +204,17 @@ class Steering:
         self._gone(error)
         return True
 
-    def back(self, options: GenerateOptions, guesses: Sequence[int]) -> Runner | None:
-        """A runner once a cloud that was lost is there again."""
+    def back(self, options: GenerateOptions, guesses: Sequence[int], ended: bool) -> Runner | None:
+        """A runner once a cloud that was lost is there again; it is waited for a moment when the answer has `ended`.
+
+        Raises:
+            IsthmusError: it is not, and this device cannot go on alone after all.
+        """
         assert self._link is not None
+        if not self._bridging and self._cloud_error is not None:
+            raise self._cloud_error
         try:
-            if not self._link.back():
+            if not self._link.glance(self._confirm_s if ended else 0.0):
                 return None
             self._cloud_error = None
             self._notes.add(f"it is back after {len(self._notes.stats.tokens)}")
@@ -234,6 +260,7 @@ class Steering:
         assert self._link is not None
         if len(guesses) > 1 and options.mode in ("auto", "stream"):
             self._link.welcome()
+            self._connections = self._link.session.connections
             self._retelling = self._modes.retold(options, self._link, guesses)
             if self._retelling is not None:
                 if self._controller is not None:

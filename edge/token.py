@@ -55,11 +55,11 @@ class CutOff:
 
     Attributes:
         text: what it says so far.
-        question: the last message that it answers, None for a text without a chat.
+        question: the last message that it answers; without a chat, the text that it goes on from.
     """
 
     text: str
-    question: str | None
+    question: str
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-_KEPT = 16
+_KEPT, _RECENT = 16, 3
 _FIRST_S = 1.0  # patience, until a round trip was measured
 _LEAST_S, _TRIPS, _GAPS = 0.036, 1.7, 3.0  # a little less than 50 ms and two trips, for the token that follows
 _ROW_S = 0.004  # generous: of a row among many
@@ -34,5 +34,7 @@ class Trips:
         """
         if not self._trips:
             return _FIRST_S
+        trips = list(self._trips)
+        trip_s = max(statistics.median(trips), statistics.median(trips[-_RECENT:]))  # worse counts at once
         gap_s = statistics.median(self._gaps) if self._gaps else 0.0
-        return max(_LEAST_S, _TRIPS * statistics.median(self._trips), _GAPS * gap_s) + _ROW_S * rows
+        return max(_LEAST_S, _TRIPS * trip_s, _GAPS * gap_s) + _ROW_S * rows

@@ -58,7 +58,7 @@ class Link:
         self._main: Transport | None = None
         self._fresh: Transport | None = None
         self._fresh_since = self._next_try = 0.0
-        self._greeted_s = 0.0  # what it took to be greeted, the last time
+        self._greeted_s = 0.0  # what it took to be greeted, the last time, or more if that was too little since
         self._greeted = False
         self._retry_s = _RETRY_FIRST_S
         self._heard = self._pinged = 0.0
@@ -228,6 +228,7 @@ class Link:
             self._main.send(encode(Ping(int(now * 1e6))))
         if self._fresh is not None and now - self._fresh_since > self._greeting_s():
             self._drop_fresh()
+            self._greeted_s *= 2.0  # the link may have become slower
             self._fail(LinkError("the cloud does not answer", "check the address, and that `isthmus serve` runs there"))
         if (self._main is None or self._silent(now)) and now >= self._next_try:
             self.renew()

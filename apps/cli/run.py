@@ -178,7 +178,7 @@ def command(
         fetching.done()
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
         cut_off, told = device.unfinished, reasons if explain else None
-        if cut_off is not None and (prompt is None or cut_off.question in (None, text)):
+        if cut_off is not None and (prompt is None or cut_off.question == text):
             _answer(device, screen, device.go_on(), max_tokens, cut_off.text, json=json, reasons=told)
         elif prompt is not None:
             tokens = device.generate(text, **options) if raw else device.chat(text, **options)

@@ -43,16 +43,16 @@ def test_every_way_answers_every_prompt(bundle: Path) -> None:
     assert [link["link"]["delay_up_ms"] for link in found["links"]] == [0.5, 1.0]
     for link in found["links"]:
         rows = {row["way"]: row for row in link["rows"]}
-        assert len(rows) == 10
+        assert len(rows) == 11
         for name, row in rows.items():
             assert row["prompts"] == 2 and 2 <= row["tokens"] <= 12 and row["tok_s"] > 0 and row["notes"] == []
             assert 0 <= row["agreement"] <= 1 and row["of_best"] > 0
             if "local" in name:
                 assert row["up_bytes_per_token"] == row["requests_per_token"] == row["cloud_ms_per_token"] == 0
-            else:
+            elif name != "auto":  # which may do without the cloud
                 assert row["up_bytes_per_token"] > 0
                 assert row["cloud_ms_per_token"] > 0 or name.startswith("exit")  # which may be sure of everything
-            if name.startswith(("verify", "cloud", "device")):
+            if name.startswith(("verify", "cloud", "device", "auto")):
                 assert row["same"] == 2 and row["agreement"] == 1.0
         assert rows["CE-CoLLM's policy"]["up_bytes_per_token"] > rows["exit"]["up_bytes_per_token"]
 
@@ -74,7 +74,7 @@ def test_a_bundle_without_exits_goes_without(plain: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tiny has no exits: the ways that need one are left out" in done.stderr
     found = json.loads(done.stdout)
-    assert len(found["links"][0]["rows"]) == 4 and found["cut"] is None and found["cloud_step"] == 2.0
+    assert len(found["links"][0]["rows"]) == 5 and found["cut"] is None and found["cloud_step"] == 2.0
     assert found["links"][0]["link"]["rate_up_bps"] == 50_000_000
 
 

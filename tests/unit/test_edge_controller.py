@@ -300,3 +300,18 @@ def test_what_was_measured_is_kept_for_the_next_time(
     for rubbish in ("", "{}", '{"ms_per_mb": -1, "row_ms": 1, "numerics": ""}', '{"ms_per_mb": NaN}'):
         path.write_text(rubbish)
         assert profile.read(path) is None
+
+
+def test_a_conversation_that_slides_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = LossyWire(TimedCloud(), delay_s=(0.005, 0.005))
+    with decider(monkeypatch, wire, known=True, held=N_LAYERS, overflow="slide", kv_tokens=64) as one:
+        assert len(ids(one.generate(PROMPT, max_tokens=120))) == 120
+
+
+def test_an_answer_that_nobody_read_does_not_steer_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = LossyWire(TimedCloud(), delay_s=(0.005, 0.005))
+    with decider(monkeypatch, wire, known=True, held=N_LAYERS) as one:
+        one.generate(PROMPT, max_tokens=20)
+        sent = len(wire.sent)
+        assert {token.source for token in one.generate(PROMPT, max_tokens=20, mode="local")} == {"device"}
+        assert len(wire.sent) == sent

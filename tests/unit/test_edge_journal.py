@@ -187,3 +187,78 @@ def test_a_cloud_that_forgot_gets_it_all_again(tmp_path: Path) -> None:
     with device(LossyWire(cloud), "stream", resume=path) as two:
         list(two.go_on())
         assert two.stats.tokens == local(max_tokens=20)
+
+
+def test_what_was_forgotten_stays_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with device(mode="local", resume=path) as one:
+        list(one.chat("my name is Bob", max_tokens=4))
+        one.reset()
+    with device(mode="local", resume=path) as two:
+        assert two.tokens == [] and two._chat.messages == [] and two.unfinished is None
+        answer = two.chat("three colors", max_tokens=9)
+        next(answer)
+        two.reset()
+    with device(mode="local", resume=path) as three, device(mode="local") as fresh:
+        assert three.unfinished is None
+        assert ids(three.chat("hello", max_tokens=4)) == ids(fresh.chat("hello", max_tokens=4))
+
+
+def test_a_prompt_is_never_taken_for_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    one = device(mode="local", resume=path)
+    answer = one.generate(PROMPT, max_tokens=9)
+    next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    one._conversation.replace(list(b"another prompt"))  # and then it is killed
+    leave(one, answer, path)
+    with device(mode="local", resume=path) as two:
+        assert two.unfinished is None and two.tokens == list(b"another prompt")
+
+
+def test_an_answer_of_the_clouds_is_gone_on_with_alone(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    wire = LossyWire(ToyService())
+    one = device(wire, "stream", resume=path)
+    tokens = one.generate(PROMPT, max_tokens=20)
+    next(tokens)
+    leave(one, tokens, path)
+    with device(mode="stream", resume=path) as two:
+        with pytest.raises(DeviceError, match="stream mode needs a cloud"):
+            two.go_on()
+        assert two.unfinished is not None and two.unfinished.question == PROMPT
+    with device(mode="local", resume=path) as three:
+        list(three.go_on())
+        assert three.stats.tokens == local(max_tokens=20)
+
+
+def test_a_full_conversation_is_opened_and_can_be_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with device(mode="local", resume=path, kv_tokens=16) as one, pytest.raises(DeviceError, match="room for 16"):
+        list(one.generate(PROMPT, max_tokens=20))
+    with device(mode="local", resume=path, kv_tokens=16) as two:
+        with pytest.raises(DeviceError, match="room for 16"):
+            list(two.generate(max_tokens=2))
+        two.reset()
+        assert ids(two.generate(PROMPT, max_tokens=2)) == local(max_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/zero"])
+def test_a_device_of_the_systems_is_no_file(name: str) -> None:
+    with pytest.raises(DeviceError, match="is no file that can be kept"):
+        device(mode="local", resume=name)
+
+
+def test_a_full_disk_is_said_and_everything_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = device(mode="local", resume=tmp_path / "talk")
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            raise OSError(28, "No space left on device")
+
+    sound, one._journal._file = one._journal._file, Full()  # type: ignore[union-attr]
+    with pytest.raises(DeviceError, match="No space left on device"):
+        list(one.generate(PROMPT, max_tokens=4))
+    one.close()
+    assert one._closed
+    sound.close()
