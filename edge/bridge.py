@@ -25,11 +25,6 @@ class Bridge:
         self._speak, self._log, self._sampling = speak, log, sampling
         self._told = Chain()
 
-    @property
-    def ahead(self) -> list[int]:
-        """What was said beyond the log."""
-        return self._told.tokens[len(self._log) :] if self._told.common(self._log) == len(self._log) else []
-
     def say(self) -> int:
         """One more token."""
         if self._told.common(self._log) < len(self._log):
@@ -37,10 +32,6 @@ class Bridge:
         token = self._speak(self._told, self._sampling)
         self._told.extend((token,))
         return token
-
-    def forget(self) -> None:
-        """Nothing beyond the log counts any more."""
-        self._told.follow(self._log, len(self._log))
 
 
 class Retold:

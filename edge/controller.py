@@ -65,7 +65,7 @@ class Controller:
         self._curious = False  # whether the uplink's rate might change the way
         self._began = self._look = self._took = 0.0  # of this round
         self._waits = self._fresh = self._tried = False
-        self._rtt: float | None = None
+        self._pong = self._probe = -1  # the last ping that was answered, and the last that measured the uplink
         link.watch = Watch(knowledge, self.late)
 
     def begin(self, options: GenerateOptions) -> Runner:
@@ -239,17 +239,17 @@ class Controller:
             alone = runner.source == "device"
             if alone:
                 link.look()
-            if (rtt := link.rtt_ms) is not None and rtt != self._rtt:
-                self._rtt = rtt
-                unheard_ms = min(rtt, (now - before) * 1e3) if alone else 0.0
-                if self._probed == self._pinged:
-                    known.moved(now, PROBE_BYTES, rtt - unheard_ms / 2)
+            if link.rtt is not None and link.rtt[0] != self._pong:
+                self._pong, rtt_ms = link.rtt
+                unheard_ms = min(rtt_ms, (now - before) * 1e3) if alone else 0.0
+                if self._pong == self._probe:
+                    known.moved(now, PROBE_BYTES, rtt_ms - unheard_ms / 2)
                 else:
-                    known.trip(now, rtt - unheard_ms / 2)
+                    known.trip(now, rtt_ms - unheard_ms / 2)
             asked = self._pinged > known.seen_s
             if self._curious and not asked and now - self._probed >= PROBE_S:
                 self._pinged = self._probed = now
-                link.ping(PROBE_BYTES)
+                self._probe = link.ping(PROBE_BYTES)
             elif now - max(self._pinged, known.seen_s) >= (LOST_S if asked else PING_S):
                 self._pinged = now
                 link.ping()

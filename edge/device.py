@@ -65,7 +65,7 @@ class Device:
         model: which of the cloud's models to fetch, by the beginning of its id or a name of its own; None for its only.
         keys: folder of this device's key and the cloud's public key, or the keys; None for the user's own folder.
         encrypted: off speaks in the clear, which is possible with a cloud on this machine only.
-        mode: "auto" (the cloud while it answers, else this device), "local", "stream", "split", "verify" (drafted
+        mode: "auto" (the way that ends the answer first, see `prefer`), "local", "stream", "split", "verify" (drafted
             here and checked in the cloud: the cloud model's own text), or "exit" (an exit's word where it is sure).
         cut: layer before which hidden states leave the device in split mode; None for the middle.
         codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N);
@@ -215,7 +215,7 @@ class Device:
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
                 controller=self._controller(
-                    watch, slides, clock, explain, (backend, threads, slow_down, memory_mb, kv_tokens)
+                    watch, slides, standby, clock, explain, (backend, threads, slow_down, memory_mb, kv_tokens)
                 ),
                 tell=explain,
             )
@@ -387,6 +387,7 @@ class Device:
         self,
         watch: Stopwatch,
         slides: bool,
+        tries: bool,
         clock: Callable[[], float],
         tell: Callable[[str], None] | None,
         settings: tuple[object, ...],
@@ -401,6 +402,7 @@ class Device:
             watch,
             slides=slides,
             settings=settings,
+            tries=tries,
             kept=profile.folder(),
             clock=clock,
         )

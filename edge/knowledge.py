@@ -32,6 +32,7 @@ class Knowledge:
         watch: of this device's own layers.
         slides: whether the conversation's oldest positions fall out of sight: then only whole models answer.
         settings: beside model and machine, what makes another device of this one.
+        tries: whether a device that has had nothing to compute may try how fast it is.
         kept: folder of profiles, None for none.
         clock: the link's seconds.
 
@@ -50,6 +51,7 @@ class Knowledge:
         *,
         slides: bool,
         settings: tuple[object, ...],
+        tries: bool,
         kept: Path | None,
         clock: Callable[[], float],
     ) -> None:
@@ -63,7 +65,7 @@ class Knowledge:
         self._offer: Offer | None = None
         self._cloud_ms = 0.0  # of one step, as it was first seen
         self._cuts: tuple[int, ...] = ()
-        self._tries, self._expected = 0, False
+        self._tries, self._expected = 0 if tries else TRIES, not tries
         self._shadow = Shadow(self._foreseen)
         self.truncate = self._shadow.truncate
         self._kept = kept and kept / profile.name(bundle.model_id, self._held, *settings)

@@ -22,7 +22,7 @@ class Wire(Protocol):
     """A connection to a cloud that greets, stays alive and mends itself; `protocol.link.Link` is one."""
 
     welcome: m.Welcome | None
-    rtt_ms: float | None
+    rtt: tuple[int, float] | None
     bytes_up: int
     bytes_down: int
 
@@ -232,12 +232,11 @@ class Link:
                 return
             self.session.receive(message, now)
 
-    def ping(self, size: int = 0) -> None:
-        """Asks for a sign of life, which `rtt_ms` tells of; with so many bytes more than it needs."""
+    def ping(self, size: int = 0) -> int:
+        """Asks for a sign of life, with so many bytes more than it needs; its name, as `rtt` gives it."""
         ping = m.Ping(int(self._clock() * 1e6), bytes(size))
-        if self.watch is not None:
-            self.watch.sent(ping, self._clock())
         self._wire.send(ping)
+        return ping.sent_us
 
     @property
     def up(self) -> bool:
@@ -245,9 +244,9 @@ class Link:
         return self._wire.up
 
     @property
-    def rtt_ms(self) -> float | None:
-        """The last sign of life's round trip, where the connection takes it in itself."""
-        return self._wire.rtt_ms
+    def rtt(self) -> tuple[int, float] | None:
+        """Which ping was answered last, and its round trip in ms."""
+        return self._wire.rtt
 
     def flush(self) -> None:
         """Sends what waits to be sent."""

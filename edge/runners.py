@@ -1,4 +1,4 @@
-"""The three ways to the next token. Each leaves the log alone: the caller appends what it got."""
+"""Ways to the next token. Each leaves the log alone: the caller appends what it got."""
 
 from __future__ import annotations
 

@@ -74,8 +74,6 @@ class Watch:
                 self._prompt += len(message.tokens)
             case m.Draft():
                 self._ask(("rows", message.alias, message.epoch, message.position), now, len(message.tokens))
-            case m.Ping():
-                self._ask(("ping", message.sent_us), now, 0)
             case m.Generate():
                 self._token_s = 0.0
                 self._ask(("stream", message.alias, message.epoch), now, 1, len(message.tokens) - 1)
@@ -102,8 +100,6 @@ class Watch:
                     self._told.checked(asked.rows - 1, message.accepted - 1)
             case m.Tokens():
                 self._streamed(message, came)
-            case m.Pong():
-                self._answered(("ping", message.sent_us), came, 0, 0)
             case _:
                 return
         self._burst = 0
@@ -145,5 +141,4 @@ class Watch:
 def _size(message: m.Message) -> int:
     tokens = getattr(message, "tokens", ())
     tensor = getattr(message, "hidden", None)
-    padding = getattr(message, "padding", b"")
-    return ENVELOPE_BYTES + 3 * len(tokens) + len(padding) + (len(tensor.data) if tensor is not None else 0)
+    return ENVELOPE_BYTES + 3 * len(tokens) + (len(tensor.data) if tensor is not None else 0)

@@ -47,7 +47,7 @@ class Link:
 
     Attributes:
         welcome: the cloud's greeting, None before the first.
-        rtt_ms: the last Ping's round trip, None before the first.
+        rtt: which Ping was answered last (its `sent_us`) and its round trip in ms, None before the first.
         bytes_up, bytes_down: payload so far.
     """
 
@@ -67,7 +67,7 @@ class Link:
         self._waiting: deque[tuple[Message, list[bytes], int]] = deque()
         self._failure: LinkError | None = None
         self.welcome: Welcome | None = None
-        self.rtt_ms: float | None = None
+        self.rtt: tuple[int, float] | None = None
         self.bytes_up = self.bytes_down = 0
 
     @property
@@ -173,7 +173,8 @@ class Link:
         elif kind is Ping:
             self.send(Pong(message.sent_us))  # type: ignore[union-attr]
         elif kind is Pong:
-            self.rtt_ms = max(0.0, time.monotonic() * 1e3 - message.sent_us * 1e-3)  # type: ignore[union-attr]
+            sent_us: int = message.sent_us  # type: ignore[union-attr]
+            self.rtt = (sent_us, max(0.0, time.monotonic() * 1e3 - sent_us * 1e-3))
         elif kind is Fault and message.alias is None and message.code == Code.VERSION:  # type: ignore[union-attr]
             # The cloud has no memory of this connection (it was restarted, or forgot a silent device).
             self._lose(LinkError(message.problem, message.remedy))  # type: ignore[union-attr]

@@ -389,7 +389,7 @@ class LossyWire:
         self.reconnect_every = 1 << 60  # messages from the device
         self.greeted = False
         self.welcome: m.Welcome | None = None
-        self.rtt_ms: float | None = None
+        self.rtt: tuple[int, float] | None = None
         self.bytes_up = self.bytes_down = 0
         self.heard_s = 0.0
         self.dark: list[tuple[float, float]] = []

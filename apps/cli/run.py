@@ -167,7 +167,7 @@ def command(
             memory_mb=memory_mb,
             kv_tokens=kv_tokens,
             overflow=overflow,  # type: ignore[arg-type]
-            on_rollback=on_rollback if on_rollback != "replace" else screen.rollback,  # type: ignore[arg-type]
+            on_rollback=screen.rollback if on_rollback == "replace" and not json else on_rollback,  # type: ignore[arg-type]
             resume=resume,
             prefer=prefer,
             max_disagreement=max_disagreement,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from isthmus.edge.watch import Watch
 from isthmus.protocol import messages as m
 
@@ -76,16 +74,10 @@ def test_drafts_that_were_checked_are_counted() -> None:
     assert told == [("trip", 30), ("stepped", 4, 0, 20, 0), ("checked", 3, 2)]
 
 
-@pytest.mark.parametrize(("size", "kind"), [(0, "trip"), (9000, "moved")])
-def test_signs_of_life_tell_of_the_link_alone(size: int, kind: str) -> None:
-    told = passing((1.0, m.Ping(1_000_000, bytes(size)), True), (1.2, m.Pong(1_000_000), False))
-    assert [(one[0], one[-1]) for one in told] == [(kind, 200)]
-
-
 def test_what_was_here_already_came_since_the_device_last_listened() -> None:
     told = Told()
     watch = Watch(told, lambda now: None)
     watch.heard(None, 0.0, 0.0)
-    watch.sent(m.Ping(0), 0.0)
-    watch.heard(m.Pong(0), 0.04, 0.04)  # computed for 40 ms, and there it was
+    watch.sent(m.Truncate(1, 2, 5), 0.0)
+    watch.heard(m.Result(1, 2, 5, [], 5, HASH), 0.04, 0.04)  # computed for 40 ms, and there it was
     assert told.said == [("trip", 20)]

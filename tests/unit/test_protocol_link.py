@@ -91,9 +91,9 @@ def test_the_link_greets_and_measures() -> None:
     link, made = greeted(friendly)
     assert link.up
     assert made[0].of(m.Hello) == [m.Hello(m.VERSION, m.MIN_VERSION, (), "test")]
-    while link.rtt_ms is None:
+    while link.rtt is None:
         assert link.receive(5) is None
-    assert link.rtt_ms >= 0.0
+    assert link.rtt[1] >= 0.0
     assert len(made) == 1
     link.close()
     assert made[0].closed
