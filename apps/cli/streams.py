@@ -54,13 +54,21 @@ def discard() -> None:
 
 
 class _Output(io.FileIO):
+    """Unbuffered: a buffer would write once more what Ctrl-C interrupted after it was written."""
+
     def write(self, data: Any, /) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
         try:
-            while (count := super().write(data)) is None:  # another program made the terminal non-blocking
-                select.select([], [self], [])
+            while left:
+                count = super().write(left)
+                if count is None:  # another program made the terminal non-blocking
+                    select.select([], [self], [])
+                else:
+                    left = left[count:]
         except OSError as error:
             raise OutputFailed(error) from None
-        return count
+        return size
 
 
 class _Errors(io.FileIO):
@@ -78,4 +86,4 @@ def _text(raw: io.FileIO, before: TextIO | None, errors: str) -> TextIO:
     if isinstance(before, io.TextIOWrapper):
         encoding, lines = before.encoding, before.line_buffering or before.write_through
         errors = errors if before.errors == "strict" else before.errors or errors
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=lines)
+    return io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=lines)
