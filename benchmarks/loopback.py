@@ -76,7 +76,7 @@ def alternate(
 ) -> dict[tuple[str, str], tuple[float, int, int]]:
     """Median tokens a second, bytes up per token and tokens in common with the first way, by (mode, codec)."""
     found: dict[tuple[str, str], list[tuple[float, int, list[int]]]] = {way: [] for way in ways}
-    with Device(folder, address, keys=keys, threads=threads, mode="local", cut=cut) as device:
+    with Device(folder, address, keys=keys, threads=threads, mode="local", cut=cut, standby=False) as device:
         for turn in range(turns + 1):
             for way in ways:
                 answer = speed(device, *way)
