@@ -141,6 +141,8 @@ def command(
 
     if json and prompt is None:
         raise DeviceError("--json needs a prompt", "give one with --prompt, or --prompt - for standard input")
+    if on_rollback not in ("replace", "keep"):
+        raise DeviceError(f"--on-rollback is {on_rollback!r}", "choose replace or keep")
     check_bundle(bundle)
     text = _read(prompt) if prompt is not None else ""
     sampling = Sampling(temperature, top_k, top_p, seed)
