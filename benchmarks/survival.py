@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ QUESTION = "Tell me a story about a fox and the sea."
 LONG_QUESTION = " ".join([QUESTION] * 12)
 MODES = ("stream", "verify", "auto", "split")
 TOKENS = 64
+BLOWS = ("kills of the device", "kills of the cloud", "cuts", "stalls", "resets")
+AGAIN = 2  # times that a device which ended with an error is begun again
 ROUND_TRIPS_MS = (5, 50, 200)
 LEAST_MS = 50.0
 
@@ -109,10 +111,11 @@ def keys() -> Iterator[Path]:
         yield folder
 
 
-def processes(record: Record, folder: Path, count: int) -> None:
-    """Part 2."""
+def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] = ()) -> None:
+    """Part 2; `numbers` repeats some of the sequences."""
     warmth = ("", "0.8")  # greedy, and sampled
-    done: dict[str, int] = dict.fromkeys(("kills of the device", "kills of the cloud", "cuts", "stalls", "resets"), 0)
+    done: dict[str, int] = dict.fromkeys(BLOWS, 0)
+    done["devices that gave up, begun again"] = 0
     wrong = 0
     with keys() as key_folder:
         cloud = Cloud(folder, key_folder, 20)
@@ -121,7 +124,7 @@ def processes(record: Record, folder: Path, count: int) -> None:
                 warm: _finished(_run(folder, key_folder, "", "local", temperature, None))["tokens"]
                 for warm, temperature in enumerate(warmth)
             }
-            for number in range(count):
+            for number in numbers if numbers else range(count):
                 chance = random.Random(number)
                 warm = number % 2
                 talk = key_folder / f"{number}.talk"
@@ -153,7 +156,9 @@ def _sequence(
     process = _run(folder, key_folder, cloud.relay.address, mode, temperature, talk)
     for _ in range(chance.randint(1, 3)):
         time.sleep(chance.uniform(0.3, 1.6))
-        blow = chance.choice(list(done))
+        blow = chance.choice(BLOWS)
+        if process.poll() is not None or (talk.exists() and '["ended"' in talk.read_text()):
+            break  # the answer is complete (the same command would ask once more), or the device has given up
         done[blow] += 1
         if blow == "kills of the device":
             process.send_signal(signal.SIGKILL)
@@ -171,7 +176,14 @@ def _sequence(
             cloud.relay.resume()
         else:
             cloud.relay.reset()
-    tokens: list[int] = _finished(process)["tokens"]
+    told = _finished(process)
+    for _ in range(AGAIN):
+        if "error" not in told:
+            break
+        print(f"begun again after: {told['error'].strip()}", file=sys.stderr)
+        done["devices that gave up, begun again"] += 1
+        told = _finished(_run(folder, key_folder, cloud.relay.address, mode, temperature, talk))
+    tokens: list[int] = told["tokens"]
     return tokens
 
 
