@@ -39,6 +39,7 @@ QUESTION = "Tell me a story about a fox and the sea."
 LONG_QUESTION = " ".join([QUESTION] * 12)
 MODES = ("stream", "verify", "auto", "split")
 TOKENS = 64
+SEQUENCES, PROCESSES = 5000, 200
 BLOWS = ("kills of the device", "kills of the cloud", "cuts", "stalls", "resets")
 AGAIN = 2  # times that a device which ended with an error is begun again
 ROUND_TRIPS_MS = (5, 50, 200)
@@ -74,7 +75,7 @@ def sequences(record: Record, count: int) -> None:
         print(error, file=sys.stderr)
     finally:
         isthmus.engine.open_part = opened
-    record.figure("sequences/run", Survival.done["sequences"], "sequences", target=count)
+    record.figure("sequences/run", Survival.done["sequences"], "sequences", target=SEQUENCES)
     record.figure("sequences/with a token lost, doubled or wrong", failed, "sequences", target=0, at_most=True)
     record.table("sequences", ["what was done", "times"], sorted(Survival.done.items()))
 
@@ -137,7 +138,7 @@ def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] =
         finally:
             cloud.close()
     print(file=sys.stderr)
-    record.figure("processes/run", count, "sequences", target=count)
+    record.figure("processes/run", count, "sequences", target=PROCESSES)
     record.figure("processes/with a token lost, doubled or wrong", wrong, "sequences", target=0, at_most=True)
     record.table("processes", ["what was done", "times"], sorted(done.items()))
 
@@ -281,8 +282,8 @@ def _bytes_again(folder: Path, key_folder: Path, address: str) -> tuple[int, int
 def main() -> int:
     """Runs what was asked for and writes results/survival.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=5000)
-    parser.add_argument("--processes", type=int, default=200)
+    parser.add_argument("--sequences", type=int, default=SEQUENCES)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--cuts", type=int, default=10, help="for each mode and round trip")
     options = parser.parse_args()
     record = Record("survival", vars(options) | {"tokens an answer": TOKENS})
