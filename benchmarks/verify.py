@@ -33,7 +33,7 @@ WAYS = (
     *(way for way in ways(None, None, whole=True) if way.name.startswith(VERIFY)),
     Way(f"{VERIFY}, n-grams, pipelined", {"mode": "verify", "draft": "ngrams", "draft_depth": 8}),
 )
-MAX_BYTES = 32
+MAX_BYTES, PROMPTS = 32, 200
 NICE = 10
 
 
@@ -81,7 +81,7 @@ class Kept:
 def main() -> int:
     """Measures and writes results/verify.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=200, help="of a fixed list, from its beginning")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of a fixed list, from its beginning")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="beside greedy")
     parser.add_argument("--rtt-ms", type=float, default=5.0)
@@ -105,6 +105,7 @@ def main() -> int:
             for device in devices:
                 device.close()
     record = Record("verify", settings | {"prompts": len(asked), "format": FORMAT})
+    record.figure("prompts", len(asked), "prompts", target=PROMPTS)
     tell(record, [answer for answer in kept.answers if answer.prompt < len(asked)], temperatures)
     record.write()
     return 0
