@@ -53,7 +53,7 @@ class Way:
 
 @dataclass
 class Row:
-    """What a way came to, over all prompts.
+    """What a way came to: counts over all prompts; times of the median prompt, which a stall of the machine leaves.
 
     Attributes:
         agreement: share of tokens that are the whole model's greedy choice after the same prefix; None where the
@@ -208,19 +208,18 @@ def table(title: str, rows: Sequence[Row]) -> str:
 def _row(name: str, answers: Sequence[tuple[list[int], Stats, float]], streamed: Sequence[list[int]] | None) -> Row:
     stats = [stats for _, stats, _ in answers]
     tokens = sum(len(said) for said, _, _ in answers)
-    decoded = sum(len(said) - 1 for said, _, _ in answers)
-    decoding_s = sum(took_s - one.ttft_ms * 1e-3 for _, one, took_s in answers)
+    decoding = [(len(said) - 1, took_s - one.ttft_ms * 1e-3) for said, one, took_s in answers]
     drafted = sum(one.drafted for one in stats)
     return Row(
         name,
         len(answers),
         tokens,
-        decoded / decoding_s if decoding_s > 0 else 0.0,
+        statistics.median([decoded / took_s for decoded, took_s in decoding if decoded and took_s > 0] or [0.0]),
         statistics.median(one.ttft_ms for one in stats),
         sum(one.round_trips for one in stats) / tokens,
         sum(one.bytes_up for one in stats) / tokens,
         sum(one.bytes_down for one in stats) / tokens,
-        sum(one.cloud_ms for one in stats) / tokens,
+        statistics.median(one.cloud_ms / max(1, len(said)) for said, one, _ in answers),
         sum(one.accepted for one in stats) / drafted if drafted else None,
         None,
         None if streamed is None else sum(said == text for (said, _, _), text in zip(answers, streamed, strict=True)),
