@@ -482,6 +482,7 @@ class Device:
         self._chat.restore(journal.kept.messages, journal.kept.tokens if journal.kept.told else ())
         if self._link is not None:
             self._link.session.restore, self._link.on_lane = journal.restore, journal.lane
+            self._link.session.patience.known = any(source != "device" for source in journal.kept.sources)
 
     def _stop_active(self) -> None:
         if (active := self._active) is None:

@@ -13,12 +13,13 @@ class Patience:
         where: the cloud's address, for error messages.
 
     Attributes:
+        known: whether that cloud has answered this conversation before, so that its address is right.
         impatient: whether a cloud that stays busy counts as gone after `Timeouts.busy_ms`.
         waiting: says that a busy cloud has been putting the device off for some time; empty when none does.
     """
 
     def __init__(self, timeouts: Timeouts, where: str) -> None:
-        self.impatient = False
+        self.known = self.impatient = False
         self.waiting = ""
         self._timeouts, self._where = timeouts, where
         self._alive_at = self._progress_at = 0.0
@@ -68,7 +69,7 @@ class Patience:
         patience_ms = self._timeouts.give_up_ms if connected else self._timeouts.connect_ms
         if closing:
             patience_ms = min(patience_ms, self._timeouts.retry_ms)
-        elif not connected and failure is not None and not isinstance(failure, SlowLinkError):
+        elif not (connected or self.known or failure is None or isinstance(failure, SlowLinkError)):
             patience_ms //= 4  # somebody said no; a cloud that is just starting gets a moment
         put_off_ms = (now - self._put_off_at) * 1e3 if now < self._put_off_until else 0.0
         if (now - self._alive_at) * 1e3 >= patience_ms:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from isthmus.edge.journal import Journal
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import DeviceError, LinkError
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyService
 
@@ -49,6 +49,27 @@ def test_a_killed_device_goes_on_where_it_was(tmp_path: Path) -> None:
         sent = [x for x in again.sent if isinstance(x, m.Generate)]
         assert len(sent) == 1 and len(sent[0].tokens) <= 1 + cut_after  # the prompt's KV was still there
         assert service.part.rows - computed <= 41
+
+
+def test_a_cloud_that_is_known_gets_the_time_to_start_again(tmp_path: Path) -> None:
+    class Starting(LossyWire):
+        @property
+        def failure(self) -> LinkError | None:
+            return None if self.greeted else LinkError("nothing answers", "wait")
+
+    path, service = tmp_path / "talk", ToyService()
+    one = device(LossyWire(service), "stream", resume=path)
+    tokens = one.generate(PROMPT, max_tokens=20, sampling=WARM)
+    next(tokens)
+    leave(one, tokens, path)
+    away = (100.0, 130.0)  # of 60 s in which a device may connect; 15 s where somebody says no
+    with device(Starting(service), "stream", resume=path) as two:
+        two._link._wire.dark = [away]  # type: ignore[union-attr]
+        list(two.go_on())
+        assert two.stats.tokens == local(max_tokens=20, sampling=WARM)
+    with device(Starting(service), "stream", resume=tmp_path / "new") as two, pytest.raises(LinkError, match="nothing"):
+        two._link._wire.dark = [away]  # type: ignore[union-attr]
+        list(two.generate(PROMPT, max_tokens=20))
 
 
 def test_a_device_that_was_ended_goes_on_too(tmp_path: Path) -> None:

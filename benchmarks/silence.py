@@ -1,0 +1,75 @@
+"""How long after a link has gone dark does the device say its next token by itself?
+
+usage: python benchmarks/silence.py [--cuts 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from models import bundle
+from record import Record
+from scene import QUESTION, Cloud, keys
+
+from isthmus.apps.bench.relay import Relay
+from isthmus.edge import Device, Timeouts
+
+ROUND_TRIPS_MS = (5, 50, 200)
+LEAST_MS = 50.0
+
+
+def silence(record: Record, folder: Path, cuts: int) -> None:
+    """Cuts the link in answers."""
+    rows: list[list[str | int | float | None]] = []
+    for rtt_ms in ROUND_TRIPS_MS:
+        with keys() as key_folder:
+            cloud = Cloud(folder, key_folder, rtt_ms)
+            try:
+                for mode in ("stream", "verify", "exit"):
+                    gaps = [_gap_ms(folder, key_folder, cloud.relay, mode) for _ in range(cuts)]
+                    bound = max(LEAST_MS, 2.0 * rtt_ms)
+                    gap = statistics.median(gaps)
+                    record.figure(f"{mode} at {rtt_ms} ms", gap, "ms", target=bound, at_most=True)
+                    rows.append([mode, rtt_ms, round(gap, 1), round(max(gaps), 1), bound])
+            finally:
+                cloud.close()
+    record.table(
+        "silence",
+        ["mode", "round trip, ms", "median, ms", "longest, ms", "two round trips, 50 ms at least"],
+        rows,
+        note="From the last token that the cloud gave to the first that the device says by itself.",
+    )
+
+
+def _gap_ms(folder: Path, key_folder: Path, relay: Relay, mode: str) -> float:
+    with Device(folder, relay.address, keys=key_folder, mode=mode, threads=1, timeouts=Timeouts(20_000)) as device:
+        last = cut = 0.0
+        for number, token in enumerate(device.chat(QUESTION, max_tokens=120)):
+            now = time.perf_counter()
+            if cut and not token.verified:
+                relay.mend()
+                return (now - max(last, cut)) * 1e3
+            last = now
+            if number == 24:
+                relay.cut()
+                cut = time.perf_counter()
+    raise RuntimeError("the device did not go on by itself")
+
+
+def main() -> int:
+    """Measures and writes results/silence.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cuts", type=int, default=10, help="for each mode and round trip")
+    options = parser.parse_args()
+    record = Record("silence", vars(options))
+    silence(record, bundle("keep").path, options.cuts)
+    record.write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
