@@ -15,7 +15,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
 _TICK_S = 1e-6  # what a clock may be wrong by
-_GLANCE_S = 0.25  # how often a waiting device looks whether the link is still up
+_CHECK_S = 0.25  # how often a waiting device looks whether the link is still up
 
 
 class Wire(Protocol):
@@ -291,7 +291,7 @@ class Link:
             try:
                 self.flush()
                 began = clock()
-                until = min(session.wake_at, began + (GLANCE_S if self.watch else _GLANCE_S))
+                until = min(session.wake_at, began + (GLANCE_S if self.watch else _CHECK_S))
                 if deadline is not None:
                     until = min(until, deadline)
                 if hush is not None:

@@ -68,6 +68,24 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     return Plan(best, weighed, _reason(best, first, allowed, wish))
 
 
+def choose(has_cloud: bool, link_up: bool, whole_model: bool) -> Mode:
+    """Where nothing was measured: the cloud while it answers, this device otherwise.
+
+    Args:
+        has_cloud: whether a cloud was named.
+        link_up: whether it answers.
+        whole_model: whether this device can run every layer.
+
+    Raises:
+        DeviceError: neither can answer.
+    """
+    if has_cloud and link_up:
+        return "stream"
+    if whole_model:
+        return "local"
+    raise _unable(has_cloud)
+
+
 def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
     """Whether it pays to measure the uplink: hidden states would travel if it were `HOPE` times as fast."""
     link, current = figures.link, standing.current
@@ -129,47 +147,16 @@ def _nothing(figures: Figures, wish: Wish, weighed: Iterable[Candidate]) -> Devi
     device = figures.device
     if wish.prefer == "privacy":
         return alone_refused(device.held, device.n_layers)
-    if figures.cloud is None:
-        return DeviceError(
-            "this device does not hold the whole model", "name a cloud, or use a bundle with all its layers"
-        )
-    if figures.link is None or not figures.link.up:
-        return DeviceError(
-            "the cloud does not answer and this device does not hold the whole model",
-            "check the link, or give the device all layers of the bundle",
-        )
+    if figures.cloud is None or figures.link is None or not figures.link.up:
+        return _unable(figures.cloud is not None)
     told = "; ".join(f"{one.name}: {one.why_not}" for one in weighed)
     return DeviceError(f"no way of working is allowed ({told})", "allow more disagreement")
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What the choice depends on.
-
-    Attributes:
-        has_cloud: whether a cloud was named.
-        link_up: whether it answers.
-        whole_model: whether this device can run every layer.
-    """
-
-    has_cloud: bool
-    link_up: bool
-    whole_model: bool
-
-
-def choose(situation: Situation) -> Mode:
-    """The cloud while it answers, this device otherwise.
-
-    Raises:
-        DeviceError: neither can answer.
-    """
-    if situation.has_cloud and situation.link_up:
-        return "stream"
-    if situation.whole_model:
-        return "local"
-    if situation.has_cloud:
-        raise DeviceError(
+def _unable(has_cloud: bool) -> DeviceError:
+    if has_cloud:
+        return DeviceError(
             "the cloud does not answer and this device does not hold the whole model",
             "check the link, or give the device all layers of the bundle",
         )
-    raise DeviceError("this device does not hold the whole model", "name a cloud, or use a bundle with all its layers")
+    return DeviceError("this device does not hold the whole model", "name a cloud, or use a bundle with all its layers")

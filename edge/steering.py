@@ -23,7 +23,7 @@ from isthmus.edge.token import Stats
 from isthmus.edge.verify import VerifyRunner
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
 
-GLANCE_S = 0.05  # how long a device that does without its cloud looks for it before an answer
+SEEK_S = 0.05  # how long a device that does without its cloud looks for it before an answer
 
 
 class Steering:
@@ -85,7 +85,7 @@ class Steering:
                 link_up = self._link_up()
             if self._cloud_error is not None and not whole:
                 raise self._cloud_error
-            mode = policy.choose(policy.Situation(self._link is not None, link_up, whole))
+            mode = policy.choose(self._link is not None, link_up, whole)
             if self._cloud_error is not None:
                 hint = "" if self._served else f" ({self._cloud_error.remedy})"
                 self._notes.add(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
@@ -307,7 +307,7 @@ class Steering:
         try:
             if self._cloud_error is None:
                 self._link.welcome()
-            elif self._link.glance(GLANCE_S):
+            elif self._link.glance(SEEK_S):
                 self._cloud_error = None
         except IsthmusError as error:
             if not may_go_on(error, "auto", self._served):

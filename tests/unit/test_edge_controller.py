@@ -8,7 +8,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,19 +16,16 @@ from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
 from isthmus.edge import controller, policy, profile
 from isthmus.edge.controller import DECIDE_S
-from isthmus.edge.exit import ExitSpeaker
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
 from isthmus.engine.part import Rows, StepResult
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
-from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.errors import DeviceError
+from tests.edge_exits import CUT, give_exit
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import D_MODEL, MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
-from tests.unit.test_edge_exit import ToyExit
+from tests.edge_world import MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
 
-CUT = 3
 WARM = Sampling(0.9, seed=3)
 FAST = ((1, 2_000), (4, 4_000))  # steps of a cloud, in microseconds
 SLOW = ((1, 80_000), (4, 160_000))
@@ -85,16 +81,7 @@ def decider(
     bundle.exits = (SimpleNamespace(layer=CUT, file="norm", agreement=agreement, certificate=None),)
     bundle.holds = lambda name: held == N_LAYERS or name == "norm"
     one: Any = device(wire, bundle=bundle, **options)
-    speakers: dict[int, ExitSpeaker] = {}
-    one._exits.stats = lambda layer: ChannelStats(np.zeros(D_MODEL, np.float32), np.ones(D_MODEL, np.float32))
-
-    def speaker(layer: int) -> ExitSpeaker:
-        part = one._holding.open(layer)
-        if layer not in speakers:
-            speakers[layer] = one._exits._open[layer] = ExitSpeaker(part, ToyExit(), layer)  # type: ignore[arg-type]
-        return speakers[layer]
-
-    one._exits.speaker = speaker
+    give_exit(one)
     if known:
         knowledge = one._steering._controller._knowledge
         knowledge._watch.remember(row_ms / knowledge._watch.sizes.of(N_LAYERS, True) * 1e6, row_ms / 5)

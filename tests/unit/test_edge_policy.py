@@ -20,7 +20,7 @@ from isthmus.edge.figures import (
     Wish,
     round_of,
 )
-from isthmus.edge.policy import MARGIN, PATIENCE, Situation, choose, decide, explain, worth_probing
+from isthmus.edge.policy import MARGIN, PATIENCE, choose, decide, explain, worth_probing
 from isthmus.protocol.errors import DeviceError
 
 LAYERS_MS = ((1, 0.25), (20, 5.0), (30, 7.5))
@@ -283,10 +283,10 @@ def test_names_tell_candidates_apart() -> None:
 def test_the_cloud_while_it_answers_else_this_device(
     has_cloud: bool, link_up: bool, whole_model: bool, mode: str
 ) -> None:
-    assert choose(Situation(has_cloud, link_up, whole_model)) == mode
+    assert choose(has_cloud, link_up, whole_model) == mode
 
 
 @pytest.mark.parametrize(("has_cloud", "problem"), [(True, "does not answer"), (False, "does not hold")])
 def test_nobody_can_answer(has_cloud: bool, problem: str) -> None:
     with pytest.raises(DeviceError, match=problem):
-        choose(Situation(has_cloud, False, False))
+        choose(has_cloud, False, False)
