@@ -46,7 +46,9 @@ def silence(record: Record, folder: Path, cuts: int) -> None:
 
 
 def _gap_ms(folder: Path, key_folder: Path, relay: Relay, mode: str) -> float:
-    with Device(folder, relay.address, keys=key_folder, mode=mode, threads=1, timeouts=Timeouts(20_000)) as device:
+    with Device(
+        folder, relay.address, keys=key_folder, mode=mode, threads=1, standby=True, timeouts=Timeouts(20_000)
+    ) as device:
         last = cut = 0.0
         for number, token in enumerate(device.chat(QUESTION, max_tokens=120)):
             now = time.perf_counter()

@@ -44,6 +44,7 @@ from isthmus.edge.stopwatch import Stopwatch
 from isthmus.edge.text import Text, token_ids
 from isthmus.edge.token import CutOff, Mode, Source, Stats, Token
 from isthmus.engine.sampling import GREEDY, Sampling
+from isthmus.protocol.address import is_local
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
@@ -89,7 +90,8 @@ class Device:
             it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
             count as guesses until the cloud, back again, confirms them.
         standby: whether a device that holds the whole model keeps itself ready for that while the cloud computes: the
-            model open, and KV for the conversation. Off it saves that work and needs some time to take over.
+            model open, and KV for the conversation. Off it saves that work and needs some time to take over. None for
+            on, unless `cloud` is an address of this machine, whose memory's speed both would share.
         on_rollback: what becomes of guesses from the first wrong one on: "replace" takes them back, "keep" lets them
             stand; a function is given the `Rollback` before that and returns whether to replace.
         resume: a file in which the conversation is kept, and from which it is taken up again; None for none.
@@ -132,7 +134,7 @@ class Device:
         max_disagreement: float = 0.0,
         explain: Callable[[str], None] | None = None,
         fallback: bool = True,
-        standby: bool = True,
+        standby: bool | None = None,
         on_rollback: OnRollback = "replace",
         resume: str | Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
@@ -203,7 +205,9 @@ class Device:
                 self._conversation.keep(self._link.session.edited)
             for keeper in (self._holding, self._exits, self._drafting):
                 self._conversation.keep(keeper.truncate)
-            stands_by = standby and fallback and self._holding.whole
+            tries = standby is not False
+            ready = not (cloud and is_local(cloud)) if standby is None else standby
+            ready = ready and fallback and self._holding.whole
             self._steering = Steering(
                 self._modes,
                 self._holding,
@@ -211,11 +215,11 @@ class Device:
                 opening.absent,
                 self._notes,
                 fallback=fallback,
-                standby=Standby(self._bundle, self._holding, self._log) if stands_by else None,
+                standby=Standby(self._bundle, self._holding, self._log) if ready else None,
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
                 controller=self._controller(
-                    watch, slides, standby, clock, explain, (backend, threads, slow_down, memory_mb, kv_tokens)
+                    watch, slides, tries, clock, explain, (backend, threads, slow_down, memory_mb, kv_tokens)
                 ),
                 tell=explain,
             )

@@ -80,7 +80,7 @@ def command(
                     rows.append(_ask(console, device, *MODES[-1], question, max_tokens))
             with (
                 Relay(cloud.address, LinkProfile.of_rtt(CUT_RTT_MS)) as relay,
-                Device(folder, relay.address, **options) as device,
+                Device(folder, relay.address, standby=True, **options) as device,
             ):
                 rows.append(_survive(console, device, relay, question, max_tokens))
     _table(console, rows)

@@ -100,7 +100,7 @@ def test_a_device_goes_on_and_the_text_is_the_same(
 ) -> None:
     with (
         Relay(cloud.address, LinkProfile.of_rtt(10)) as relay,
-        Device(bundle, relay.address, keys=keys, mode=mode, threads=1) as device,
+        Device(bundle, relay.address, keys=keys, mode=mode, threads=1, standby=True) as device,
     ):
         for number, _ in enumerate(device.generate(PROMPT, max_tokens=TOKENS)):
             if number == 20:
