@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from isthmus.apps.bench.calm import Calm, calm_enough
 from isthmus.edge import Device
 from isthmus.edge.token import Stats
 from isthmus.engine import KvConfig, open_part
@@ -56,6 +57,8 @@ class Row:
     """What a way came to: counts over all prompts; times of the median prompt, which a stall of the machine leaves.
 
     Attributes:
+        timed: prompts whose times count: those in which others on the host left this machine its processors, or the
+            calmer half (see `calm`).
         agreement: share of tokens that are the whole model's greedy choice after the same prefix; None where the
             device's bundle does not hold it, or nothing is greedy.
         acceptance: share of drafted tokens that were right, of those that the cloud checked.
@@ -66,6 +69,7 @@ class Row:
 
     way: str
     prompts: int = 0
+    timed: int = 0
     tokens: int = 0
     tok_s: float = 0.0
     ttft_ms: float = 0.0
@@ -136,6 +140,7 @@ def compare(
     sampling: Sampling = GREEDY,
     teacher: Part | None = None,
     progress: Callable[[str], None] | None = None,
+    patience_s: float = 0.0,
 ) -> list[Row]:
     """Every way answers every prompt, in turns, each on a device of its own.
 
@@ -143,12 +148,15 @@ def compare(
         opened: makes a way's device.
         teacher: the whole model, to hold greedy answers against.
         progress: told what is running.
+        patience_s: how long to wait, before each prompt, for others on the host to leave this machine its processors.
     """
+    calm, taken = Calm(), list[float]()
     told: dict[str, list[tuple[list[int], Stats, float]]] = {way.name: [] for way in contenders}
     asked: list[list[int]] = []
     with ExitStack() as stack:
         devices = [stack.enter_context(opened(way)) for way in contenders]
         for number, prompt in enumerate(prompts):
+            calm.wait(patience_s)
             for way, device in zip(contenders, devices, strict=True):
                 if progress:
                     progress(f"prompt {number + 1} of {len(prompts)}: {way.name}")
@@ -158,9 +166,10 @@ def compare(
                 asks = [{"role": "user", "content": prompt}]
                 tokens = [token.id for token in device.chat(asks, max_tokens=max_tokens, sampling=sampling)]
                 told[way.name].append((tokens, device.stats, time.perf_counter() - began))
+            taken.append(calm.taken())
             asked.append(device.tokens[: device.stats.prompt_tokens])
     streamed = [tokens for tokens, _, _ in told[STREAM]] if STREAM in told else None
-    rows = [_row(name, answers, streamed) for name, answers in told.items()]
+    rows = [_row(name, answers, streamed, calm_enough(taken)) for name, answers in told.items()]
     alone = [row.tok_s for row in rows if row.way in (STREAM, LOCAL)]
     for row in rows:
         row.of_best = row.tok_s / max(alone) if alone and max(alone) > 0 else None
@@ -205,21 +214,28 @@ def table(title: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, answers: Sequence[tuple[list[int], Stats, float]], streamed: Sequence[list[int]] | None) -> Row:
+def _row(
+    name: str,
+    answers: Sequence[tuple[list[int], Stats, float]],
+    streamed: Sequence[list[int]] | None,
+    timed: Sequence[int],
+) -> Row:
     stats = [stats for _, stats, _ in answers]
     tokens = sum(len(said) for said, _, _ in answers)
-    decoding = [(len(said) - 1, took_s - one.ttft_ms * 1e-3) for said, one, took_s in answers]
+    calm = [answers[one] for one in timed]
+    decoding = [(len(said) - 1, took_s - one.ttft_ms * 1e-3) for said, one, took_s in calm]
     drafted = sum(one.drafted for one in stats)
     return Row(
         name,
         len(answers),
+        len(calm),
         tokens,
         statistics.median([decoded / took_s for decoded, took_s in decoding if decoded and took_s > 0] or [0.0]),
-        statistics.median(one.ttft_ms for one in stats),
+        statistics.median(one.ttft_ms for _, one, _ in calm),
         sum(one.round_trips for one in stats) / tokens,
         sum(one.bytes_up for one in stats) / tokens,
         sum(one.bytes_down for one in stats) / tokens,
-        statistics.median(one.cloud_ms / max(1, len(said)) for said, one, _ in answers),
+        statistics.median(one.cloud_ms / max(1, len(said)) for said, one, _ in calm),
         sum(one.accepted for one in stats) / drafted if drafted else None,
         None,
         None if streamed is None else sum(said == text for (said, _, _), text in zip(answers, streamed, strict=True)),
