@@ -59,3 +59,7 @@ class DeviceError(IsthmusError):
 
 class ServiceError(IsthmusError):
     """The cloud service cannot start or refused a request."""
+
+
+class PlanError(IsthmusError):
+    """A network, profile or budget for which there is no plan."""
