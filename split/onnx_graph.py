@@ -1,0 +1,242 @@
+"""An ONNX model as a graph of nodes, and the models of its parts.
+
+A part is made of whole nodes. What subgraphs (the bodies of If, Loop and Scan) take from outside counts as an input of
+their node; initializers and constants go with every part that uses them. Weights that lie in files beside the model
+stay there until they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import onnx
+
+from isthmus.protocol.errors import PlanError
+
+_CONSTANT = "Constant"
+_MAX_DEPTH = 32  # of subgraphs in subgraphs
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A tensor between nodes.
+
+    Attributes:
+        producer: number of the node that makes it, -1 for an input of the model.
+        consumers: numbers of the nodes that use it; `last` also asks for it where it is an output of the model.
+    """
+
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+
+
+class OnnxGraph:
+    """A model whose nodes are numbered in an order in which they can run; constants are no nodes.
+
+    Args:
+        model: with its weights' places, not necessarily their values.
+
+    Attributes:
+        nodes: in order.
+        inputs, outputs: names that the model is given and gives; initializers are no inputs.
+
+    Raises:
+        PlanError: the graph has a cycle, uses what nobody makes, or makes something twice.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.model = model
+        self._initializers = {one.name: one for one in graph.initializer}
+        self._sparse = {one.values.name: one for one in graph.sparse_initializer}
+        self._constants = {node.output[0]: node for node in graph.node if _is_constant(node)}
+        self._fixed = {*self._initializers, *self._sparse, *self._constants}
+        self.inputs = [one.name for one in graph.input if one.name not in self._fixed]
+        self.outputs = [one.name for one in graph.output]
+        self._infos = {one.name: one for one in (*graph.value_info, *graph.output, *graph.input)}
+        self.nodes = self._ordered([node for node in graph.node if not _is_constant(node)])
+        self._maker = {name: at for at, node in enumerate(self.nodes) for name in node.output if name}
+
+    @cached_property
+    def needs(self) -> list[tuple[str, ...]]:
+        """Names that each node uses and some node or the caller makes."""
+        return [tuple(name for name in used_names(node) if name not in self._fixed) for node in self.nodes]
+
+    @cached_property
+    def tensors(self) -> list[Crossing]:
+        """All that nodes hand on to each other, and the model's inputs."""
+        users: dict[str, list[int]] = {name: [] for name in self.inputs}
+        for at, names in enumerate(self.needs):
+            for name in names:
+                users.setdefault(name, []).append(at)
+        return [Crossing(name, self._maker.get(name, -1), tuple(at)) for name, at in users.items()]
+
+    def constants_of(self, node: int) -> list[str]:
+        """Names of the initializers and constants that a node uses."""
+        return [name for name in used_names(self.nodes[node]) if name in self._fixed]
+
+    def made_by(self, name: str) -> int:
+        """Number of the node that makes a tensor, -1 for an input of the model or a constant."""
+        return self._maker.get(name, -1)
+
+    def crossing(self, device: Collection[int]) -> list[str]:
+        """Names that travel when these nodes run on the device and the others in the cloud, in a fixed order.
+
+        Inputs of the model that the cloud's nodes use travel, too; so does an output of the model that the device
+        makes and the cloud uses. Other outputs of the device stay.
+
+        Raises:
+            PlanError: the device would need what the cloud makes.
+        """
+        here = set(device)
+        names = {}
+        for at, needs in enumerate(self.needs):
+            for name in needs:
+                there = self._maker.get(name, -1) not in here and name in self._maker
+                if at in here and there:
+                    made = self._called(self._maker[name])
+                    raise PlanError(f"{self._called(at)} on the device needs {name!r}, which {made} makes in the cloud")
+                if at not in here and not there:
+                    names[name] = None
+        return list(names)
+
+    def part(self, nodes: Collection[int], inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+        """A model of some nodes.
+
+        Args:
+            inputs: names that it is given: all that its nodes need and do not make.
+            outputs: names that it gives; one of `inputs` or a constant is handed through.
+        """
+        chosen = [self.nodes[at] for at in sorted(set(nodes))]
+        used = dict.fromkeys(name for node in chosen for name in used_names(node))
+        fixed = [name for name in used if name in self._fixed]
+        fixed += [name for name in outputs if name in self._fixed and name not in used]
+        made = {name for node in chosen for name in node.output}
+        part = onnx.ModelProto()
+        part.CopyFrom(_without_graph(self.model))
+        graph = part.graph
+        graph.name = self.model.graph.name or "part"
+        graph.node.extend(self._constants[name] for name in fixed if name in self._constants)
+        graph.initializer.extend(self._initializers[name] for name in fixed if name in self._initializers)
+        graph.sparse_initializer.extend(self._sparse[name] for name in fixed if name in self._sparse)
+        graph.node.extend(chosen)
+        graph.input.extend(self.info(name) for name in inputs)
+        graph.output.extend(self.info(name) for name in outputs)
+        graph.value_info.extend(
+            self._infos[name] for name in made if name in self._infos and name not in {*inputs, *outputs}
+        )
+        return part
+
+    def info(self, name: str) -> onnx.ValueInfoProto:
+        """Type and shape of a tensor, as far as the model says them; onnxruntime infers the rest of an output."""
+        found = self._infos.get(name)
+        if found is not None:
+            return found
+        fixed = self._initializers.get(name)
+        if fixed is not None:
+            return onnx.helper.make_tensor_value_info(name, fixed.data_type, list(fixed.dims))
+        return onnx.helper.make_empty_tensor_value_info(name)
+
+    def learn(self, infos: Iterator[onnx.ValueInfoProto] | Sequence[onnx.ValueInfoProto]) -> None:
+        """Takes in types and shapes that were inferred or measured."""
+        for info in infos:
+            self._infos.setdefault(info.name, info)
+
+    def _ordered(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """In an order in which they can run: the file's own where that is one, as it must be."""
+        known = {*self.inputs, *self._fixed, ""}
+        makers: dict[str, int] = {}
+        for at, node in enumerate(nodes):
+            for name in node.output:
+                if name and (name in makers or name in known):
+                    raise PlanError(f"{name!r} is made twice", "the model is not valid ONNX")
+                makers[name] = at
+        order: list[onnx.NodeProto] = []
+        placed: set[int] = set()
+        for first in range(len(nodes)):
+            stack = [(first, iter(used_names(nodes[first])))]
+            path = {first}
+            if first in placed:
+                continue
+            while stack:
+                at, names = stack[-1]
+                for name in names:
+                    if name in known:
+                        continue
+                    maker = makers.get(name)
+                    if maker is None:
+                        raise PlanError(f"nobody makes {name!r}, which {_called(nodes[at])} uses", "export it again")
+                    if maker in path:
+                        raise PlanError(f"the graph has a cycle through {name!r}", "the model is not valid ONNX")
+                    if maker not in placed:
+                        stack.append((maker, iter(used_names(nodes[maker]))))
+                        path.add(maker)
+                        break
+                else:
+                    stack.pop()
+                    path.discard(at)
+                    placed.add(at)
+                    order.append(nodes[at])
+                    known.update(nodes[at].output)
+        return order
+
+    def _called(self, at: int) -> str:
+        return _called(self.nodes[at])
+
+
+def used_names(node: onnx.NodeProto) -> list[str]:
+    """Names that a node uses, those that its subgraphs take from outside included, each once."""
+    names = dict.fromkeys(name for name in node.input if name)
+    for body in _bodies(node):
+        names.update(dict.fromkeys(_captured(body, 0)))
+    return list(names)
+
+
+def _captured(graph: onnx.GraphProto, depth: int) -> list[str]:
+    """What a subgraph uses and does not make."""
+    if depth > _MAX_DEPTH:
+        raise PlanError(f"subgraphs lie more than {_MAX_DEPTH} deep in each other", "simplify the model")
+    inside = {one.name for one in (*graph.input, *graph.initializer)}
+    inside |= {one.values.name for one in graph.sparse_initializer}
+    found: dict[str, None] = {}
+    for node in graph.node:
+        names = [name for name in node.input if name]
+        for body in _bodies(node):
+            names += _captured(body, depth + 1)
+        found.update(dict.fromkeys(name for name in names if name not in inside))
+        inside.update(node.output)
+    found.update(dict.fromkeys(one.name for one in graph.output if one.name not in inside))
+    return list(found)
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == _CONSTANT and node.domain in ("", "ai.onnx") and len(node.output) == 1
+
+
+def _called(node: onnx.NodeProto) -> str:
+    return f"{node.op_type} {node.name or (node.output[0] if node.output else '')!r}"
+
+
+def _without_graph(model: onnx.ModelProto) -> Any:
+    """Versions, functions and metadata."""
+    found = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name == "graph":
+            continue
+        if field.is_repeated:
+            getattr(found, field.name).extend(value)
+        else:
+            setattr(found, field.name, value)
+    return found
