@@ -31,9 +31,8 @@ def best(network: Network, aim: Aim = "latency", budgets: Mapping[str, float] | 
         if name != LATENCY and name not in network.use:
             raise PlanError(f"nothing is known of {name}", f"budget one of: {', '.join([LATENCY, *network.use])}")
     free = fastest(network)  # also says what runs nowhere
-    if aim == "latency":
-        if all(taken(free, name) <= most for name, most in budgets.items()):
-            return free
+    if aim == "latency" and all(taken(free, name) <= most for name, most in budgets.items()):
+        return free
     found = _Program(network, budgets).solve(aim)
     if found is None:
         raise _impossible(network, budgets)

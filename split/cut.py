@@ -124,7 +124,7 @@ class Network:
             np.fromiter(chain.from_iterable(flow.consumers for flow in used), np.int64, int(counts.sum())),
             np.repeat(np.arange(len(used)), counts),
             np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64),
-            np.array([flow.ms for flow in used], np.float64).reshape(len(used), -1),
+            np.array([flow.ms for flow in used], np.float64).reshape(len(used), -1 if used else self.tiers - 1),
         )
 
 

@@ -1,0 +1,60 @@
+"""Random networks to cut, and every way to cut a small one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, priced
+
+
+def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
+    """With tensors that several tasks use, free and dear ones, tasks that run in some places alone, two resources."""
+    users: dict[int, list[int]] = {at: [] for at in range(INPUT, tasks)}
+    for task in range(tasks):
+        near = [at for at in range(INPUT, task) if chance.random() < 1.2 / (task - at)]
+        for at in near or [chance.randrange(INPUT, task) if task else INPUT]:
+            users[at].append(task)
+    flows = []
+    for at, all_users in users.items():
+        parts = [all_users]
+        if len(all_users) > 1 and chance.random() < 0.3:  # two tensors of one task
+            middle = chance.randrange(1, len(all_users))
+            parts = [all_users[:middle], all_users[middle:]]
+        for part in parts:
+            ms = tuple(chance.choice([0.0, 5 * chance.random(), 30 * chance.random()]) for _ in range(tiers - 1))
+            flows.append(Flow(at, tuple(part), ms))
+    base = np.array([10 * chance.random() for _ in range(tasks)])
+    ms = np.stack([base * 4.0**-tier * [chance.uniform(0.5, 2) for _ in range(tasks)] for tier in range(tiers)])
+    memory = np.zeros_like(ms)
+    memory[0] = [9 * chance.random() for _ in range(tasks)]
+    energy = np.zeros_like(ms)
+    energy[0] = 3 * ms[0]
+    for task in range(tasks):
+        if chance.random() < 0.05:
+            ms[chance.randrange(tiers), task] = np.inf
+    links = np.ones(tiers - 1)
+    use = {"memory": Use(memory, 0 * links), "energy": Use(energy, links)}
+    return Network(ms, tuple(flows), tuple(chance.choice([0.0, 2.0, 10.0]) for _ in links), use)
+
+
+def every_cut(network: Network) -> Iterator[Cut]:
+    """All ways to share a network in which each task runs where it can."""
+    before: list[list[int]] = [[] for _ in range(network.tasks)]
+    for flow in network.flows:
+        for user in flow.consumers:
+            if flow.producer != INPUT:
+                before[user].append(flow.producer)
+
+    def go_on(tiers: list[int]) -> Iterator[Cut]:
+        task = len(tiers)
+        if task == network.tasks:
+            yield priced(network, tiers)
+            return
+        for tier in range(max((tiers[at] for at in before[task]), default=0), network.tiers):
+            if np.isfinite(network.ms[tier, task]):
+                yield from go_on([*tiers, tier])
+
+    yield from go_on([])

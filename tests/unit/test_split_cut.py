@@ -1,0 +1,117 @@
+"""The best cut is the best of all cuts, with and without budgets, for one input and for a pipeline."""
+
+from __future__ import annotations
+
+import random
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from isthmus.protocol.errors import PlanError
+from isthmus.split.budget import LATENCY, Aim, best, taken
+from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, fastest, priced
+from tests.random_network import every_cut, random_network
+
+NEAR = 1e-6
+
+
+def value(cut: Cut, aim: str) -> float:
+    return cut.ms if aim == "latency" else cut.slowest_ms
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_fastest_of_all_cuts(seed: int) -> None:
+    chance = random.Random(seed)
+    tiers = chance.choice([1, 2, 2, 3])
+    network = random_network(chance, chance.randrange(0, 9 if tiers == 3 else 12), tiers)
+    least = min((cut.ms for cut in every_cut(network)), default=None)
+    if least is None:
+        with pytest.raises(PlanError, match=r"runs on no machine|what another needs"):
+            fastest(network)
+    else:
+        assert fastest(network).ms == pytest.approx(least, rel=NEAR, abs=1e-9)
+
+
+@pytest.mark.parametrize("aim", get_args(Aim))
+@pytest.mark.parametrize("seed", range(40))
+def test_the_best_of_all_cuts_within_budgets(seed: int, aim: Aim) -> None:
+    chance = random.Random(seed)
+    tiers = chance.choice([2, 2, 3])
+    network = random_network(chance, chance.randrange(1, 7 if tiers == 3 else 10), tiers)
+    cuts = list(every_cut(network))
+    budgets = {}
+    for name in chance.sample([LATENCY, "memory", "energy"], chance.randrange(4)) if cuts else ():
+        amounts = sorted(taken(cut, name) for cut in cuts)
+        budgets[name] = amounts[int(len(amounts) * chance.random() / 2)] * chance.choice([1.001, 0.97])
+    allowed = [cut for cut in cuts if all(taken(cut, name) <= most for name, most in budgets.items())]
+    if not allowed:
+        with pytest.raises(PlanError):
+            best(network, aim, budgets)
+        return
+    found = best(network, aim, budgets)
+    assert value(found, aim) == pytest.approx(min(value(cut, aim) for cut in allowed), rel=NEAR, abs=1e-9)
+    assert all(taken(found, name) <= most * (1 + NEAR) + 1e-9 for name, most in budgets.items())
+
+
+def chain(*ms: float, wire_ms: float = 1.0, trip_ms: float = 0.0, factor: float = 0.1) -> Network:
+    """Tasks one after the other, which a cloud runs in a tenth of the time."""
+    device = np.array(ms)
+    flows = [Flow(at, (at + 1,), (wire_ms,)) for at in range(INPUT, len(ms) - 1)]
+    return Network(np.stack([device, factor * device]), tuple(flows), (trip_ms,))
+
+
+def test_a_tensor_that_two_tasks_use_travels_once() -> None:
+    ms = np.array([[1.0, 9.0, 9.0], [9.0, 1.0, 1.0]])
+    network = Network(ms, (Flow(INPUT, (0,), (50.0,)), Flow(0, (1, 2), (4.0,))), (0.0,))
+    found = fastest(network)
+    assert (found.tiers, found.ms, found.links) == ((0, 1, 1), 7.0, (4.0,))
+
+
+def test_sharing_that_does_not_pay_is_not_advised() -> None:
+    assert fastest(chain(5.0, 5.0, trip_ms=10.0)).tiers == (0, 0)
+    assert fastest(chain(5.0, 5.0, trip_ms=7.0)).tiers == (1, 1)
+    assert fastest(Network(np.zeros((2, 0)), (), (3.0,))).ms == 0.0
+
+
+def test_a_pipeline_is_as_fast_as_its_slowest_stage() -> None:
+    network = chain(4.0, 4.0, 4.0, 4.0, wire_ms=0.5, factor=1.0)
+    assert fastest(network).tiers == (0, 0, 0, 0)
+    found = best(network, "throughput")
+    assert found.tiers == (0, 0, 1, 1) and found.slowest_ms == 8.0 and found.ms == 16.5
+
+
+def test_budgets_that_cannot_be_met_say_which_and_by_how_much() -> None:
+    base = chain(4.0, 4.0, wire_ms=20.0)
+    memory = np.array([[3.0, 5.0], [0.0, 0.0]])
+    network = Network(base.ms, base.flows, base.trip_ms, {"memory_mb": Use(memory, np.zeros(1))})
+    assert best(network, budgets={"memory_mb": 8.0}).tiers == (0, 0)
+    assert best(network, budgets={"memory_mb": 7.9}).tiers == (1, 1)
+    with pytest.raises(PlanError, match=r"^ms 5 cannot be met: 8 is the least, 3 more; raise that budget$"):
+        best(network, budgets={LATENCY: 5.0})
+    with pytest.raises(PlanError, match="memory_mb 7 and ms 9 can each be met, but not together"):
+        best(network, budgets={"memory_mb": 7.0, LATENCY: 9.0})
+    with pytest.raises(PlanError, match="nothing is known of power; budget one of: ms, memory_mb"):
+        best(network, budgets={"power": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("ms", "flow", "trip", "said"),
+    [
+        ([[np.nan]], Flow(INPUT, (0,), ()), (), "not a number from 0 on"),
+        ([[-1.0]], Flow(INPUT, (0,), ()), (), "not a number from 0 on"),
+        ([[1.0], [1.0]], Flow(INPUT, (0,), (1.0,)), (), "0 links between 2 machines"),
+        ([[1.0], [1.0]], Flow(INPUT, (0,), (1.0, 2.0)), (1.0,), "for each link"),
+        ([[1.0], [1.0]], Flow(0, (0,), (1.0,)), (1.0,), "used before it is made"),
+        ([[1.0], [1.0]], Flow(-2, (0,), (1.0,)), (1.0,), "used before it is made"),
+        ([[1.0], [1.0]], Flow(INPUT, (1,), (1.0,)), (1.0,), "used before it is made"),
+    ],
+)
+def test_what_is_no_network_is_refused(ms: list[list[float]], flow: Flow, trip: tuple[float, ...], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        Network(np.array(ms), (flow,), trip)
+
+
+def test_data_do_not_travel_back() -> None:
+    with pytest.raises(PlanError, match="travel back"):
+        priced(chain(1.0, 1.0), (1, 0))
