@@ -65,12 +65,14 @@ class Controller:
         self._curious = False  # whether the uplink's rate might change the way
         self._began = self._look = self._took = 0.0  # of this round
         self._waits = self._fresh = self._tried = False
+        self._greedy = True
         self._pong = self._probe = -1  # the last ping that was answered, and the last that measured the uplink
         link.watch = Watch(knowledge, self.late)
 
     def begin(self, options: GenerateOptions) -> Runner:
         """Who makes the first token of an answer; the cloud is there."""
         self._active, self._fresh, self._wanted = True, True, options.max_tokens
+        self._greedy = not options.sampling.temperature
         self._made = self._tokens = 0
         self._tried = self._waits = False
         self._knowledge.choice = None
@@ -225,7 +227,7 @@ class Controller:
         self._decided = now
         self.decisions += 1
         remaining = max(1, min(self._wanted, max(LEAST, USUAL - self._made)))
-        figures, standing = known.figures(now, silent_ms), known.standing(remaining)
+        figures, standing = known.figures(now, silent_ms), replace(known.standing(remaining), greedy=self._greedy)
         plan = decide(figures, self._wish, standing)
         if now - self._probed >= PROBE_S and not plan.choice.codec:
             self._curious = worth_probing(figures, self._wish, replace(standing, current=plan.choice))

@@ -84,7 +84,9 @@ class Device:
         slow_down: pretends to be a machine so many times slower, by waiting in proportion to what it computes.
         prefer: what "auto" is after: "speed", "cloud-cost" (the fewest seconds of the cloud's engine that do not take
             much longer) or "privacy" (this device alone; no cloud is spoken to).
-        max_disagreement: share of tokens that "auto" may let differ from the cloud's model; 0 keeps to its very text.
+        max_disagreement: share of tokens that "auto" may let exits decide otherwise than the cloud's model, as their
+            certificates promise for greedy answers; 0 keeps to the model's very text. (Where exits speak, states
+            travel rounded, which turns some near-ties beside that.)
         explain: called with why "auto" works as it does, when an answer begins and when that changes.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
             it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that

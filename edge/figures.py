@@ -249,7 +249,8 @@ class Wish(_Json):
     Attributes:
         prefer: "speed"; "cloud-cost", the fewest of the cloud's seconds that are not much slower; or "privacy", which
             means local and nothing sent.
-        max_disagreement: share of tokens that may differ from the cloud's model; 0 asks for its very text.
+        max_disagreement: share of tokens that exits may decide otherwise than the cloud's model; 0 asks for its very
+            text.
     """
 
     prefer: Prefer = "speed"

@@ -300,8 +300,9 @@ class Link:
                 message = wire.receive(0.0 if idle else max(0.0, (until - began) * 1e3))
                 if message is None and idle:
                     idle = self.idle is not None and self.idle()
-                    if idle:
-                        continue  # what came meanwhile is looked for before anything is judged
+                    message = wire.receive(0.0)  # what came meanwhile, before anything is judged
+                    if message is None and idle and clock() < until:
+                        continue
             except IsthmusError:
                 session.abandon()
                 self._tell()

@@ -73,8 +73,7 @@ class Session:
         self.patience = Patience(self._timeouts, where)
         self.connections = 0
         self.trips = Trips()
-        self._closing = False
-        self._setbacks = 0
+        self._closing, self._setbacks = False, 0
 
     # -- what the device asks for
 
@@ -261,9 +260,11 @@ class Session:
                 )
             )
             return
-        formats = next((o.kv_formats for o in message.offers if o.model_id == self._model_id), ())
-        if formats and self._kv_format not in formats:
-            self._kv_format = formats[0]
+        for offer in message.offers:
+            if offer.model_id == self._model_id:
+                self.trips.row_s = offer.row_us * 1e-6
+                if offer.kv_formats and self._kv_format not in offer.kv_formats:
+                    self._kv_format = offer.kv_formats[0]
         self._answered(("welcome",), now)
         self.events.append(Up())
         for pending in self._pending.values():

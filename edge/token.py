@@ -80,7 +80,8 @@ class Stats:
         drafted, accepted: guesses that the cloud checked, and those of them that were right.
         unverified: tokens that were guessed while the cloud was silent, stand, and were never confirmed.
         replaced: guesses that were made so and taken back.
-        finish: why it ended: "eos", "stop", "length", or "cancelled"; empty while it runs.
+        finish: why it ended: "eos", "stop", "length", or "cancelled" (without the guesses that nobody had confirmed,
+            unless these are to stand); empty while it runs.
         note: what did not go as asked, such as a cloud that went away; empty when all went well.
     """
 

@@ -8,13 +8,18 @@ from collections import deque
 _KEPT, _RECENT = 16, 3
 _FIRST_S = 1.0  # patience, until a round trip was measured
 _LEAST_S, _TRIPS, _GAPS = 0.036, 1.7, 3.0  # a little less than 50 ms and two trips, for the token that follows
-_ROW_S = 0.004  # generous: of a row among many
+_ROW_S, _LATE = 0.004, 2.0  # generous: of a row among many; how many times longer it may take than it says
 
 
 class Trips:
-    """The last round trips and gaps of streams of one cloud."""
+    """The last round trips and gaps of streams of one cloud.
+
+    Attributes:
+        row_s: what the cloud says that it takes for one row among many; 0 where it does not.
+    """
 
     def __init__(self) -> None:
+        self.row_s = 0.0
         self._trips: deque[float] = deque(maxlen=_KEPT)
         self._gaps: deque[float] = deque(maxlen=_KEPT)
 
@@ -37,4 +42,4 @@ class Trips:
         trips = list(self._trips)
         trip_s = max(statistics.median(trips), statistics.median(trips[-_RECENT:]))  # worse counts at once
         gap_s = statistics.median(self._gaps) if self._gaps else 0.0
-        return max(_LEAST_S, _TRIPS * trip_s, _GAPS * gap_s) + _ROW_S * rows
+        return max(_LEAST_S, _TRIPS * trip_s, _GAPS * gap_s) + (_LATE * self.row_s or _ROW_S) * rows

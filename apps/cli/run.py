@@ -64,7 +64,10 @@ def command(
     ] = "speed",
     max_disagreement: Annotated[
         float,
-        typer.Option("--max-disagreement", help="Share of tokens that auto may let differ from the cloud's model"),
+        typer.Option(
+            "--max-disagreement",
+            help="Share of tokens that auto may let exits decide otherwise than the model, as their certificates promise",
+        ),
     ] = 0.0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say on standard error why auto works as it does, and when it changes")
