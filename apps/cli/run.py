@@ -66,7 +66,7 @@ def command(
         float,
         typer.Option(
             "--max-disagreement",
-            help="Share of tokens that auto may let exits decide otherwise than the model, as their certificates promise",
+            help="Share of tokens that auto may let exits decide otherwise than the model, as certificates promise",
         ),
     ] = 0.0,
     explain: Annotated[
