@@ -262,7 +262,7 @@ class Session:
             return
         for offer in message.offers:
             if offer.model_id == self._model_id:
-                self.trips.row_s = offer.row_us * 1e-6
+                self.trips.declared(offer)
                 if offer.kv_formats and self._kv_format not in offer.kv_formats:
                     self._kv_format = offer.kv_formats[0]
         self._answered(("welcome",), now)
@@ -480,7 +480,7 @@ class Session:
         self.round_trips += waited
         self.cloud_us += engine_us
         if not pending.tries:
-            self.trips.answered(now - pending.asked_at - engine_us * 1e-6)
+            self.trips.answered(now - pending.asked_at, engine_us * 1e-6, pending.rows)
 
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
