@@ -88,7 +88,7 @@ class Answer:
                 stats.ttft_ms = (first - self._started) * 1e3
                 stats.tok_s = (len(stats.tokens) - had - 1) / (last - first) if last > first else 0.0
             try:
-                self._steering.finish(self._runner, stats, len(self._guesses))
+                self._steering.finish(self._runner, stats, 0 if cancelled else len(self._guesses))
             finally:
                 if cancelled and self._on_rollback != "keep":
                     self._drop(len(self._log) - self._base)  # who goes on with the answer makes them again, to count

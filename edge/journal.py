@@ -48,6 +48,7 @@ class Kept:
         told: whether the messages tell all that stands in the log.
         lanes: (alias, session, enter, epoch) of each.
         unfinished: the last answer, where it did not come to its end.
+        finish: how it ended, as in `Stats`; empty where nothing was said.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Kept:
     told: bool = True
     lanes: dict[int, tuple[int, bytes, int, int]] = field(default_factory=dict)
     unfinished: Unfinished | None = None
+    finish: str = ""
 
 
 class Journal:
@@ -217,7 +219,7 @@ class Journal:
         elif kind == "ended":
             messages, finish = told
             parse(messages)
-            kept.messages, kept.told = messages, True
+            kept.messages, kept.told, kept.finish = messages, True, str(finish)
             if finish != "cancelled":
                 kept.unfinished = None
         elif kind == "lane":

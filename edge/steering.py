@@ -121,7 +121,8 @@ class Steering:
         rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
         idle = rests and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
         link.idle = self._standby.work if self._standby is not None and idle else None
-        link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.session.due_s
+        due_s = link.session.due_s
+        link.hush = (lambda: max(self._confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:
             yield
         except Silent:

@@ -28,6 +28,7 @@ def chat(device: Device, screen: Screen, raw: bool, cloud: bool, options: dict[s
 
     from isthmus.apps.cli.tokens import dim, has_color, legend, summary
     from isthmus.apps.cli.wording import worded
+    from isthmus.edge.text import utf8
     from isthmus.protocol.errors import IsthmusError
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -52,7 +53,7 @@ def chat(device: Device, screen: Screen, raw: bool, cloud: bool, options: dict[s
                     return
                 _command(device, line, cloud, options)
                 continue
-            checked(line)
+            utf8(line)
             tokens = device.generate(line, **options) if raw else device.chat(line, **options)
             note = tell_note(device)
             try:
@@ -92,17 +93,6 @@ def _command(device: Device, line: str, cloud: bool, options: dict[str, Any]) ->
         print(HELP if name == "/help" else f"there is no command {name}\n{HELP}")
 
 
-def checked(text: str) -> str:
-    """A text as it is when it is UTF-8; other bytes are there as surrogates."""
-    from isthmus.protocol.errors import DeviceError
-
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
-    return text
-
-
 def tell_note(device: Device, said: str = "") -> str:
     """Says on standard error what did not go as asked, unless it was `said` before; gives what stands there now."""
     import sys
@@ -114,8 +104,8 @@ def tell_note(device: Device, said: str = "") -> str:
 
 
 def cut_off(device: Device, max_tokens: int) -> None:
-    """Says on a terminal that an answer is not whole."""
+    """Says on standard error that an answer is not whole."""
     import sys
 
-    if device.stats.finish == "length" and sys.stderr.isatty():
+    if device.stats.finish == "length":
         print(f"note: cut off after {max_tokens} tokens; --max-tokens allows more", file=sys.stderr)

@@ -64,7 +64,7 @@ def test_a_chat_without_a_terminal(bundle: Path) -> None:
     assert done.returncode == 0
     assert "mode: local" in done.stdout and "there is no command /what" in done.stdout
     assert "stream mode needs a cloud; leave with /quit" in done.stderr and "mode is 'magic'" in done.stderr
-    assert "tokens on device" in done.stdout
+    assert "4 tokens (4 device)" in done.stdout
 
 
 def test_bytes_that_are_no_text_are_one_line_each(bundle: Path) -> None:

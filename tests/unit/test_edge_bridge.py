@@ -249,3 +249,14 @@ def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() ->
         while next(tokens).verified:
             dark = wire.now
         assert wire.now - dark <= max(0.05, 2 * RTT_S) + RTT_S
+
+
+def test_a_device_that_is_asked_while_it_rolls_back_says_that_it_is_busy() -> None:
+    wire = wired()
+    with device(wire, "stream", on_rollback=lambda wrong: one.reset()) as one:
+        lie(one)
+        tokens = one.generate(PROMPT, max_tokens=250)
+        cut_after(wire, tokens, 5, 0.5)
+        with pytest.raises(DeviceError, match="in the middle of an answer"):
+            list(tokens)
+        assert "silent" not in one.stats.note

@@ -283,3 +283,17 @@ def test_a_full_disk_is_said_and_everything_is_closed(tmp_path: Path, monkeypatc
     one.close()
     assert one._closed
     sound.close()
+
+
+def test_a_complete_answer_is_told_as_long_as_nothing_else_was_said(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with device(LossyWire(ToyService()), "stream", resume=path) as one:
+        assert one.answered is None
+        told = ids(one.chat(PROMPT, max_tokens=9))
+        text = one.stats.text
+    with device(LossyWire(ToyService()), "stream", resume=path) as two:
+        assert two.answered is not None and two.unfinished is None
+        assert (two.answered.tokens, two.answered.text, two.answered.finish) == (told, text, "length")
+        assert two.messages == [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": text}]
+        next(two.chat("more", max_tokens=2))
+        assert two.answered is None
