@@ -23,9 +23,10 @@ class Lane:
         head: chain over those positions, as last told.
         sent: positions that it was ever sent or said to hold, whatever became of them.
         agreed: leading positions at which the cloud's log is known to be the device's.
+        streamed: position of the first token that was asked for as a stream in this epoch, 0 for none.
     """
 
-    __slots__ = ("agreed", "alias", "committed", "enter", "epoch", "head", "opened", "sent", "session")
+    __slots__ = ("agreed", "alias", "committed", "enter", "epoch", "head", "opened", "sent", "session", "streamed")
 
     def __init__(self, alias: int, enter: int) -> None:
         self.alias = alias
@@ -41,6 +42,7 @@ class Lane:
         self.head = ROOT
         self.agreed = 0
         self.sent = 0
+        self.streamed = 0
 
     def ready(self, limit: int) -> bool:
         """Whether rows may be sent from `committed` on, which is at most `limit`."""
@@ -56,12 +58,13 @@ class Lane:
     def opening(self, model_id: str, kv_format: str, window: int) -> Open:
         """The message that opens the lane or takes it up again."""
         self.epoch += 1
-        self.opened = False
+        self.opened, self.streamed = False, 0
         return Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
 
     def cutting(self, length: int) -> Truncate:
         """The message that makes the cloud forget positions from `length` on."""
         self.epoch += 1
+        self.streamed = 0
         return Truncate(self.alias, self.epoch, length)
 
     def told(self, committed: int, head: bytes, log: Chain) -> bool:
@@ -70,6 +73,11 @@ class Lane:
         self.sent = max(self.sent, committed)
         self.agreed = min(self.agreed, committed)
         return self.check(log)
+
+    def streamed_to(self, committed: int, head: bytes) -> None:
+        """Takes in how far a stream has come, whose tokens the log need not have yet."""
+        self.committed, self.head = committed, head
+        self.sent = max(self.sent, committed)
 
     def edited(self, length: int, log: Chain) -> None:
         """The log is about to be cut back to `length` on the device."""

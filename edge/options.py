@@ -204,7 +204,9 @@ def check_memory(memory_mb: float | None) -> float | None:
         DeviceError: no positive number.
     """
     if memory_mb is not None and not (is_number(memory_mb) and 0 < memory_mb < math.inf):
-        raise DeviceError(f"memory_mb is {shown(memory_mb)}", "give a positive number of megabytes, or none for no limit")
+        raise DeviceError(
+            f"memory_mb is {shown(memory_mb)}", "give a positive number of megabytes, or none for no limit"
+        )
     return memory_mb
 
 

@@ -109,9 +109,8 @@ class StreamRunner:
         return min(self._lane.agreed, len(self._log) - 1)
 
     def stop(self) -> None:
-        if self._running:
-            self._link.cancel(self._lane)
-            self._running = False
+        self._link.cancel(self._lane)
+        self._running = False
 
     def _begin(self, remaining: int) -> None:
         log, lane = self._log, self._lane
@@ -155,9 +154,8 @@ class SplitRunner:
         return min(self._lane.agreed, self._part.held(self._cut, self._log), len(self._log) - 1)
 
     def stop(self) -> None:
-        if self._asked is not None:
-            self._link.cancel(self._lane)
-            self._asked = None
+        self._link.cancel(self._lane)
+        self._asked = None
 
     def _ask(self) -> int:
         link, log = self._link, self._log

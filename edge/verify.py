@@ -125,8 +125,7 @@ class VerifyRunner:
     def stop(self) -> None:
         """See `Runner`."""
         self._drafts.truncate(min(len(self._drafts), len(self._log)))
-        if self._flight:
-            self._link.cancel(self._lane)
+        self._link.cancel(self._lane)
         self._land()
         self._running = False
 

@@ -10,7 +10,8 @@ import numpy as np
 from isthmus.edge.exit import ExitSpeaker
 from isthmus.engine.part import Rows, StepResult, Want
 from isthmus.protocol.channels import ChannelStats
-from tests.edge_world import D_MODEL, VOCAB, ToyPart, ToySequence
+from tests.edge_toys import device
+from tests.edge_world import D_MODEL, VOCAB, LossyWire, ToyPart, ToySequence
 
 CUT = 3
 
@@ -56,3 +57,11 @@ def give_exit(one: Any) -> None:
         return speakers[layer]
 
     one._exits.speaker = speaker
+
+
+def exiting(wire: LossyWire, threshold: float = 0.6, guesses: int | None = None, **options: Any) -> Any:
+    """A device in exit mode, with toy parts and a toy exit."""
+    one: Any = device(wire, "exit", threshold=threshold, guesses=guesses, codec="f32", **options)
+    one._exits.layer = lambda wanted: CUT
+    give_exit(one)
+    return one

@@ -12,18 +12,11 @@ from hypothesis import strategies as st
 from isthmus.engine.part import Rows, Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.errors import DeviceError
-from tests.edge_exits import CUT, ToyExit, give_exit
+from tests.edge_exits import CUT, ToyExit, exiting
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import N_LAYERS, LossyWire, ToyPart, ToyService
 
 WARM = Sampling(0.9, seed=3)
-
-
-def exiting(wire: LossyWire, threshold: float = 0.6, guesses: int | None = None, **options: Any) -> Any:
-    one: Any = device(wire, "exit", threshold=threshold, guesses=guesses, codec="f32", **options)
-    one._exits.layer = lambda wanted: CUT
-    give_exit(one)
-    return one
 
 
 def oracle(count: int, threshold: float, sampling: Sampling = Sampling()) -> list[int]:  # noqa: B008
