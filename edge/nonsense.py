@@ -47,3 +47,10 @@ def of_tokens(message: m.Tokens, first: int, end: int) -> str:
     if message.committed > end or (message.tokens and message.committed < after - 1):
         return f"it tells the tokens {at} to {after} and holds {message.committed}"
     return ""
+
+
+def of_ids(message: m.Message, vocab: int) -> str:
+    """Holds the tokens of any answer against the model's vocabulary, 0 for no bound."""
+    ids = [message.token] if isinstance(message, m.Verdict) else getattr(message, "tokens", ())
+    strange = next((token for token in ids if vocab and not 0 <= token < vocab), None)
+    return f"token {strange} of a vocabulary of {vocab}" if strange is not None else ""

@@ -62,9 +62,7 @@ class Session:
         self.outbox: list[m.Message] = []
         self.events: deque[Event] = deque()
         self.welcome: m.Welcome | None = None
-        self.round_trips = 0
-        self.cloud_us = 0
-        self.log = log
+        self.log, self.round_trips, self.cloud_us, self.connections = log, 0, 0, 0
         self._model_id, self._timeouts = model_id, timeouts or Timeouts()
         self.where, self._kv_format, self._window = where, kv_format, window
         self.restore: Callable[[Lane], None] | None = None
@@ -73,10 +71,9 @@ class Session:
         self._pending = Requests()
         self._streams: dict[int, Stream] = {}
         self.patience = Patience(self._timeouts, where)
-        self.connections = 0
         self.trips = Trips()
         self._closing, self._setbacks = False, 0
-        self._room = 0  # positions that a session has, 0 for no bound
+        self._room = self._vocab = 0  # positions that a session has, and tokens of the model; 0 for no bound
 
     # -- what the device asks for
 
@@ -176,6 +173,8 @@ class Session:
 
     def receive(self, message: m.Message, now: float) -> None:
         """Takes in one message from the cloud."""
+        if self._absurd(nonsense.of_ids(message, self._vocab)):
+            return
         match message:
             case m.Result():
                 self._result(message, now)
@@ -261,7 +260,7 @@ class Session:
                 self._fail(error)
                 return
             self.trips.declared(offer)
-            self._room = 0 if self._window else offer.context_length
+            self._room, self._vocab = 0 if self._window else offer.context_length, offer.vocab_size
             if offer.kv_formats and self._kv_format not in offer.kv_formats:
                 self._kv_format = offer.kv_formats[0]
         self._answered(("welcome",), now)
