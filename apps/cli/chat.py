@@ -104,8 +104,8 @@ def tell_note(device: Device, said: str = "") -> str:
 
 
 def cut_off(device: Device, max_tokens: int) -> None:
-    """Says on standard error that an answer is not whole."""
+    """Says on a terminal that an answer is not whole."""
     import sys
 
-    if device.stats.finish == "length":
+    if device.stats.finish == "length" and sys.stderr.isatty():
         print(f"note: cut off after {max_tokens} tokens; --max-tokens allows more", file=sys.stderr)
