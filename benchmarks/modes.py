@@ -46,6 +46,7 @@ from isthmus.split.exit_states import CHECK_TOPICS, questions
 FORMAT = "keep"
 TRIP_MS = 50
 CERTIFIED = f"{EXIT}, as certified"
+ANEW = f"{EXIT}, every prompt anew"  # as theirs is
 COLUMNS = ("way", "tok/s", "of the better alone", "asks a token", "bytes up a token", "cloud ms a token", "agrees")
 # Of exit mode to CE-CoLLM's policy: a row's attribute, unit, ratio to reach, whether that is the most.
 AGAINST = (
@@ -138,6 +139,9 @@ def against(record: Record, rows: dict[str, Row]) -> None:
     for key, unit, ratio, at_most in AGAINST:
         peer, value = f"modes/{CE_COLLM}/{key}", getattr(rows[EXIT], key)
         record.figure(f"against CE-CoLLM/{key}", value, unit, target=ratio, of=peer, at_most=at_most)
+        theirs_too = getattr(rows[CE_COLLM], key)
+        if ANEW in rows and theirs_too:
+            record.figure(f"against CE-CoLLM, every prompt anew/{key}", getattr(rows[ANEW], key) / theirs_too, "ratio")
     ours, theirs = rows[EXIT].agreement, rows[CE_COLLM].agreement
     if ours is not None and theirs is not None:
         record.figure("against CE-CoLLM/agreement above theirs", ours - theirs, "share", target=0.0)
