@@ -47,7 +47,16 @@ FORMAT = "keep"
 TRIP_MS = 50
 CERTIFIED = f"{EXIT}, as certified"
 ANEW = f"{EXIT}, every prompt anew"  # as theirs is
-COLUMNS = ("way", "tok/s", "of the better alone", "asks a token", "bytes up a token", "cloud ms a token", "agrees")
+COLUMNS = (
+    "way",
+    "tok/s",
+    "of the better alone",
+    "asks a token",
+    "bytes up a token",
+    "cloud ms a token",
+    "layers filled",
+    "agrees",
+)
 # Of exit mode to CE-CoLLM's policy: a row's attribute, unit, ratio to reach, whether that is the most.
 AGAINST = (
     ("requests_per_token", "a token", 0.8, True),
@@ -123,9 +132,11 @@ def tell(record: Record, name: str, rows: Sequence[Row], note: str) -> None:
     cells: list[list[Cell]] = []
     for row in rows:
         asks, up, cloud = row.requests_per_token, row.up_bytes_per_token, row.cloud_ms_per_token
-        cells.append([row.way, row.tok_s, row.of_best, asks, up, cloud, row.agreement])
+        cells.append([row.way, row.tok_s, row.of_best, asks, up, cloud, row.filled_per_token, row.agreement])
         for key, unit, *_ in AGAINST:
             record.figure(f"{name}/{row.way}/{key}", getattr(row, key), unit)
+        if row.filled_per_token is not None:
+            record.figure(f"{name}/{row.way}/filled_per_token", row.filled_per_token, "layers a token")
         if row.agreement is not None:
             record.figure(f"{name}/{row.way}/agreement", row.agreement, "share")
     record.table(name, COLUMNS, cells, note=note)

@@ -41,9 +41,10 @@ def command(
 
     The cloud is a process of its own behind a relay that delays, and limits, what passes; the ways take turns on the
     same questions. "asks/tok" is round trips and "cloud ms" the cloud's engine time for a token; bytes are those of
-    messages, before encryption; "agrees" is the share of tokens that are the whole model's own greedy choice after the
-    same prefix, where the bundle holds the whole model. "of best" is tok/s over that of the better of the device and
-    the cloud alone: below 1 a way loses to not sharing, unless it is the cloud's time or the bytes that count.
+    messages, before encryption; "filled" is layers computed for a token that nobody asked about; "agrees" is the
+    share of tokens that are the whole model's own greedy choice after the same prefix, where the bundle holds the
+    whole model. "of best" is tok/s over that of the better of the device and the cloud alone: below 1 a way loses
+    to not sharing, unless it is the cloud's time or the bytes that count.
     """
     from dataclasses import asdict
     from importlib import metadata
