@@ -205,6 +205,7 @@ class _Game:
             self._player = None
             self._foreseen = 0
             if self._wish is not None:
+                self._choice = None
                 self._answer_auto()
             else:
                 assert self._choice is not None
@@ -235,7 +236,6 @@ class _Game:
 
     def _answer_auto(self) -> None:
         talk, world = self._talk, self._world
-        self._choice = None
         try:
             self._take(self._decide(0.0))
         except DeviceError:  # then as when little is known
