@@ -166,10 +166,13 @@ class ExitRunner:
         threshold: confidence from which on the exit is believed; above 1 never.
         codec, stats: how states travel.
         pace: how far to go on before asking, at most, and what that must bring.
+        n_layers: of the model.
 
     Attributes:
         source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
         drafted, accepted: unsure guesses that the cloud was asked about, and those that were right.
+        filled: layer-tokens that the cloud computed with its answers, of states behind the prompt that nobody asked
+            about.
     """
 
     source: Source = "exit"
@@ -185,7 +188,9 @@ class ExitRunner:
         codec: str,
         stats: ChannelStats | None,
         pace: Pace,
+        n_layers: int,
     ) -> None:
+        self._prompt, self._rest = len(log), n_layers - speaker.cut  # positions, and layers behind the exit
         self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
         self._speaker, self._threshold, self._codec, self._stats, self._pace = speaker, threshold, codec, stats, pace
         self._sampler: m.Sampler | None = None  # until the cloud knows it
@@ -198,7 +203,8 @@ class ExitRunner:
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
         self._running = False
         self._asked: _Question | None = None  # whose answer has not come
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.filled = 0
+        self._unasked = 0  # rows behind the prompt that were sent since the last answer, with nobody waiting for them
 
     def next(self, remaining: int) -> int:
         """See `Runner`."""
@@ -236,6 +242,7 @@ class ExitRunner:
         self._sent = self._link.align(self._lane, len(self._log) - 1)
         self._speaker.truncate(len(self._log))
         self._unsure, self._firm, self._odds = -1, 0, 1.0
+        self._unasked = 0
         self._sampler, self._asked = sampler(self._sampling), None
         self._running = True
 
@@ -286,6 +293,7 @@ class ExitRunner:
         if not isinstance(news, Verified) or news.position != at:
             return  # of rows that another runner sent on this lane
         self._asked = None
+        self.filled, self._unasked = self.filled + self._unasked * self._rest, 0
         right, asked, firm = at + news.accepted, len(told) - at, self._firm
         hits = sum(not firm >> i & 1 for i in range(1, news.accepted))
         checked = hits + (right < len(told) or not sure)
@@ -333,6 +341,7 @@ class ExitRunner:
             head = told.at(at)[:_HASH_BYTES]
             self._link.fill(m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor))
             self._sent = stop
+            self._unasked += max(0, stop - max(at, self._prompt))
             self._speaker.sent(stop)
 
     def _coded(self, start: int, end: int) -> m.Tensor:

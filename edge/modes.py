@@ -131,6 +131,7 @@ class Modes:
             codec,
             stats if known else None,
             pace,
+            self._bundle.config.n_layers,
         )
 
     def _check_offer(self, link: Link, codec: str, numerics: str) -> None:

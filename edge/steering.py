@@ -301,6 +301,8 @@ class Steering:
         if isinstance(runner, VerifyRunner | ExitRunner):
             self._notes.stats.drafted += runner.drafted
             self._notes.stats.accepted += runner.accepted
+        if isinstance(runner, ExitRunner):
+            self._notes.stats.filled += runner.filled
 
     def _link_up(self) -> bool:
         if self._link is None or not self._rest.over(self._clock()):

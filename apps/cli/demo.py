@@ -44,9 +44,9 @@ def command(
 
     from rich.console import Console
 
+    from isthmus.apps.bench.cloud_process import START_S, CloudProcess
     from isthmus.apps.bench.relay import Relay
     from isthmus.apps.bench.shaping import LinkProfile
-    from isthmus.apps.cli.cloud_process import START_S, CloudProcess
     from isthmus.apps.cli.run import check_bundle
     from isthmus.edge import Device, Timeouts
     from isthmus.edge.options import check_cut

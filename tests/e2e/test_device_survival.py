@@ -13,9 +13,9 @@ from threading import Timer
 
 import pytest
 
+from isthmus.apps.bench.cloud_process import CloudProcess
 from isthmus.apps.bench.relay import Relay
 from isthmus.apps.bench.shaping import LinkProfile
-from isthmus.apps.cli.cloud_process import CloudProcess
 from isthmus.edge import Device
 from isthmus.protocol.keys import AllowList, write_pair
 from tests.edge_bundle import write_tiny

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
-from isthmus.edge import controller, policy, profile
-from isthmus.edge.controller import DECIDE_S
+from isthmus.edge import controller, policy, profile, rhythm
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
 from isthmus.engine.part import Rows, StepResult
@@ -118,8 +117,8 @@ def test_the_text_is_the_same_whatever_is_chosen_and_whenever(
     wire.reconnect_every = reconnect
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(controller, "decide", scripted(random.Random(seed)))
-        patch.setattr(controller, "DECIDE_S", every_s)
-        patch.setattr(controller, "SELDOM_S", every_s)
+        patch.setattr(rhythm, "DECIDE_S", every_s)
+        patch.setattr(rhythm, "SELDOM_S", every_s)
         with decider(patch, wire, known=True, held=held) as one:
             ids(one.generate(PROMPT, max_tokens=30, sampling=sampling))
             text = one.stats.tokens
@@ -135,8 +134,8 @@ def test_the_text_is_the_same_whatever_is_chosen_and_whenever(
 
 def test_ways_change_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "decide", scripted(random.Random(5)))
-    monkeypatch.setattr(controller, "DECIDE_S", 0.0)
-    monkeypatch.setattr(controller, "SELDOM_S", 0.0)
+    monkeypatch.setattr(rhythm, "DECIDE_S", 0.0)
+    monkeypatch.setattr(rhythm, "SELDOM_S", 0.0)
     told: list[str] = []
     with decider(monkeypatch, LossyWire(TimedCloud()), known=True, explain=told.append) as one:
         text = ids(one.generate(PROMPT, max_tokens=60))
@@ -184,7 +183,7 @@ def test_deciding_is_rare(deciding: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         one._holding._held = looks
         tokens = len(ids(one.generate(PROMPT, max_tokens=200)))
         assert calls == one._steering._controller.decisions
-        assert calls <= 2 + (wire.now - before) / DECIDE_S
+        assert calls <= 2 + (wire.now - before) / rhythm.DECIDE_S
         assert looks.call_count <= 3  # when the answer begins: it takes longer than a decision
         assert calls < tokens / 4  # a token takes 5 ms, and two decisions soon lie 200 ms apart
 

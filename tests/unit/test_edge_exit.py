@@ -71,6 +71,17 @@ def test_a_threshold_that_nothing_reaches_gives_the_models_own_text() -> None:
     with exiting(LossyWire(ToyService()), 1.0, 3) as one:
         assert ids(one.generate(PROMPT, max_tokens=50)) == local(max_tokens=50)
         assert one.stats.accepted < one.stats.drafted
+        assert one.stats.filled == 0  # every state was asked about
+
+
+def test_layers_that_fill_what_nobody_asked_about_are_counted() -> None:
+    with exiting(LossyWire(ToyService()), 0.7, 0) as one:
+        ids(one.generate(PROMPT, max_tokens=50))
+        rest, sources = N_LAYERS - CUT, one.stats.sources
+        assert 0 < one.stats.filled <= sources.count("exit") * rest and one.stats.filled % rest == 0
+        # All that the exit said before the last question.
+        last = max(i for i, source in enumerate(sources) if source != "exit")
+        assert one.stats.filled == sources[:last].count("exit") * rest
 
 
 @settings(max_examples=100, deadline=None)
