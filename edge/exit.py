@@ -331,7 +331,8 @@ class ExitRunner:
             at, stop = self._sent, min(end, self._sent + self._link.max_rows)
             tensor = self._coded(at, stop)
             head = told.at(at)[:_HASH_BYTES]
-            self._link.fill(m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor))
+            fill = m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor)
+            self._link.fill(lane, fill, told.at(stop))
             self._sent = stop
             self._speaker.sent(stop)
 

@@ -110,12 +110,12 @@ class Session:
             return  # asked already
         self._limits[lane.alias] = limit
         self._busy(now)
-        if lane.check(self.log) and lane.ready(limit):
+        if lane.check(self.log) and lane.ready(limit, self.log):
             self.events.append(Aligned(lane))
         elif not lane.opened:
             self._open(lane, now)
         else:
-            self._truncate(lane, min(limit, lane.agreed), now)
+            self._truncate(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now)
 
     def greet(self, now: float) -> None:
         """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
@@ -318,7 +318,7 @@ class Session:
         pending.tries = pending.rows = 0
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us
-            lane.committed, lane.head = taken.committed, taken.prefix_hash
+            lane.stands(taken.committed, taken.prefix_hash)
             self.patience.progressed(now)
             self._setbacks = 0
             if taken.done:
@@ -346,7 +346,7 @@ class Session:
         self._tripped(pending, message.engine_us, now)
         self.patience.progressed(now)
         self._setbacks = 0
-        lane.committed, lane.head = message.position + accepted, head
+        lane.stands(message.position + accepted, head)
         self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
 
     def _fault(self, fault: m.Fault, now: float) -> None:
@@ -399,7 +399,7 @@ class Session:
     def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
         known, limit = lane.agreed, min(self._limits[lane.alias], len(self.log))
         agrees = lane.told(committed, prefix_hash, self.log)
-        if agrees and lane.ready(limit):
+        if agrees and lane.ready(limit, self.log):
             self.round_trips += 1
             self.events.append(Aligned(lane))
         elif agrees:
