@@ -22,6 +22,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
+from isthmus.split.certificate import least
 
 LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
 GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
@@ -163,7 +164,7 @@ class ExitRunner:
     tokens travel ahead of the questions, and the cloud computes those that nobody asked about with the next question.
 
     Args:
-        threshold: confidence from which on the exit is believed; above 1 never.
+        threshold: confidence from which on the exit is believed; at 1 never (see `certificate.least`).
         codec, stats: how states travel.
         pace: how far to go on before asking, at most, and what that must bring.
 
@@ -187,7 +188,7 @@ class ExitRunner:
         pace: Pace,
     ) -> None:
         self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
-        self._speaker, self._threshold, self._codec, self._stats, self._pace = speaker, threshold, codec, stats, pace
+        self._speaker, self._least, self._codec, self._stats, self._pace = speaker, least(threshold), codec, stats, pace
         self._sampler: m.Sampler | None = None  # until the cloud knows it
         self._lane = link.session.lane(HIDDEN_LANE, speaker.cut)
         self._told = Chain()  # the log, what is said beyond it, and guesses
@@ -244,7 +245,7 @@ class ExitRunner:
         """One more token, said or guessed; or the question."""
         told = self._told
         said = self._say(told)
-        sure = said.confidence >= self._threshold
+        sure = said.confidence >= self._least
         if self._unsure < 0:
             if sure:
                 self._ready.append((said.token, "exit"))

@@ -14,6 +14,7 @@ from isthmus.engine.part import Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
+from isthmus.split.certificate import least
 from tests.edge_world import D_MODEL, VOCAB, ToyPart, ToySequence
 
 CUT = 3
@@ -65,7 +66,7 @@ class Oracle:
         if key not in self._known:
             self._known[key] = self._ask(log, sampling)
         token, guess, confidence = self._known[key]
-        return token if threshold is None or confidence < threshold else guess
+        return token if threshold is None or confidence < least(threshold) else guess
 
     def _ask(self, log: Chain, sampling: Sampling) -> tuple[int, int, float]:
         at = min(self._log.common(log), len(log) - 1)
@@ -84,7 +85,7 @@ class Oracle:
 
 def give_exit(one: Any) -> None:
     """A device with toy parts gets a toy exit."""
-    one._bundle.exits = (SimpleNamespace(layer=CUT, file=""),)
+    one._bundle.exits = one._bundle.exits or (SimpleNamespace(layer=CUT, file=""),)
     one._exits.layer = lambda wanted: CUT
     speakers: dict[int, ExitSpeaker] = {}
     one._exits.stats = lambda layer: ChannelStats(np.zeros(D_MODEL, np.float32), np.ones(D_MODEL, np.float32))

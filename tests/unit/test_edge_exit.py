@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError
+from isthmus.split.certificate import Said, emitted
 from tests.edge_exits import CUT, Oracle, give_exit
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import EOS, N_LAYERS, LossyWire, ToyService
@@ -69,6 +71,18 @@ def test_a_threshold_that_nothing_reaches_gives_the_models_own_text() -> None:
     with exiting(LossyWire(ToyService()), 1.0, 3) as one:
         assert ids(one.generate(PROMPT, max_tokens=50)) == local(max_tokens=50)
         assert one.stats.accepted < one.stats.drafted
+
+
+@pytest.mark.parametrize(("threshold", "sources"), [(1.0, {"cloud", "verified"}), (0.995, {"exit"})])
+def test_a_certain_exit_is_believed_as_its_certificate_was_measured(threshold: float, sources: set[str]) -> None:
+    with exiting(LossyWire(ToyService()), threshold) as one:
+        speaker = one._exits.speaker(CUT)
+        say = speaker.say
+        speaker.say = lambda log, sampling: say(log, sampling)._replace(confidence=1.0)
+        text = ids(one.generate(PROMPT, max_tokens=30))
+        assert set(one.stats.sources) == sources
+        said = [Said(np.ones(len(text), np.float32), np.zeros(len(text), bool))]
+        assert emitted(said, threshold) == np.mean([source == "exit" for source in one.stats.sources])
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,6 +15,7 @@ from isthmus.split.certificate import (
     calibrate,
     data_hash,
     emitted,
+    least,
     losses,
     p_value,
     upper_bound,
@@ -111,6 +112,8 @@ def test_an_exit_that_never_emits_is_never_wrong() -> None:
     sure = [Said(np.ones(5, np.float32), np.zeros(5, bool))]
     assert losses(sure, NEVER).tolist() == [0] and emitted(sure, NEVER) == 0
     assert losses(sure, 0.995).tolist() == [1] and emitted(sure, 0.995) == 1
+    same = [Said(np.full(5, 0.995, np.float32), np.zeros(5, bool))]
+    assert emitted(same, 0.995) == (float(same[0].confidence[0]) >= least(0.995)) == 1
 
 
 @pytest.mark.parametrize(
