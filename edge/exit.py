@@ -14,7 +14,7 @@ from isthmus.edge.events import Verified
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.local import LocalPart
 from isthmus.edge.pace import Pace
-from isthmus.edge.runners import HIDDEN_LANE, sampler
+from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.engine.sampling import Sampling
@@ -197,6 +197,7 @@ class ExitRunner:
         self._unsure = -1  # the position after which the first unsure guess stands
         self._odds = 1.0  # that all unsure guesses since are right
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
+        self._found: int | None = None
         self._running = False
         self._asked: _Question | None = None  # whose answer has not come
         self.drafted = self.accepted = 0
@@ -223,8 +224,7 @@ class ExitRunner:
 
     def reused(self) -> int:
         """See `Runner`."""
-        self._lane.check(self._log)
-        return min(self._lane.agreed, len(self._log) - 1)
+        return self._found if self._found is not None else known(self._lane, self._log)
 
     def stop(self) -> None:
         """See `Runner`."""
@@ -236,6 +236,7 @@ class ExitRunner:
     def _begin(self) -> None:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
+        self._found = self._sent if self._found is None else self._found
         self._speaker.truncate(len(self._log))
         self._unsure, self._firm, self._odds = -1, 0, 1.0
         self._sampler, self._asked = sampler(self._sampling), None
