@@ -18,11 +18,11 @@ from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.engine.sampling import Sampling
+from isthmus.engine.threshold import least
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
-from isthmus.split.certificate import least
 
 LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
 GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
@@ -164,7 +164,7 @@ class ExitRunner:
     tokens travel ahead of the questions, and the cloud computes those that nobody asked about with the next question.
 
     Args:
-        threshold: confidence from which on the exit is believed; at 1 never (see `certificate.least`).
+        threshold: confidence from which on the exit is believed; at 1 never (see `engine.threshold`).
         codec, stats: how states travel.
         pace: how far to go on before asking, at most, and what that must bring.
 

@@ -21,12 +21,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engine.threshold import NEVER, least
 from isthmus.protocol.errors import BundleError, ModelError
 
 if TYPE_CHECKING:
     from isthmus.split.exit_states import Sample
 
-NEVER = 1.0  # the threshold of an exit that never emits
 THRESHOLDS = tuple(step / 200 for step in range(199, 0, -1))  # chosen before any data are seen
 _BOLDEST = 0.9  # share of the capital that a loss of 1 may cost
 _HEX = frozenset("0123456789abcdef")
@@ -53,7 +53,7 @@ class Certificate(msgspec.Struct, frozen=True):
         prompts, tokens: how many prompts there were, and tokens in their answers.
         disagreement: the allowed risk.
         confidence: with which the promise holds, over draws of prompts.
-        threshold: a token is emitted if the exit's confidence is not below it; at `NEVER` none is: see `least`.
+        threshold: a token is emitted if the exit's confidence is not below it; at `NEVER` none is (`engine.threshold`).
         risk: the measured one at the threshold.
         bound: the upper bound of the risk with that confidence.
         emitted: share of tokens that the exit emits.
@@ -94,11 +94,6 @@ class Certificate(msgspec.Struct, frozen=True):
 def data_hash(samples: Sequence[Sample]) -> str:
     """Sha256 of the tokens of prompts and answers, in hex."""
     return hashlib.sha256(json.dumps(samples, separators=(",", ":")).encode()).hexdigest()
-
-
-def least(threshold: float) -> float:
-    """The confidence, an f32, from which on an exit is believed at a threshold; at `NEVER` certainty is not enough."""
-    return math.inf if threshold >= NEVER else float(np.float32(threshold))
 
 
 def losses(said: Sequence[Said], threshold: float) -> NDArray[np.float64]:

@@ -12,9 +12,9 @@ import numpy as np
 from isthmus.edge.exit import ExitSpeaker
 from isthmus.engine.part import Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
+from isthmus.engine.threshold import least
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
-from isthmus.split.certificate import least
 from tests.edge_world import D_MODEL, VOCAB, ToyPart, ToySequence
 
 CUT = 3

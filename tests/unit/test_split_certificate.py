@@ -6,16 +6,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from isthmus.engine.threshold import NEVER, least
 from isthmus.protocol.errors import BundleError, ModelError
 from isthmus.split.certificate import (
-    NEVER,
     THRESHOLDS,
     Certificate,
     Said,
     calibrate,
     data_hash,
     emitted,
-    least,
     losses,
     p_value,
     upper_bound,
