@@ -58,6 +58,7 @@ class Answer:
         self._text, self._pieces = text(), list[str]()
         for token, source in said:
             self._told(token, source, True)
+        self._had = len(self._log)
         self._runner: Runner | None = None if self._stats.finish else steering.runner(options)
         self._bridge: Bridge | None = None
         self._again = False  # whether the log went on otherwise than the runner made it
@@ -133,6 +134,8 @@ class Answer:
                 else:
                     self._runner = None
                 continue
+            if len(self._log) == self._had:  # what the cloud holds is known now
+                stats.reused_tokens = max(0, self._runner.reused())
             self._notes.waited()
             self._steering.came(self._runner)
             return token

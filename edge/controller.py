@@ -79,14 +79,19 @@ class Controller:
         self._made = self._tokens = 0
         self._tried = self._waits = False
         self._knowledge.choice = None
+        why = "too little is known yet to choose"
         if self._knowledge.enough:
-            with suppress(DeviceError, BundleError, EngineError, ServiceError):  # then as when little is known
+            name = "what was chosen"
+            try:
                 plan = self._decide(0.0)
+                name = plan.choice.name
                 runner = self._runner(options, plan.choice)
                 self._take(plan)
                 return runner
+            except (DeviceError, BundleError, EngineError, ServiceError) as error:
+                why = self._failed(name, error)
         if self._tell is not None:
-            self._tell("stream: too little is known yet to choose")
+            self._tell(f"stream: {why}")
         return self._modes.shared(replace(options, mode="stream"), self._link)
 
     def turn(self, options: GenerateOptions, runner: Runner, wanted: int) -> Runner:
@@ -205,13 +210,23 @@ class Controller:
     def _switch(self, options: GenerateOptions, runner: Runner, plan: Plan) -> Runner:
         try:
             following = self._runner(options, plan.choice)
-        except IsthmusError:
+        except IsthmusError as error:
             self._active = False  # what cannot be had after all is not asked for again in this answer
+            why = self._failed(plan.choice.name, error)
+            if self._tell is not None:
+                self._tell(f"after {self._made} tokens: it goes on as it was: {why}")
             return runner
         with suppress(IsthmusError):
             runner.stop()
         self._take(plan)
         return following
+
+    def _failed(self, name: str, error: IsthmusError) -> str:
+        """A way that was chosen cannot be had: why, for people. What is damaged on this device is noted."""
+        why = f"{name} cannot be had ({error.problem})"
+        if isinstance(error, BundleError | EngineError):
+            self._modes.say(why)
+        return why
 
     def _take(self, plan: Plan) -> None:
         self._knowledge.choice, self._fresh = plan.choice, True

@@ -14,10 +14,11 @@ from isthmus.edge.events import Verified
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.local import LocalPart
 from isthmus.edge.pace import Pace
-from isthmus.edge.runners import HIDDEN_LANE, sampler
+from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.engine.sampling import Sampling
+from isthmus.engine.threshold import least
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
@@ -163,7 +164,7 @@ class ExitRunner:
     tokens travel ahead of the questions, and the cloud computes those that nobody asked about with the next question.
 
     Args:
-        threshold: confidence from which on the exit is believed; above 1 never.
+        threshold: confidence from which on the exit is believed; at 1 never (see `engine.threshold`).
         codec, stats: how states travel.
         pace: how far to go on before asking, at most, and what that must bring.
         n_layers: of the model.
@@ -192,7 +193,7 @@ class ExitRunner:
     ) -> None:
         self._prompt, self._rest = len(log), n_layers - speaker.cut  # positions, and layers behind the exit
         self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
-        self._speaker, self._threshold, self._codec, self._stats, self._pace = speaker, threshold, codec, stats, pace
+        self._speaker, self._least, self._codec, self._stats, self._pace = speaker, least(threshold), codec, stats, pace
         self._sampler: m.Sampler | None = None  # until the cloud knows it
         self._lane = link.session.lane(HIDDEN_LANE, speaker.cut)
         self._told = Chain()  # the log, what is said beyond it, and guesses
@@ -201,6 +202,7 @@ class ExitRunner:
         self._unsure = -1  # the position after which the first unsure guess stands
         self._odds = 1.0  # that all unsure guesses since are right
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
+        self._found: int | None = None
         self._running = False
         self._asked: _Question | None = None  # whose answer has not come
         self.drafted = self.accepted = self.filled = 0
@@ -228,8 +230,7 @@ class ExitRunner:
 
     def reused(self) -> int:
         """See `Runner`."""
-        self._lane.check(self._log)
-        return min(self._lane.agreed, len(self._log) - 1)
+        return self._found if self._found is not None else known(self._lane, self._log)
 
     def stop(self) -> None:
         """See `Runner`."""
@@ -240,6 +241,7 @@ class ExitRunner:
     def _begin(self) -> None:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
+        self._found = self._sent if self._found is None else self._found
         self._speaker.truncate(len(self._log))
         self._unsure, self._firm, self._odds = -1, 0, 1.0
         self._unasked = 0
@@ -250,7 +252,7 @@ class ExitRunner:
         """One more token, said or guessed; or the question."""
         told = self._told
         said = self._say(told)
-        sure = said.confidence >= self._threshold
+        sure = said.confidence >= self._least
         if self._unsure < 0:
             if sure:
                 self._ready.append((said.token, "exit"))
@@ -339,7 +341,8 @@ class ExitRunner:
             at, stop = self._sent, min(end, self._sent + self._link.max_rows)
             tensor = self._coded(at, stop)
             head = told.at(at)[:_HASH_BYTES]
-            self._link.fill(m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor))
+            fill = m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor)
+            self._link.fill(lane, fill, told.at(stop))
             self._sent = stop
             self._unasked += max(0, stop - max(at, self._prompt))
             self._speaker.sent(stop)

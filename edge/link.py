@@ -146,7 +146,7 @@ class Link:
 
     def align(self, lane: Lane, limit: int) -> int:
         """Brings the lane to a prefix of the log of at most `limit` tokens; how many that are."""
-        if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit)):
+        if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit, self.session.log)):
             self.welcome()
             self.session.align(lane, limit, self._clock())
             if self.on_lane is not None:
@@ -156,7 +156,7 @@ class Link:
                     self.session.align(lane, limit, self._clock())
                 elif isinstance(event, Refused):
                     raise event.error
-        return lane.committed
+        return lane.ahead
 
     def rows(self, lane: Lane, rows: m.Rows) -> None:
         """Sends rows; `answer` waits for what they give."""
@@ -183,8 +183,13 @@ class Link:
         self.session.draft(lane, draft, head, self._clock())
         self.flush()
 
-    def fill(self, fill: m.Fill) -> None:
-        """Sends rows that nobody waits for."""
+    def fill(self, lane: Lane, fill: m.Fill, tail: bytes) -> None:
+        """Sends rows that nobody waits for.
+
+        Args:
+            tail: chain over the tokens up to the last of them.
+        """
+        lane.filled(fill.position + len(fill.tokens), tail)
         self.session.outbox.append(fill)
         self.flush()
 

@@ -109,12 +109,12 @@ class Session:
             return  # asked already
         self._limits[lane.alias] = limit
         self._busy(now)
-        if lane.check(self.log) and lane.ready(limit):
+        if lane.check(self.log) and lane.ready(limit, self.log):
             self.events.append(Aligned(lane))
         elif not lane.opened:
             self._open(lane, now)
         else:
-            self._truncate(lane, min(limit, lane.agreed), now)
+            self._truncate(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now)
 
     def greet(self, now: float) -> None:
         """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
@@ -357,7 +357,7 @@ class Session:
         self._tripped(pending, message.engine_us, now)
         self.patience.progressed(now)
         self._setbacks = 0
-        lane.committed, lane.head = message.position + accepted, head
+        lane.stands(message.position + accepted, head)
         self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
 
     def _fault(self, fault: m.Fault, now: float) -> None:
@@ -411,11 +411,12 @@ class Session:
     def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
         known, limit = lane.agreed, min(self._limits[lane.alias], len(self.log))
         agrees = lane.told(committed, prefix_hash, self.log)
-        if agrees and lane.ready(limit):
+        if agrees and lane.ready(limit, self.log):
             self.round_trips += 1
             self.events.append(Aligned(lane))
         elif committed:  # beyond the limit the cloud went on by itself: probably it agrees up to there
-            self._truncate(lane, limit if committed > limit else known if committed > known else 0, now)
+            keeps = limit if agrees or committed > limit else known if committed > known else 0
+            self._truncate(lane, keeps, now)
         else:
             self._fail(LinkError(f"{self.where} names an empty log by another hash", "both sides must be one version"))
 

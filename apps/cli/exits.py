@@ -206,8 +206,9 @@ def measure(
     import numpy as np
 
     from isthmus.apps.cli.signals import ending_cleanly
+    from isthmus.engine.threshold import NEVER
     from isthmus.split.bundle import Bundle
-    from isthmus.split.certificate import NEVER, emitted, losses
+    from isthmus.split.certificate import emitted, losses
     from isthmus.split.exit_scores import agreement
 
     opened = Bundle.open(bundle)

@@ -20,7 +20,7 @@ from isthmus.edge.policy import Plan
 from isthmus.engine.part import Rows, StepResult
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import BundleError, DeviceError
 from tests.edge_exits import CUT, give_exit
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
@@ -159,6 +159,20 @@ def test_a_slow_cloud_is_left_once_the_device_is_known_to_be_faster(deciding: An
         assert set(one.stats.sources) == {"device"}  # from the first token on
         assert told[-1].startswith("local: ")
     assert len(text) == 50
+
+
+def test_what_cannot_be_had_is_told_and_damage_is_noted(deciding: Any) -> None:
+    told: list[str] = []
+    with deciding(LossyWire(TimedCloud(SLOW)), known=True, explain=told.append) as one:
+
+        def damaged(options: Any) -> Any:
+            raise BundleError("layer-003 is damaged", "fetch the bundle again")
+
+        one._modes.local = damaged
+        ids(one.generate(PROMPT, max_tokens=10))
+        assert "cannot be had (layer-003 is damaged)" in one.stats.note
+        assert any("local cannot be had (layer-003 is damaged)" in why for why in told)
+        assert not any("too little is known" in why for why in told)
 
 
 def test_a_fast_cloud_is_kept(deciding: Any) -> None:

@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from isthmus.engine.threshold import NEVER, least
 from isthmus.protocol.errors import BundleError, ModelError
 from isthmus.split.certificate import (
-    NEVER,
     THRESHOLDS,
     Certificate,
     Said,
@@ -111,6 +111,8 @@ def test_an_exit_that_never_emits_is_never_wrong() -> None:
     sure = [Said(np.ones(5, np.float32), np.zeros(5, bool))]
     assert losses(sure, NEVER).tolist() == [0] and emitted(sure, NEVER) == 0
     assert losses(sure, 0.995).tolist() == [1] and emitted(sure, 0.995) == 1
+    same = [Said(np.full(5, 0.995, np.float32), np.zeros(5, bool))]
+    assert emitted(same, 0.995) == (float(same[0].confidence[0]) >= least(0.995)) == 1
 
 
 @pytest.mark.parametrize(
