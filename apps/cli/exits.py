@@ -76,10 +76,9 @@ def train(
     It needs PyTorch, on the CPU: for a model of 135 M parameters about ten minutes an exit. Stopped, it goes on where
     it was when it is called again. Texts come with: isthmus fetch texts.
     """
-    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import ModelError
     from isthmus.split.bundle import Bundle
-    from isthmus.split.exit_run import ExitRun, usual_head, usual_layers, work_folder
+    from isthmus.split.exit_run import usual_head, usual_layers
     from isthmus.split.exit_samples import check_questions, chunks, divided, text_files
     from isthmus.split.exit_scores import would_emit
     from isthmus.split.exit_states import questions
@@ -101,8 +100,7 @@ def train(
         raise ModelError(f"--epochs is {epochs}", f"give one number from 1 on, or {len(chosen)} of them")
     passes = passes * len(chosen) if len(passes) == 1 else passes
     rows = []
-    with ending_cleanly(), _progress() as say:
-        run = ExitRun(opened, work or work_folder(opened.model_id), say, threads)
+    with _run(opened, work, threads) as run:
         tokenizer, room = opened.tokenizer(), opened.config.context_length
         taught = [*chunks(tokenizer, texts.taught, room), *run.answered(questions(texts.taught, answers))]
         states = run.states("taught", taught, chosen)
@@ -152,7 +150,6 @@ def calibrate(
     """
     from rich.console import Console
 
-    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import ModelError
     from isthmus.split.bundle import Bundle
     from isthmus.split.certificate import calibrate as certified
@@ -165,8 +162,7 @@ def calibrate(
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     console = Console(highlight=False, soft_wrap=True)
-    with ending_cleanly(), _progress() as say:
-        run = _run(opened, work, say, threads)
+    with _run(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
         for entry, said in _said(run, entries, samples):
             sha256 = opened.manifest.files[entry.file].sha256
@@ -205,7 +201,6 @@ def measure(
     """
     import numpy as np
 
-    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.split.bundle import Bundle
     from isthmus.split.certificate import NEVER, emitted, losses
     from isthmus.split.exit_scores import agreement
@@ -213,8 +208,7 @@ def measure(
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     rows = []
-    with ending_cleanly(), _progress() as say:
-        run = _run(opened, work, say, threads)
+    with _run(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
         for entry in entries if check else []:
             _check_data(entry, samples)
@@ -292,10 +286,14 @@ def _check(entry: ExitEntry, said: list[Said]) -> None:
         raise ModelError(problem, "calibrate it again")
 
 
-def _run(bundle: Bundle, work: Path | None, say: Say, threads: int) -> ExitRun:
-    from isthmus.split.exit_run import ExitRun, work_folder
+@contextmanager
+def _run(bundle: Bundle, work: Path | None, threads: int) -> Iterator[ExitRun]:
+    from isthmus.apps.cli.signals import ending_cleanly
+    from isthmus.split.exit_run import ExitRun, work_folder, working_in
 
-    return ExitRun(bundle, work or work_folder(bundle.model_id), say, threads)
+    folder = work or work_folder(bundle.model_id)
+    with ending_cleanly(), working_in(folder), _progress() as say:
+        yield ExitRun(bundle, folder, say, threads)
 
 
 def _said(run: ExitRun, entries: list[ExitEntry], samples: list[Sample]) -> Iterator[tuple[ExitEntry, list[Said]]]:

@@ -25,12 +25,17 @@ UNREAD = 141  # 128 + SIGPIPE
 SYSTEM = {
     errno.EACCES,
     errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
     errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
     errno.EMFILE,
     errno.ENAMETOOLONG,
     errno.ENFILE,
     errno.ENOMEM,
     errno.ENOSPC,
+    errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 }
