@@ -17,7 +17,7 @@ import numpy as np
 
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.part import KV_BLOCK, Part
-from isthmus.protocol.errors import ModelError
+from isthmus.protocol.errors import BundleError, ModelError
 from isthmus.split.bundle import Bundle
 from isthmus.split.certificate import Said
 from isthmus.split.exit_entry import MAX_HEAD_TOKENS, Agreement, ExitEntry, exit_file
@@ -93,6 +93,11 @@ class Measured:
     documents: list[Said]
     answers: list[Said]
 
+    @property
+    def agreement(self) -> Agreement:
+        """With the model."""
+        return Agreement(agreement(self.documents), agreement(self.answers))
+
 
 class ExitRun:
     """The model of a bundle and a work folder.
@@ -159,9 +164,17 @@ class ExitRun:
         )
         sha256 = hashlib.sha256(data).hexdigest()
         measured = Measured(*(self.said(source, sha256, layer, held) for held in (documents, answers)))
-        shares = Agreement(agreement(measured.documents), agreement(measured.answers))
-        entry = ExitEntry(layer, exit_file(layer), recipe.d_ff, 0 if tokens is None else len(tokens), shares)
-        return entry, data, measured
+        count = 0 if tokens is None else len(tokens)
+        return ExitEntry(layer, exit_file(layer), recipe.d_ff, count, measured.agreement), data, measured
+
+    def standing(self, layer: int, documents: States, answers: States) -> Measured | None:
+        """What the bundle's own exit before a layer says on the same samples; None if it has none that can be used."""
+        try:
+            source = self.bundle.exit(layer)
+        except BundleError:
+            return None
+        sha256 = self.bundle.manifest.files[exit_file(layer)].sha256
+        return Measured(*(self.said(source, sha256, layer, held) for held in (documents, answers)))
 
     def said(self, exit: ExitSource, sha256: str, layer: int, states: States) -> list[Said]:
         """What an exit says along all samples.
