@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,23 @@ def test_one_process_works_in_a_folder(bundle: Path, tmp_path: Path, capsys: Cap
     assert calibrate(bundle, tmp_path / "w") == 0
     with pytest.raises(ModelError, match="another process"), working_in(tmp_path / "w"), working_in(tmp_path / "w"):
         pass
+
+
+def test_pytorch_is_named_without_its_gigabytes(bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "isthmus.split.exit_training", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for machine, says in (
+        ("x86_64", "pip install torch --index-url https://download.pytorch.org/whl/cpu"),
+        ("riscv64", "pip install 'isthmus[train]'"),
+    ):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert main(["exits", "train", str(bundle)]) == 2
+        assert capsys.readouterr().err == f"error: training exits needs PyTorch; {says}\n"
+
+
+def test_inspect_breaks_no_line_in_a_pipe(bundle: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(bundle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("exit ")]
+    assert lines[at].endswith("agrees on 50.0% of documents, 60.0% of own answers")
+    assert lines[at + 1].strip() == "no certificate: it drafts, but never emits (isthmus exits calibrate)"
