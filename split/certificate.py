@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from isthmus.split.exit_states import Sample
 
 THRESHOLDS = tuple(step / 200 for step in range(199, 0, -1))  # chosen before any data are seen
+MOST_PROMPTS = 1_000_000
 _BOLDEST = 0.9  # share of the capital that a loss of 1 may cost
 _HEX = frozenset("0123456789abcdef")
 
@@ -125,6 +126,21 @@ def p_value(values: NDArray[np.float64], risk: float, delta: float) -> float:
     bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * known)), _BOLDEST / (1 - risk))
     capital = np.cumsum(np.log1p(bets * (risk - values)))
     return float(min(1.0, np.exp(-capital.max(initial=0.0))))
+
+
+def fewest_prompts(disagreement: float, confidence: float) -> int:
+    """The prompts that it takes at least to certify anything, if none has an error; `MOST_PROMPTS` at most."""
+
+    def enough(count: int) -> bool:
+        return p_value(np.zeros(count), disagreement, 1 - confidence) <= 1 - confidence
+
+    low, high = 0, 1
+    while not enough(high) and high < MOST_PROMPTS:
+        low, high = high, min(2 * high, MOST_PROMPTS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def upper_bound(values: NDArray[np.float64], delta: float) -> float:

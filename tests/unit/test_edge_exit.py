@@ -144,9 +144,9 @@ def test_no_exit_no_certificate_no_such_threshold() -> None:
     bare.exits = ()
     with bundle_less as one, pytest.raises(DeviceError, match="has no exit"):
         ids(one.generate(PROMPT, max_tokens=3))
-    with device(LossyWire(ToyService()), "exit", threshold=1.5) as one:
-        with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
-            one._exits.threshold(CUT, 1.5)
+    with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
+        device(LossyWire(ToyService()), "exit", threshold=1.5)
+    with device(LossyWire(ToyService()), "exit") as one:
         uncertified: Any = one._bundle
         uncertified.manifest.exit = lambda layer: SimpleNamespace(certificate=None)
         with pytest.raises(DeviceError, match="no certificate"):
