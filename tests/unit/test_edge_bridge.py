@@ -121,7 +121,7 @@ def test_guesses_count_only_where_they_are_to_when_their_reader_leaves(how: Any,
     path, wire = tmp_path / "talk", wired()
     with device(wire, "stream", on_rollback=how, resume=path) as one:
         lie(one)
-        tokens = one.generate(PROMPT, max_tokens=60)
+        tokens: Any = one.generate(PROMPT, max_tokens=60)
         said = cut_after(wire, tokens, 5, 1e9) + [next(tokens) for _ in range(20)]
         guesses = [token.id for token in said if not token.verified]
         sure = [token.id for token in said if token.verified]
@@ -252,8 +252,9 @@ def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() ->
 
 
 def test_a_device_that_is_asked_while_it_rolls_back_says_that_it_is_busy() -> None:
-    wire = wired()
-    with device(wire, "stream", on_rollback=lambda wrong: one.reset()) as one:
+    wire, asked = wired(), list[Any]()
+    with device(wire, "stream", on_rollback=lambda wrong: asked[0].reset()) as one:
+        asked.append(one)
         lie(one)
         tokens = one.generate(PROMPT, max_tokens=250)
         cut_after(wire, tokens, 5, 0.5)
