@@ -1,8 +1,8 @@
 """Whether drafts change anything: verified answers against the cloud's own, token for token, over a real cloud process.
 
 Each prompt is streamed, greedy and at a temperature with a seed of its own, then answered in verify mode with drafts of
-n-grams and of the deepest exit, one block at a time and pipelined. What is done is kept by commit: a run that was
-stopped, or that asked for fewer prompts, is gone on with.
+n-grams and of the deepest exit, one block at a time and pipelined. A run that was stopped, or that asked for fewer
+prompts, is gone on with, unless something has changed since that a text may depend on.
 
 usage: python benchmarks/verify.py [--prompts 200] [--tokens 64] [--temperature 0.8] [--rtt-ms 5]
 """
@@ -33,6 +33,7 @@ WAYS = (
     Way(f"{VERIFY}, n-grams, pipelined", {"mode": "verify", "draft": "ngrams", "draft_depth": 8}),
 )
 MAX_BYTES, PROMPTS = 32, 200
+RUNS = ("cloud", "edge", "engine", "protocol", "quant")  # what a text may depend on
 NICE = 10
 
 
@@ -69,7 +70,7 @@ def main() -> int:
     os.nice(NICE)
     settings = {name: value for name, value in vars(options).items() if name != "prompts"}
     name = "-".join(f"{value:g}" for value in settings.values())
-    kept = Kept(BENCH / f"verify-{commit() or 'unknown'}-{name}.jsonl", Answer)
+    kept = Kept(BENCH / f"verify-{commit(RUNS) or 'unknown'}-{name}.jsonl", Answer)
     temperatures = (0.0, options.temperature)
     asked = list(enumerate(questions([], options.prompts, topics=CHECK_TOPICS)))
     left = [(n, text, t) for n, text in asked for t in temperatures if not done(kept.found, n, t)]
