@@ -27,7 +27,7 @@ $(STAMPS)/venv:
 
 # The build's own needs first: the engine is then compiled without a second, isolated environment.
 $(STAMPS)/install: pyproject.toml setup.py $(NATIVE) $(STAMPS)/venv
-	@echo "-- packages, and the native engine (a minute or two)"
+	@echo "-- packages, and the native engine (two to five minutes, in which nothing is printed)"
 	@$(PIP) "setuptools>=77" "cffi>=1.17"
 	@$(PIP) --no-build-isolation --group model -e ".[edge]"
 	@$(BIN)/python -c 'from isthmus.engine import cpu_names; print("-- kernels:", ", ".join(cpu_names()) or "NONE: \

@@ -26,14 +26,13 @@ from record import RESULTS, Cell, Record
 
 from isthmus.apps.bench import facts, simulate
 from isthmus.apps.bench.simulate import LinkPlan, Point
-from isthmus.apps.bench.traces import Trace, read_pair, synthetic
+from isthmus.apps.bench.traces import SYNTHETIC, Trace, read_pair, synthetic_pair
 from isthmus.edge.figures import Wish
 
 FACTS = Path(__file__).parent / "facts.json"
 EXITS, EPOCHS = (20, 24), 1
 ROUND_TRIPS_MS, SLOW_DOWNS, CLOUD_STEPS, HOLDS = (5, 20, 50, 100, 200), (1, 4), (1, 8), (30, 20)
 DISAGREEMENTS = (0.0, 0.05)
-SYNTHETIC = "synthetic"
 START_S = 30.0  # from one window's begin in the trace to the next one's
 NEAR, ALONE = 1.10, 0.9
 
@@ -96,7 +95,7 @@ def answers() -> tuple[tuple[facts.Answer, ...], tuple[facts.Answer, ...]]:
 def traces(link: str, folder: str | None) -> tuple[Trace, Trace]:
     """A link's two ways."""
     if link == SYNTHETIC or folder is None:
-        return synthetic(11, 120, 1_200_000), synthetic(12, 120, 3_000_000)
+        return synthetic_pair()
     return read_pair(Path(folder) / link)
 
 
@@ -131,7 +130,7 @@ def play(case: Case) -> list[Found]:
 
 
 def main() -> int:
-    """Plays the grid and writes results/auto.json."""
+    """Plays the grid and writes results/auto.json, or auto-synthetic.json without traces."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", help="folder of PREFIX.up and PREFIX.down")
     parser.add_argument("--windows", type=int, default=3)
@@ -158,7 +157,7 @@ def main() -> int:
                 print(f"{done} of {len(cases)} points", file=sys.stderr, flush=True)
 
     record = Record(
-        "auto",
+        "auto" if options.traces else "auto-synthetic",  # one link does not take the place of five
         {
             "links": links,
             "windows": options.windows,

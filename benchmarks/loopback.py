@@ -17,7 +17,7 @@ from pathlib import Path
 from models import BENCH, bundle
 from record import Record
 
-from isthmus.apps.cli.cloud_process import CloudProcess
+from isthmus.apps.bench.cloud_process import CloudProcess
 from isthmus.edge import Device
 from isthmus.protocol.keys import AllowList, write_pair
 

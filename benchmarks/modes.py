@@ -46,7 +46,17 @@ from isthmus.split.exit_states import CHECK_TOPICS, questions
 FORMAT = "keep"
 TRIP_MS = 50
 CERTIFIED = f"{EXIT}, as certified"
-COLUMNS = ("way", "tok/s", "of the better alone", "asks a token", "bytes up a token", "cloud ms a token", "agrees")
+ANEW = f"{EXIT}, every prompt anew"  # as theirs is
+COLUMNS = (
+    "way",
+    "tok/s",
+    "of the better alone",
+    "asks a token",
+    "bytes up a token",
+    "cloud ms a token",
+    "layers filled",
+    "agrees",
+)
 # Of exit mode to CE-CoLLM's policy: a row's attribute, unit, ratio to reach, whether that is the most.
 AGAINST = (
     ("requests_per_token", "a token", 0.8, True),
@@ -122,9 +132,11 @@ def tell(record: Record, name: str, rows: Sequence[Row], note: str) -> None:
     cells: list[list[Cell]] = []
     for row in rows:
         asks, up, cloud = row.requests_per_token, row.up_bytes_per_token, row.cloud_ms_per_token
-        cells.append([row.way, row.tok_s, row.of_best, asks, up, cloud, row.agreement])
+        cells.append([row.way, row.tok_s, row.of_best, asks, up, cloud, row.filled_per_token, row.agreement])
         for key, unit, *_ in AGAINST:
             record.figure(f"{name}/{row.way}/{key}", getattr(row, key), unit)
+        if row.filled_per_token is not None:
+            record.figure(f"{name}/{row.way}/filled_per_token", row.filled_per_token, "layers a token")
         if row.agreement is not None:
             record.figure(f"{name}/{row.way}/agreement", row.agreement, "share")
     record.table(name, COLUMNS, cells, note=note)
@@ -138,6 +150,9 @@ def against(record: Record, rows: dict[str, Row]) -> None:
     for key, unit, ratio, at_most in AGAINST:
         peer, value = f"modes/{CE_COLLM}/{key}", getattr(rows[EXIT], key)
         record.figure(f"against CE-CoLLM/{key}", value, unit, target=ratio, of=peer, at_most=at_most)
+        theirs_too = getattr(rows[CE_COLLM], key)
+        if ANEW in rows and theirs_too:
+            record.figure(f"against CE-CoLLM, every prompt anew/{key}", getattr(rows[ANEW], key) / theirs_too, "ratio")
     ours, theirs = rows[EXIT].agreement, rows[CE_COLLM].agreement
     if ours is not None and theirs is not None:
         record.figure("against CE-CoLLM/agreement above theirs", ours - theirs, "share", target=0.0)

@@ -140,16 +140,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The measured commit, with "+" when files of the product differ from it; None outside a repository."""
+ROOMS = ("apps", "cloud", "edge", "engine", "protocol", "quant", "split")
+
+
+def commit(rooms: Sequence[str] = ROOMS) -> str | None:
+    """The last commit that changed these folders, with "+" when they differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         return result.stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results", ":!README.md") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *rooms)
+        return git("log", "-1", "--format=%h", "--abbrev=12", "--", *rooms) + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

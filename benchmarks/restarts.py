@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from models import bundle
 from record import Record
-from scene import QUESTION, TOKENS, Cloud, finished, keys, run
+from scene import QUESTION, TOKENS, Cloud, finished, keys, run, told_by
 
 from isthmus.edge import Device
 
@@ -26,6 +27,7 @@ LONG_QUESTION = " ".join([QUESTION] * 12)
 MODES = ("stream", "verify", "auto", "split")
 PROCESSES = 200
 BLOWS = ("kills of the device", "kills of the cloud", "cuts", "stalls", "resets")
+GAVE_UP = "devices that gave up, begun again"
 AGAIN = 2  # times that a device which ended with an error is begun again
 
 
@@ -33,7 +35,7 @@ def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] =
     """Blows to `count` answers, or to those of these numbers alone."""
     warmth = ("", "0.8")  # greedy, and sampled
     done: dict[str, int] = dict.fromkeys(BLOWS, 0)
-    done["devices that gave up, begun again"] = 0
+    done[GAVE_UP] = 0
     wrong = 0
     with keys() as key_folder:
         cloud = Cloud(folder, key_folder, 20)
@@ -57,6 +59,7 @@ def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] =
     print(file=sys.stderr)
     record.figure("run", count, "sequences", target=PROCESSES)
     record.figure("with a token lost, doubled or wrong", wrong, "sequences", target=0, at_most=True)
+    record.figure("given up by the device, and begun again", done[GAVE_UP], "times")
     record.table("processes", ["what was done", "times"], sorted(done.items()))
 
 
@@ -72,6 +75,7 @@ def _sequence(
     """One answer through some blows; its tokens."""
     mode = chance.choice(MODES)
     process = run(folder, key_folder, cloud.relay.address, mode, temperature, talk)
+    early: dict[str, Any] | None = None
     for _ in range(chance.randint(1, 3)):
         time.sleep(chance.uniform(0.3, 1.6))
         blow = chance.choice(BLOWS)
@@ -80,7 +84,11 @@ def _sequence(
         done[blow] += 1
         if blow == "kills of the device":
             process.send_signal(signal.SIGKILL)
-            process.communicate()
+            out, err = process.communicate()
+            if process.returncode != -signal.SIGKILL:
+                early = told_by(out, err)  # it ended before it was hit: the same command would ask once more
+                done[blow] -= 1
+                break
             process = run(folder, key_folder, cloud.relay.address, mode, temperature, talk)
         elif blow == "kills of the cloud":
             cloud.restart()
@@ -94,12 +102,12 @@ def _sequence(
             cloud.relay.resume()
         else:
             cloud.relay.reset()
-    told = finished(process)
+    told = finished(process) if early is None else early
     for _ in range(AGAIN):
         if "error" not in told:
             break
         print(f"begun again after: {told['error'].strip()}", file=sys.stderr)
-        done["devices that gave up, begun again"] += 1
+        done[GAVE_UP] += 1
         told = finished(run(folder, key_folder, cloud.relay.address, mode, temperature, talk))
     tokens: list[int] = told["tokens"]
     return tokens

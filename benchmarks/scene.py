@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from isthmus.apps.bench.cloud_process import CloudProcess
 from isthmus.apps.bench.relay import Relay
 from isthmus.apps.bench.shaping import LinkProfile
-from isthmus.apps.cli.cloud_process import CloudProcess
 from isthmus.protocol.keys import AllowList, write_pair
 
 QUESTION = "Tell me a story about a fox and the sea."
@@ -78,7 +78,11 @@ def run(
 
 def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What a device printed at its end; "error" where it failed."""
-    out, err = process.communicate(timeout=120)
+    return told_by(*process.communicate(timeout=120))
+
+
+def told_by(out: str, err: str) -> dict[str, Any]:
+    """The same, out of what it wrote."""
     try:
         told: dict[str, Any] = json.loads(out)
     except json.JSONDecodeError:

@@ -32,8 +32,12 @@ def silence(record: Record, folder: Path, cuts: int) -> None:
             cloud = Cloud(folder, key_folder, rtt_ms)
             try:
                 for mode in ("stream", "verify", "exit"):
-                    gaps = _calm_gaps(folder, key_folder, cloud.relay, mode, cuts)
+                    gaps, ended = _calm_gaps(folder, key_folder, cloud.relay, mode, cuts)
                     bound = max(LEAST_MS, 2.0 * rtt_ms)
+                    record.figure(f"{mode} at {rtt_ms} ms/answers that ended early", ended, f"of {cuts}")
+                    if not gaps:
+                        record.skip(f"{mode} at {rtt_ms} ms", "every answer ended before the device went on by itself")
+                        continue
                     gap = statistics.median(gaps)
                     record.figure(f"{mode} at {rtt_ms} ms", gap, "ms", target=bound, at_most=True)
                     rows.append([mode, rtt_ms, round(gap, 1), round(max(gaps), 1), bound])
@@ -43,23 +47,27 @@ def silence(record: Record, folder: Path, cuts: int) -> None:
         "silence",
         ["mode", "round trip, ms", "median, ms", "longest, ms", "two round trips, 50 ms at least"],
         rows,
-        note="From the last token that the cloud gave to the first that the device says by itself.",
+        note="From the last token before the cut, or since, to the first that the device says by itself; in exit mode "
+        "that last token may be an exit's.",
     )
 
 
-def _calm_gaps(folder: Path, key_folder: Path, relay: Relay, mode: str, cuts: int) -> list[float]:
-    """Those of so many cuts in which others on the host left this machine its processors, or of the calmer half."""
+def _calm_gaps(folder: Path, key_folder: Path, relay: Relay, mode: str, cuts: int) -> tuple[list[float], int]:
+    """Those of so many cuts in which others on the host were calm, or of the calmer half; and cuts that gave none."""
     calm, taken, gaps = Calm(), list[float](), list[float]()
     for _ in range(cuts):
         calm.wait(PATIENCE_S)
-        gaps.append(_gap_ms(folder, key_folder, relay, mode))
-        taken.append(calm.taken())
-    return [gaps[one] for one in calm_enough(taken)]
+        gap, share = _gap_ms(folder, key_folder, relay, mode), calm.taken()
+        if gap is not None:
+            gaps.append(gap)
+            taken.append(share)
+    return [gaps[one] for one in calm_enough(taken)], cuts - len(gaps)
 
 
-def _gap_ms(folder: Path, key_folder: Path, relay: Relay, mode: str) -> float:
+def _gap_ms(folder: Path, key_folder: Path, relay: Relay, mode: str) -> float | None:
+    """From the last token that came from anywhere; None where the answer ended before the device went on by itself."""
     with Device(
-        folder, relay.address, keys=key_folder, mode=mode, threads=1, standby=True, timeouts=Timeouts(20_000)
+        folder, relay.address, keys=key_folder, mode=mode, threads=1, standby=True, timeouts=Timeouts(connect_ms=20_000)
     ) as device:
         last = cut = 0.0
         for number, token in enumerate(device.chat(QUESTION, max_tokens=120)):
@@ -71,7 +79,8 @@ def _gap_ms(folder: Path, key_folder: Path, relay: Relay, mode: str) -> float:
             if number == 24:
                 relay.cut()
                 cut = time.perf_counter()
-    raise RuntimeError("the device did not go on by itself")
+    relay.mend()
+    return None
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 
 from record import ROOT, Record
 
@@ -40,9 +41,9 @@ def sequences(record: Record, count: int) -> None:
                 suppress_health_check=list(HealthCheck),
             ),
         )
-    except AssertionError as error:
+    except Exception:  # whatever it is, a sequence failed
         failed = 1
-        print(error, file=sys.stderr)
+        traceback.print_exc()
     finally:
         isthmus.engine.open_part = opened
     record.figure("run", Survival.done["sequences"], "sequences", target=SEQUENCES)

@@ -1,8 +1,8 @@
 """Whether drafts change anything: verified answers against the cloud's own, token for token, over a real cloud process.
 
 Each prompt is streamed, greedy and at a temperature with a seed of its own, then answered in verify mode with drafts of
-n-grams and of the deepest exit, one block at a time and pipelined. What is done is kept by commit: a run that was
-stopped, or that asked for fewer prompts, is gone on with.
+n-grams and of the deepest exit, one block at a time and pipelined. A run that was stopped, or that asked for fewer
+prompts, is gone on with, unless something has changed since that a text may depend on.
 
 usage: python benchmarks/verify.py [--prompts 200] [--tokens 64] [--temperature 0.8] [--rtt-ms 5]
 """
@@ -10,13 +10,12 @@ usage: python benchmarks/verify.py [--prompts 200] [--tokens 64] [--temperature 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
+from kept import Kept
 from models import BENCH, bundle
 from record import Cell, Record, commit
 
@@ -34,6 +33,7 @@ WAYS = (
     Way(f"{VERIFY}, n-grams, pipelined", {"mode": "verify", "draft": "ngrams", "draft_depth": 8}),
 )
 MAX_BYTES, PROMPTS = 32, 200
+RUNS = ("cloud", "edge", "engine", "protocol", "quant")  # what a text may depend on
 NICE = 10
 
 
@@ -54,28 +54,9 @@ class Answer:
     bytes_up: int
 
 
-class Kept:
-    """Answers of one commit and settings, in a file that grows.
-
-    Args:
-        path: of JSON lines.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.answers = [Answer(**json.loads(line)) for line in lines if line.endswith("}")]
-
-    def done(self, prompt: int, temperature: float) -> bool:
-        """Whether all ways answered it."""
-        return sum((a.prompt, a.temperature) == (prompt, temperature) for a in self.answers) == len(WAYS)
-
-    def add(self, answers: list[Answer]) -> None:
-        """Keeps the answers to one prompt."""
-        self.answers += answers
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+def done(answers: list[Answer], prompt: int, temperature: float) -> bool:
+    """Whether all ways answered a prompt."""
+    return sum((a.prompt, a.temperature) == (prompt, temperature) for a in answers) == len(WAYS)
 
 
 def main() -> int:
@@ -89,16 +70,16 @@ def main() -> int:
     os.nice(NICE)
     settings = {name: value for name, value in vars(options).items() if name != "prompts"}
     name = "-".join(f"{value:g}" for value in settings.values())
-    kept = Kept(BENCH / f"verify-{commit() or 'unknown'}-{name}.jsonl")
+    kept = Kept(BENCH / f"verify-{commit(RUNS) or 'unknown'}-{name}.jsonl", Answer)
     temperatures = (0.0, options.temperature)
     asked = list(enumerate(questions([], options.prompts, topics=CHECK_TOPICS)))
-    left = [(n, text, t) for n, text in asked for t in temperatures if not kept.done(n, t)]
+    left = [(n, text, t) for n, text in asked for t in temperatures if not done(kept.found, n, t)]
     if left:
         source = bundle(FORMAT)
         with Stage(source, LinkProfile.of_rtt(options.rtt_ms)) as stage:
             devices = [stage.device(**way.options) for way in WAYS]
             for number, text, temperature in left:
-                kept.add(list(answered(devices, number, text, temperature, options.tokens)))
+                kept.add(answered(devices, number, text, temperature, options.tokens))
                 print(
                     f"prompt {number + 1} of {len(asked)} at temperature {temperature:g}", file=sys.stderr, flush=True
                 )
@@ -106,7 +87,7 @@ def main() -> int:
                 device.close()
     record = Record("verify", settings | {"prompts": len(asked), "format": FORMAT})
     record.figure("prompts", len(asked), "prompts", target=PROMPTS)
-    tell(record, [answer for answer in kept.answers if answer.prompt < len(asked)], temperatures)
+    tell(record, [answer for answer in kept.found if answer.prompt < len(asked)], temperatures)
     record.write()
     return 0
 

@@ -8,33 +8,33 @@ times that were measured just before, and with what n-grams and exits foresee of
 played while others on the host took much of the processors is played again, at most twice. Each window is kept when it
 is done, by commit: a run that was stopped is gone on with, and `--only` plays some again.
 
-usage: python benchmarks/windows.py --traces FOLDER [--seconds 60] [--only 0,3] [--questions 16]
+usage: python benchmarks/windows.py [--traces FOLDER] [--seconds 60] [--only 0,3] [--questions 16]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from models import BENCH
+from kept import Kept
+from models import BENCH, bundle
 from record import Cell, Record, commit
 
 from isthmus.apps.bench.calm import Calm
+from isthmus.apps.bench.cloud_process import CloudProcess
 from isthmus.apps.bench.facts import LONGEST, Answer, ExitFacts
 from isthmus.apps.bench.relay import LinkProfile, Relay
 from isthmus.apps.bench.simulate import LinkPlan, Point, Window, play_auto
-from isthmus.apps.bench.traces import Trace, read_pair
-from isthmus.apps.cli.cloud_process import CloudProcess
+from isthmus.apps.bench.traces import Trace, read_pair, synthetic_pair
 from isthmus.edge import Device, Timeouts, priors
 from isthmus.edge.drafts import NgramDrafts
 from isthmus.edge.exit import ExitSpeaker
@@ -173,6 +173,11 @@ def along(log: list[int], first: int, shared: int, speakers: Mapping[int, ExitSp
     return Answer(first - shared, tuple(drafted), tuple(agreed), exits)
 
 
+def links(folder: Path | None, name: str) -> tuple[Trace, Trace]:
+    """A link's two ways; without a folder the synthetic one's, whatever its name."""
+    return read_pair(folder / name) if folder else synthetic_pair()
+
+
 def turned(trace: Trace, start_s: float) -> Trace:
     """A trace that begins where another is after some seconds."""
     start = round(start_s * 1e3) % trace.period_ms
@@ -244,8 +249,7 @@ def real(case: Case, options: Mapping[str, Any], folder: Path, keys: Path, cloud
                 fallback=auto,
                 **options,
             ) as device:
-                if options["mode"] != "local" and device._link is not None:
-                    device._link.welcome()
+                list(device.chat(asked[0], max_tokens=1))  # connects, before the window begins
                 return play(device, asked, began + LEAD_S, seconds)
 
     return played
@@ -268,49 +272,29 @@ class Played:
     taken: float
 
 
-class Kept:
-    """Windows that were played with some settings, in a file that grows.
-
-    Args:
-        path: of JSON lines.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.windows = {one.window: one for one in (Played(**json.loads(line)) for line in lines if line[-1:] == "}")}
-
-    def add(self, one: Played) -> None:
-        """In place of what there was of that window."""
-        self.windows[one.window] = one
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(one)) + "\n")
-
-
 class Stand:
     """A bundle, what this machine takes for it, what the model answers, and keys."""
 
-    def __init__(self, source: Bundle, traces: Path, keys: Path, questions_: int, seconds: float) -> None:
+    def __init__(self, source: Bundle, traces: Path | None, keys: Path, questions_: int, seconds: float) -> None:
         self._source, self._traces, self._keys, self._seconds = source, traces, keys, seconds
         self._layers = [entry.layer for entry in source.exits]
         self._asked = questions([], questions_)
         self._times = Times(source, [*self._layers, 20])
         self._said = answers(source, self._asked, self._layers)
         self._calm, self._taken = Calm(), 0.0
+        with CloudProcess(source.path, keys, 1) as cloud:  # as fast as this machine is, whatever a window's is
+            calibrate(self._times, source.path, keys, cloud.address, self._asked)
 
     def window(self, number: int) -> Played:
         """Plays one."""
         case, source, keys = CASES[number], self._source, self._keys
         folder = part_of(source, case.held, keys / f"part-{number}")
         able = [layer for layer in self._layers if layer <= case.held]
-        up, down = (turned(one, case.start_s - LEAD_S) for one in read_pair(self._traces / case.link))
+        up, down = (turned(one, case.start_s - LEAD_S) for one in links(self._traces, case.link))
         link = replace(LinkProfile.of_rtt(case.rtt_ms), trace_up=up, trace_down=down)
         tokens: dict[str, int] = {}
         self._taken = 0.0
         with CloudProcess(source.path, keys, 1, case.cloud) as cloud:
-            if not self._times.cloud_more:
-                calibrate(self._times, source.path, keys, cloud.address, self._asked)
             wish = {"mode": "auto", "max_disagreement": case.disagreement}
             real(case, wish, folder, keys, cloud.address, LinkProfile())(self._asked, 5.0)  # meets machine and cloud
             for name, way in fixed_ways(case, source, able).items():
@@ -346,7 +330,7 @@ class Stand:
         )
         point = Point(device, self._times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
         turns = int(self._seconds * 1e3 / (len(self._said) * TOKENS)) + 2
-        window = Window(0.0, tuple(self._said) * turns, LEAD_S, self._seconds)
+        window = Window(0.0, tuple(self._said) * turns, LEAD_S, self._seconds, TOKENS)
         outcome = play_auto(point, Wish("speed", case.disagreement), window)
         return outcome.tokens, dict(outcome.used)
 
@@ -354,14 +338,18 @@ class Stand:
 def main() -> int:
     """Plays the windows and writes results/windows.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", required=True, type=Path, help="folder of PREFIX.up and PREFIX.down")
+    parser.add_argument(
+        "--traces", type=Path, help="folder of PREFIX.up and PREFIX.down; without it all links are a synthetic one"
+    )
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--only", default="", help="numbers of windows, from 0 on; all else")
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--bundle", type=Path, default=BENCH / "smollm2-exits", help="with calibrated exits")
+    parser.add_argument("--bundle", type=Path, help="with calibrated exits; by default SmolLM2 with those shipped")
     options = parser.parse_args()
-    kept = Kept(BENCH / f"windows-{options.seconds:g}-{options.questions}.jsonl")
-    missing = [n for n in range(len(CASES)) if n not in kept.windows or kept.windows[n].commit != commit()]
+    name = "windows" if options.traces else "windows-synthetic"
+    kept = Kept(BENCH / f"{name}-{options.seconds:g}-{options.questions}.jsonl", Played)
+    played = {one.window: one for one in kept.found}  # the last of each
+    missing = [n for n in range(len(CASES)) if n not in played or played[n].commit != commit()]
     chosen = [int(n) for n in options.only.split(",")] if options.only else missing
     with TemporaryDirectory(prefix="isthmus-windows-") as temporary:
         keys = Path(temporary)
@@ -369,12 +357,13 @@ def main() -> int:
         write_pair(keys, "server")
         AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "bench")
         if chosen:
-            source = Bundle.open(options.bundle)
+            source = Bundle.open(options.bundle) if options.bundle else bundle("keep")
             stand = Stand(source, options.traces, keys, options.questions, options.seconds)
             for number in chosen:
-                kept.add(stand.window(number))
+                played[number] = stand.window(number)
+                kept.add([played[number]])
     record = Record(
-        "windows",
+        name,
         {
             "seconds": options.seconds,
             "questions": options.questions,
@@ -382,7 +371,7 @@ def main() -> int:
             "emulated": "device slow-down, cloud step, round trip and links",
         },
     )
-    tell(record, [kept.windows[number] for number in sorted(kept.windows)])
+    tell(record, [played[number] for number in sorted(played)])
     record.write()
     return 0
 

@@ -112,7 +112,7 @@ class Registry:
                 raise Refusal(Code.STALE_EPOCH, f"epoch {session.epoch} owns the session", "raise the epoch")
             old = self.peers.get(session.route)
             if old is not None and old is not peer:
-                old.done(session.freed_bytes + sum(work.size_bytes for work in session.work))
+                old.done(session.size_bytes)
             session.resume(message.epoch, peer.route, message.alias)
             if before is not model or session.enter != message.enter or session.window != message.window:
                 self.forget(session)
@@ -190,6 +190,7 @@ class Registry:
     def evict(self, session: Session) -> None:
         """Takes a session's KV."""
         session.forget(0)
+        self.settle(session, self._sessions[session.session_id][1], self.peers.get(session.route))
         self._metrics.sessions_evicted += 1
 
     def overdrawn(self, model: Model, now_s: float) -> tuple[list[Session], list[tuple[Session, str, bool]]]:
@@ -245,7 +246,7 @@ class Registry:
 
     def _idle(self, session: Session, now_s: float) -> bool:
         """Whether it may go when others need the room: long unused, or its connection has ended."""
-        if session.work:
+        if session.ready:
             return False
         peer = self.peers.get(session.route)
         return peer is None or peer.gone or now_s - session.used_s > self._limits.evict_after_s

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 def opened(session: Session, numerics: str, kv_format: str, idle_s: int) -> Opened:
     """The answer to Open."""
-    held = session.committed
+    held = session.held
     return Opened(session.alias, session.epoch, held, session.chain.at(held), numerics, kv_format, idle_s)
 
 
 def result(session: Session, position: int, tokens: list[int], work: Work | None = None) -> Result:
     """The answer to Rows, or to Truncate."""
-    held = session.committed
+    held = session.held
     answer = Result(session.alias, session.epoch, position, tokens, held, session.chain.at(held))
     if work is not None:
         answer.engine_us, answer.queue_us = work.engine_us, max(0, work.queue_us)

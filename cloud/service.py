@@ -275,7 +275,7 @@ class Service:
         session, model = self._registry.find(peer, message, principal)
         self._only_while_running()
         session.used_s = now_s
-        before, reply = len(session.work), None
+        before, reply = session.size_bytes, None
         if isinstance(message, Rows):
             if len(message.tokens) > self._link_limits.max_rows:
                 raise Refusal(Code.BAD_MESSAGE, f"{len(message.tokens)} rows", f"at most {self._link_limits.max_rows}")
@@ -286,7 +286,7 @@ class Service:
             session.fill(message, now_s, size)
         else:
             reply = session.generate(message, now_s, size)
-        if len(session.work) == before and not session.freed_bytes:
+        if session.size_bytes == before:
             peer.done(size)  # answered from the log, or waiting already
         if reply is not None:
             peer.send(reply)
@@ -388,7 +388,7 @@ class Service:
                 self._drop(peer)
                 _log.info("%s left", peer.name)
         for session, _ in self._registry:
-            if not session.work and now_s - session.used_s > self.limits.idle_s:
+            if not session.ready and now_s - session.used_s > self.limits.idle_s:
                 self._registry.forget(session)
                 self.metrics.sessions_expired += 1
         for peer in list(self._peers.values()):

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from isthmus.cloud import refusals, replies, streaming
 from isthmus.cloud.samples import Samples
 from isthmus.cloud.shape import Shape
-from isthmus.cloud.work import Refusal, Reply, Work
+from isthmus.cloud.work import Refusal, Reply, Work, sampling_of
 from isthmus.engine.part import Sequence
 from isthmus.engine.sampling import GREEDY as ENGINE_GREEDY
-from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.messages import (
     GREEDY,
@@ -31,8 +30,6 @@ from isthmus.protocol.messages import (
     Fill,
     Generate,
     Rows,
-    Sampler,
-    Tensor,
     Truncate,
 )
 
@@ -83,6 +80,26 @@ class Session:
         """Whether there is work for the engine now."""
         return any(not work.lazy or work.rows >= LAZY_ROWS for work in self.work)
 
+    @property
+    def asked(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return any(not work.lazy for work in self.work)
+
+    @property
+    def held(self) -> int:
+        """Positions that need not be sent again: those in the engine, and rows after them that were sent ahead."""
+        held = self.committed
+        for work in self.work:
+            if not work.lazy:
+                break
+            held = work.end
+        return held
+
+    @property
+    def size_bytes(self) -> int:
+        """Credit that is to be given back when all is done."""
+        return self.freed_bytes + sum(work.size_bytes for work in self.work)
+
     # Requests
 
     def resume(self, epoch: int, route: bytes, alias: int) -> None:
@@ -111,7 +128,7 @@ class Session:
         tokens, hidden = message.tokens, message.hidden
         if not tokens or message.want & ~(WANT_HIDDEN | WANT_SAMPLE):
             raise Refusal(Code.BAD_MESSAGE, f"{len(tokens)} rows that want {message.want}", "send rows; want is 0..5")
-        self._check_states(tokens, hidden)
+        self.shape.check_states(tokens, hidden, self.enter)
         new_at = self._match(message.position, message.prefix_hash, tokens)
         end = message.position + len(tokens)
         if new_at == end:
@@ -136,7 +153,7 @@ class Session:
                 message.want,
                 message.want_all,
                 message.sampler,
-                _sampling(message.sampler),
+                sampling_of(message.sampler),
                 now_s,
                 states,
                 new_at,
@@ -173,7 +190,7 @@ class Session:
             WANT_SAMPLE,
             False,
             message.sampler,
-            _sampling(message.sampler),
+            sampling_of(message.sampler),
             now_s,
             max_tokens=message.max_tokens,
             stop=frozenset(message.stop),
@@ -199,7 +216,7 @@ class Session:
             Refusal: they do not fit.
         """
         self._fence(message.epoch)
-        self._check_states(message.tokens, message.hidden)
+        self.shape.check_states(message.tokens, message.hidden, self.enter)
         if message.position <= len(self.chain) and self._stale_prefix(message.position, message.prefix_hash):
             return
         at = self._match(message.position, self.chain.at(min(message.position, len(self.chain))), message.tokens)
@@ -222,7 +239,7 @@ class Session:
         """
         self._fence(message.epoch)
         position, tokens, known = message.position, message.tokens, len(self.chain)
-        self._check_states(tokens, message.hidden)
+        self.shape.check_states(tokens, message.hidden, self.enter)
         if not position or position > known:
             raise Refusal(Code.GAP, f"a draft starts at {position} and the log ends at {known}", "send Rows first")
         if self._stale_prefix(position, message.prefix_hash):
@@ -252,7 +269,7 @@ class Session:
                 WANT_SAMPLE,
                 True,
                 sampler,
-                _sampling(sampler),
+                sampling_of(sampler),
                 now_s,
                 states,
                 position,
@@ -278,14 +295,14 @@ class Session:
         return replies.result(self, message.length, [])
 
     def cancel(self) -> list[Reply]:
-        """Drops all work; streams get their last Tokens."""
+        """Drops all work but rows that were sent ahead; streams get their last Tokens."""
         ended: list[Reply] = [replies.tokens(self, work, [], "cancelled") for work in self.work if work.max_tokens]
-        self._drop_work()
+        self._drop_asked(len(self.chain))
         return ended
 
     def forget(self, length: int) -> None:
-        """Drops all work, and positions from `length` on."""
-        self._drop_work()
+        """Drops all work but rows that were sent ahead, and positions from `length` on."""
+        self._drop_asked(length)
         if length < self.committed:
             self.sequence.truncate(length)
             self.committed = length
@@ -375,7 +392,7 @@ class Session:
         return new_at
 
     def _replay(self, message: Rows, end: int) -> Reply | None:
-        if end > self.committed or message.want & WANT_HIDDEN:
+        if end > (self.committed if message.want else self.held) or message.want & WANT_HIDDEN:
             return None
         tokens: list[int] | None = []
         if message.want & WANT_SAMPLE:
@@ -391,26 +408,18 @@ class Session:
         else:
             self.work.append(work)
 
-    def _check_states(self, tokens: list[int], hidden: Tensor | None) -> None:
-        if (hidden is not None) != (self.enter > 0) or (hidden is not None and hidden.shape[0] != len(tokens)):
-            raise Refusal(
-                Code.BAD_MESSAGE,
-                f"{len(tokens)} tokens {'without' if hidden is None else 'with'} hidden states for rows that enter at "
-                f"layer {self.enter}",
-                "send a hidden state for each token, or tokens alone where enter is 0",
-            )
-
     def _stale_prefix(self, position: int, prefix_hash: bytes) -> bool:
         """Whether rows build on something that the log does not say (any more)."""
         return position <= len(self.chain) and not self.chain.at(position).startswith(prefix_hash)
 
     def _waits(self, position: int, end: int) -> bool:
         """Whether exactly these rows wait already, so that the answer will come."""
-        return any(not work.max_tokens and work.position == position and work.prompt_end == end for work in self.work)
+        asked = (work for work in self.work if not (work.max_tokens or work.lazy))
+        return any(work.position == position and work.prompt_end == end for work in asked)
 
     def _rewind(self, position: int, end: int) -> None:
         """Makes room to compute the log's last rows once more, for another sampler or for their hidden states."""
-        if self.work:
+        if self.asked:
             raise refusals.busy("an earlier request is not done yet", self.shape.busy_retry_ms)
         if end < self.committed:
             raise refusals.diverged(f"the answer at {end} is not in the log, and later positions build on it")
@@ -468,14 +477,19 @@ class Session:
         if len(self.work) >= self.shape.max_waiting:
             raise refusals.busy(f"{len(self.work)} requests of this session wait already", self.shape.busy_retry_ms)
 
+    def _drop_asked(self, length: int) -> None:
+        """Drops all work but rows before `length` that were sent ahead."""
+        kept = 0
+        for work in self.work:
+            end = work.end
+            kept += (left := work.unasked(length))
+            if not left or work.end < end:
+                break
+        self._drop_work(kept)
+        self.chain.truncate(self.held)
+
     def _drop_work(self, first: int = 0) -> None:
         while len(self.work) > first:
             work = self.work.pop()
             self.freed_bytes += work.size_bytes
             self.chain.truncate(max(work.start, self.committed))
-
-
-def _sampling(sampler: Sampler) -> Sampling:
-    if sampler == GREEDY:
-        return ENGINE_GREEDY
-    return Sampling(sampler.temperature, sampler.top_k, sampler.top_p, sampler.seed, sampler.stream)

@@ -49,6 +49,23 @@ class Shape:
             problem = f"{end} positions exceed the model's context of {self.context_length}"
             raise Refusal(Code.KV_FULL, problem, SHORTEN)
 
+    def check_states(self, tokens: list[int], hidden: Tensor | None, enter: int) -> None:
+        """Refuses tokens without the hidden states that a session's rows need, or with those that they do not.
+
+        Args:
+            enter: layer before which they enter.
+
+        Raises:
+            Refusal: so it is.
+        """
+        if (hidden is not None) != (enter > 0) or (hidden is not None and hidden.shape[0] != len(tokens)):
+            raise Refusal(
+                Code.BAD_MESSAGE,
+                f"{len(tokens)} tokens {'without' if hidden is None else 'with'} hidden states for rows that enter at "
+                f"layer {enter}",
+                "send a hidden state for each token, or tokens alone where enter is 0",
+            )
+
     def states(self, hidden: Tensor) -> NDArray[np.float32]:
         """Hidden states that came, [n, d_model] f32.
 

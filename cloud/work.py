@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engine.sampling import GREEDY as ENGINE_GREEDY
 from isthmus.engine.sampling import Sampling
-from isthmus.protocol.messages import Fault, Opened, Result, Sampler, Tokens, Verdict
+from isthmus.protocol.messages import GREEDY, Fault, Opened, Result, Sampler, Tokens, Verdict
 
 Reply = Result | Tokens | Verdict | Fault | Opened
 
@@ -78,6 +79,18 @@ class Work:
         """Rows that could be computed next."""
         return self.end - self.start
 
+    def unasked(self, length: int) -> bool:
+        """Forgets what it asks, and rows from `length` on; whether rows are left that were sent ahead."""
+        end = min(length, self.end if self.lazy else self.position)
+        if end <= self.start:
+            return False
+        if self.hidden is not None:
+            self.hidden = self.hidden[: end - self.hidden_at]
+        self.position, self.prompt_end, self.end = self.start, end, end
+        self.want, self.want_all, self.tokens, self.states = 0, False, [], []
+        self.deadline_s, self.queue_us, self.drafted, self.lazy, self.firm = math.inf, -1, False, True, 0
+        return True
+
     def join(self, after: Work) -> None:
         """Goes on with the rows that follow, in one pass, and answers what they ask."""
         if self.hidden is not None and after.hidden is not None:
@@ -93,3 +106,10 @@ class Work:
         self.received_s, self.deadline_s = after.received_s, after.deadline_s
         self.size_bytes += after.size_bytes
         self.drafted, self.lazy, self.firm = after.drafted, after.lazy, after.firm
+
+
+def sampling_of(sampler: Sampler) -> Sampling:
+    """A request's sampler as the engine takes it."""
+    if sampler == GREEDY:
+        return ENGINE_GREEDY
+    return Sampling(sampler.temperature, sampler.top_k, sampler.top_p, sampler.seed, sampler.stream)

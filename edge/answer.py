@@ -58,6 +58,7 @@ class Answer:
         self._text, self._pieces = text(), list[str]()
         for token, source in said:
             self._told(token, source, True)
+        self._had = len(self._log)
         self._runner: Runner | None = None if self._stats.finish else steering.runner(options)
         self._bridge: Bridge | None = None
         self._again = False  # whether the log went on otherwise than the runner made it
@@ -82,15 +83,18 @@ class Answer:
                 first = last if first == self._started else first
                 yield told
         finally:
+            cancelled = not stats.finish
             stats.finish = stats.finish or "cancelled"
-            stats.text = "".join(self._pieces)
             if len(stats.tokens) > had:
                 stats.ttft_ms = (first - self._started) * 1e3
                 stats.tok_s = (len(stats.tokens) - had - 1) / (last - first) if last > first else 0.0
             try:
-                self._steering.finish(self._runner, stats, len(self._guesses))
+                self._steering.finish(self._runner, stats, 0 if cancelled else len(self._guesses))
             finally:
+                if cancelled and self._on_rollback != "keep":
+                    self._drop(len(self._log) - self._base)  # who goes on with the answer makes them again, to count
                 self._keep()
+                stats.text = "".join(self._pieces)
                 self._ended(stats.text)
 
     @property
@@ -130,6 +134,8 @@ class Answer:
                 else:
                     self._runner = None
                 continue
+            if len(self._log) == self._had:  # what the cloud holds is known now
+                stats.reused_tokens = max(0, self._runner.reused())
             self._notes.waited()
             self._steering.came(self._runner)
             return token
@@ -167,11 +173,15 @@ class Answer:
             return True
         stats.replaced += len(wrong.tokens)
         stats.finish = ""
-        del stats.tokens[at:], stats.sources[at:], self._pieces[at:]
+        self._drop(at)
         self._text = self._new_text()
         for known in stats.tokens:
             self._text.push(known)
         return False
+
+    def _drop(self, at: int) -> None:
+        """What was said from there on counts no more."""
+        del self._stats.tokens[at:], self._stats.sources[at:], self._pieces[at:]
 
     def _keep(self) -> int:
         """Guesses that nobody confirmed stand; how many."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from isthmus.edge.text import utf8
 from isthmus.protocol.errors import DeviceError
 
 
@@ -25,12 +26,17 @@ def parse(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages from mappings.
 
     Raises:
-        DeviceError: one lacks its role or content.
+        DeviceError: one is none, or lacks its role or content.
     """
-    try:
-        return [Message(str(message["role"]), str(message["content"])) for message in messages]
-    except (KeyError, TypeError) as error:
-        raise DeviceError(f"a message lacks {error}", "each has a role and a content") from error
+    found = []
+    for message in messages if isinstance(messages, Sequence) else (messages,):
+        if not isinstance(message, Mapping):
+            raise DeviceError(f"{message!r} is no message", "each is a mapping with a role and a content")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise DeviceError(f"a message has no {name}: {message!r}", "each has a role and a content, both texts")
+        found.append(Message(message["role"], utf8(message["content"])))
+    return found
 
 
 class Template(Protocol):

@@ -8,25 +8,28 @@ from dataclasses import replace
 
 from isthmus.edge.costs import Candidate
 from isthmus.edge.fallback import Rest
-from isthmus.edge.figures import Figures, Wish
+from isthmus.edge.figures import Wish
 from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link
 from isthmus.edge.modes import Modes
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.policy import STEADY, Plan, decide, explain, worth_probing
 from isthmus.edge.priors import CODED
+from isthmus.edge.rhythm import (
+    MOST_REST_S,
+    PROBE_BYTES,
+    REST_S,
+    Pulse,
+    Rhythm,
+    expected,
+    next_look_s,
+    usual_ms,
+)
 from isthmus.edge.runners import Runner
 from isthmus.edge.watch import Watch
 from isthmus.protocol.errors import BundleError, DeviceError, EngineError, IsthmusError, ServiceError
 
-DECIDE_S, SELDOM_S = 0.05, 0.2  # between two decisions at least, and when they have long been the same
-PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
-PING_S, LOST_S = 0.5, 5.0  # of a link that shows nothing else; until an unanswered ping is repeated
-LOOK_S, LOOK_SHARE = 0.02, 0.2  # between two looks at what is late: at least, and of how long it has been awaited
-REST_S, MOST_REST_S = 1.0, 60.0  # a cloud that was given up is not asked again for so long: at first, and at most
-LATE_MS = 50.0  # nothing is late before
 TRY_AFTER = 8  # tokens of the cloud's after which a device that was never timed is
-USUAL, LEAST = 120, 24  # tokens that an answer has: mostly, and still to come however long it is
 
 
 class GaveUp(Exception):
@@ -59,29 +62,36 @@ class Controller:
         self._rest = Rest(REST_S, MOST_REST_S)  # of a cloud that was given up
         self._active = False
         self._better: Plan | None = None  # than what is awaited in vain
-        self._every = DECIDE_S
+        self._rhythm, self._pulse = Rhythm(), Pulse()
         self._made = self._wanted = self._tokens = 0  # tokens of the answer, still asked for, of this round
-        self._decided = self._pinged = self._probed = self._listened = float("-inf")
+        self._listened = float("-inf")
         self._curious = False  # whether the uplink's rate might change the way
         self._began = self._look = self._took = 0.0  # of this round
         self._waits = self._fresh = self._tried = False
+        self._greedy = True
         self._pong = self._probe = -1  # the last ping that was answered, and the last that measured the uplink
         link.watch = Watch(knowledge, self.late)
 
     def begin(self, options: GenerateOptions) -> Runner:
         """Who makes the first token of an answer; the cloud is there."""
         self._active, self._fresh, self._wanted = True, True, options.max_tokens
+        self._greedy = not options.sampling.temperature
         self._made = self._tokens = 0
         self._tried = self._waits = False
         self._knowledge.choice = None
+        why = "too little is known yet to choose"
         if self._knowledge.enough:
-            with suppress(DeviceError, BundleError, EngineError, ServiceError):  # then as when little is known
+            name = "what was chosen"
+            try:
                 plan = self._decide(0.0)
+                name = plan.choice.name
                 runner = self._runner(options, plan.choice)
                 self._take(plan)
                 return runner
+            except (DeviceError, BundleError, EngineError, ServiceError) as error:
+                why = self._failed(name, error)
         if self._tell is not None:
-            self._tell("stream: too little is known yet to choose")
+            self._tell(f"stream: {why}")
         return self._modes.shared(replace(options, mode="stream"), self._link)
 
     def turn(self, options: GenerateOptions, runner: Runner, wanted: int) -> Runner:
@@ -98,7 +108,7 @@ class Controller:
             known.paced(self._tokens, self._took)
         self._fresh = self._fresh and not self._tokens
         self._wanted, self._tokens, self._waits = wanted, 0, True
-        if self._made and now - self._decided >= self._every:
+        if self._made and self._rhythm.due(now):
             if known.enough:
                 known.follow(self._made)
                 self._listen(runner, now)
@@ -135,13 +145,13 @@ class Controller:
         if not (self._active and self._waits) or choice is None or choice.mode == "local" or now < self._look:
             return
         waited_ms = (now - self._began) * 1e3
-        usual_ms = _usual(choice, self._knowledge.figures(now), self._fresh)
-        if waited_ms < usual_ms:
-            self._look = self._began + usual_ms * 1e-3
+        patience_ms = usual_ms(choice, self._knowledge.figures(now), self._fresh)
+        if waited_ms < patience_ms:
+            self._look = self._began + patience_ms * 1e-3
             return
-        self._look = now + max(LOOK_S, LOOK_SHARE * waited_ms * 1e-3)
+        self._look = next_look_s(now, waited_ms)
         with suppress(DeviceError):
-            plan = self._decide(waited_ms - usual_ms)
+            plan = self._decide(waited_ms - patience_ms)
             if plan.choice.key != choice.key:
                 self._better = plan
                 raise GaveUp
@@ -189,7 +199,8 @@ class Controller:
             resting = choice is not None and choice.mode == "local" and not self._rest.over(self._clock())
             if choice is not None and (resting or plan.choice.key == choice.key):
                 plan = plan if plan.choice.key == choice.key else replace(plan, choice=choice)
-                self._knowledge.choice, self._every = plan.choice, min(SELDOM_S, 1.5 * self._every)
+                self._knowledge.choice = plan.choice
+                self._rhythm.stayed()
             elif choice is None and plan.choice.mode == "stream":
                 self._take(plan)  # as it was begun, now with reasons
             else:
@@ -199,16 +210,27 @@ class Controller:
     def _switch(self, options: GenerateOptions, runner: Runner, plan: Plan) -> Runner:
         try:
             following = self._runner(options, plan.choice)
-        except IsthmusError:
+        except IsthmusError as error:
             self._active = False  # what cannot be had after all is not asked for again in this answer
+            why = self._failed(plan.choice.name, error)
+            if self._tell is not None:
+                self._tell(f"after {self._made} tokens: it goes on as it was: {why}")
             return runner
         with suppress(IsthmusError):
             runner.stop()
         self._take(plan)
         return following
 
+    def _failed(self, name: str, error: IsthmusError) -> str:
+        """A way that was chosen cannot be had: why, for people. What is damaged on this device is noted."""
+        why = f"{name} cannot be had ({error.problem})"
+        if isinstance(error, BundleError | EngineError):
+            self._modes.say(why)
+        return why
+
     def _take(self, plan: Plan) -> None:
-        self._knowledge.choice, self._fresh, self._every = plan.choice, True, DECIDE_S
+        self._knowledge.choice, self._fresh = plan.choice, True
+        self._rhythm.changed()
         if self._tell is not None:
             after = f"after {self._made} tokens: " if self._made else ""
             self._tell(after + explain(plan))
@@ -222,12 +244,12 @@ class Controller:
 
     def _decide(self, silent_ms: float) -> Plan:
         now, known = self._clock(), self._knowledge
-        self._decided = now
+        self._rhythm.decided(now)
         self.decisions += 1
-        remaining = max(1, min(self._wanted, max(LEAST, USUAL - self._made)))
-        figures, standing = known.figures(now, silent_ms), known.standing(remaining)
+        standing = replace(known.standing(expected(self._made, self._wanted)), greedy=self._greedy)
+        figures = known.figures(now, silent_ms)
         plan = decide(figures, self._wish, standing)
-        if now - self._probed >= PROBE_S and not plan.choice.codec:
+        if self._pulse.probes(now) and not plan.choice.codec:
             self._curious = worth_probing(figures, self._wish, replace(standing, current=plan.choice))
         return plan
 
@@ -246,30 +268,13 @@ class Controller:
                     known.moved(now, PROBE_BYTES, rtt_ms - unheard_ms / 2)
                 else:
                     known.trip(now, rtt_ms - unheard_ms / 2)
-            asked = self._pinged > known.seen_s
-            if self._curious and not asked and now - self._probed >= PROBE_S:
-                self._pinged = self._probed = now
-                self._probe = link.ping(PROBE_BYTES)
-            elif now - max(self._pinged, known.seen_s) >= (LOST_S if asked else PING_S):
-                self._pinged = now
-                link.ping()
+            asks = self._pulse.asks(now, known.seen_s, self._curious)
+            if asks is not None:
+                sent = link.ping(asks)
+                self._probe = sent if asks else self._probe
 
     def _silence(self) -> float:
         """For how many ms more than is usual a ping has not been answered."""
-        if self._pinged <= self._knowledge.seen_s:
-            return 0.0
-        now = self._clock()
-        link = self._knowledge.figures(now).link
-        return (now - self._pinged) * 1e3 - (2 * link.trip_high_ms if link is not None else 0.0)
-
-
-def _usual(choice: Candidate, known: Figures, fresh: bool) -> float:
-    """How long an answer of the cloud takes when all goes well, in ms."""
-    link, cloud = known.link, known.cloud
-    assert link is not None and cloud is not None
-    ms = cloud.step(max(1, choice.draft_tokens + 1)) + cloud.queue_ms
-    if choice.mode == "stream":
-        ms += max(link.trip_high_ms - link.trip_ms, 0.5 * link.trip_ms)
-    else:
-        ms += 1.5 * link.trip_high_ms
-    return max(LATE_MS, ms + (choice.setup_ms + 3 * link.trip_high_ms if fresh else 0.0))
+        now, known = self._clock(), self._knowledge
+        link = known.figures(now).link
+        return self._pulse.silent_ms(now, known.seen_s, link.trip_high_ms if link is not None else 0.0)

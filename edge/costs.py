@@ -39,6 +39,7 @@ class Standing:
         cloud_missing: rows whose KV the cloud lacks, if it computes from tokens.
         hidden_missing: (cut, rows) that the cloud lacks behind a cut, if it computes from hidden states.
         current: what is in use, None at the beginning.
+        greedy: whether the most likely token is taken, which is what exits are certified for.
     """
 
     remaining: int
@@ -46,6 +47,7 @@ class Standing:
     cloud_missing: int = 0
     hidden_missing: Points = ()
     current: Candidate | None = None
+    greedy: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,15 @@ class _Priced:
         on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
         setup, ms = self._hidden_ms(one.layer, codec), max(chain, on_wire)
         return self._priced(
-            "exit", ms, asked * rest, setup, one.layer, codec.name, threshold=one.threshold, lost=one.disagreement
+            "exit",
+            ms,
+            asked * rest,
+            setup,
+            one.layer,
+            codec.name,
+            threshold=one.threshold,
+            lost=one.disagreement,
+            why_not="" if self._standing.greedy else "its certificate holds for greedy answers",
         )
 
     def verify(self, drafts: DraftFigures, g: int, tokens: float, setup: float) -> Candidate:

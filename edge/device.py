@@ -21,7 +21,7 @@ from isthmus.edge.drafting import NGRAMS, Drafting
 from isthmus.edge.events import Timeouts
 from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
-from isthmus.edge.journal import Journal, Kept
+from isthmus.edge.journal import Journal
 from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link, Wire
 from isthmus.edge.modes import Modes
@@ -34,10 +34,12 @@ from isthmus.edge.options import (
     as_mode,
     as_wish,
     check_cut,
+    check_device,
     check_memory,
     kv_room,
     stop_words,
 )
+from isthmus.edge.resumed import Resumed
 from isthmus.edge.standby import Standby
 from isthmus.edge.steering import Steering
 from isthmus.edge.stopwatch import Stopwatch
@@ -84,7 +86,9 @@ class Device:
         slow_down: pretends to be a machine so many times slower, by waiting in proportion to what it computes.
         prefer: what "auto" is after: "speed", "cloud-cost" (the fewest seconds of the cloud's engine that do not take
             much longer) or "privacy" (this device alone; no cloud is spoken to).
-        max_disagreement: share of tokens that "auto" may let differ from the cloud's model; 0 keeps to its very text.
+        max_disagreement: share of tokens that "auto" may let exits decide otherwise than the cloud's model, as their
+            certificates promise for greedy answers; 0 keeps to the model's very text. (Where exits speak, states
+            travel rounded, which turns some near-ties beside that.)
         explain: called with why "auto" works as it does, when an answer begins and when that changes.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
             it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
@@ -141,11 +145,8 @@ class Device:
         wire: Wire | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        GenerateOptions(mode=as_mode(mode), codec=codec)
-        if overflow not in ("error", "slide"):
-            raise DeviceError(f"overflow is {overflow!r}", "choose error or slide")
-        if threads < 0:
-            raise DeviceError(f"threads is {threads}", "choose 0 (one per core) or more")
+        GenerateOptions(mode=as_mode(mode), codec=codec, threshold=threshold, guesses=guesses)
+        check_device(overflow, on_rollback, threads, draft_depth)
         check_memory(memory_mb)
         self._wish = as_wish(prefer, max_disagreement, mode)
         if self._wish.prefer == "privacy":
@@ -153,8 +154,6 @@ class Device:
         self.stats = Stats()
         self._notes = Notes()
         self._notes.begin(self.stats)
-        if not callable(on_rollback) and on_rollback not in ("replace", "keep"):
-            raise DeviceError(f"on_rollback is {on_rollback!r}", "choose replace, keep, or give a function")
         self._on_rollback = on_rollback
         self._closed = False
         self._mode: Mode = as_mode(mode)
@@ -199,7 +198,7 @@ class Device:
             )
             self._link: Link | None = None
             self._active: Generator[Token] | None = None
-            self._owner = 0  # the thread of `_active`
+            self._owner = threading.current_thread()  # of `_active`
             if opening.wire is not None:
                 self._link = opening.link(self._bundle.model_id, self._log, window)
                 self._conversation.keep(self._link.session.edited)
@@ -208,6 +207,22 @@ class Device:
             tries = standby is not False
             ready = not (cloud and is_local(cloud)) if standby is None else standby
             ready = ready and fallback and self._holding.whole
+            controller: Controller | None = None
+            if self._link is not None:
+                knowledge = Knowledge(
+                    self._bundle,
+                    self._holding,
+                    self._link,
+                    self._log,
+                    watch,
+                    slides=slides,
+                    settings=(backend, threads, slow_down, memory_mb, kv_tokens),
+                    tries=tries,
+                    kept=profile.folder(),
+                    clock=clock,
+                )
+                self._conversation.keep(knowledge.truncate)
+                controller = Controller(knowledge, self._modes, self._link, self._wish, clock, explain)
             self._steering = Steering(
                 self._modes,
                 self._holding,
@@ -218,13 +233,11 @@ class Device:
                 standby=Standby(self._bundle, self._holding, self._log) if ready else None,
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
-                controller=self._controller(
-                    watch, slides, tries, clock, explain, (backend, threads, slow_down, memory_mb, kv_tokens)
-                ),
+                controller=controller,
                 tell=explain,
             )
             self._journal: Journal | None = None
-            self._kept: Kept | None = None  # what the journal held, until something else is said
+            self._resumed: Resumed | None = None
             self._tokenizer = self._bundle.tokenizer()
             self._eos = tuple(self._bundle.manifest.tokenizer.eos)
             self._chat = Chat(self._tokenizer, self._eos)
@@ -242,6 +255,11 @@ class Device:
     def tokens(self) -> list[int]:
         """The conversation's token log, a copy."""
         return list(self._log.tokens)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat so far: a role and a content each, the last of them the model's answer."""
+        return [one.to_dict() for one in self._chat.messages]
 
     @property
     def mode(self) -> Mode:
@@ -320,21 +338,23 @@ class Device:
         started = time.perf_counter()
         options = self._options(max_tokens, sampling, stop, mode, cut, codec)
         self._stop_active()
-        asked = [*self._chat.messages, Message("user", messages)] if isinstance(messages, str) else parse(messages)
+        mine = [*self.messages, {"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        asked = parse(mine)
         self._conversation.replace(self._chat.prompt(asked, self._log.tokens))
         return self._begin(options, started, asked)
 
     @property
     def unfinished(self) -> CutOff | None:
         """The answer that was cut off in the file that was opened, to `go_on` with; None when there is none."""
-        kept = self._kept
-        if kept is None or kept.unfinished is None or kept.tokens != self._log.tokens:
-            return None
-        cut_off = kept.unfinished
-        text = Text(self._tokenizer.stream(), tuple(cut_off.options["stop"]))
-        said = "".join(text.push(token) for token in kept.tokens[cut_off.base :] if token not in self._eos)
-        before = self._tokenizer.decode(kept.tokens[: cut_off.base])
-        return CutOff(said, cut_off.asked[-1]["content"] if cut_off.asked else before)
+        return self._resumed.unfinished(self._log.tokens) if self._resumed is not None else None
+
+    @property
+    def answered(self) -> Stats | None:
+        """The chat's last answer in the file that was opened, where it is complete and nothing was said since.
+
+        It has tokens, sources, text and how it ended; what it cost is not kept.
+        """
+        return self._resumed.answered(self._log.tokens) if self._resumed is not None else None
 
     def go_on(self) -> Iterator[Token]:
         """The rest of the answer that was cut off, as it was asked for then, in this device's mode.
@@ -345,22 +365,25 @@ class Device:
             DeviceError: there is none.
         """
         started = time.perf_counter()
-        if self.unfinished is None:
+        resumed = self._resumed
+        if resumed is None or self.unfinished is None:
             raise DeviceError("there is no answer to go on with", "ask something")
-        assert self._kept is not None and self._kept.unfinished is not None
-        kept, cut_off = self._kept, self._kept.unfinished
-        said = list(zip(kept.tokens[cut_off.base :], kept.sources, strict=False))
-        asked = parse(cut_off.asked) if cut_off.asked is not None else None
         self._stop_active()
-        options = replace(GenerateOptions.read(cut_off.options), mode=self._mode)
-        if self._mode != cut_off.options["mode"]:
+        asked_for = resumed.options()
+        options = replace(asked_for, mode=self._mode)
+        if self._mode != asked_for.mode:
             options = replace(options, cut=self._cut, codec=self._codec, threshold=self._threshold)
-        answer = self._begin(options, started, asked, said)
-        self._kept = None
+        answer = self._begin(options, started, resumed.asked(), resumed.said())
+        self._resumed = None
         return answer
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Forgets the conversation.
+
+        Raises:
+            DeviceError: the device is closed, or another thread is generating with it.
+        """
+        self._check_open()
         self._stop_active()
         self._chat.forget()
         self._conversation.cut(0)
@@ -387,32 +410,6 @@ class Device:
     ) -> None:
         self.close()
 
-    def _controller(
-        self,
-        watch: Stopwatch,
-        slides: bool,
-        tries: bool,
-        clock: Callable[[], float],
-        tell: Callable[[str], None] | None,
-        settings: tuple[object, ...],
-    ) -> Controller | None:
-        if self._link is None:
-            return None
-        knowledge = Knowledge(
-            self._bundle,
-            self._holding,
-            self._link,
-            self._log,
-            watch,
-            slides=slides,
-            settings=settings,
-            tries=tries,
-            kept=profile.folder(),
-            clock=clock,
-        )
-        self._conversation.keep(knowledge.truncate)
-        return Controller(knowledge, self._modes, self._link, self._wish, clock, tell)
-
     # -- generating
 
     def _options(
@@ -424,8 +421,7 @@ class Device:
         cut: int | None,
         codec: str | None,
     ) -> GenerateOptions:
-        if self._closed:
-            raise DeviceError("the device is closed", "open another one")
+        self._check_open()
         cut = self._cut if cut is None else check_cut(cut, self.config)
         chosen = self._mode if mode is None else as_mode(mode)
         as_wish(self._wish.prefer, self._wish.max_disagreement, chosen)
@@ -471,13 +467,13 @@ class Device:
             ended,
             said,
         )
-        self._owner = threading.get_ident()
+        self._owner = threading.current_thread()
         self._active = answer.tokens()
         return self._active
 
     def _restore(self, journal: Journal) -> None:
         """Takes up what a journal holds, and writes on there."""
-        self._journal, self._kept = journal, journal.kept
+        self._journal, self._resumed = journal, Resumed(journal.kept, self._tokenizer, self._eos)
         if not all(map(self._conversation.speaks, journal.kept.tokens)):
             raise DeviceError("the resume file holds tokens that this model has not", "name another file")
         self._conversation.check(len(journal.kept.tokens) - 1)  # the last token of a full one has no KV
@@ -488,10 +484,17 @@ class Device:
             self._link.session.restore, self._link.on_lane = journal.restore, journal.lane
             self._link.session.patience.known = any(source != "device" for source in journal.kept.sources)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DeviceError("the device is closed", "open another one")
+
     def _stop_active(self) -> None:
         if (active := self._active) is None:
             return
-        if inspect.getgeneratorstate(active) != inspect.GEN_CLOSED and self._owner != threading.get_ident():
+        state, owner = inspect.getgeneratorstate(active), self._owner
+        if state != inspect.GEN_CLOSED and owner is not threading.current_thread() and owner.is_alive():
             raise DeviceError("another thread is generating with this device", "give each thread a Device of its own")
+        if state == inspect.GEN_RUNNING:
+            raise DeviceError("the device is in the middle of an answer", "let on_rollback return first")
         active.close()
         self._active = None

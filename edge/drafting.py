@@ -21,7 +21,6 @@ from isthmus.protocol.messages import CAN_VERIFY
 from isthmus.split.bundle import Bundle
 
 NGRAMS, EXIT = "ngrams", "exit"
-MAX_DEPTH = 64
 Chosen = tuple[str, int, int]
 
 
@@ -32,20 +31,18 @@ class Drafting:
         bundle: the model that the cloud runs.
         source: "ngrams", "exit", or the folder of the small model's bundle.
         exits: of the bundle.
-        depth: blocks that may be under way at once; 1 waits for each answer before it drafts on.
+        depth: blocks that may be under way at once, 1 waits for each answer before it drafts on.
         holding: this device's engine, for the small model.
         kv_tokens: positions that a conversation may have.
 
     Raises:
-        DeviceError: the small model has another tokenizer, or the depth is none.
+        DeviceError: the small model has another tokenizer.
         BundleError: there is no bundle.
     """
 
     def __init__(
         self, bundle: Bundle, source: str | Path, exits: Exits, holding: Holding, depth: int, kv_tokens: int
     ) -> None:
-        if not 1 <= depth <= MAX_DEPTH:
-            raise DeviceError(f"draft_depth is {depth}", f"choose 1 (wait for each answer) to {MAX_DEPTH}")
         self._ngrams = NgramDrafts()
         self._model: ModelDrafts | None = None
         self._by_exits: dict[int, ModelDrafts] = {}

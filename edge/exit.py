@@ -14,10 +14,11 @@ from isthmus.edge.events import Verified
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.local import LocalPart
 from isthmus.edge.pace import Pace
-from isthmus.edge.runners import HIDDEN_LANE, sampler
+from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.engine.sampling import Sampling
+from isthmus.engine.threshold import least
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
@@ -163,13 +164,16 @@ class ExitRunner:
     tokens travel ahead of the questions, and the cloud computes those that nobody asked about with the next question.
 
     Args:
-        threshold: confidence from which on the exit is believed; above 1 never.
+        threshold: confidence from which on the exit is believed; at 1 never (see `engine.threshold`).
         codec, stats: how states travel.
         pace: how far to go on before asking, at most, and what that must bring.
+        n_layers: of the model.
 
     Attributes:
         source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
         drafted, accepted: unsure guesses that the cloud was asked about, and those that were right.
+        filled: layer-tokens that the cloud computed with its answers, of states behind the prompt that nobody asked
+            about.
     """
 
     source: Source = "exit"
@@ -185,9 +189,11 @@ class ExitRunner:
         codec: str,
         stats: ChannelStats | None,
         pace: Pace,
+        n_layers: int,
     ) -> None:
+        self._prompt, self._rest = len(log), n_layers - speaker.cut  # positions, and layers behind the exit
         self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
-        self._speaker, self._threshold, self._codec, self._stats, self._pace = speaker, threshold, codec, stats, pace
+        self._speaker, self._least, self._codec, self._stats, self._pace = speaker, least(threshold), codec, stats, pace
         self._sampler: m.Sampler | None = None  # until the cloud knows it
         self._lane = link.session.lane(HIDDEN_LANE, speaker.cut)
         self._told = Chain()  # the log, what is said beyond it, and guesses
@@ -196,9 +202,11 @@ class ExitRunner:
         self._unsure = -1  # the position after which the first unsure guess stands
         self._odds = 1.0  # that all unsure guesses since are right
         self._firm = 0  # of the tokens from there on those that the exit is sure of, as bits
+        self._found: int | None = None
         self._running = False
         self._asked: _Question | None = None  # whose answer has not come
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.filled = 0
+        self._unasked = 0  # rows behind the prompt that were sent since the last answer, with nobody waiting for them
 
     def next(self, remaining: int) -> int:
         """See `Runner`."""
@@ -222,21 +230,21 @@ class ExitRunner:
 
     def reused(self) -> int:
         """See `Runner`."""
-        self._lane.check(self._log)
-        return min(self._lane.agreed, len(self._log) - 1)
+        return self._found if self._found is not None else known(self._lane, self._log)
 
     def stop(self) -> None:
         """See `Runner`."""
         self._speaker.truncate(len(self._log))
-        if self._asked is not None:
-            self._link.cancel(self._lane)
+        self._link.cancel(self._lane)
         self._running, self._asked = False, None
 
     def _begin(self) -> None:
         self._told = self._log.copy()
         self._sent = self._link.align(self._lane, len(self._log) - 1)
+        self._found = self._sent if self._found is None else self._found
         self._speaker.truncate(len(self._log))
         self._unsure, self._firm, self._odds = -1, 0, 1.0
+        self._unasked = 0
         self._sampler, self._asked = sampler(self._sampling), None
         self._running = True
 
@@ -244,7 +252,7 @@ class ExitRunner:
         """One more token, said or guessed; or the question."""
         told = self._told
         said = self._say(told)
-        sure = said.confidence >= self._threshold
+        sure = said.confidence >= self._least
         if self._unsure < 0:
             if sure:
                 self._ready.append((said.token, "exit"))
@@ -284,8 +292,10 @@ class ExitRunner:
         told, at = self._told, self._unsure
         guess, sure, began = question
         news = self._link.verdict(self._lane)
-        assert isinstance(news, Verified)
+        if not isinstance(news, Verified) or news.position != at:
+            return  # of rows that another runner sent on this lane
         self._asked = None
+        self.filled, self._unasked = self.filled + self._unasked * self._rest, 0
         right, asked, firm = at + news.accepted, len(told) - at, self._firm
         hits = sum(not firm >> i & 1 for i in range(1, news.accepted))
         checked = hits + (right < len(told) or not sure)
@@ -331,8 +341,10 @@ class ExitRunner:
             at, stop = self._sent, min(end, self._sent + self._link.max_rows)
             tensor = self._coded(at, stop)
             head = told.at(at)[:_HASH_BYTES]
-            self._link.fill(m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor))
+            fill = m.Fill(lane.alias, lane.epoch, at, head, told.tokens[at:stop], tensor)
+            self._link.fill(lane, fill, told.at(stop))
             self._sent = stop
+            self._unasked += max(0, stop - max(at, self._prompt))
             self._speaker.sent(stop)
 
     def _coded(self, start: int, end: int) -> m.Tensor:

@@ -45,11 +45,9 @@ class Exits:
         """From which confidence on an exit is believed: as wanted, or as its certificate says.
 
         Raises:
-            DeviceError: no certificate, or a threshold that is no probability.
+            DeviceError: no certificate.
         """
         if wanted is not None:
-            if not 0.0 <= wanted <= 1.0:
-                raise DeviceError(f"the threshold is {wanted:g}", "choose a confidence in 0..1")
             return wanted
         certificate = self._bundle.manifest.exit(layer).certificate
         if certificate is None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Literal
 
 from isthmus.protocol.errors import DeviceError
 
@@ -18,32 +17,7 @@ Points = tuple[tuple[int, float], ...]  # (count, value), counts ascending
 
 
 @dataclass(frozen=True, slots=True)
-class _Json:
-    """Figures that travel as JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        told: dict[str, Any] = asdict(self)
-        return told
-
-    @classmethod
-    def read(cls, told: Mapping[str, Any]) -> Self:
-        """From what `to_dict` gave, lists for tuples allowed.
-
-        Raises:
-            DeviceError: a figure is missing, unknown or out of bounds.
-        """
-        names = {one.name for one in fields(cls)}
-        if odd := sorted(set(told) - names):
-            raise DeviceError(f"{cls.__name__} has no {', '.join(odd)}", f"give {', '.join(sorted(names))}")
-        try:
-            return cls(**{name: _tuples(value) for name, value in told.items()})
-        except TypeError as error:
-            raise DeviceError(f"{cls.__name__} cannot be read: {error}", "measure again") from error
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceFigures(_Json):
+class DeviceFigures:
     """Times of this device, its slow-down included.
 
     Attributes:
@@ -94,7 +68,7 @@ class DeviceFigures(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class CloudFigures(_Json):
+class CloudFigures:
     """Times of the cloud, its declared factor included.
 
     Attributes:
@@ -138,7 +112,7 @@ class CloudFigures(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class LinkFigures(_Json):
+class LinkFigures:
     """The link as it was found, for messages of one segment.
 
     Attributes:
@@ -174,7 +148,7 @@ class LinkFigures(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class ExitFigures(_Json):
+class ExitFigures:
     """An exit, and what is promised of it.
 
     Attributes:
@@ -196,7 +170,7 @@ class ExitFigures(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class DraftFigures(_Json):
+class DraftFigures:
     """Drafts of one source, as the cloud takes them.
 
     Attributes:
@@ -225,7 +199,7 @@ class DraftFigures(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class CodecFigures(_Json):
+class CodecFigures:
     """How hidden states travel.
 
     Attributes:
@@ -243,13 +217,14 @@ class CodecFigures(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish(_Json):
+class Wish:
     """What the user wants.
 
     Attributes:
         prefer: "speed"; "cloud-cost", the fewest of the cloud's seconds that are not much slower; or "privacy", which
             means local and nothing sent.
-        max_disagreement: share of tokens that may differ from the cloud's model; 0 asks for its very text.
+        max_disagreement: share of tokens that exits may decide otherwise than the cloud's model; 0 asks for its very
+            text.
     """
 
     prefer: Prefer = "speed"
@@ -278,28 +253,6 @@ class Figures:
     codecs: tuple[CodecFigures, ...] = ()
     pace: tuple[tuple[str, float], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def read(cls, told: Mapping[str, Any]) -> Figures:
-        """From what `to_dict` gave.
-
-        Raises:
-            DeviceError: a figure is missing, unknown or out of bounds.
-        """
-        cloud, link = told.get("cloud"), told.get("link")
-        return cls(
-            DeviceFigures.read(told["device"]),
-            None if cloud is None else CloudFigures.read(cloud),
-            None if link is None else LinkFigures.read(link),
-            tuple(map(ExitFigures.read, told.get("exits", ()))),
-            tuple(map(DraftFigures.read, told.get("drafts", ()))),
-            tuple(map(CodecFigures.read, told.get("codecs", ()))),
-            tuple((str(mode), float(factor)) for mode, factor in told.get("pace", ())),
-        )
-
 
 def between(points: Points, count: int) -> float:
     """The value at a count, linear between points, on through the last two beyond them and through 0 below them."""
@@ -315,10 +268,6 @@ def between(points: Points, count: int) -> float:
 def round_of(accepted: float, drafted: int) -> float:
     """Tokens of a verified round, (1 - a^(g + 1)) / (1 - a) (Leviathan et al., 2211.17192)."""
     return drafted + 1.0 if accepted >= 1.0 else (1.0 - accepted ** (drafted + 1)) / (1.0 - accepted)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _check_points(points: Points, name: str) -> None:

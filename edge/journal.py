@@ -14,7 +14,7 @@ from typing import IO, Any, get_args
 
 from isthmus.edge.chat import parse
 from isthmus.edge.lane import Lane
-from isthmus.edge.options import GenerateOptions
+from isthmus.edge.options import MOST, GenerateOptions
 from isthmus.edge.token import Source
 from isthmus.protocol.errors import DeviceError, IsthmusError
 
@@ -48,6 +48,7 @@ class Kept:
         told: whether the messages tell all that stands in the log.
         lanes: (alias, session, enter, epoch) of each.
         unfinished: the last answer, where it did not come to its end.
+        finish: how it ended, as in `Stats`; empty where nothing was said.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Kept:
     told: bool = True
     lanes: dict[int, tuple[int, bytes, int, int]] = field(default_factory=dict)
     unfinished: Unfinished | None = None
+    finish: str = ""
 
 
 class Journal:
@@ -144,22 +146,23 @@ class Journal:
 
     def _read(self) -> None:
         sound = 0
-        for number, (start, record) in enumerate(self._records()):
-            if number == 0:
-                self._check(record)
-            else:
-                try:
+        for number, (end, body) in enumerate(self._records(), 1):
+            try:
+                record = json.loads(body)
+                if number > 1:
                     self._replay(*record)
-                except (TypeError, ValueError, KeyError, AttributeError, IsthmusError) as error:
-                    raise self._damaged(number + 1) from error
-            sound = start
+            except (TypeError, ValueError, KeyError, AttributeError, RecursionError, IsthmusError) as error:
+                raise self._damaged(number) if number > 1 else self._foreign() from error
+            if number == 1:
+                self._check(record)
+            sound = end
         self._file.seek(sound)
         self._file.truncate()
         if not sound:
             self._write("isthmus", VERSION, self._model_id, self._name)
 
-    def _records(self) -> Iterator[tuple[int, list[Any]]]:
-        """Where each record ends, and what it says."""
+    def _records(self) -> Iterator[tuple[int, bytes]]:
+        """Where each record ends, and its JSON."""
         data = self._file.read()
         lines = data.split(b"\n")
         end = 0
@@ -172,16 +175,18 @@ class Journal:
                 if end == len(data):
                     return  # the last one, torn
                 raise self._damaged(number + 1)
-            yield end, json.loads(body)
+            yield end, body
         if len(lines) == 1 and not _torn_head(data):
             raise self._foreign()
 
-    def _check(self, record: list[Any]) -> None:
+    def _check(self, record: Any) -> None:
         if not isinstance(record, list) or len(record) != 4 or record[0] != "isthmus":
             raise self._foreign()
         _, version, model_id, name = record
         if version != VERSION:
             raise DeviceError(f"{self._path} was written by another version of isthmus", "name another file")
+        if not isinstance(model_id, str) or not isinstance(name, str):
+            raise self._foreign()
         if model_id != self._model_id:
             problem = f"{self._path} holds a conversation with {name} ({model_id[:12]}) and not {self._name}"
             raise DeviceError(problem, "use that model's bundle, or name another file")
@@ -190,16 +195,14 @@ class Journal:
         kept = self.kept
         if kind == "tokens":
             ids, source = told
-            kept.tokens += [int(token) for token in ids]
+            kept.tokens += [_number(token, MOST) for token in ids]
             if source in get_args(Source):
                 kept.sources += [source] * len(ids)
             else:
                 kept.unfinished, kept.told = None, False  # a prompt: nobody goes on with the answer before it
         elif kind == "cut":
             (length,) = told
-            if not 0 <= length <= len(kept.tokens):
-                raise ValueError(length)
-            del kept.tokens[length:]
+            del kept.tokens[_number(length, len(kept.tokens)) :]
             if kept.unfinished is not None and length < kept.unfinished.base:
                 kept.unfinished = None
             if kept.unfinished is not None:
@@ -209,20 +212,21 @@ class Journal:
                 kept.messages = []
         elif kind == "asked":
             base, options, asked = told
-            if base != len(kept.tokens):
+            if _number(base, MOST) != len(kept.tokens):
                 raise ValueError(base)
-            GenerateOptions.read(options)
-            parse(asked or ())
-            kept.unfinished, kept.sources, kept.told = Unfinished(base, options, asked), [], False
+            asked = None if asked is None else _messages(asked)
+            kept.unfinished, kept.sources, kept.told = Unfinished(base, _options(options), asked), [], False
         elif kind == "ended":
             messages, finish = told
-            parse(messages)
-            kept.messages, kept.told = messages, True
+            kept.messages, kept.told, kept.finish = _messages(messages), True, str(finish)
             if finish != "cancelled":
                 kept.unfinished = None
         elif kind == "lane":
             alias, session, enter, epoch = told
-            kept.lanes[alias] = (alias, bytes.fromhex(session), enter, epoch)
+            name = bytes.fromhex(session)
+            if len(name) != 16:
+                raise ValueError(session)
+            kept.lanes[alias] = (_number(alias, MOST), name, _number(enter, 2**16 - 1), _number(epoch, MOST))
         else:
             raise ValueError(kind)
 
@@ -245,6 +249,34 @@ class Journal:
 
 def _checksum(body: bytes) -> bytes:
     return b"%08x " % zlib.crc32(body)
+
+
+def _number(value: Any, most: int) -> int:
+    """A whole number in 0..most, which a bool is not."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(value)
+    return value
+
+
+def _messages(told: Any) -> list[dict[str, str]]:
+    """Messages as they were written: mappings of texts."""
+    if not isinstance(told, list) or not all(isinstance(text, str) for one in told for text in one.values()):
+        raise TypeError(told)
+    return [one.to_dict() for one in parse(told)]
+
+
+def _options(told: Any) -> dict[str, Any]:
+    """Options of an answer as they were written, with what they did not name."""
+    read = GenerateOptions.read(told)
+    sampling, most = read.sampling, 2**64 - 1
+    for count in (read.max_tokens, sampling.top_k, sampling.seed, sampling.stream, read.cut or 0, read.guesses or 0):
+        _number(count, most)
+    for share in (sampling.temperature, sampling.top_p, read.threshold or 0.0):
+        if type(share) not in (int, float):
+            raise TypeError(share)
+    if not isinstance(told["stop"], list) or not all(isinstance(word, str) for word in (read.codec, *read.stop)):
+        raise TypeError(told)
+    return read.to_dict()
 
 
 def _torn_head(data: bytes) -> bool:

@@ -23,9 +23,24 @@ class Lane:
         head: chain over those positions, as last told.
         sent: positions that it was ever sent or said to hold, whatever became of them.
         agreed: leading positions at which the cloud's log is known to be the device's.
+        streamed: position of the first token that was asked for as a stream in this epoch, 0 for none.
+        ahead: positions that it holds if all that was sent ahead has come; at least `committed`.
     """
 
-    __slots__ = ("agreed", "alias", "committed", "enter", "epoch", "head", "opened", "sent", "session")
+    __slots__ = (
+        "_tail",
+        "agreed",
+        "ahead",
+        "alias",
+        "committed",
+        "enter",
+        "epoch",
+        "head",
+        "opened",
+        "sent",
+        "session",
+        "streamed",
+    )
 
     def __init__(self, alias: int, enter: int) -> None:
         self.alias = alias
@@ -37,14 +52,28 @@ class Lane:
         """Takes a fresh, empty session."""
         self.session = os.urandom(16)
         self.opened = False
-        self.committed = 0
-        self.head = ROOT
         self.agreed = 0
         self.sent = 0
+        self.streamed = 0
+        self.stands(0, ROOT)
 
-    def ready(self, limit: int) -> bool:
-        """Whether rows may be sent from `committed` on, which is at most `limit`."""
-        return self.opened and self.committed == self.agreed <= limit
+    def stands(self, committed: int, head: bytes) -> None:
+        """The cloud holds that, and no more."""
+        self.committed = self.ahead = committed
+        self.head = self._tail = head
+
+    def filled(self, end: int, head: bytes) -> None:
+        """Rows up to `end`, with that chain, were sent ahead, and no answer will tell."""
+        self.ahead, self._tail = end, head
+        self.sent = max(self.sent, end)
+
+    def strays(self, log: Chain) -> bool:
+        """Whether rows were sent ahead that are not the log's."""
+        return self.ahead > len(log) or log.at(self.ahead) != self._tail
+
+    def ready(self, limit: int, log: Chain) -> bool:
+        """Whether rows may be sent from `ahead` on, which is at most `limit`."""
+        return self.opened and self.committed == self.agreed <= self.ahead <= limit and not self.strays(log)
 
     def check(self, log: Chain) -> bool:
         """Compares what the cloud holds with the log, which may have grown; False when it is not a prefix of it."""
@@ -56,20 +85,26 @@ class Lane:
     def opening(self, model_id: str, kv_format: str, window: int) -> Open:
         """The message that opens the lane or takes it up again."""
         self.epoch += 1
-        self.opened = False
+        self.opened, self.streamed = False, 0
         return Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
 
     def cutting(self, length: int) -> Truncate:
         """The message that makes the cloud forget positions from `length` on."""
         self.epoch += 1
+        self.streamed = 0
         return Truncate(self.alias, self.epoch, length)
 
     def told(self, committed: int, head: bytes, log: Chain) -> bool:
         """Takes in what the cloud says that it holds; False when that is not a prefix of the log."""
-        self.committed, self.head = committed, head
+        self.stands(committed, head)
         self.sent = max(self.sent, committed)
         self.agreed = min(self.agreed, committed)
         return self.check(log)
+
+    def streamed_to(self, committed: int, head: bytes) -> None:
+        """Takes in how far a stream has come, whose tokens the log need not have yet."""
+        self.stands(committed, head)
+        self.sent = max(self.sent, committed)
 
     def edited(self, length: int, log: Chain) -> None:
         """The log is about to be cut back to `length` on the device."""
@@ -78,4 +113,5 @@ class Lane:
 
     def moved(self, enter: int) -> None:
         """Rows enter elsewhere from now on, which empties the session at the next Open."""
-        self.enter, self.opened, self.committed, self.head, self.agreed = enter, False, 0, ROOT, 0
+        self.enter, self.opened, self.agreed = enter, False, 0
+        self.stands(0, ROOT)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Verified
+from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Up, Verified
 from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
 from isthmus.edge.watch import GLANCE_S, Watch
@@ -105,21 +106,27 @@ class Link:
     def welcome(self, wait_s: float | None = None) -> m.Welcome | None:
         """The cloud's Welcome; waits for it, or for `wait_s` at most and then gives None.
 
+        What is under way stays so: it may be called in the middle of an answer.
+
         Raises:
             LinkError: the cloud does not answer.
             IsthmusError: it cannot serve this device.
         """
         session = self.session
-        if session.welcome is not None and not session.events:
-            return session.welcome
-        session.greet(self._clock())
+        if session.welcome is None:
+            session.greet(self._clock())
         deadline = None if wait_s is None else self._clock() + wait_s
-        while session.welcome is None or session.events:
+        while session.welcome is None:
             event = self._next(deadline)
             if event is None:
                 return None
             if isinstance(event, Refused):
                 raise event.error
+        refused = next((event for event in session.events if isinstance(event, Refused)), None)
+        session.events = deque(event for event in session.events if not isinstance(event, Up | Refused))
+        if refused is not None:
+            self._tell()
+            raise refused.error
         return session.welcome
 
     def glance(self, wait_s: float) -> bool:
@@ -139,17 +146,17 @@ class Link:
 
     def align(self, lane: Lane, limit: int) -> int:
         """Brings the lane to a prefix of the log of at most `limit` tokens; how many that are."""
-        if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit)):
+        if not (self.session.welcome and lane.check(self.session.log) and lane.ready(limit, self.session.log)):
             self.welcome()
             self.session.align(lane, limit, self._clock())
             if self.on_lane is not None:
                 self.on_lane(lane)
-            while not isinstance(event := self._next(), Aligned):
-                if isinstance(event, Behind):
+            while not (isinstance(event := self._next(), Aligned) and event.lane is lane):
+                if isinstance(event, Behind) and event.lane is lane:
                     self.session.align(lane, limit, self._clock())
                 elif isinstance(event, Refused):
                     raise event.error
-        return lane.committed
+        return lane.ahead
 
     def rows(self, lane: Lane, rows: m.Rows) -> None:
         """Sends rows; `answer` waits for what they give."""
@@ -176,8 +183,13 @@ class Link:
         self.session.draft(lane, draft, head, self._clock())
         self.flush()
 
-    def fill(self, fill: m.Fill) -> None:
-        """Sends rows that nobody waits for."""
+    def fill(self, lane: Lane, fill: m.Fill, tail: bytes) -> None:
+        """Sends rows that nobody waits for.
+
+        Args:
+            tail: chain over the tokens up to the last of them.
+        """
+        lane.filled(fill.position + len(fill.tokens), tail)
         self.session.outbox.append(fill)
         self.flush()
 
@@ -217,7 +229,7 @@ class Link:
         self.flush()
 
     def cancel(self, lane: Lane) -> None:
-        """Gives up what is under way on a lane."""
+        """Gives up what is under way on a lane, and what came of it and was not read."""
         self.session.cancel(lane)
         self.flush()
 
@@ -300,8 +312,9 @@ class Link:
                 message = wire.receive(0.0 if idle else max(0.0, (until - began) * 1e3))
                 if message is None and idle:
                     idle = self.idle is not None and self.idle()
-                    if idle:
-                        continue  # what came meanwhile is looked for before anything is judged
+                    message = wire.receive(0.0)  # what came meanwhile, before anything is judged
+                    if message is None and idle and clock() < until:
+                        continue
             except IsthmusError:
                 session.abandon()
                 self._tell()

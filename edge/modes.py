@@ -42,7 +42,7 @@ class Modes:
         say: Callable[[str], None],
     ) -> None:
         self._bundle, self._holding, self._drafting, self._exits = bundle, holding, drafting, exits
-        self._log, self._where, self._say = log, where, say
+        self._log, self._where, self.say = log, where, say
         self._eos = tuple(bundle.manifest.tokenizer.eos)
         self._pace = Pace(acceptance=0.3, blocks=(GUESSES,))
 
@@ -131,6 +131,7 @@ class Modes:
             codec,
             stats if known else None,
             pace,
+            self._bundle.config.n_layers,
         )
 
     def _check_offer(self, link: Link, codec: str, numerics: str) -> None:
@@ -142,4 +143,4 @@ class Modes:
             if codec not in offer.codecs:
                 raise DeviceError(f"{self._where} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
             if offer.numerics != numerics:
-                self._say(f"{self._where} computes with {offer.numerics}, this device with {numerics}")
+                self.say(f"{self._where} computes with {offer.numerics}, this device with {numerics}")

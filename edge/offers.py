@@ -33,6 +33,20 @@ def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> Of
     raise DeviceError(f"{problem}: {names}" if names else problem, remedy)
 
 
+def served(offers: Sequence[Offer], model_id: str, where: str) -> Offer:
+    """The offer of a bundle's model.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    for offer in offers:
+        if offer.model_id == model_id:
+            return offer
+    names = ", ".join(f"{offer.name} ({offer.model_id[:12]})" for offer in offers) or "nothing"
+    problem = f"{where} serves {names} and not this bundle's model {model_id[:12]}"
+    raise DeviceError(problem, "use the bundle that the cloud serves, or another cloud")
+
+
 def is_meant(wanted: str, model_id: str, name: str) -> bool:
     """Whether a model is the one that is wanted, or one of them."""
     return name == wanted or model_id.startswith(wanted.lower())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, cast
+from numbers import Real
+from operator import index
+from typing import Any, Literal, Protocol, cast, get_args
 
 from isthmus.edge.figures import Prefer, Wish
 from isthmus.edge.token import MODES, Mode
@@ -17,6 +19,7 @@ from isthmus.protocol.messages import MAX_DRAFT
 
 CODECS = tensors.CODECS + tensors.ENTROPY_CODECS
 KV_TOKENS = 4096
+MAX_DEPTH = 64  # blocks of drafts under way
 MOST = 2**31 - 1  # what the engine and the protocol count to
 Overflow = Literal["error", "slide"]
 
@@ -32,7 +35,8 @@ class GenerateOptions:
         mode: "auto", "local", "stream", "split", "verify" or "exit".
         cut: layer before which the hidden states leave the device in split mode; None for the middle.
         codec: how hidden states travel: one of `CODECS`; empty for the mode's own (f16 in split, ecsq6 in exit mode).
-        threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
+        threshold: confidence from which on exit mode believes the exit; 1 for never, None for what its
+            certificate says.
         guesses: tokens that exit mode goes on for before it asks, at most; 0 asks about each that it is not sure of.
     """
 
@@ -56,25 +60,66 @@ class GenerateOptions:
         return cls(**{**told, "sampling": Sampling(**told["sampling"]), "stop": tuple(told["stop"])})
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_tokens <= MOST:
-            raise DeviceError(f"max_tokens is {self.max_tokens}", f"ask for one or more, and at most {MOST}")
+        check_whole("max_tokens", self.max_tokens, 1, MOST)
         if self.sampling.top_k > MOST:
             raise DeviceError(f"top_k is {self.sampling.top_k}", f"choose 0 (all) to {MOST}")
         if self.mode not in MODES:
             raise DeviceError(f"mode is {self.mode!r}", f"choose one of {', '.join(MODES)}")
         if self.codec and self.codec not in CODECS:
             raise DeviceError(f"codec is {self.codec!r}", f"choose one of {', '.join(CODECS)}")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise DeviceError(f"the threshold is {self.threshold:g}", "choose a confidence in 0..1")
-        if self.guesses is not None and not 0 <= self.guesses < MAX_DRAFT:
-            raise DeviceError(f"guesses is {self.guesses}", f"choose 0 to {MAX_DRAFT - 1}")
+        if self.threshold is not None and not (is_number(self.threshold) and 0.0 <= self.threshold <= 1.0):
+            raise DeviceError(f"the threshold is {shown(self.threshold)}", "choose a confidence in 0..1")
+        if self.guesses is not None:
+            check_whole("guesses", self.guesses, 0, MAX_DRAFT - 1)
         if any(not word for word in self.stop):
             raise DeviceError("a stop word is empty", "leave it out or give it letters")
 
 
+def is_number(value: object) -> bool:
+    """Whether it is one, of any kind."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value in a message."""
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def check_whole(name: str, value: object, least: int, most: int = MOST) -> None:
+    """Makes sure of a whole number in [least, most].
+
+    Raises:
+        DeviceError: it is none.
+    """
+    if not hasattr(value, "__index__") or not least <= index(value) <= most:
+        remedy = f"choose a whole number from {least} on" if most == MOST else f"choose one in {least}..{most}"
+        raise DeviceError(f"{name} is {value!r}", remedy)
+
+
+def check_device(overflow: object, on_rollback: object, threads: object, draft_depth: object) -> None:
+    """Checks what a device is opened with and no generation changes.
+
+    Raises:
+        DeviceError: it cannot be so.
+    """
+    if overflow not in get_args(Overflow):
+        raise DeviceError(f"overflow is {overflow!r}", "choose error or slide")
+    if not callable(on_rollback) and on_rollback not in ("replace", "keep"):
+        raise DeviceError(f"on_rollback is {on_rollback!r}", "choose replace, keep, or give a function")
+    check_whole("threads", threads, 0)
+    check_whole("draft_depth", draft_depth, 1, MAX_DEPTH)
+
+
 def stop_words(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One stop word, or several."""
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    """One stop word, or several.
+
+    Raises:
+        DeviceError: something is no word.
+    """
+    words = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
+    if not all(isinstance(word, str) for word in words):
+        raise DeviceError(f"stop is {stop!r}", "give a word, or a list of words")
+    return words
 
 
 def as_mode(mode: str) -> Mode:
@@ -90,6 +135,8 @@ def as_wish(prefer: str, max_disagreement: float, mode: str) -> Wish:
     Raises:
         DeviceError: no such wish, no share, or a mode that goes against it.
     """
+    if not is_number(max_disagreement):
+        raise DeviceError(f"max_disagreement is {max_disagreement!r}", "choose a share in 0..1")
     wish = Wish(cast(Prefer, prefer), max_disagreement)
     if prefer == "privacy" and mode not in ("auto", "local"):
         raise DeviceError(f"{mode} mode sends something and privacy is preferred", "use mode local, or prefer speed")
@@ -157,8 +204,10 @@ def check_memory(memory_mb: float | None) -> float | None:
     Raises:
         DeviceError: no positive number.
     """
-    if memory_mb is not None and not 0 < memory_mb < math.inf:
-        raise DeviceError(f"memory_mb is {memory_mb:g}", "give a positive number of megabytes, or none for no limit")
+    if memory_mb is not None and not (is_number(memory_mb) and 0 < memory_mb < math.inf):
+        raise DeviceError(
+            f"memory_mb is {shown(memory_mb)}", "give a positive number of megabytes, or none for no limit"
+        )
     return memory_mb
 
 
@@ -166,7 +215,8 @@ def kv_room(kv_tokens: int | None, config: DecoderConfig) -> int:
     """Positions of KV to hold: what was asked for, or the model's context up to 4,096."""
     if kv_tokens is None:
         return min(config.context_length, KV_TOKENS)
-    if not 1 <= kv_tokens <= config.context_length:
+    check_whole("kv_tokens", kv_tokens, 1)
+    if kv_tokens > config.context_length:
         raise DeviceError(
             f"kv_tokens is {kv_tokens} and the model's context {config.context_length} tokens",
             f"choose one in 1..{config.context_length}",

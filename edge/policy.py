@@ -1,4 +1,4 @@
-"""Which mode "auto" means: a pure function of what is known, and a word on why."""
+"""Who makes the tokens of an answer in "auto": weighs what is known, decides and says why. Pure functions."""
 
 from __future__ import annotations
 
@@ -127,8 +127,6 @@ def _worth(held: Candidate, best: Candidate, wish: Wish, link: LinkFigures | Non
 
 def _reason(best: Candidate, first: Candidate, allowed: Iterable[Candidate], wish: Wish) -> str:
     others = [one for one in allowed if one.key != best.key]
-    if wish.prefer == "privacy":
-        return f"{best.name}: nothing may be sent; {best.ms_per_token:.1f} ms a token"
     if not others:
         return f"{best.name}: no other way is allowed; {best.ms_per_token:.1f} ms a token"
     if wish.prefer == "cloud-cost" and best.key != first.key:

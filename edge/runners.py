@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.edge.lane import Lane
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.local import LocalPart
 from isthmus.edge.token import Source
@@ -34,6 +35,10 @@ class Runner(Protocol):
 
         Raises:
             LinkError: the cloud is gone.
+            DeviceError: no room is left for it.
+            ServiceError: the cloud refuses.
+            Silent: the cloud shows no sign of life (where `Link.hush` is set); ask again later.
+            GaveUp: the controller has found a better way than to wait.
         """
         ...
 
@@ -42,7 +47,7 @@ class Runner(Protocol):
         ...
 
     def reused(self) -> int:
-        """Leading positions of the log that need not be computed again."""
+        """Leading positions of the log that need not be computed again: before the first token as far as is known."""
         ...
 
     def stop(self) -> None:
@@ -59,16 +64,19 @@ class LocalRunner:
         self._part, self._log, self._sampling = part, log, sampling
 
     def next(self, remaining: int) -> int:
+        """See `Runner`."""
         return self._part.sample(self._log, self._sampling)
 
     def ready(self) -> bool:
+        """See `Runner`."""
         return False
 
     def reused(self) -> int:
+        """See `Runner`."""
         return min(self._part.held(self._part.part.end, self._log), len(self._log) - 1)
 
     def stop(self) -> None:
-        pass
+        """See `Runner`."""
 
 
 class StreamRunner:
@@ -81,9 +89,11 @@ class StreamRunner:
         self._sampler = sampler(sampling)
         self._lane = link.session.lane(TOKENS_LANE, 0)
         self._ready: deque[int] = deque()
+        self._found: int | None = None
         self._running = False
 
     def next(self, remaining: int) -> int:
+        """See `Runner`."""
         while not self._ready:
             try:
                 if not self._running:
@@ -102,20 +112,22 @@ class StreamRunner:
         return self._ready.popleft()
 
     def ready(self) -> bool:
+        """See `Runner`."""
         return bool(self._ready)
 
     def reused(self) -> int:
-        self._lane.check(self._log)
-        return min(self._lane.agreed, len(self._log) - 1)
+        """See `Runner`."""
+        return self._found if self._found is not None else known(self._lane, self._log)
 
     def stop(self) -> None:
-        if self._running:
-            self._link.cancel(self._lane)
-            self._running = False
+        """See `Runner`."""
+        self._link.cancel(self._lane)
+        self._running = False
 
     def _begin(self, remaining: int) -> None:
         log, lane = self._log, self._lane
         start = self._link.align(lane, len(log) - 1)
+        self._found = start if self._found is None else self._found
         self._link.generate(
             lane,
             m.Generate(
@@ -134,9 +146,11 @@ class SplitRunner:
         self._part, self._link, self._log, self._cut, self._codec = part, link, log, cut, codec
         self._sampler = sampler(sampling)
         self._lane = link.session.lane(HIDDEN_LANE, cut)
+        self._found: int | None = None
         self._asked: int | None = None  # position of the rows whose answer has not come
 
     def next(self, remaining: int) -> int:
+        """See `Runner`."""
         while True:
             try:
                 asked = self._ask() if self._asked is None else self._asked
@@ -148,20 +162,24 @@ class SplitRunner:
             return tokens[0]
 
     def ready(self) -> bool:
+        """See `Runner`."""
         return False
 
     def reused(self) -> int:
-        self._lane.check(self._log)
-        return min(self._lane.agreed, self._part.held(self._cut, self._log), len(self._log) - 1)
+        """See `Runner`."""
+        if self._found is not None:
+            return self._found
+        return min(known(self._lane, self._log), self._part.held(self._cut, self._log))
 
     def stop(self) -> None:
-        if self._asked is not None:
-            self._link.cancel(self._lane)
-            self._asked = None
+        """See `Runner`."""
+        self._link.cancel(self._lane)
+        self._asked = None
 
     def _ask(self) -> int:
         link, log = self._link, self._log
         at = start = link.align(self._lane, len(log) - 1)
+        self._found = min(start, self._part.held(self._cut, log)) if self._found is None else self._found
         for at, hidden in self._part.hidden(log, start, self._cut, link.max_rows):
             self._asked = at
             self._send(at, hidden, m.WANT_SAMPLE if at + len(hidden) == len(log) else m.WANT_NONE)
@@ -172,6 +190,12 @@ class SplitRunner:
         tensor = tensors.encode(hidden, self._codec, plain=1 if at == 0 else 0)
         ids = log.tokens[at : at + len(hidden)]
         self._link.rows(lane, m.Rows(lane.alias, lane.epoch, at, log.at(at), ids, tensor, want, self._sampler))
+
+
+def known(lane: Lane, log: Chain) -> int:
+    """Leading positions of the log, without its last, that the cloud is known to hold."""
+    lane.check(log)
+    return min(lane.agreed, len(log) - 1)
 
 
 def sampler(sampling: Sampling) -> m.Sampler:

@@ -13,17 +13,19 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from isthmus.edge import nonsense
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Timeouts, Up, Verified
 from isthmus.edge.lane import Lane
+from isthmus.edge.offers import served
 from isthmus.edge.patience import Patience
-from isthmus.edge.pending import Pending, bulk_key
+from isthmus.edge.pending import Pending, Requests, bulk_key
 from isthmus.edge.stream import Stream
 from isthmus.edge.trips import Trips
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain, extend
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
 
-_MAX_SETBACKS = 24  # realignments in a row without one answer
+_MAX_SETBACKS = 24  # realignments in a row without one token
 _MAX_REPEATS = 3  # of a draft, which a cloud drops without a word when it does not fit
 
 
@@ -60,21 +62,18 @@ class Session:
         self.outbox: list[m.Message] = []
         self.events: deque[Event] = deque()
         self.welcome: m.Welcome | None = None
-        self.round_trips = 0
-        self.cloud_us = 0
-        self.log = log
+        self.log, self.round_trips, self.cloud_us, self.connections = log, 0, 0, 0
         self._model_id, self._timeouts = model_id, timeouts or Timeouts()
         self.where, self._kv_format, self._window = where, kv_format, window
         self.restore: Callable[[Lane], None] | None = None
         self._lanes: dict[int, Lane] = {}
         self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
-        self._pending: dict[tuple[Any, ...], Pending] = {}
+        self._pending = Requests()
         self._streams: dict[int, Stream] = {}
         self.patience = Patience(self._timeouts, where)
-        self.connections = 0
         self.trips = Trips()
-        self._closing = False
-        self._setbacks = 0
+        self._closing, self._setbacks = False, 0
+        self._room = self._vocab = 0  # positions that a session has, and tokens of the model; 0 for no bound
 
     # -- what the device asks for
 
@@ -110,12 +109,12 @@ class Session:
             return  # asked already
         self._limits[lane.alias] = limit
         self._busy(now)
-        if lane.check(self.log) and lane.ready(limit):
+        if lane.check(self.log) and lane.ready(limit, self.log):
             self.events.append(Aligned(lane))
         elif not lane.opened:
             self._open(lane, now)
         else:
-            self._truncate(lane, min(limit, lane.agreed), now)
+            self._truncate(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now)
 
     def greet(self, now: float) -> None:
         """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
@@ -132,7 +131,8 @@ class Session:
         """Starts a stream on an aligned lane; `Streamed` events or `Behind` follow."""
         self._busy(now)
         self.round_trips += 1
-        self._streams[lane.alias] = Stream(request.position + len(request.tokens))
+        lane.streamed = lane.streamed or request.position + len(request.tokens)
+        self._streams[lane.alias] = Stream(request, lane.streamed)
         self._post(("stream", lane.alias), request, lane, now)
 
     def draft(self, lane: Lane, draft: m.Draft, head: bytes, now: float) -> None:
@@ -146,8 +146,7 @@ class Session:
 
     def void(self, lane: Lane, position: int) -> None:
         """Guesses from `position` on build on what was not right: the cloud drops them, and no answer will come."""
-        for key in [key for key in self._pending if key[:2] == ("rows", lane.alias) and key[2] >= position]:
-            del self._pending[key]
+        self._pending.void(lane, position)
 
     def cancel(self, lane: Lane) -> None:
         """Gives up what is under way on a lane."""
@@ -174,6 +173,8 @@ class Session:
 
     def receive(self, message: m.Message, now: float) -> None:
         """Takes in one message from the cloud."""
+        if self._absurd(nonsense.of_ids(message, self._vocab)):
+            return
         match message:
             case m.Result():
                 self._result(message, now)
@@ -237,7 +238,8 @@ class Session:
     def abandon(self) -> None:
         """Nothing that is under way is wanted any more: the cloud is told so, and the lanes are to be opened again."""
         lanes = self._lanes.values()
-        self.outbox[:] = [m.Cancel(lane.alias, lane.epoch) for lane in lanes if lane.opened and self._waiting(lane)]
+        waiting = [lane for lane in lanes if lane.opened and self._pending.any_of(lane)]
+        self.outbox[:] = [m.Cancel(lane.alias, lane.epoch) for lane in waiting]
         self._pending.clear()
         self._streams.clear()
         self.events.clear()
@@ -251,19 +253,16 @@ class Session:
         self.connections += 1
         self._closing = False
         self.patience.alive(now)
-        offered = {offer.model_id: offer.name for offer in message.offers}
-        if self._model_id and self._model_id not in offered:
-            names = ", ".join(f"{name} ({id_[:12]})" for id_, name in offered.items()) or "nothing"
-            self._fail(
-                DeviceError(
-                    f"{self.where} serves {names} and not this bundle's model {self._model_id[:12]}",
-                    "use the bundle that the cloud serves, or another cloud",
-                )
-            )
-            return
-        formats = next((o.kv_formats for o in message.offers if o.model_id == self._model_id), ())
-        if formats and self._kv_format not in formats:
-            self._kv_format = formats[0]
+        if self._model_id:
+            try:
+                offer = served(message.offers, self._model_id, self.where)
+            except DeviceError as error:
+                self._fail(error)
+                return
+            self.trips.declared(offer)
+            self._room, self._vocab = 0 if self._window else offer.context_length, offer.vocab_size
+            if offer.kv_formats and self._kv_format not in offer.kv_formats:
+                self._kv_format = offer.kv_formats[0]
         self._answered(("welcome",), now)
         self.events.append(Up())
         for pending in self._pending.values():
@@ -275,19 +274,22 @@ class Session:
                 self.events.append(Behind(lane))
 
     def _opened(self, message: m.Opened, now: float) -> None:
-        lane = self._control(message.alias, message.epoch, m.Open, now)
-        if lane is not None:
+        lane = self._lanes.get(message.alias)
+        if lane is None or self._control(lane, message.epoch, m.Open, now) is None:
+            return
+        if not self._absurd(nonsense.of_opened(message, self._room)):
             lane.opened = True
             self._aligning(lane, message.committed, message.prefix_hash, now)
 
     def _result(self, message: m.Result, now: float) -> None:
         lane = self._lanes.get(message.alias)
-        if lane is None or lane.epoch != message.epoch or self._beyond(lane, message.position):
+        if lane is None or lane.epoch != message.epoch or self._absurd(nonsense.of_position(message.position, lane)):
             return
         key = ("rows", message.alias, message.position)
         pending = self._pending.get(key)
         if pending is None:
-            if self._control(message.alias, message.epoch, m.Truncate, now) is not None:
+            cut = self._control(lane, message.epoch, m.Truncate, now)
+            if cut is not None and not self._absurd(nonsense.of_cut(message, cut.length)):
                 self._aligning(lane, message.committed, message.prefix_hash, now)
             return
         rows = pending.message
@@ -295,32 +297,43 @@ class Session:
             return
         if message.committed < rows.position + len(rows.tokens) or (rows.want & m.WANT_SAMPLE and not message.tokens):
             return  # a late repetition of Truncate's answer
+        if self._absurd(nonsense.of_result(message, rows, lane)):
+            return
         del self._pending[key]
         self._tripped(pending, message.engine_us, now, waited=bool(rows.want))
         self.patience.progressed(now)
-        self._setbacks = 0
-        if message.committed < lane.committed:
-            pass  # overtaken by a later answer
-        elif not lane.told(message.committed, message.prefix_hash, self.log):
+        overtaken = message.committed < lane.committed  # by a later answer
+        if not overtaken and not lane.told(message.committed, message.prefix_hash, self.log):
             self._setback(lane)
             return
+        if message.tokens:
+            self._setbacks = 0
         self.events.append(Answered(lane, message.position, message.tokens))
 
     def _tokens(self, message: m.Tokens, now: float) -> None:
         lane = self._lanes.get(message.alias)
         stream = self._streams.get(message.alias)
-        if lane is None or stream is None or lane.epoch != message.epoch:
+        if lane is None or stream is None or lane.epoch != message.epoch or stream.late(message):
+            return
+        if self._absurd(stream.nonsense(message)):
             return
         pending = self._pending[("stream", message.alias)]
         if not pending.rows:
             self.trips.streamed(now - pending.asked_at)
-        pending.asked_at, pending.retry_at = now, now + self._timeouts.retry_ms / 1e3
-        pending.tries = pending.rows = 0
+        pending.asked_at, pending.rows = now, 0
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us
-            lane.committed, lane.head = taken.committed, taken.prefix_hash
-            self.patience.progressed(now)
-            self._setbacks = 0
+            lane.streamed_to(taken.committed, taken.prefix_hash)
+            if fresh:
+                self.patience.progressed(now)
+                self._setbacks = pending.tries = 0
+                pending.retry_at = now + self._timeouts.retry_ms / 1e3
+            elif stream.wants and taken.reason in ("cancelled", "deadline"):
+                self._setback(lane)  # it is asked for again, but not for ever
+                return
+            elif stream.wants and taken.reason != "full":
+                self._absurd("it ends a stream before the tokens that were asked for")
+                return
             if taken.done:
                 del self._streams[lane.alias], self._pending[("stream", lane.alias)]
             self.events.append(Streamed(lane, fresh, taken.done, taken.reason))
@@ -328,14 +341,12 @@ class Session:
     def _verdict(self, message: m.Verdict, now: float) -> None:
         lane, key = self._lanes.get(message.alias), ("rows", message.alias, message.position)
         pending = self._pending.get(key)
-        if lane is None or lane.epoch != message.epoch or self._beyond(lane, message.position):
+        if lane is None or lane.epoch != message.epoch or self._absurd(nonsense.of_position(message.position, lane)):
             return
-        if pending is None or not isinstance(pending.message, m.Draft):
+        draft = pending.message if pending is not None else None
+        if pending is None or not isinstance(draft, m.Draft) or self._absurd(nonsense.of_verdict(message, draft)):
             return
-        guesses, accepted = pending.message.tokens, message.accepted
-        if accepted > len(guesses):
-            self._nonsense(f"it accepts {accepted} of {len(guesses)} drafted tokens")
-            return
+        guesses, accepted = draft.tokens, message.accepted
         head = pending.head
         for token in guesses[:accepted]:
             head = extend(head, token)
@@ -346,7 +357,7 @@ class Session:
         self._tripped(pending, message.engine_us, now)
         self.patience.progressed(now)
         self._setbacks = 0
-        lane.committed, lane.head = message.position + accepted, head
+        lane.stands(message.position + accepted, head)
         self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
 
     def _fault(self, fault: m.Fault, now: float) -> None:
@@ -363,9 +374,9 @@ class Session:
                 self._fail(error)
             return
         lane = self._lanes.get(fault.alias)
-        if lane is None or lane.epoch != fault.epoch or not self._waiting(lane):
+        if lane is None or lane.epoch != fault.epoch or not self._pending.any_of(lane):
             return
-        if code is m.Code.BUSY or (code is m.Code.GAP and self._earlier(lane, fault.position)):
+        if code is m.Code.BUSY or (code is m.Code.GAP and self._pending.earlier(lane, fault.position)):
             self._later(lane, fault, now)
         elif code in (m.Code.GAP, m.Code.DIVERGED, m.Code.STALE_EPOCH, m.Code.UNKNOWN_SESSION):
             if code is m.Code.DIVERGED and self._setbacks:
@@ -392,35 +403,35 @@ class Session:
             # What the window has let go of cannot be gone back to: begin with an empty session.
             self.outbox.append(m.Close(lane.alias, lane.epoch))
             lane.renew()
-            self._open(lane, now)
+            if self._bears():
+                self._open(lane, now)
             return
         self._post(("control", lane.alias), lane.cutting(length), lane, now)
 
     def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
         known, limit = lane.agreed, min(self._limits[lane.alias], len(self.log))
         agrees = lane.told(committed, prefix_hash, self.log)
-        if agrees and lane.ready(limit):
+        if agrees and lane.ready(limit, self.log):
             self.round_trips += 1
             self.events.append(Aligned(lane))
-        elif agrees:
-            self._truncate(lane, limit, now)
-        elif committed > limit:
-            self._truncate(lane, limit, now)  # the cloud went on by itself: probably it agrees up to here
-        elif committed > known:
-            self._truncate(lane, known, now)
-        elif committed:
-            self._truncate(lane, 0, now)
+        elif committed:  # beyond the limit the cloud went on by itself: probably it agrees up to there
+            keeps = limit if agrees or committed > limit else known if committed > known else 0
+            self._truncate(lane, keeps, now)
         else:
             self._fail(LinkError(f"{self.where} names an empty log by another hash", "both sides must be one version"))
 
     def _setback(self, lane: Lane) -> None:
-        self._setbacks += 1
         lane.opened = False
         self._drop(lane)
+        if self._bears():
+            self.events.append(Behind(lane))
+
+    def _bears(self) -> bool:
+        """Counts one more realignment; whether it is tried."""
+        self._setbacks += 1
         if self._setbacks > _MAX_SETBACKS:
             self._fail(LinkError(f"{self.where} and this device do not come to agree", "try again later"))
-        else:
-            self.events.append(Behind(lane))
+        return self._setbacks <= _MAX_SETBACKS
 
     # -- requests
 
@@ -438,13 +449,14 @@ class Session:
         self.patience.progressed(now)
         return True
 
-    def _control(self, alias: int, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Lane | None:
-        pending = self._pending.get(("control", alias))
+    def _control(self, lane: Lane, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Any:
+        """The request that a lane's answer is to; None when nothing like that was asked."""
+        pending = self._pending.get(("control", lane.alias))
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
-        self._answered(("control", alias), now)
+        self._answered(("control", lane.alias), now)
         self._tripped(pending, 0, now, waited=False)
-        return pending.lane
+        return pending.message
 
     def _overdue(self, pending: Pending, now: float) -> None:
         pending.tries += 1
@@ -453,46 +465,35 @@ class Session:
 
     def _later(self, lane: Lane | None, fault: m.Fault, now: float) -> None:
         retry_at = now + max(fault.retry_ms / 1e3, self._timeouts.retry_ms / 4e3)
-        of_lane = [(key, pending) for key, pending in self._pending.items() if pending.lane is lane]
-        later = [pending for key, pending in of_lane if key[0] != "rows" or key[2] >= fault.position]
+        later = self._pending.concerned(lane, fault.position)
         if later and fault.code is m.Code.BUSY:
             self.patience.put_off(fault.problem, min(pending.asked_at for pending in later), retry_at, now)
         for pending in later:
             pending.asked_at = pending.retry_at = retry_at
 
-    def _earlier(self, lane: Lane, position: int) -> bool:
-        return any(k[0] == "rows" and p.lane is lane and k[2] < position for k, p in self._pending.items())
-
-    def _waiting(self, lane: Lane) -> bool:
-        return any(pending.lane is lane for pending in self._pending.values())
-
     def _drop(self, lane: Lane) -> bool:
-        keys = [key for key, pending in self._pending.items() if pending.lane is lane]
-        for key in keys:
-            del self._pending[key]
+        dropped = self._pending.drop(lane)
         self._streams.pop(lane.alias, None)
         if self.events:
             self.events = deque(e for e in self.events if isinstance(e, Up | Served | Refused) or e.lane is not lane)
-        return bool(keys)
+        return dropped
 
     def _tripped(self, pending: Pending, engine_us: int, now: float, waited: bool = True) -> None:
         self.round_trips += waited
         self.cloud_us += engine_us
         if not pending.tries:
-            self.trips.answered(now - pending.asked_at - engine_us * 1e-6)
+            self.trips.answered(now - pending.asked_at, engine_us * 1e-6, pending.rows)
 
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""
         if not self._pending:
             self.patience.begin(now)
 
-    def _beyond(self, lane: Lane, position: int) -> bool:
-        if position > lane.sent:
-            self._nonsense(f"it answers about token {position} and was sent {lane.sent}")
-        return position > lane.sent
-
-    def _nonsense(self, what: str) -> None:
-        self._fail(LinkError(f"{self.where} answers nonsense: {what}", "both sides must be one version"))
+    def _absurd(self, what: str) -> bool:
+        """Gives up on a cloud that answers nonsense; whether there is any."""
+        if what:
+            self._fail(LinkError(f"{self.where} answers nonsense: {what}", "both sides must be one version"))
+        return bool(what)
 
     def _fail(self, error: IsthmusError) -> None:
         self.abandon()

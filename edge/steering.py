@@ -121,7 +121,8 @@ class Steering:
         rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
         idle = rests and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
         link.idle = self._standby.work if self._standby is not None and idle else None
-        link.hush = (lambda: self._confirm_s) if ended else (lambda: 0.0) if silent else link.session.due_s
+        due_s = link.session.due_s
+        link.hush = (lambda: max(self._confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:
             yield
         except Silent:
@@ -300,6 +301,8 @@ class Steering:
         if isinstance(runner, VerifyRunner | ExitRunner):
             self._notes.stats.drafted += runner.drafted
             self._notes.stats.accepted += runner.accepted
+        if isinstance(runner, ExitRunner):
+            self._notes.stats.filled += runner.filled
 
     def _link_up(self) -> bool:
         if self._link is None or not self._rest.over(self._clock()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Protocol
 
 from isthmus.protocol.errors import DeviceError
@@ -71,6 +72,19 @@ def _overlap(text: str, word: str) -> int:
     return 0
 
 
+def utf8(text: str) -> str:
+    """A text as it is.
+
+    Raises:
+        DeviceError: it has surrogates, as stand for bytes that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
+    return text
+
+
 class Encoder(Protocol):
     """Turns text into ids."""
 
@@ -83,7 +97,13 @@ def token_ids(prompt: str | Sequence[int], tokenizer: Encoder, vocab_size: int) 
     Raises:
         DeviceError: it is empty, or an id is none of the vocabulary.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(utf8(prompt))
+    else:
+        try:
+            ids = [index(token) for token in prompt]
+        except TypeError as error:
+            raise DeviceError("the prompt has something that is no token", "give a text or token ids") from error
     if not ids:
         raise DeviceError("the prompt is empty", "give at least one token")
     for token in ids:

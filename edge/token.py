@@ -78,9 +78,12 @@ class Stats:
         round_trips: questions to the cloud whose answer was waited for.
         cloud_ms: time in the cloud's engine, as its answers say.
         drafted, accepted: guesses that the cloud checked, and those of them that were right.
+        filled: in exit mode, layers times tokens that the cloud computed of states about which nobody asked, since
+            later answers need them; the prompt's are not among them.
         unverified: tokens that were guessed while the cloud was silent, stand, and were never confirmed.
         replaced: guesses that were made so and taken back.
-        finish: why it ended: "eos", "stop", "length", or "cancelled"; empty while it runs.
+        finish: why it ended: "eos", "stop", "length", or "cancelled" (without the guesses that nobody had confirmed,
+            unless these are to stand); empty while it runs.
         note: what did not go as asked, such as a cloud that went away; empty when all went well.
     """
 
@@ -97,6 +100,7 @@ class Stats:
     cloud_ms: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    filled: int = 0
     unverified: int = 0
     replaced: int = 0
     finish: str = ""
@@ -118,6 +122,7 @@ class Stats:
             "cloud_ms": round(self.cloud_ms, 3),
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "filled": self.filled,
             "unverified": self.unverified,
             "replaced": self.replaced,
             "finish": self.finish,

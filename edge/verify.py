@@ -12,7 +12,7 @@ from isthmus.edge.events import Answered, Verified
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.model_drafts import ModelDrafts
 from isthmus.edge.pace import Pace
-from isthmus.edge.runners import TOKENS_LANE, sampler
+from isthmus.edge.runners import TOKENS_LANE, known, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
@@ -89,6 +89,7 @@ class VerifyRunner:
         self._told = Chain()  # the log, what is known to follow, and guesses
         self._sure = 0  # leading tokens of it that are known to be right
         self._sent = 0  # leading tokens of it that went up
+        self._found: int | None = None
         self._running = False
         self.drafted = self.accepted = 0
 
@@ -119,14 +120,12 @@ class VerifyRunner:
 
     def reused(self) -> int:
         """See `Runner`."""
-        self._lane.check(self._log)
-        return min(self._lane.agreed, len(self._log) - 1)
+        return self._found if self._found is not None else known(self._lane, self._log)
 
     def stop(self) -> None:
         """See `Runner`."""
         self._drafts.truncate(min(len(self._drafts), len(self._log)))
-        if self._flight:
-            self._link.cancel(self._lane)
+        self._link.cancel(self._lane)
         self._land()
         self._running = False
 
@@ -135,6 +134,7 @@ class VerifyRunner:
         log, lane = self._log, self._lane
         self._ready.clear()
         at = self._link.align(lane, len(log) - 1)
+        self._found = at if self._found is None else self._found
         self._flight.append(_Block(at, len(log), len(log), time.perf_counter()))
         while at < len(log):
             ids = log.tokens[at : at + self._link.max_rows]

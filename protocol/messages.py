@@ -100,7 +100,7 @@ class Opened(Struct, array_like=True, tag=4):
     """Cloud -> device: the session stands; rows go on at `committed`.
 
     Attributes:
-        committed: positions that the cloud holds.
+        committed: positions that the cloud holds, rows of a `Fill` that are not computed yet among them.
         prefix_hash: chain over those.
         idle_s: seconds without a message after which the session is forgotten.
     """
@@ -148,7 +148,7 @@ class Result(Struct, array_like=True, tag=6):
     Attributes:
         position: of the request.
         tokens: sampled tokens, one for the last row or one for each.
-        committed: positions held now.
+        committed: positions held now, as in `Opened`.
         prefix_hash: chain over `committed` tokens.
         engine_us: time in the engine, microseconds.
         queue_us: from receipt to the first step, microseconds.

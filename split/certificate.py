@@ -21,13 +21,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engine.threshold import NEVER, least
 from isthmus.protocol.errors import BundleError, ModelError
 
 if TYPE_CHECKING:
     from isthmus.split.exit_states import Sample
 
-NEVER = 1.0  # the threshold of an exit that never emits
 THRESHOLDS = tuple(step / 200 for step in range(199, 0, -1))  # chosen before any data are seen
+MOST_PROMPTS = 1_000_000
 _BOLDEST = 0.9  # share of the capital that a loss of 1 may cost
 _HEX = frozenset("0123456789abcdef")
 
@@ -53,7 +54,7 @@ class Certificate(msgspec.Struct, frozen=True):
         prompts, tokens: how many prompts there were, and tokens in their answers.
         disagreement: the allowed risk.
         confidence: with which the promise holds, over draws of prompts.
-        threshold: a token is emitted if the exit's confidence is not below it; at `NEVER` none is.
+        threshold: a token is emitted if the exit's confidence is not below it; at `NEVER` none is (`engine.threshold`).
         risk: the measured one at the threshold.
         bound: the upper bound of the risk with that confidence.
         emitted: share of tokens that the exit emits.
@@ -98,20 +99,16 @@ def data_hash(samples: Sequence[Sample]) -> str:
 
 def losses(said: Sequence[Said], threshold: float) -> NDArray[np.float64]:
     """Each prompt's share of tokens that are emitted and wrong at a threshold, [n]."""
-    if threshold >= NEVER:
-        return np.zeros(len(said))
     confidence, right = (np.concatenate([one[i] for one in said]) for i in range(2))
     lengths = np.array([len(one.right) for one in said])
-    wrong = (confidence >= threshold) & ~right
+    wrong = (confidence >= least(threshold)) & ~right
     found: NDArray[np.float64] = np.add.reduceat(wrong, np.cumsum(lengths) - lengths, dtype=np.float64) / lengths
     return found
 
 
 def emitted(said: Sequence[Said], threshold: float) -> float:
     """The share of all tokens that are emitted at a threshold."""
-    if threshold >= NEVER:
-        return 0.0
-    return float(np.mean(np.concatenate([one.confidence for one in said]) >= threshold))
+    return float(np.mean(np.concatenate([one.confidence for one in said]) >= least(threshold)))
 
 
 def p_value(values: NDArray[np.float64], risk: float, delta: float) -> float:
@@ -129,6 +126,21 @@ def p_value(values: NDArray[np.float64], risk: float, delta: float) -> float:
     bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * known)), _BOLDEST / (1 - risk))
     capital = np.cumsum(np.log1p(bets * (risk - values)))
     return float(min(1.0, np.exp(-capital.max(initial=0.0))))
+
+
+def fewest_prompts(disagreement: float, confidence: float) -> int:
+    """The prompts that it takes at least to certify anything, if none has an error; `MOST_PROMPTS` at most."""
+
+    def enough(count: int) -> bool:
+        return p_value(np.zeros(count), disagreement, 1 - confidence) <= 1 - confidence
+
+    low, high = 0, 1
+    while not enough(high) and high < MOST_PROMPTS:
+        low, high = high, min(2 * high, MOST_PROMPTS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def upper_bound(values: NDArray[np.float64], delta: float) -> float:

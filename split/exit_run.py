@@ -6,8 +6,8 @@ What was done stays done: answers, states, trainings and scores are found again 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,28 +17,53 @@ import numpy as np
 
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.part import KV_BLOCK, Part
-from isthmus.protocol.errors import ModelError
+from isthmus.protocol.errors import BundleError, ModelError
 from isthmus.split.bundle import Bundle
 from isthmus.split.certificate import Said
 from isthmus.split.exit_entry import MAX_HEAD_TOKENS, Agreement, ExitEntry, exit_file
 from isthmus.split.exit_samples import ANSWER_TOKENS, kept_answers
 from isthmus.split.exit_scores import ExitScores, agreement
-from isthmus.split.exit_states import BATCH, Progress, Sample, States, read_texts
+from isthmus.split.exit_states import BATCH, NO_ROOM, Progress, Sample, States, read_texts
 from isthmus.split.exits import ExitSource
 from isthmus.split.fetch import cache_folder
-from isthmus.split.files import PARTIAL
+from isthmus.split.files import PARTIAL, locked
 
 if TYPE_CHECKING:
     from isthmus.split.exit_training import Recipe
 
 # Of a head's matrices. A linear map in 4 bits, too, cost the exit of SmolLM2 before layer 20 1.5 points of 51.5 %.
 FORMAT, INPUT_FORMAT = "q4", "q8"
+_ELSEWHERE = "choose another folder (--work)"
 Say = Callable[[str], Progress]  # begins a step of that name
 
 
 def work_folder(model_id: str) -> Path:
     """Where a model's samples, states and trainings are kept unless a folder is named."""
     return cache_folder().parent / "exits" / model_id[:16]
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Holds a work folder, which is made when it is not there, for this process alone.
+
+    Raises:
+        ModelError: it cannot be made, another process works in it, or what is inside found no room.
+    """
+    lock = folder / "lock"
+    with ExitStack() as held:
+        try:
+            lock.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock))
+        except BlockingIOError as error:
+            raise ModelError(f"another process works in {folder}", f"wait until it is done, or {_ELSEWHERE}") from error
+        except OSError as error:
+            raise ModelError(f"{folder} cannot be the work folder: {error.strerror}", _ELSEWHERE) from error
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise ModelError(f"no room in {folder}: {error.strerror}", f"make room, or {_ELSEWHERE}") from error
 
 
 def usual_layers(n_layers: int) -> list[int]:
@@ -67,6 +92,11 @@ class Measured:
 
     documents: list[Said]
     answers: list[Said]
+
+    @property
+    def agreement(self) -> Agreement:
+        """With the model."""
+        return Agreement(agreement(self.documents), agreement(self.answers))
 
 
 class ExitRun:
@@ -134,9 +164,17 @@ class ExitRun:
         )
         sha256 = hashlib.sha256(data).hexdigest()
         measured = Measured(*(self.said(source, sha256, layer, held) for held in (documents, answers)))
-        shares = Agreement(agreement(measured.documents), agreement(measured.answers))
-        entry = ExitEntry(layer, exit_file(layer), recipe.d_ff, 0 if tokens is None else len(tokens), shares)
-        return entry, data, measured
+        count = 0 if tokens is None else len(tokens)
+        return ExitEntry(layer, exit_file(layer), recipe.d_ff, count, measured.agreement), data, measured
+
+    def standing(self, layer: int, documents: States, answers: States) -> Measured | None:
+        """What the bundle's own exit before a layer says on the same samples; None if it has none that can be used."""
+        try:
+            source = self.bundle.exit(layer)
+        except BundleError:
+            return None
+        sha256 = self.bundle.manifest.files[exit_file(layer)].sha256
+        return Measured(*(self.said(source, sha256, layer, held) for held in (documents, answers)))
 
     def said(self, exit: ExitSource, sha256: str, layer: int, states: States) -> list[Said]:
         """What an exit says along all samples.

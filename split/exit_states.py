@@ -7,13 +7,16 @@ of a work folder, so that a run that was stopped goes on where it ended.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 F16_MAX = 65504.0
 BATCH = 16  # answers written at once
 _SAVE_EVERY = 50
+NO_ROOM = frozenset({errno.EDQUOT, errno.EFBIG, errno.ENOSPC})
 Progress = Callable[[int, int], None]  # sequences done, in all
 
 TOPICS = """the sea;a bicycle;photosynthesis;a black hole;the French Revolution;inflation;sleep;a dragon;chess;tea;rain;
@@ -157,13 +161,64 @@ class _Answer:
         return self.tokens[-1] in eos or len(self.tokens) - self.start >= max_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """An array in a file, all of it reserved: a write to a mapped page without room would end the process."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def kept(self) -> np.memmap[Any, Any] | None:
+        """What stands there; None if that is not such an array, or not a whole one."""
+        try:
+            found = np.lib.format.open_memmap(self.path, "r")  # which, unlike "r+", does not make up what is missing
+        except (OSError, ValueError):
+            return None
+        if (found.dtype, found.shape) != (self.dtype, self.shape) or found.offset + self.bytes != self._size():
+            return None
+        self._reserve()
+        return np.lib.format.open_memmap(self.path, "r+")
+
+    def made(self) -> np.memmap[Any, Any]:
+        """A new one."""
+        found = np.lib.format.open_memmap(self.path, "w+", self.dtype, self.shape)
+        self._reserve()
+        return found
+
+    def _size(self) -> int:
+        return self.path.stat().st_size
+
+    def _reserve(self) -> None:
+        if not hasattr(os, "posix_fallocate"):
+            return
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, 0, self._size())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # not every file system can
+                raise
+        finally:
+            os.close(descriptor)
+
+
 class States:
     """States along samples, in files of a folder; a folder that was begun for the same samples is gone on with.
 
     Args:
-        folder: of its own; what stands there for other samples, layers or another model is replaced.
+        folder: of its own; what stands there for other samples, layers or another model is replaced, and so is what
+            is not whole.
         layers: before which layers; the states after the last one are kept, too.
         model_id: of the model that gives them.
+
+    Raises:
+        ModelError: there is no room for them.
+        OSError: the folder cannot be written.
 
     Attributes:
         key: of samples, layers and model: states with the same key are the same.
@@ -176,12 +231,25 @@ class States:
         self._folder, self._name = folder, folder / "states.json"
         key = json.dumps([model_id, layers, samples], separators=(",", ":"))
         self.key = hashlib.sha256(key.encode()).hexdigest()
-        self.done = self._read_done()
         folder.mkdir(parents=True, exist_ok=True)
-        mode, total = ("r+" if self.done else "w+"), int(self.offsets[-1])
-        names = [*(f"before-{layer}.npy" for layer in layers), "last.npy"]
-        self._states = [np.lib.format.open_memmap(folder / name, mode, np.float16, (total, d_model)) for name in names]
-        self._choices = np.lib.format.open_memmap(folder / "choices.npy", mode, np.int32, (total,))
+        total, names = int(self.offsets[-1]), [*(f"before-{layer}.npy" for layer in layers), "last.npy"]
+        files = [_File(folder / name, np.dtype(np.float16), (total, d_model)) for name in names]
+        files.append(_File(folder / "choices.npy", np.dtype(np.int32), (total,)))
+        try:
+            self.done = self._read_done()
+            arrays = [file.kept() for file in files] if self.done else []
+            if not arrays or any(array is None for array in arrays):
+                self.done = 0
+                self._name.unlink(missing_ok=True)  # first: it would vouch for files that are somebody else's by now
+                arrays = [file.made() for file in files]
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            for file in [] if self.done else files:
+                file.path.unlink(missing_ok=True)
+            problem = f"no room in {folder} for {sum(file.bytes for file in files) / 1e6:.1f} MB of states"
+            raise ModelError(f"{problem}: {error.strerror}", "make room, or choose another folder (--work)") from error
+        *self._states, self._choices = [array for array in arrays if array is not None]
 
     def collect(self, part: Part, progress: Progress | None = None) -> None:
         """Computes what is missing.
@@ -231,7 +299,8 @@ class States:
     def _read_done(self) -> int:
         try:
             saved = json.loads(self._name.read_text())
-            return int(saved["done"]) if saved["key"] == self.key else 0
+            done = int(saved["done"]) if saved["key"] == self.key else 0
+            return done if 0 <= done <= len(self.samples) else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 

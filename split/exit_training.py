@@ -9,6 +9,7 @@ and the model's own output head follow. It is distilled on the model's choices a
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -236,7 +237,9 @@ class _Keeper:
             found["optimizer"] = optimizer.state_dict()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_name(self._path.name + PARTIAL)
-        torch.save(found, partial)
+        data = io.BytesIO()  # of a full disk torch speaks in its own way
+        torch.save(found, data)
+        partial.write_bytes(data.getbuffer())
         partial.replace(self._path)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # machines are slow at times, which is no fault of the code
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

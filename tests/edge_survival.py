@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,22 +12,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from isthmus.edge import Device, Rollback
 from isthmus.engine.sampling import Sampling
-from tests.edge_toys import PATIENT, PROMPT, lie, local
+from tests.edge_exits import CUT, Oracle, give_exit
+from tests.edge_toys import PATIENT, PROMPT, lie
 from tests.edge_world import LossyWire, ToyBundle, ToyService
 
-MODES = ("auto", "stream", "verify", "split", "local")
+MODES = ("auto", "stream", "verify", "split", "exit", "local")
 SAMPLINGS = (Sampling(), Sampling(0.9, top_k=40, seed=7))
 LENGTH = 400
-
-
-@cache
-def truth(sampling: Sampling) -> list[int]:
-    """What the model says when nothing happens."""
-    return local(max_tokens=LENGTH, sampling=sampling)
+THRESHOLD = 0.6
+ORACLE = Oracle()
 
 
 class Survival(RuleBasedStateMachine):
-    """Whatever is done to it, what a reader has seen in the end is the model's text: no token lost, doubled or wrong.
+    """Whatever is done to it, a reader has seen the right text in the end: no token lost, doubled or wrong.
+
+    Right is what the model says, and in exit mode what the exit says where it is sure.
 
     Attributes:
         done: how often each thing was done, over all runs.
@@ -45,6 +43,8 @@ class Survival(RuleBasedStateMachine):
         self.seed = 0
         self.seen: list[int] = []  # by the reader of this conversation, guesses included
         self.certain = 0
+        self.right: list[int] = []  # as far as it was looked at
+        self.mode = "stream"  # of the last answer
         self.answer: Any = None
         self.device: Any = None
 
@@ -63,6 +63,8 @@ class Survival(RuleBasedStateMachine):
         room = LENGTH - len(self.seen)
         if room > 0:
             prompt = None if len(self.device.tokens) else PROMPT
+            self.right = self._right(len(self.seen))  # which may go on otherwise
+            self.mode = mode
             options = {"max_tokens": min(count, room), "mode": mode, "sampling": self.sampling}
             self.answer = self.device.generate(prompt, **options)
             self.done["answers"] += 1
@@ -110,24 +112,22 @@ class Survival(RuleBasedStateMachine):
         self.path.write_bytes(data[: max(len(lines[0]) + 1, len(data) - torn)])
         self._start()
         self.done["restarts of the device"] += 1
+        self.seen = self.device.tokens[len(PROMPT) :]
+        self.certain = len(self.seen)
         if self.device.unfinished is not None:
-            self.seen = self.device.tokens[len(PROMPT) :]
-            self.certain = len(self.seen)
             self.answer = self.device.go_on()
-        else:
-            self.seen = self.device.tokens[len(PROMPT) :]
-            self.certain = len(self.seen)
 
     @invariant()
-    def what_is_certain_is_the_models_text(self) -> None:
+    def what_is_certain_is_right(self) -> None:
         if self.device is not None:
-            assert self.seen[: self.certain] == truth(self.sampling)[: self.certain]
-            assert self.device.tokens[len(PROMPT) :] == truth(self.sampling)[: max(0, len(self.device.tokens) - 11)]
+            assert self.seen[: self.certain] == self._right(self.certain)
+            kept = self.device.tokens[len(PROMPT) :]
+            assert kept == self._right(len(kept))
 
     def teardown(self) -> None:
         if self.device is not None:
             self._end()
-            assert self.seen == truth(self.sampling)[: len(self.seen)]
+            assert self.seen == self._right(len(self.seen))
             self._drop()
         self.folder.cleanup()
         self.done["sequences"] += 1
@@ -141,12 +141,14 @@ class Survival(RuleBasedStateMachine):
             wire=self.wire,
             clock=self.wire.clock,
             timeouts=PATIENT,
-            mode="stream",
-            cut=3,
+            mode="exit" if self.mode == "exit" else "stream",
+            cut=CUT,
             codec="f32",
+            threshold=THRESHOLD,
             resume=self.path,
             on_rollback=self._rolled_back,
         )
+        give_exit(self.device)
         if self.lies:
             lie(self.device)
 
@@ -174,9 +176,17 @@ class Survival(RuleBasedStateMachine):
         if token.verified:
             self._certain()
         self.done["tokens" if token.verified else "guesses"] += 1
+        self.done["tokens in exit mode"] += self.mode == "exit"
 
     def _certain(self) -> None:
         self.certain = len(self.seen)
+
+    def _right(self, count: int) -> list[int]:
+        """The first tokens of the right text."""
+        threshold = THRESHOLD if self.mode == "exit" else None
+        while len(self.right) < count:
+            self.right.append(ORACLE.after([*PROMPT.encode(), *self.right], self.sampling, threshold))
+        return self.right[:count]
 
     def _rolled_back(self, wrong: Rollback) -> bool:
         at = wrong.position - len(PROMPT)

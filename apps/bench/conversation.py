@@ -11,9 +11,14 @@ from isthmus.apps.bench.virtual import Engine, Note, Way, World
 from isthmus.edge.costs import MESSAGE_BYTES, Candidate, Standing
 from isthmus.edge.estimator import BULK_BYTES, Estimator
 from isthmus.edge.figures import CloudFigures, DeviceFigures
+from isthmus.edge.rhythm import Pulse
+from isthmus.protocol.limits import LinkLimits
 
+PING_BYTES = 20
+HEARTBEAT_S = LinkLimits().heartbeat_ms * 1e-3  # of silence, after which the link asks for a sign of life
+DOWN_S = HEARTBEAT_S * LinkLimits().silent_intervals  # and after which the cloud does not answer
 CHUNK = 128  # rows of a prompt that a device computes and sends at once
-Patience = Callable[[float], None]  # told for how many ms the cloud has been late; may raise `GaveUp`
+Patience = Callable[[], int]  # says until when to wait before it is asked again, in ns; may raise `GaveUp`
 
 
 class GaveUp(Exception):
@@ -41,17 +46,20 @@ class Sight:
     """What a device makes of what it sees, from one answer to the next: nothing, in a fixed mode.
 
     Attributes:
+        pulse: when the link is asked for nothing but an answer.
         pings: when those that are not answered were sent, and their bytes, by tag.
-        last_ping, last_trip, last_probe: when a ping was sent, the trip last seen, the rate last probed, in ns.
+        seen_s: when the link last showed its trip.
+        heard_s, beat_s: when anything last arrived, and when the link itself last asked for it.
         tags: questions so far.
     """
 
     estimator: Estimator | None = None
     patience: Patience | None = None
+    pulse: Pulse = field(default_factory=Pulse)
     pings: dict[int, tuple[int, int]] = field(default_factory=dict)
-    last_ping: int = -(10**12)
-    last_trip: int = -(10**12)
-    last_probe: int = 0
+    seen_s: float = float("-inf")
+    heard_s: float = 0.0
+    beat_s: float = 0.0
     tags: int = 0
 
 
@@ -130,82 +138,81 @@ class Conversation:
         """The cloud sends a message to the device."""
         whole = round(size + MESSAGE_BYTES)
         note = Note(tag, count, took_ms, queue_ms, whole)
-        self.world.at(self.down.send(self.world.now, whole), lambda: self.world.inbox.append(note))
 
-    def take(self) -> Note | None:
-        """The next message that was not a ping's answer, if one has arrived."""
-        inbox, estimator = self.world.inbox, self.sight.estimator
+        def arrived() -> None:
+            self.world.inbox.append(note)
+            self.sight.heard_s = self.now_s
+
+        self.world.at(self.down.send(self.world.now, whole), arrived)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the cloud shows signs of life."""
+        return self.now_s - self.sight.heard_s <= DOWN_S
+
+    def beat(self) -> int:
+        """Asks for a sign of life after a silence, as every link does; when to look again, in ns."""
+        sight = self.sight
+        if self.now_s - max(sight.heard_s, sight.beat_s) >= HEARTBEAT_S:
+            sight.beat_s = self.now_s
+            self.lay(PING_BYTES, self._echo)
+        return max(self.world.now + MS, round((max(sight.heard_s, sight.beat_s) + HEARTBEAT_S) * 1e9))
+
+    def _echo(self) -> None:
+        def arrived() -> None:
+            self.sight.heard_s = self.now_s
+
+        self.world.at(self.down.send(self.world.now, PING_BYTES + MESSAGE_BYTES), arrived)
+
+    def take(self, unheard_ms: float = 0.0) -> Note | None:
+        """The next message that was not a ping's answer, if one has arrived.
+
+        Args:
+            unheard_ms: for how long the device has not listened.
+        """
+        inbox = self.world.inbox
         while inbox:
             note = inbox.popleft()
             sent = self.sight.pings.pop(note.tag, None)
             if sent is None:
                 return note
             asked, size = sent
-            if size >= BULK_BYTES:
-                self.tell_trip(asked, note, size)
-            elif estimator:
-                estimator.link.trip(self.now_s, (self.world.now - asked) / MS)
-                self.sight.last_trip = self.world.now
+            ms = (self.world.now - asked) / MS
+            self._tell(ms - min(ms, unheard_ms) / 2, size)
         return None
 
-    def await_note(self, wanted: Callable[[Note], bool], late_after_ms: float) -> Note:
+    def await_note(self, wanted: Callable[[Note], bool]) -> Note:
         """Waits for a message.
-
-        Args:
-            late_after_ms: from when on it is late, and patience is asked at times.
 
         Raises:
             GaveUp: patience has ended.
         """
-        world, begin = self.world, self.world.now
-        next_look = begin + round(late_after_ms * MS)
         while True:
             while (note := self.take()) is not None:
                 if wanted(note):
                     return note
-            if self.sight.patience is None:
-                world.wait()
-            elif not world.wait(next_look):
-                waited = (world.now - begin) / MS
-                self.sight.patience(waited - late_after_ms)
-                next_look = world.now + round(max(20.0, 0.2 * waited) * MS)
-                self.ping(20.0)
+            self.world.wait(None if self.sight.patience is None else self.sight.patience())
 
-    def ping(self, every_ms: float) -> None:
-        """Asks the cloud for nothing but an answer, unless the trip is known from lately or still asked for."""
-        last = max(self.sight.last_ping, self.sight.last_trip)
-        if self.sight.estimator is None or self.sight.pings or self.world.now - last < every_ms * MS:
-            return
-        self._ping(20)
-
-    def probe(self, every_ms: float, size: int) -> None:
-        """Asks so with many bytes, to see the uplink's rate."""
-        if self.sight.estimator is None or self.sight.pings or self.world.now - self.sight.last_probe < every_ms * MS:
-            return
-        self.sight.last_probe = self.world.now
-        self._ping(size)
-
-    def _ping(self, size: int) -> None:
-        tag = self.tag()
-        self.sight.last_ping = self.world.now
-        self.sight.pings[tag] = (self.world.now, size)
-        self.lay(size, lambda: self.reply(tag, 0, 20))
-
-    def silence(self, usual_ms: float) -> float:
-        """For how many ms more than is usual a ping has not been answered."""
-        oldest = min((sent for sent, _ in self.sight.pings.values()), default=self.world.now)
-        return max(0.0, (self.world.now - oldest) / MS - usual_ms)
+    def listen(self, curious: bool) -> None:
+        """Asks the cloud for a sign of life where the link shows none otherwise, or for the uplink's rate."""
+        asks = self.sight.pulse.asks(self.now_s, self.sight.seen_s, curious)
+        if asks is not None:
+            tag, size = self.tag(), asks or PING_BYTES
+            self.sight.pings[tag] = (self.world.now, size)
+            self.lay(size, lambda: self.reply(tag, 0, PING_BYTES))
 
     def tell_trip(self, asked_ns: int, note: Note, size: float) -> None:
         """A question of some bytes was answered: what that says of the link and the cloud."""
-        estimator = self.sight.estimator
+        if self.sight.estimator is not None:
+            self.sight.estimator.queued(self.now_s, note.queue_ms)
+            self._tell((self.world.now - asked_ns) / MS - note.took_ms, size)
+
+    def _tell(self, ms: float, size: float) -> None:
+        estimator, self.sight.seen_s = self.sight.estimator, self.now_s
         if estimator is None:
             return
-        ms = (self.world.now - asked_ns) / MS - note.took_ms
-        estimator.queued(self.now_s, note.queue_ms)
         if size < BULK_BYTES:
             estimator.link.trip(self.now_s, ms)
-            self.sight.last_trip = self.world.now
         else:
             trip = estimator.link.figures(self.now_s).trip_ms
             estimator.link.moved("up", self.now_s, size, max(ms - trip, 1.0))

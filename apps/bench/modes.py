@@ -27,6 +27,7 @@ COLUMNS = (  # an attribute of a row, title, format
     ("up_bytes_per_token", "up B/tok", ".0f"),
     ("down_bytes_per_token", "down B", ".0f"),
     ("cloud_ms_per_token", "cloud ms", ".2f"),
+    ("filled_per_token", "filled", ".1f"),
     ("acceptance", "accepted", ".0%"),
     ("agreement", "agrees", ".1%"),
 )
@@ -62,6 +63,8 @@ class Row:
         agreement: share of tokens that are the whole model's greedy choice after the same prefix; None where the
             device's bundle does not hold it, or nothing is greedy.
         acceptance: share of drafted tokens that were right, of those that the cloud checked.
+        filled_per_token: layers times tokens about which nobody asked that the cloud computed for those that follow,
+            over all tokens; None where no exit speaks.
         same: answers that are, token for token, the cloud's own; None where that was not asked.
         of_best: tokens a second over those of the better of the device and the cloud alone, where these were asked.
         notes: what did not go as asked.
@@ -79,6 +82,7 @@ class Row:
     cloud_ms_per_token: float = 0.0
     acceptance: float | None = None
     agreement: float | None = None
+    filled_per_token: float | None = None
     same: int | None = None
     of_best: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -238,6 +242,7 @@ def _row(
         statistics.median(one.cloud_ms / max(1, len(said)) for said, one, _ in calm),
         sum(one.accepted for one in stats) / drafted if drafted else None,
         None,
+        sum(one.filled for one in stats) / tokens if any("exit" in one.sources for one in stats) else None,
         None if streamed is None else sum(said == text for (said, _, _), text in zip(answers, streamed, strict=True)),
         None,
         sorted({one.note for one in stats if one.note}),

@@ -6,7 +6,6 @@ from collections import deque
 from typing import Protocol
 
 from isthmus.apps.bench.conversation import CHUNK, Conversation
-from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Note
 from isthmus.edge.costs import ANSWER_BYTES, NEWS_BYTES, TOKEN_BYTES, Candidate
 from isthmus.edge.figures import Figures
@@ -69,16 +68,7 @@ class Stream:
         if first:
             self._begin()
         sight = talk.sight.estimator
-        late = 0.0
-        if sight is not None:
-            known = sight.figures(talk.now_s)
-            assert known.cloud and known.link
-            spread = max(known.link.trip_high_ms - known.link.trip_ms, 0.5 * known.link.trip_ms)
-            late = known.cloud.step(1) + known.cloud.queue_ms + spread
-            if first:
-                rows = max(1, talk.total - talk.cloud.tokens)
-                late += known.link.trip_high_ms + known.cloud.prefill(rows) + rows * 24e3 / known.link.up_bps
-        note = talk.await_note(lambda one: one.tag == self._tag, late)
+        note = talk.await_note(lambda one: one.tag == self._tag)
         if first:
             talk.tell_trip(self._asked_ns, note, TOKEN_BYTES * talk.total)
         if sight is not None:
@@ -159,7 +149,7 @@ class _Hidden:
             size,
             lambda: cloud.engine.submit(price, lambda _, took, queue: talk.reply(tag, 0, ANSWER_BYTES, took, queue)),
         )
-        note = talk.await_note(lambda one: one.tag == tag, _late(talk, costs.rest(cut), size + sent_before))
+        note = talk.await_note(lambda one: one.tag == tag)
         talk.tell_trip(asked, note, size + sent_before)
         return note
 
@@ -232,8 +222,7 @@ class Verify:
                 price, lambda _, took, queue: talk.reply(tag, taken, ANSWER_BYTES, took, queue)
             ),
         )
-        late = _late(talk, costs.prefill(missing - 1) + costs.step(count + 1), size)
-        note = talk.await_note(lambda one: one.tag == tag, late)
+        note = talk.await_note(lambda one: one.tag == tag)
         talk.tell_trip(asked, note, size)
         if talk.sight.estimator is not None:
             source = "exit" if layer else "ngram"
@@ -269,9 +258,8 @@ class Pipelined:
                 if self._unsent == g or talk.left == self._ahead:
                     self._send()
             else:
-                tag, _, count, _ = self._under_way[0]
-                note = talk.await_note(lambda one: one.tag == tag, _late(talk, talk.costs.step(count), 0.0))  # noqa: B023
-                self._answered(note)
+                tag = self._under_way[0][0]
+                self._answered(talk.await_note(lambda one: one.tag == tag))  # noqa: B023
 
     def stop(self) -> None:
         """The cloud drops what it has not begun, once it hears of it."""
@@ -326,7 +314,7 @@ class Pipelined:
             return
         _, _, count, sent = self._under_way.popleft()
         if talk.sight.estimator is not None:
-            talk.sight.estimator.link.trip(talk.now_s, (talk.world.now - sent) / MS - note.took_ms)
+            talk.tell_trip(sent, note, TOKEN_BYTES * count)
             talk.sight.estimator.block("exit", self._choice.cut, self._choice.draft_tokens, count, note.count)
         if note.count == count:
             self._ahead -= count
@@ -340,11 +328,3 @@ class Pipelined:
         self._ahead = self._unsent = self._epoch = 0
         self._under_way.clear()
         talk.filled[layer] = min(talk.filled.get(layer, 0), talk.total)
-
-
-def _late(talk: Conversation, cloud_ms: float, size: float) -> float:
-    """From when on an answer is late, as far as the device can say."""
-    if talk.sight.estimator is None:
-        return 0.0
-    link = talk.sight.estimator.link.figures(talk.now_s)
-    return 1.5 * link.trip_high_ms + cloud_ms + size * 8e3 / link.up_low_bps

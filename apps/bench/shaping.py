@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from isthmus.apps.bench.traces import SEGMENT, BenchError, Trace, mean_rate, read_pair
+from isthmus.apps.bench.traces import SEGMENT, BenchError, Trace, mean_rate, named_pair
 
 MS = 1_000_000  # nanoseconds
 MAX_DELAY_MS = 60_000
@@ -71,12 +71,14 @@ class LinkProfile:
 
     @classmethod
     def of_traces(cls, prefix: str | Path, rtt_ms: float = 0.0, **rest: Any) -> LinkProfile:
-        """A profile that replays PREFIX.up and PREFIX.down; `rest` are the other attributes.
+        """A profile that replays PREFIX.up and PREFIX.down, or a synthetic link (see `traces.named_pair`).
+
+        `rest` are the other attributes.
 
         Raises:
             BenchError: a trace cannot be read, or a value is out of bounds.
         """
-        up, down = read_pair(prefix)
+        up, down = named_pair(prefix)
         return cls.of_rtt(rtt_ms, trace_up=up, trace_down=down, **rest)
 
     @property

@@ -1,13 +1,15 @@
 """Plays answers on a virtual clock: in one fixed mode, or in auto, where the device's own policy decides.
 
 Device and cloud take their measured times, each by its declared factor; the link delivers as its trace says; which
-drafts and exits are right comes from recorded facts. Auto sees what a device could measure, and nothing else.
+drafts and exits are right comes from recorded facts. Auto sees what a device could measure, and nothing else: how long
+an answer will be it guesses, and decides, waits and asks the link by `edge.rhythm`, as the device's controller does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from isthmus.apps.bench.conversation import Conversation, GaveUp, Sight
@@ -18,17 +20,18 @@ from isthmus.apps.bench.traces import Trace
 from isthmus.apps.bench.virtual import Engine, Way, World
 from isthmus.edge.costs import Candidate, candidates
 from isthmus.edge.estimator import Estimator
+from isthmus.edge.fallback import Rest
 from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, Figures, LinkFigures, Wish
-from isthmus.edge.policy import decide, worth_probing
+from isthmus.edge.options import GenerateOptions
+from isthmus.edge.policy import Plan, decide, worth_probing
+from isthmus.edge.priors import CODED, CODED_BYTES, LENGTHS
+from isthmus.edge.rhythm import MOST_REST_S, PROBE_BYTES, REST_S, Rhythm, expected, next_look_s, usual_ms
+from isthmus.edge.shadow import DRAFTED
+from isthmus.protocol.errors import DeviceError
 
-DECIDE_MS = 50.0  # between two decisions at least
-PING_MS = 500.0  # of a link that is not otherwise measured
-PROBE_MS = 2000.0  # between two measurements of a rate that would change the mode
 GREETINGS = 4  # trips that opening a connection has shown before the first question
-BULK = 9000  # bytes each way that it moves to see the link's rate
-CODECS = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003), CodecFigures("coded", 384, 0.0))
-LENGTHS = (1, 2, 3, 4, 6)
-SHADOW = 4  # drafts that are held against what came while others draft
+D_MODEL = 576  # of the model whose facts are replayed
+CODECS = (CodecFigures("f32", 4.0 * D_MODEL, 0.0), CodecFigures(CODED, CODED_BYTES * D_MODEL, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +80,14 @@ class Window:
     Attributes:
         lead_s: from then on, the link is open before the first of them is asked for.
         seconds: after which it is over, however far the answers are.
+        max_tokens: of an answer, as the device is told; that it will be shorter it does not know.
     """
 
     start_s: float
     answers: tuple[Answer, ...]
     lead_s: float = 0.0
     seconds: float = math.inf
+    max_tokens: int = GenerateOptions().max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +177,10 @@ class _Game:
         self._cuts = tuple(sorted({c.cut for c in fixed_modes(point, Wish("speed", 1.0)) if c.cut}))
         self._talk: Conversation
         self._player: Player | None = None
-        self._decided = -(10**12)
-        self._curious = False
+        self._rhythm, self._rest = Rhythm(), Rest(REST_S, MOST_REST_S)
+        self._curious = self._fresh = False
+        self._better: Plan | None = None  # than what is awaited in vain
+        self._began = self._look = self._listened = 0  # this round, the next look at what is late, the last at the link
         self._end = math.inf
         self._foreseen = 0  # tokens of the answer that were held against n-grams
 
@@ -182,7 +189,7 @@ class _Game:
         begin = self._world.now = max(self._world.now, round(self._window.lead_s * 1e9))
         self._end = begin + self._window.seconds * 1e9
         tokens = wrong = 0
-        sight = Sight(self._estimator, self._impatient if self._wish is not None else None)
+        sight = Sight(self._estimator, self._impatient if self._wish is not None else None, heard_s=begin / 1e9)
         for answer in self._window.answers:
             if self._world.now >= self._end:
                 break
@@ -219,39 +226,44 @@ class _Game:
             there = down.send(up.send(at, 150), 150)
             estimator.link.trip(there / 1e9, (there - at) / MS)
             at = there
-        for size_up, size_down, way in ((BULK, 150, "up"), (150, BULK, "down")):
+        for size_up, size_down, way in ((PROBE_BYTES, 150, "up"), (150, PROBE_BYTES, "down")):
             there = down.send(up.send(at, size_up), size_down)
             trip = estimator.link.figures(there / 1e9).trip_ms
-            estimator.link.moved("up" if way == "up" else "down", there / 1e9, BULK, max((there - at) / MS - trip, 1.0))
+            ms = max((there - at) / MS - trip, 1.0)
+            estimator.link.moved("up" if way == "up" else "down", there / 1e9, PROBE_BYTES, ms)
             at = there
         self._world.now = at
 
     def _answer_auto(self) -> None:
         talk, world = self._talk, self._world
-        self._decided = -(10**12)
+        try:
+            self._take(self._decide(0.0))
+        except DeviceError:  # then as when little is known
+            self._take(Plan(Candidate("stream"), (), ""))
         while talk.left and world.now < self._end:
-            if world.now - self._decided >= DECIDE_MS * MS:
-                self._decide(0.0)
+            if talk.made and self._rhythm.due(talk.now_s):
+                self._listen()
+                self._reconsider()
             assert self._player is not None and self._choice is not None
             try:
                 self._round(self._player, self._choice)
             except GaveUp:
-                continue
-            if self._curious:
-                talk.probe(PROBE_MS, BULK)
-            talk.ping(PING_MS)
-            while self._choice.mode == "local" and talk.take() is not None:
-                pass
+                assert self._better is not None
+                self._rest.begin(talk.now_s)
+                self._take(self._better)
 
     def _round(self, player: Player, choice: Candidate) -> None:
         talk = self._talk
-        made, begin, fresh = talk.made, self._world.now, choice.setup_ms > 0
+        made, self._began, self._look = talk.made, self._world.now, self._world.now
         player.round()
         tokens = talk.made - made
         self._used[choice.mode] = self._used.get(choice.mode, 0) + tokens
-        if self._estimator is not None and not fresh and choice.mode != "stream":
-            took = (self._world.now - begin) / MS
+        if self._estimator is not None and not self._fresh and choice.mode != "stream":
+            took = (self._world.now - self._began) / MS
             self._estimator.paced(choice.mode, talk.now_s, tokens * choice.ms_per_token, took)
+        self._fresh = False
+        if choice.mode != "local":
+            self._rest.end()
         if self._estimator is not None and choice.source != "ngram":
             self._foresee(self._estimator)
 
@@ -259,37 +271,78 @@ class _Game:
         """What n-grams would have drafted of the tokens that have come: a device sees that for nothing."""
         answer = self._talk.answer
         while self._foreseen < self._talk.made:
-            drafted = min(SHADOW, answer.drafted[self._foreseen])
+            drafted = min(DRAFTED, answer.drafted[self._foreseen])
             taken = min(answer.taken(0, self._foreseen, drafted), drafted)
             if self._foreseen + taken >= self._talk.made:
                 return
-            estimator.block("ngram", 0, SHADOW, drafted, taken)
+            estimator.block("ngram", 0, DRAFTED, drafted, taken)
             self._foreseen += taken + 1
 
-    def _decide(self, waited_ms: float) -> None:
-        talk, estimator, world = self._talk, self._estimator, self._world
-        assert estimator is not None and self._wish is not None
-        self._decided = world.now
-        known = estimator.link.figures(talk.now_s)
-        silent = max(waited_ms, talk.silence(2 * known.trip_high_ms))
-        figures = estimator.figures(talk.now_s, silent)
-        plan = decide(figures, self._wish, talk.standing(self._choice, self._cuts, talk.left))
-        if self._world.now - talk.sight.last_probe >= PROBE_MS * MS:
-            self._curious = worth_probing(figures, self._wish, talk.standing(plan.choice, self._cuts, talk.left))
-        if self._choice is None or plan.choice.key != self._choice.key:
-            if self._player is not None:
-                self._switches += 1
-                self._player.stop()
-            self._choice = plan.choice
-            self._player = player(talk, plan.choice, self._point.figures)
-        else:
-            self._choice = plan.choice
+    def _listen(self) -> None:
+        """Hears what has come while the device was alone, and asks for a sign of life."""
+        talk, now = self._talk, self._world.now
+        if self._choice is not None and self._choice.mode == "local":
+            while talk.take((now - self._listened) / MS) is not None:
+                pass
+        self._listened = now
+        talk.beat()
+        talk.listen(self._curious)
 
-    def _impatient(self, late_ms: float) -> None:
-        before = self._player
-        self._decide(late_ms)
-        if self._player is not before:
-            raise GaveUp
+    def _reconsider(self) -> None:
+        talk, estimator, choice = self._talk, self._estimator, self._choice
+        assert estimator is not None and choice is not None
+        known, sight = estimator.link.figures(talk.now_s), talk.sight
+        try:
+            plan = self._decide(sight.pulse.silent_ms(talk.now_s, sight.seen_s, known.trip_high_ms))
+        except DeviceError:
+            return
+        if plan.choice.key == choice.key:
+            self._choice = plan.choice
+        elif choice.mode != "local" or self._rest.over(talk.now_s):
+            self._take(plan)
+            return
+        self._rhythm.stayed()
+
+    def _decide(self, silent_ms: float) -> Plan:
+        talk, estimator, wish = self._talk, self._estimator, self._wish
+        assert estimator is not None and wish is not None
+        self._rhythm.decided(talk.now_s)
+        figures = estimator.figures(talk.now_s, max(0.0, silent_ms), talk.alive)
+        standing = talk.standing(
+            self._choice, self._cuts, expected(talk.made, max(1, self._window.max_tokens - talk.made))
+        )
+        plan = decide(figures, wish, standing)
+        if talk.sight.pulse.probes(talk.now_s) and not plan.choice.codec:
+            self._curious = worth_probing(figures, wish, replace(standing, current=plan.choice))
+        return plan
+
+    def _take(self, plan: Plan) -> None:
+        if self._player is not None:
+            self._switches += 1
+            self._player.stop()
+        self._choice, self._fresh = plan.choice, True
+        self._player = player(self._talk, plan.choice, self._point.figures)
+        self._rhythm.changed()
+
+    def _impatient(self) -> int:
+        """The device waits for the cloud: until when, at most."""
+        talk, choice, now = self._talk, self._choice, self._world.now
+        assert self._estimator is not None and choice is not None
+        beat = talk.beat()
+        if now < self._look:
+            return min(self._look, beat)
+        waited_ms = (now - self._began) / MS
+        patience_ms = usual_ms(choice, self._estimator.figures(talk.now_s), self._fresh)
+        if waited_ms < patience_ms:
+            self._look = max(now + MS, self._began + math.ceil(patience_ms * MS))
+            return min(self._look, beat)
+        self._look = max(now + MS, round(next_look_s(talk.now_s, waited_ms) * 1e9))
+        with suppress(DeviceError):
+            plan = self._decide(waited_ms - patience_ms)
+            if plan.choice.key != choice.key:
+                self._better = plan
+                raise GaveUp
+        return min(self._look, beat)
 
 
 def windows(answers: Sequence[Answer], starts_s: Sequence[float], each: int) -> list[Window]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from isthmus.apps.bench.cloud_process import START_S, CloudProcess
 from isthmus.apps.bench.relay import Relay
 from isthmus.apps.bench.shaping import LinkProfile
-from isthmus.apps.cli.cloud_process import START_S, CloudProcess
 from isthmus.edge import Device, Timeouts
 from isthmus.engine.slow import check_slow_down
 from isthmus.protocol.keys import AllowList, write_pair

@@ -17,6 +17,7 @@ FADE_MS = 20  # and its strength within a state this often
 LEVELS = (250, 1000, 2200)  # strength of poor, fair and good
 OUTAGE = 8  # strength of an outage
 MAX_LINES = 20_000_000
+SYNTHETIC, SEED = "synthetic", 11  # the link that needs no file
 _WORD = 2**64 - 1
 
 
@@ -146,6 +147,25 @@ def synthetic(
             if new:
                 times += [fade * FADE_MS + ms + 1] * new
     return Trace(tuple(times), name or f"synthetic(seed={seed}, seconds={seconds}, mean_bps={mean_bps})")
+
+
+def synthetic_pair(seed: int = SEED) -> tuple[Trace, Trace]:
+    """The synthetic link that benchmarks use, its two ways: 1.2 and 3 Mbit/s in the mean, for two minutes."""
+    return synthetic(seed, 120, 1_200_000), synthetic(seed + 1, 120, 3_000_000)
+
+
+def named_pair(name: str | Path) -> tuple[Trace, Trace]:
+    """The two ways of a link: "synthetic", "synthetic:SEED", or those that PREFIX.up and PREFIX.down hold.
+
+    Raises:
+        BenchError: a trace cannot be read, or the seed is no whole number.
+    """
+    kind, colon, seed = str(name).partition(":")
+    if kind != SYNTHETIC:
+        return read_pair(name)
+    if colon and not seed.isdecimal():
+        raise BenchError(f"the trace's seed is {seed!r}", "give a whole number, as in synthetic:7")
+    return synthetic_pair(int(seed) if colon else SEED)
 
 
 def _strengths(seed: int, count: int, every_ms: int, length_ms: int) -> Iterator[int]:

@@ -13,7 +13,11 @@ def command(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder, for both sides.")],
     rtt_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trips to emulate, in ms, as 5,50,200.")] = "50",
     trace: Annotated[
-        Path | None, typer.Option(metavar="PREFIX", help="Replay PREFIX.up and PREFIX.down (mahimahi) as the rate.")
+        str | None,
+        typer.Option(
+            metavar="PREFIX",
+            help="Replay PREFIX.up and PREFIX.down (mahimahi) as the rate; or synthetic[:SEED], a made-up link.",
+        ),
     ] = None,
     rate_mbps: Annotated[
         float | None, typer.Option(help="A fixed rate each way, in 10^6 bit/s; none is unlimited.")
@@ -37,12 +41,17 @@ def command(
 
     The cloud is a process of its own behind a relay that delays, and limits, what passes; the ways take turns on the
     same questions. "asks/tok" is round trips and "cloud ms" the cloud's engine time for a token; bytes are those of
-    messages, before encryption; "agrees" is the share of tokens that are the whole model's own greedy choice after the
-    same prefix, where the bundle holds the whole model. "of best" is tok/s over that of the better of the device and
-    the cloud alone: below 1 a way loses to not sharing, unless it is the cloud's time or the bytes that count.
+    messages, before encryption; "filled" is layers computed for a token that nobody asked about; "agrees" is the
+    share of tokens that are the whole model's own greedy choice after the same prefix, where the bundle holds the
+    whole model. "of best" is tok/s over that of the better of the device and the cloud alone: below 1 a way loses
+    to not sharing, unless it is the cloud's time or the bytes that count.
     """
+    from dataclasses import asdict
+    from importlib import metadata
+
     from rich.console import Console
 
+    from isthmus.apps.bench.machine import read_machine
     from isthmus.apps.bench.modes import Row, compare, select, table, ways, whole
     from isthmus.apps.bench.plot import check_drawing, draw
     from isthmus.apps.bench.shaping import LinkProfile
@@ -94,7 +103,9 @@ def command(
     if plot is not None:
         draw(plot, trips, {way.name: [rows[i].tok_s for _, rows in measured] for i, way in enumerate(chosen)})
     if as_json:
-        settings = {"bundle": source.name, "device_slowdown": device_slowdown, "cloud_step": cloud_step, "cut": cut}
+        settings: dict[str, object] = {"bundle": source.name, "cut": cut, "device_slowdown": device_slowdown}
+        settings["cloud_step"] = cloud_step
+        settings |= {"isthmus": metadata.version("isthmus"), "machine": asdict(read_machine())}
         settings |= {"threshold": threshold, "prompts": prompts, "tokens": tokens, "temperature": temperature}
         found = [{"link": link.describe(), "rows": [row.to_dict() for row in rows]} for link, rows in measured]
         print(json.dumps({**settings, "links": found}))

@@ -28,6 +28,7 @@ def chat(device: Device, screen: Screen, raw: bool, cloud: bool, options: dict[s
 
     from isthmus.apps.cli.tokens import dim, has_color, legend, summary
     from isthmus.apps.cli.wording import worded
+    from isthmus.edge.text import utf8
     from isthmus.protocol.errors import IsthmusError
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -52,7 +53,7 @@ def chat(device: Device, screen: Screen, raw: bool, cloud: bool, options: dict[s
                     return
                 _command(device, line, cloud, options)
                 continue
-            checked(line)
+            utf8(line)
             tokens = device.generate(line, **options) if raw else device.chat(line, **options)
             note = tell_note(device)
             try:
@@ -90,17 +91,6 @@ def _command(device: Device, line: str, cloud: bool, options: dict[str, Any]) ->
             print(f"note: {device.stats.note}")
     else:
         print(HELP if name == "/help" else f"there is no command {name}\n{HELP}")
-
-
-def checked(text: str) -> str:
-    """A text as it is when it is UTF-8; other bytes are there as surrogates."""
-    from isthmus.protocol.errors import DeviceError
-
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DeviceError("the prompt is not UTF-8 text", "give text, or - with text on standard input") from error
-    return text
 
 
 def tell_note(device: Device, said: str = "") -> str:

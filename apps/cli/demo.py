@@ -44,9 +44,9 @@ def command(
 
     from rich.console import Console
 
+    from isthmus.apps.bench.cloud_process import START_S, CloudProcess
     from isthmus.apps.bench.relay import Relay
     from isthmus.apps.bench.shaping import LinkProfile
-    from isthmus.apps.cli.cloud_process import START_S, CloudProcess
     from isthmus.apps.cli.run import check_bundle
     from isthmus.edge import Device, Timeouts
     from isthmus.edge.options import check_cut
@@ -57,7 +57,8 @@ def command(
     folder = bundle if bundle is not None else _bundle(console)
     check_bundle(folder)
     opened = Bundle.open(folder)
-    has_exits = bool(opened.exits)
+    deepest = max(opened.exits, key=lambda one: one.layer, default=None)  # which speaks where none is named
+    can_exit = deepest is not None and deepest.certificate is not None
     if cut is not None:
         check_cut(cut, opened.config)
     with TemporaryDirectory(prefix="isthmus-demo-") as temporary:
@@ -75,7 +76,7 @@ def command(
                 console.print(f"[bold]{question}[/bold]  ({device.name}; device process and cloud process, CURVE on)")
                 modes = [(mode, about) for mode, about in MODES if mode != "exit"]
                 rows = [_ask(console, device, mode, about, question, max_tokens) for mode, about in modes]
-            if has_exits:
+            if can_exit:
                 with Device(folder, cloud.address, **options) as device:
                     rows.append(_ask(console, device, *MODES[-1], question, max_tokens))
             with (

@@ -68,6 +68,7 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples' order and of the weights to begin with")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace exits that agree more often, too")] = False,
     work: Work = None,
     threads: Threads = 0,
 ) -> None:
@@ -75,11 +76,13 @@ def train(
 
     It needs PyTorch, on the CPU: for a model of 135 M parameters about ten minutes an exit. Stopped, it goes on where
     it was when it is called again. Texts come with: isthmus fetch texts.
+
+    An exit of the bundle that agrees with more of the model's own held-out answers than the new one stays, with its
+    certificate; --force replaces it.
     """
-    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import ModelError
     from isthmus.split.bundle import Bundle
-    from isthmus.split.exit_run import ExitRun, usual_head, usual_layers, work_folder
+    from isthmus.split.exit_run import usual_head, usual_layers
     from isthmus.split.exit_samples import check_questions, chunks, divided, text_files
     from isthmus.split.exit_scores import would_emit
     from isthmus.split.exit_states import questions
@@ -88,7 +91,7 @@ def train(
     try:
         from isthmus.split.exit_training import Recipe
     except ModuleNotFoundError as error:
-        raise ModelError("training exits needs PyTorch", "pip install torch") from error
+        raise ModelError("training exits needs PyTorch", _get_torch()) from error
 
     opened = Bundle.open(bundle)
     n_layers = opened.config.n_layers
@@ -100,9 +103,8 @@ def train(
     if min(passes) < 1 or len(passes) not in (1, len(chosen)):
         raise ModelError(f"--epochs is {epochs}", f"give one number from 1 on, or {len(chosen)} of them")
     passes = passes * len(chosen) if len(passes) == 1 else passes
-    rows = []
-    with ending_cleanly(), _progress() as say:
-        run = ExitRun(opened, work or work_folder(opened.model_id), say, threads)
+    rows, stays = [], []
+    with _run(opened, work, threads) as run:
         tokenizer, room = opened.tokenizer(), opened.config.context_length
         taught = [*chunks(tokenizer, texts.taught, room), *run.answered(questions(texts.taught, answers))]
         states = run.states("taught", taught, chosen)
@@ -112,15 +114,22 @@ def train(
             recipe = Recipe(d_ff=d_ff, epochs=times, seed=seed)
             count = usual_head(layer, n_layers) if head_tokens is None else head_tokens
             entry, data, found = run.train(states, held, own, layer, recipe, count)
-            manifest = put_exits(bundle, opened.model_id, [(entry, data)])
-            megabytes = manifest.exit_bytes(layer) / 1e6
-            emits = would_emit(found.answers, 0.05)
+            manifest, old = opened.manifest, None if force else run.standing(layer, held, own)
+            if old is not None and old.agreement.answers > found.agreement.answers:
+                stays.append(
+                    f"the exit before layer {layer} that the bundle had stays: it names {old.agreement.answers:.1%} of "
+                    f"the tokens of answers, and the new one {found.agreement.answers:.1%}; --force replaces it"
+                )
+                found = old
+            else:
+                manifest = put_exits(bundle, opened.model_id, [(entry, data)])
+            emits, megabytes = would_emit(found.answers, 0.05), manifest.exit_bytes(layer) / 1e6
             rows.append(
                 (
                     f"layer {layer}",
-                    f"{entry.head_tokens or 'all'}",
-                    f"{entry.agreement.documents:.3f}",
-                    f"{entry.agreement.answers:.3f}",
+                    f"{manifest.exit(layer).head_tokens or 'all'}",
+                    f"{found.agreement.documents:.3f}",
+                    f"{found.agreement.answers:.3f}",
                     f"{emits:.3f}",
                     f"{megabytes:.1f}",
                     f"{megabytes / emits:.1f}" if emits else "-",
@@ -128,6 +137,8 @@ def train(
             )
     _table(["exit", "names", "texts", "answers", "emits", "MB/token", "MB/emitted"], rows)
     print(AGREES)
+    for line in stays:
+        print(line)
     print("next, how sure they must be to speak for the model: isthmus exits calibrate")
 
 
@@ -140,6 +151,7 @@ def calibrate(
     text: Text = None,
     prompts: Prompts = None,
     count: Count = 320,
+    force: Annotated[bool, typer.Option("--force", help="Take away the certificate if none is found anew")] = False,
     work: Work = None,
     threads: Threads = 0,
 ) -> None:
@@ -149,14 +161,16 @@ def calibrate(
     and is not the model's own greedy choice after the same tokens; that holds with --confidence, for prompts like those
     of the calibration. These are built-in questions that no exit is trained on; with --text also questions about the
     held-out tenth of the files, which must be the ones of the training.
+
+    A certificate that an exit has is replaced by one that is found. If none is found it stays, unless these very
+    prompts gave it; --force takes it away.
     """
     from rich.console import Console
 
-    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import ModelError
     from isthmus.split.bundle import Bundle
     from isthmus.split.certificate import calibrate as certified
-    from isthmus.split.certificate import data_hash
+    from isthmus.split.certificate import data_hash, fewest_prompts
     from isthmus.split.exit_writer import put_certificates
 
     for name, value in (("--disagreement", disagreement), ("--confidence", confidence)):
@@ -165,20 +179,24 @@ def calibrate(
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     console = Console(highlight=False, soft_wrap=True)
-    with ending_cleanly(), _progress() as say:
-        run = _run(opened, work, say, threads)
+    with _run(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
         for entry, said in _said(run, entries, samples):
             sha256 = opened.manifest.files[entry.file].sha256
             data = data_hash(samples)
             found = certified(said, disagreement=disagreement, confidence=confidence, exit=sha256, data=data)
-            put_certificates(bundle, {entry.layer: found})
+            kept = None if force or found else entry.certificate
+            if kept and (kept.data, kept.disagreement, kept.confidence) == (data, disagreement, confidence):
+                kept = None  # it does not follow from its own data
+            if kept is None:
+                put_certificates(bundle, {entry.layer: found})
             where = f"exit before layer {entry.layer}"
             if found is None:
-                console.print(
-                    f"{where}: no threshold keeps {disagreement:.1%} with confidence {confidence:.0%} on {len(said)} "
-                    "prompts; it drafts, but never emits"
-                )
+                asked = f"{disagreement:.1%} with confidence {confidence:.0%}"
+                console.print(f"{where}: no threshold keeps {asked} on {len(said)} prompts; {_without(kept)}")
+                least = fewest_prompts(disagreement, confidence)
+                if len(said) < least:
+                    console.print(f"  that takes at least {least} prompts, even if none of them has an error")
                 continue
             megabytes = opened.manifest.exit_bytes(entry.layer) / 1e6
             console.print(f"{where}: {certificate_text(found)}")
@@ -205,16 +223,15 @@ def measure(
     """
     import numpy as np
 
-    from isthmus.apps.cli.signals import ending_cleanly
+    from isthmus.engine.threshold import NEVER
     from isthmus.split.bundle import Bundle
-    from isthmus.split.certificate import NEVER, emitted, losses
+    from isthmus.split.certificate import emitted, losses
     from isthmus.split.exit_scores import agreement
 
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     rows = []
-    with ending_cleanly(), _progress() as say:
-        run = _run(opened, work, say, threads)
+    with _run(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
         for entry in entries if check else []:
             _check_data(entry, samples)
@@ -256,6 +273,26 @@ def export(
     print(f"{output}: {len(opened.exits)} exits of {opened.name}, model {opened.model_id[:12]}")
 
 
+def _without(kept: Certificate | None) -> str:
+    """What an exit does for which no certificate was found."""
+    if kept is None:
+        return "it drafts, but never emits"
+    return (
+        f"the certificate of {kept.prompts} prompts (at most {kept.disagreement:.1%} allowed) stays; "
+        "use more prompts, or take it away with --force"
+    )
+
+
+def _get_torch() -> str:
+    """How PyTorch is installed without gigabytes for GPUs."""
+    import platform
+    import sys
+
+    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
+        return "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+    return "pip install 'isthmus[train]'"
+
+
 def certificate_text(found: Certificate) -> str:
     """A certificate in one line."""
     return (
@@ -292,10 +329,14 @@ def _check(entry: ExitEntry, said: list[Said]) -> None:
         raise ModelError(problem, "calibrate it again")
 
 
-def _run(bundle: Bundle, work: Path | None, say: Say, threads: int) -> ExitRun:
-    from isthmus.split.exit_run import ExitRun, work_folder
+@contextmanager
+def _run(bundle: Bundle, work: Path | None, threads: int) -> Iterator[ExitRun]:
+    from isthmus.apps.cli.signals import ending_cleanly
+    from isthmus.split.exit_run import ExitRun, work_folder, working_in
 
-    return ExitRun(bundle, work or work_folder(bundle.model_id), say, threads)
+    folder = work or work_folder(bundle.model_id)
+    with ending_cleanly(), working_in(folder), _progress() as say:
+        yield ExitRun(bundle, folder, say, threads)
 
 
 def _said(run: ExitRun, entries: list[ExitEntry], samples: list[Sample]) -> Iterator[tuple[ExitEntry, list[Said]]]:

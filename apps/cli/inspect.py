@@ -70,11 +70,13 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
+    import sys
+
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     c = facts["config"]
     heads = f"{c['n_heads']} query and {c['n_kv_heads']} KV heads of {c['head_dim']}"
     experts = f", {c['experts']['n_experts']} experts" if c["experts"] else ""
@@ -102,7 +104,7 @@ def _print(facts: dict[str, Any]) -> None:
         style = None if file["here"] else "dim"
         state = " ".join(file["formats"]) if file["here"] else "not here"
         table.add_row(escape(file["name"]), f"{file['bytes']:,}", state, file["sha256"][:16], style=style)
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
 
 def _exit(entry: dict[str, Any]) -> str:

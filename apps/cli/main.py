@@ -25,12 +25,17 @@ UNREAD = 141  # 128 + SIGPIPE
 SYSTEM = {
     errno.EACCES,
     errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
     errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
     errno.EMFILE,
     errno.ENAMETOOLONG,
     errno.ENFILE,
     errno.ENOMEM,
     errno.ENOSPC,
+    errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 }
@@ -53,7 +58,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "keys": Entry("isthmus.apps.cli.keys", "Make keys and say which devices a cloud lets in"),
     },
     "Run": {
-        "demo": Entry("isthmus.apps.cli.demo", "Watch one question answered in three modes by two processes"),
+        "demo": Entry("isthmus.apps.cli.demo", "Watch one question answered in five modes and over a cut link"),
         "run": Entry("isthmus.apps.cli.run", "Ask a model, or chat with it: on this device alone or with a cloud"),
         "serve": Entry("isthmus.apps.cli.serve", "Be the cloud: serve bundles to devices over encrypted links"),
     },

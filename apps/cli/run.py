@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from isthmus.apps.cli.tokens import Screen
-    from isthmus.edge import Device, Token
+    from isthmus.edge import Device, Stats, Token
 
 
 def command(
@@ -64,7 +65,10 @@ def command(
     ] = "speed",
     max_disagreement: Annotated[
         float,
-        typer.Option("--max-disagreement", help="Share of tokens that auto may let differ from the cloud's model"),
+        typer.Option(
+            "--max-disagreement",
+            help="Share of tokens that auto may let exits decide otherwise than the model, as certificates promise",
+        ),
     ] = 0.0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say on standard error why auto works as it does, and when it changes")
@@ -109,7 +113,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Keep the conversation in this file, and go on with the one that it holds, a cut-off answer first",
+            help="Keep the conversation in this file, and go on with the one that it holds: the same command finishes "
+            "its cut-off answer, or prints the one that is complete",
         ),
     ] = None,
     on_rollback: Annotated[
@@ -131,7 +136,12 @@ def command(
     device says by itself what its exit is sure of, and asks the cloud about the rest; `isthmus inspect` shows what the
     exit's certificate promises. With the codec f32 the text of split mode does not depend on where its tokens are
     computed; the others send less and may change it.
+
+    On a terminal tokens are coloured by where they were computed: green on this device, blue in the cloud, magenta in
+    both, cyan by the device and checked, yellow by an exit; guesses that the cloud has not confirmed are underlined.
     """
+    import sys
+
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
     from isthmus.apps.cli.tokens import Screen
@@ -173,20 +183,33 @@ def command(
             resume=resume,
             prefer=prefer,
             max_disagreement=max_disagreement,
-            explain=(reasons.append if json else _explain) if explain else None,
+            explain=(reasons.append if json else partial(_explain, screen)) if explain else None,
             progress=fetching.progress,
         ) as device,
     ):
         fetching.done()
         options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
         cut_off, told = device.unfinished, reasons if explain else None
-        if cut_off is not None and (prompt is None or cut_off.question == text):
+        if cut_off is not None and prompt is not None and cut_off.question != text:
+            print(f"note: another answer was cut off in {resume} and stays so", file=sys.stderr)
+        if device.answered is not None and not raw and device.messages[-2:-1] == [{"role": "user", "content": text}]:
+            _again(device.answered, json, f"{resume} holds this answer already; another file gets another one")
+        elif cut_off is not None and (prompt is None or cut_off.question == text):
             _answer(device, screen, device.go_on(), max_tokens, cut_off.text, json=json, reasons=told)
         elif prompt is not None:
             tokens = device.generate(text, **options) if raw else device.chat(text, **options)
             _answer(device, screen, tokens, max_tokens, json=json, reasons=told)
         if prompt is None:
             chat(device, screen, raw, cloud is not None, options)
+
+
+def _again(answered: Stats, json: bool, note: str) -> None:
+    """Prints an answer that was given before."""
+    import sys
+    from json import dumps
+
+    print(dumps(answered.to_dict(), ensure_ascii=False) if json else answered.text)
+    print(f"note: {note}", file=sys.stderr)
 
 
 def check_bundle(bundle: Path) -> None:
@@ -248,11 +271,11 @@ def _check_effects(ctx: typer.Context) -> None:
 def _read(prompt: str) -> str:
     import sys
 
-    from isthmus.apps.cli.chat import checked
+    from isthmus.edge.text import utf8
     from isthmus.protocol.errors import DeviceError
 
     try:
-        text = checked(sys.stdin.read() if prompt == "-" else prompt)
+        text = utf8(sys.stdin.read() if prompt == "-" else prompt)
     except (UnicodeDecodeError, OSError) as error:
         raise DeviceError("standard input cannot be read", "give UTF-8 text there, or as the prompt itself") from error
     if not text.strip():
@@ -260,9 +283,10 @@ def _read(prompt: str) -> str:
     return text
 
 
-def _explain(why: str) -> None:
+def _explain(screen: Screen, why: str) -> None:
     import sys
 
+    screen.pause()
     print(f"auto: {why}", file=sys.stderr)
 
 
@@ -295,3 +319,5 @@ def _answer(
     cut_off(device, max_tokens)
     if has_color(sys.stdout):
         print(dim(summary(device.stats), sys.stderr), file=sys.stderr)
+    elif device.stats.unverified:
+        print(f"note: {device.stats.unverified} tokens are guesses that no cloud confirmed", file=sys.stderr)

@@ -80,3 +80,7 @@ def command(
     layers = f"{manifest.config.n_layers} layers"
     line = f"{output}: {manifest.name}, {layers}, {size_mb:.1f} MB, model {manifest.model_id[:12]}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if manifest.exits:
+        before = ", ".join(str(entry.layer) for entry in manifest.exits)
+        line = f"early exits before layers {before}: they come with isthmus for this model"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

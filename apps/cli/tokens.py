@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
@@ -70,6 +71,13 @@ class Screen:
                 self._stream.flush()
             self._style = ""
 
+    def pause(self) -> None:
+        """Ends the line on a terminal where something else is to be said in the middle of an answer."""
+        if self._terminal and self._text and not self._text.endswith("\n"):
+            self._stream.write(f"{RESET if self._style else ''}\n")
+            self._stream.flush()
+            self._style = ""
+
     def rollback(self, wrong: Rollback) -> bool:
         """A device's `on_rollback`: takes guesses back."""
         count = len(wrong.tokens)
@@ -106,8 +114,9 @@ class Screen:
 
 def summary(stats: Stats) -> str:
     """What an answer cost, on one line."""
-    places = " + ".join(dict.fromkeys(stats.sources)) or "nowhere"
-    line = f"{len(stats.tokens)} tokens on {places}, the first after {stats.ttft_ms:.0f} ms, {stats.tok_s:.1f} tokens/s"
+    made = ", ".join(f"{count} {source}" for source, count in Counter(stats.sources).items())
+    line = f"{len(stats.tokens)} tokens ({made or 'none'}), "
+    line += f"the first after {stats.ttft_ms:.0f} ms, {stats.tok_s:.1f} tokens/s"
     if stats.bytes_up or stats.bytes_down:
         line += f", {stats.bytes_up:,} bytes up, {stats.bytes_down:,} down, {stats.round_trips} round trips"
     if stats.unverified or stats.replaced:

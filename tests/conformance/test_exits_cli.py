@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from isthmus.apps.cli.main import main  # noqa: E402
 from isthmus.engine import KvConfig, open_part  # noqa: E402
 from isthmus.engine.part import Rows, Want  # noqa: E402
 from isthmus.split.bundle import Bundle  # noqa: E402
+from isthmus.split.exit_states import States  # noqa: E402
 from isthmus.split.exit_writer import put_certificates, put_exits  # noqa: E402
 from isthmus.split.shipped import shipped  # noqa: E402
-from tests.edge_bundle import write_tiny  # noqa: E402
+from tests.edge_bundle import an_exit, write_tiny  # noqa: E402
 
 Capture = pytest.CaptureFixture[str]
 LOOSE = ["--disagreement", "0.9"]  # of a random model nothing stricter holds
@@ -110,12 +112,59 @@ def test_calibrate_measure_inspect_export(folder: Path, tmp_path: Path, capsys: 
     assert Bundle.open(folder / "b").manifest.exit(1).certificate == entry.certificate
 
 
-def test_what_cannot_be_promised_is_said_and_taken_back(folder: Path, capsys: Capture) -> None:
+def test_a_certificate_stays_until_one_is_found_or_it_is_taken_away(folder: Path, capsys: Capture) -> None:
     assert main(asked(folder, "calibrate", *LOOSE)) == 0
-    assert main(asked(folder, "calibrate", "--disagreement", "0.001", "--layers", "2")) == 0
-    assert "no threshold keeps 0.1% with confidence 95% on 12 prompts" in capsys.readouterr().out
+    before, strict = Bundle.open(folder / "b").exits, ["--disagreement", "0.001", "--layers", "2"]
+    capsys.readouterr()
+    assert main(asked(folder, "calibrate", *strict)) == 0
+    shown = capsys.readouterr().out
+    assert "no threshold keeps 0.1% with confidence 95% on 12 prompts; the certificate of 12 prompts" in shown
+    assert "(at most 90.0% allowed) stays; use more prompts, or take it away with --force" in shown
+    assert "that takes at least 3" in shown and Bundle.open(folder / "b").exits == before
+    assert main(asked(folder, "calibrate", *strict, "--force")) == 0
+    assert "on 12 prompts; it drafts, but never emits" in capsys.readouterr().out
     exits = Bundle.open(folder / "b").exits
     assert exits[0].certificate is not None and exits[1].certificate is None
+
+
+def test_a_certificate_that_its_own_prompts_do_not_give_goes(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(asked(folder, "calibrate", *LOOSE)) == 0
+    monkeypatch.setattr("isthmus.split.certificate.calibrate", lambda *_, **__: None)
+    assert main(asked(folder, "calibrate", *LOOSE, "--layers", "2")) == 0
+    assert "it drafts, but never emits" in capsys.readouterr().out
+    assert [one.certificate is None for one in Bundle.open(folder / "b").exits] == [False, True]
+
+
+def test_an_exit_that_agrees_less_does_not_replace_one(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isthmus.split import exit_training
+
+    shutil.copytree(folder / "b", folder / "better")
+    assert main(asked(folder, "calibrate", *LOOSE, bundle="better")) == 0
+    model_id = Bundle.open(folder / "better").model_id
+    put_exits(folder / "better", model_id, [an_exit(model_id, 2)])  # of random weights: worse than any training
+    before, whole = Bundle.open(folder / "better").exits, exit_training.train
+
+    def blunt(states: States, indices: list[int], layer: int, *rest: Any) -> exit_training.ExitHead:
+        head = whole(states, indices, layer, *rest)
+        if layer == 1:
+            head.map.weight.zero_()
+        return head
+
+    monkeypatch.setattr(exit_training, "train", blunt)
+    capsys.readouterr()
+    assert main([*train(folder, "better"), "--layers", "1,2"]) == 0
+    shown, exits = capsys.readouterr().out, Bundle.open(folder / "better").exits
+    assert "the exit before layer 1 that the bundle had stays: it names" in shown and "layer 2 that" not in shown
+    assert f"{before[0].agreement.answers:.3f}" in shown  # the table shows what the bundle holds
+    assert exits[0] == before[0] and exits[0].certificate is not None
+    assert exits[1].agreement == Bundle.open(folder / "b").exits[1].agreement != before[1].agreement
+    assert main([*train(folder, "better"), "--layers", "1,2", "--force"]) == 0
+    assert "stays" not in capsys.readouterr().out
+    assert Bundle.open(folder / "better").exits[0].agreement.answers < before[0].agreement.answers
 
 
 def test_own_prompts(folder: Path, capsys: Capture) -> None:

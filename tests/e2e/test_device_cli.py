@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.edge_bundle import write_tiny
+from isthmus.split.bundle import Bundle
+from isthmus.split.exit_writer import put_exits
+from tests.edge_bundle import an_exit, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_a_chat_without_a_terminal(bundle: Path) -> None:
     assert done.returncode == 0
     assert "mode: local" in done.stdout and "there is no command /what" in done.stdout
     assert "stream mode needs a cloud; leave with /quit" in done.stderr and "mode is 'magic'" in done.stderr
-    assert "tokens on device" in done.stdout
+    assert "4 tokens (4 device)" in done.stdout
 
 
 def test_bytes_that_are_no_text_are_one_line_each(bundle: Path) -> None:
@@ -156,14 +158,19 @@ def test_other_bad_input(bundle: Path, tmp_path: Path) -> None:
         assert problem in done.stderr
 
 
-def test_the_demo_answers_from_two_processes_and_cleans_up(bundle: Path, tmp_path: Path) -> None:
+def test_the_demo_answers_from_two_processes_and_cleans_up(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bundle = write_tiny(tmp_path_factory.mktemp("demo") / "tiny")
+    model_id = Bundle.open(bundle).model_id
+    put_exits(bundle, model_id, [an_exit(model_id, 1)])  # nobody says how sure it must be: it stays out
     command = [sys.executable, "-m", "isthmus.apps.cli", "demo", "--bundle", str(bundle), "--max-tokens", "6"]
     environment = {**os.environ, "NO_COLOR": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.split()[1:] and " ms " in line}
-    assert set(rows) - {"exit"} == {"local", "stream", "split", "verify", "stream,"}
-    assert {row[-1] for mode, row in rows.items() if mode not in ("local", "exit")} == {"yes"}
+    assert set(rows) == {"local", "stream", "split", "verify", "stream,"}
+    assert {row[-1] for mode, row in rows.items() if mode != "local"} == {"yes"}
     assert f"isthmus run {bundle}" in done.stdout.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 

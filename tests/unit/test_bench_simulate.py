@@ -54,7 +54,7 @@ def test_stream_pays_the_round_trip_once() -> None:
 
 
 def test_split_pays_it_for_each_token() -> None:
-    outcome = fixed(point(50, slow=4, factor=8, held=20), "split", codec="f16")
+    outcome = fixed(point(50, slow=4, factor=8, held=20), "split", codec="f32")
     prompt = 4 * 99 * 2.0 * 20 / 30
     cloud_prompt = 8 * ((33 - 2) / 3 + 91 * 2.0 / 3 + 2)
     rest = 8 * (7.5 / 3 + 2)
@@ -119,6 +119,38 @@ def test_auto_is_near_the_best_on_a_constant_link(
     outcome = play_auto(here, wish, window)
     assert outcome.seconds <= 1.1 * best
     assert outcome.tokens == 240
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+@pytest.mark.parametrize("rtt_ms", [5, 200])
+@pytest.mark.parametrize(("slow", "factor", "held"), [(1, 1, 30), (4, 1, 20), (1, 8, 20), (4, 8, 30)])
+def test_auto_does_not_know_that_an_answer_will_be_short(
+    rtt_ms: float, slow: float, factor: float, held: int, tokens: int
+) -> None:
+    here, wish = point(rtt_ms, slow, factor, held), Wish("speed", 0.05)
+    window = Window(0.0, facts.made_up(4, tokens, 0.6))
+    fixed = {one.name: play_fixed(here, one, window).seconds for one in simulate.fixed_modes(here, wish)}
+    alone = min(seconds for name, seconds in fixed.items() if name in ("local", "stream"))
+    outcome = play_auto(here, wish, window)
+    assert outcome.tokens == 4 * tokens
+    assert 0.9 * outcome.seconds <= alone
+
+
+def test_auto_drafts_with_n_grams_where_they_come_true() -> None:
+    cycle = (4, 3, 2, 1, 0)  # of four drafts all come true, and after them none is made
+    repeated = Answer(100, cycle * 24, cycle * 24, {20: facts.ExitFacts((0.1,) * 120, (False,) * 120)})
+    device = simulate.device_figures(LAYERS_MS, HEAD_MS, PREFILL_MS, slow=4, held=20)
+    cloud = simulate.cloud_figures(ROWS_MS, HEAD_MS, PREFILL_MS, 30, factor=8)
+    wish, window = Wish(), Window(0.0, (repeated,) * 4)
+    once = (1, *[0] * 4) * 24
+    rare = Answer(100, once, once, repeated.exits)
+    for known in (repeated, rare):  # before, or seen for nothing while the answer is made in another way
+        here = simulate.point(device, cloud, LinkPlan(5), [known], [20], 0.0)
+        best = min(play_fixed(here, one, window).seconds for one in simulate.fixed_modes(here, wish))
+        streamed = fixed(here, "stream", window.answers).seconds
+        outcome = play_auto(here, wish, window)
+        assert best < 0.6 * streamed
+        assert outcome.used["verify"] > 240 and outcome.seconds <= (1.1 if known is repeated else 2.0) * best, outcome
 
 
 def test_auto_goes_on_alone_through_an_outage() -> None:

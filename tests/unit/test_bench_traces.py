@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from isthmus.apps.bench.shaping import MS, LinkProfile, Opportunities, Pipe
-from isthmus.apps.bench.traces import BenchError, Trace, mean_rate, read, read_pair, synthetic, write
+from isthmus.apps.bench.traces import (
+    BenchError,
+    Trace,
+    mean_rate,
+    named_pair,
+    read,
+    read_pair,
+    synthetic,
+    synthetic_pair,
+    write,
+)
 
 
 def test_a_trace_is_read_and_written(tmp_path: Path) -> None:
@@ -130,6 +140,15 @@ def test_profiles_are_made_and_described(tmp_path: Path) -> None:
     told = profile.describe()
     assert told["mean_up_bps"] == 12_000_000 and told["delay_up_ms"] == 4
     assert str(told["trace_down"]).endswith("link.down") and json.dumps(told)
+
+
+def test_a_synthetic_link_needs_no_file() -> None:
+    assert named_pair("synthetic") == synthetic_pair() != named_pair("synthetic:7") == synthetic_pair(7)
+    told = LinkProfile.of_traces("synthetic:7", rtt_ms=8).describe()
+    assert told["trace_up"] == "synthetic(seed=7, seconds=120, mean_bps=1200000)" and json.dumps(told)
+    for name in ("synthetic:", "synthetic:-1", "synthetic:x"):
+        with pytest.raises(BenchError, match="seed"):
+            named_pair(name)
 
 
 def test_opportunities_repeat_and_pass() -> None:

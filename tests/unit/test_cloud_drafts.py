@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -18,7 +18,7 @@ from isthmus.engine.part import Rows as EngineRows
 from isthmus.engine.part import Want
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.messages import GREEDY, WANT_NONE, Code, Draft, Fill, Result, Rows, Sampler, Verdict
+from isthmus.protocol.messages import GREEDY, WANT_NONE, Code, Draft, Fill, Result, Rows, Sampler, Truncate, Verdict
 from tests.fakes import FakePart, fake_text
 
 PROMPT = [3, 1, 4, 1, 5, 9]
@@ -78,6 +78,7 @@ def of_text(part: FakePart, end: int) -> EngineRows:
     return EngineRows().tokens(part.open(), 0, TEXT[:end], leave=CUT, want=Want.HIDDEN, want_all=True)
 
 
+@settings(deadline=None)  # others may have the processors
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=12), st.integers(1, 5))
 def test_what_is_accepted_is_the_text(blocks: list[tuple[int, int]], chunk: int) -> None:
     one, at = prompted(), 6
@@ -167,6 +168,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
     assert bare.value.code == Code.BAD_MESSAGE
 
 
+@settings(deadline=None)  # others may have the processors
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.integers(1, 4)), min_size=1, max_size=10))
 def test_lazy_rows_wait_for_a_question_and_are_computed_with_it(pieces: list[tuple[int, bool, int]]) -> None:
     one, at = session(CUT), 6
@@ -198,6 +200,29 @@ def test_lazy_rows_wait_for_a_question_and_are_computed_with_it(pieces: list[tup
     one.rows(Rows(4, 1, at, CHAIN.at(at), TEXT[at : at + 1], tensors.encode(states(at, at + 1), "f32")), 0.0)
     (result,) = run(one)
     assert (result.position, result.tokens, result.committed) == (at, TEXT[at + 1 : at + 2], at + 1)
+
+
+@pytest.mark.parametrize("how", ["cancel", "resume", "truncate"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_rows_that_were_sent_ahead_outlast_what_ends_a_question(how: str, asked: bool) -> None:
+    one = prompted()
+    before = one.size_bytes
+    one.fill(Fill(4, 1, 6, CHAIN.at(6), TEXT[6:9]), 0.0, 10)
+    one.fill(Fill(4, 1, 9, CHAIN.at(9), TEXT[9:12]), 0.0, 20)
+    if asked:
+        one.draft(Draft(4, 1, 12, CHAIN.at(12), TEXT[12:15]), 0.0, 40)
+    assert one.size_bytes - before == (70 if asked else 30) and one.asked == asked
+    if how == "cancel":
+        one.cancel()
+    elif how == "resume":
+        one.resume(2, b"route", 4)
+    else:
+        assert one.truncate(Truncate(4, 2, 10)).committed == 10  # type: ignore[union-attr]
+    end = 10 if how == "truncate" else 12
+    assert (one.committed, one.held, len(one.chain), one.asked, one.ready) == (6, end, end, False, False)
+    one.draft(Draft(4, one.epoch, end, CHAIN.at(end), TEXT[end:15]), 0.0)
+    (verdict,) = run(one)
+    assert (verdict.accepted, verdict.token) == (15 - end, TEXT[15]) and one.size_bytes == one.freed_bytes
 
 
 def test_lazy_rows_do_not_wait_without_end() -> None:

@@ -436,6 +436,22 @@ def test_credit_comes_back_and_overdrawing_is_refused() -> None:
     assert m.Code.BAD_MESSAGE in {answer.code for answer in answers if isinstance(answer, m.Fault)}
 
 
+def test_credit_for_rows_that_were_sent_ahead_comes_back_once() -> None:
+    link = LinkLimits(credit_bytes=2000, max_message_bytes=1000)
+    world = World(link=link)
+    world.open()
+    log = Chain()
+    granted = sent = 0
+    for token in range(600):
+        message = m.Fill(1, 1, token, log.head[:4], [token % 50])
+        log.extend(message.tokens)
+        sent += len(m.encode(message)[0])
+        for answer in world.ask(message):
+            granted += answer.granted_bytes if isinstance(answer, m.Credit) else 0
+            assert not isinstance(answer, m.Fault)
+    assert 0.5 * sent < granted <= sent
+
+
 def test_stopping_finishes_what_is_under_way() -> None:
     world = World()
     world.open()

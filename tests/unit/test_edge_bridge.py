@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,26 @@ def test_wrong_guesses_stand_where_the_caller_keeps_them(how: Any) -> None:
             assert ids(alone.generate(one.tokens[:-1], max_tokens=1)) == [last.id]
 
 
+@pytest.mark.parametrize(("how", "stands"), [("replace", False), ("keep", True), (lambda rollback: False, False)])
+def test_guesses_count_only_where_they_are_to_when_their_reader_leaves(how: Any, stands: bool, tmp_path: Path) -> None:
+    path, wire = tmp_path / "talk", wired()
+    with device(wire, "stream", on_rollback=how, resume=path) as one:
+        lie(one)
+        tokens: Any = one.generate(PROMPT, max_tokens=60)
+        said = cut_after(wire, tokens, 5, 1e9) + [next(tokens) for _ in range(20)]
+        guesses = [token.id for token in said if not token.verified]
+        sure = [token.id for token in said if token.verified]
+        assert guesses
+        tokens.close()
+        assert one.stats.finish == "cancelled"
+        assert one.stats.tokens == one.tokens[11:] == sure + (guesses if stands else [])
+        assert one.stats.unverified == (len(guesses) if stands else 0)
+        assert one.stats.text == "".join(token.text for token in said if token.verified or stands)
+    with device(LossyWire(ToyService()), "stream", resume=path) as two:
+        rest = ids(two.go_on())
+        assert (sure + rest == local(max_tokens=60)) is not stands
+
+
 def test_a_link_that_stays_dark_leaves_guesses_and_says_so() -> None:
     wire = wired()
     with device(wire, "stream") as one:
@@ -211,3 +232,32 @@ def test_what_was_said_is_told_again_as_long_as_it_stands() -> None:
     assert drafts.draft(2) == []
     drafts.truncate(3)
     assert (len(drafts), drafts.draft(1)) == (3, [4])
+
+
+def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() -> None:
+    wire = wired()
+    with device(wire, "stream") as one:
+
+        def busy() -> bool:
+            wire.now += 0.01
+            return True
+
+        one._steering._standby.work = busy  # type: ignore[method-assign, union-attr]
+        tokens = one.generate(PROMPT, max_tokens=40)
+        cut_after(wire, tokens, 5, 1e9)
+        dark = wire.now
+        while next(tokens).verified:
+            dark = wire.now
+        assert wire.now - dark <= max(0.05, 2 * RTT_S) + RTT_S
+
+
+def test_a_device_that_is_asked_while_it_rolls_back_says_that_it_is_busy() -> None:
+    wire, asked = wired(), list[Any]()
+    with device(wire, "stream", on_rollback=lambda wrong: asked[0].reset()) as one:
+        asked.append(one)
+        lie(one)
+        tokens = one.generate(PROMPT, max_tokens=250)
+        cut_after(wire, tokens, 5, 0.5)
+        with pytest.raises(DeviceError, match="in the middle of an answer"):
+            list(tokens)
+        assert "silent" not in one.stats.note

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
-from isthmus.edge import controller, policy, profile
-from isthmus.edge.controller import DECIDE_S
+from isthmus.edge import controller, policy, profile, rhythm
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
 from isthmus.engine.part import Rows, StepResult
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import BundleError, DeviceError
 from tests.edge_exits import CUT, give_exit
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
@@ -118,8 +117,8 @@ def test_the_text_is_the_same_whatever_is_chosen_and_whenever(
     wire.reconnect_every = reconnect
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(controller, "decide", scripted(random.Random(seed)))
-        patch.setattr(controller, "DECIDE_S", every_s)
-        patch.setattr(controller, "SELDOM_S", every_s)
+        patch.setattr(rhythm, "DECIDE_S", every_s)
+        patch.setattr(rhythm, "SELDOM_S", every_s)
         with decider(patch, wire, known=True, held=held) as one:
             ids(one.generate(PROMPT, max_tokens=30, sampling=sampling))
             text = one.stats.tokens
@@ -135,8 +134,8 @@ def test_the_text_is_the_same_whatever_is_chosen_and_whenever(
 
 def test_ways_change_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "decide", scripted(random.Random(5)))
-    monkeypatch.setattr(controller, "DECIDE_S", 0.0)
-    monkeypatch.setattr(controller, "SELDOM_S", 0.0)
+    monkeypatch.setattr(rhythm, "DECIDE_S", 0.0)
+    monkeypatch.setattr(rhythm, "SELDOM_S", 0.0)
     told: list[str] = []
     with decider(monkeypatch, LossyWire(TimedCloud()), known=True, explain=told.append) as one:
         text = ids(one.generate(PROMPT, max_tokens=60))
@@ -162,6 +161,20 @@ def test_a_slow_cloud_is_left_once_the_device_is_known_to_be_faster(deciding: An
     assert len(text) == 50
 
 
+def test_what_cannot_be_had_is_told_and_damage_is_noted(deciding: Any) -> None:
+    told: list[str] = []
+    with deciding(LossyWire(TimedCloud(SLOW)), known=True, explain=told.append) as one:
+
+        def damaged(options: Any) -> Any:
+            raise BundleError("layer-003 is damaged", "fetch the bundle again")
+
+        one._modes.local = damaged
+        ids(one.generate(PROMPT, max_tokens=10))
+        assert "cannot be had (layer-003 is damaged)" in one.stats.note
+        assert any("local cannot be had (layer-003 is damaged)" in why for why in told)
+        assert not any("too little is known" in why for why in told)
+
+
 def test_a_fast_cloud_is_kept(deciding: Any) -> None:
     with deciding(LossyWire(TimedCloud()), known=True) as one:
         ids(one.generate(PROMPT, max_tokens=40))
@@ -184,7 +197,7 @@ def test_deciding_is_rare(deciding: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         one._holding._held = looks
         tokens = len(ids(one.generate(PROMPT, max_tokens=200)))
         assert calls == one._steering._controller.decisions
-        assert calls <= 2 + (wire.now - before) / DECIDE_S
+        assert calls <= 2 + (wire.now - before) / rhythm.DECIDE_S
         assert looks.call_count <= 3  # when the answer begins: it takes longer than a decision
         assert calls < tokens / 4  # a token takes 5 ms, and two decisions soon lie 200 ms apart
 

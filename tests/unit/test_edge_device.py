@@ -182,7 +182,7 @@ def test_a_sliding_conversation_goes_on_alike_in_every_mode() -> None:
         ({"cut": 6}, "choose one in 1..5"),
         ({"codec": "f8"}, "choose one of f32, f16, int8"),
         ({"mode": "magic"}, "choose one of auto, local"),
-        ({"max_tokens": 0}, "ask for one or more"),
+        ({"max_tokens": 0}, "max_tokens is 0; choose a whole number from 1 on"),
         ({"stop": ""}, "stop word is empty"),
     ],
 )
@@ -195,7 +195,7 @@ def test_bad_settings_are_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"kv_tokens": 1000}, "1..512"),
         ({"overflow": "wrap"}, "error or slide"),
-        ({"threads": -1}, "0 .one per core. or more"),
+        ({"threads": -1}, "threads is -1; choose a whole number from 0 on"),
         ({"mode": "split", "cut": 9}, "1..5"),
     ]
     for options, problem in cases:
@@ -283,3 +283,52 @@ def test_numbers_that_are_none_are_refused(number: float) -> None:
     for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
         with pytest.raises(DeviceError, match=f"{name} is {number}"):
             Timeouts(**{name: number})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": float("nan")},
+        {"threshold": "sure"},
+        {"guesses": -1},
+        {"guesses": 1.5},
+        {"guesses": 32},
+        {"draft_depth": 2.5},
+        {"threads": 1.5},
+        {"kv_tokens": 64.5},
+        {"memory_mb": "much"},
+        {"max_disagreement": "none"},
+    ],
+)
+def test_settings_that_are_none_are_refused_at_once(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(DeviceError, match=name.removeprefix("the ")):
+        device(mode="local", **options)
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda one: one.generate(PROMPT, max_tokens=2.5), "max_tokens is 2.5"),
+        (lambda one: one.generate(["a"]), "no token"),
+        (lambda one: one.generate("\ud800"), "not UTF-8"),
+        (lambda one: one.generate(PROMPT, stop=None), "stop is None"),
+        (lambda one: one.chat(None), "None is no message"),
+        (lambda one: one.chat([5]), "5 is no message"),
+        (lambda one: one.chat([{"role": "user"}]), "no content"),
+        (lambda one: one.chat("\ud800"), "not UTF-8"),
+    ],
+)
+def test_questions_that_are_none_are_refused_in_a_line(ask: Any, said: str) -> None:
+    with device(mode="local") as one, pytest.raises(DeviceError, match=said):
+        ask(one)
+
+
+def test_an_answer_of_a_thread_that_has_ended_binds_nobody() -> None:
+    with device(mode="local") as one:
+        with ThreadPoolExecutor(1) as other:
+            answer = other.submit(one.generate, PROMPT).result()
+            other.submit(next, answer).result()
+        assert ids(one.generate(PROMPT, max_tokens=3)) == local(max_tokens=3)
+    with pytest.raises(DeviceError, match="closed"):
+        one.reset()

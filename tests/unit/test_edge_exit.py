@@ -5,45 +5,31 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.engine.part import Rows, Want
 from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError
-from tests.edge_exits import CUT, ToyExit, give_exit
+from isthmus.split.certificate import Said, emitted
+from tests.edge_exits import CUT, Oracle, exiting
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import N_LAYERS, LossyWire, ToyPart, ToyService
+from tests.edge_world import EOS, N_LAYERS, LossyWire, ToyService
 
 WARM = Sampling(0.9, seed=3)
 
-
-def exiting(wire: LossyWire, threshold: float = 0.6, guesses: int | None = None, **options: Any) -> Any:
-    one: Any = device(wire, "exit", threshold=threshold, guesses=guesses, codec="f32", **options)
-    one._exits.layer = lambda wanted: CUT
-    give_exit(one)
-    return one
+ORACLE = Oracle()
 
 
 def oracle(count: int, threshold: float, sampling: Sampling = Sampling()) -> list[int]:  # noqa: B008
     """Token by token: the exit's where it is sure, else the whole model's."""
-    whole, exit_part, lower = ToyPart(), ToyExit(), ToyPart()
-    sequence, exits, first = whole.open(), exit_part.open(), lower.open()
     log = list(PROMPT.encode())
-    feed, out = log, list[int]()
-    for _ in range(count):
-        at = sequence.length
-        real = whole.step(Rows().tokens(sequence, at, feed, sampling=sampling)).tokens[0]
-        states = lower.step(Rows().tokens(first, at, feed, leave=CUT, want=Want.HIDDEN, want_all=True)).hidden
-        want = Want.SAMPLE | Want.CONFIDENCE
-        said = exit_part.step(Rows().hidden(exits, at, states, enter=CUT, want=want, sampling=sampling))
-        token = said.tokens[0] if said.confidence[0] >= threshold else real
-        out.append(token)
-        feed = [token]
-        if token == 256:
-            break
-    return out
+    start = len(log)
+    while len(log) < start + count and log[-1] != EOS:
+        log.append(ORACLE.after(log, sampling, threshold))
+    return log[start:]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), WARM])
@@ -78,6 +64,29 @@ def test_a_threshold_that_nothing_reaches_gives_the_models_own_text() -> None:
     with exiting(LossyWire(ToyService()), 1.0, 3) as one:
         assert ids(one.generate(PROMPT, max_tokens=50)) == local(max_tokens=50)
         assert one.stats.accepted < one.stats.drafted
+        assert one.stats.filled == 0  # every state was asked about
+
+
+def test_layers_that_fill_what_nobody_asked_about_are_counted() -> None:
+    with exiting(LossyWire(ToyService()), 0.7, 0) as one:
+        ids(one.generate(PROMPT, max_tokens=50))
+        rest, sources = N_LAYERS - CUT, one.stats.sources
+        assert 0 < one.stats.filled <= sources.count("exit") * rest and one.stats.filled % rest == 0
+        # All that the exit said before the last question.
+        last = max(i for i, source in enumerate(sources) if source != "exit")
+        assert one.stats.filled == sources[:last].count("exit") * rest
+
+
+@pytest.mark.parametrize(("threshold", "sources"), [(1.0, {"cloud", "verified"}), (0.995, {"exit"})])
+def test_a_certain_exit_is_believed_as_its_certificate_was_measured(threshold: float, sources: set[str]) -> None:
+    with exiting(LossyWire(ToyService()), threshold) as one:
+        speaker = one._exits.speaker(CUT)
+        say = speaker.say
+        speaker.say = lambda log, sampling: say(log, sampling)._replace(confidence=1.0)
+        text = ids(one.generate(PROMPT, max_tokens=30))
+        assert set(one.stats.sources) == sources
+        said = [Said(np.ones(len(text), np.float32), np.zeros(len(text), bool))]
+        assert emitted(said, threshold) == np.mean([source == "exit" for source in one.stats.sources])
 
 
 @settings(max_examples=100, deadline=None)
@@ -135,13 +144,61 @@ def test_no_exit_no_certificate_no_such_threshold() -> None:
     bare.exits = ()
     with bundle_less as one, pytest.raises(DeviceError, match="has no exit"):
         ids(one.generate(PROMPT, max_tokens=3))
-    with device(LossyWire(ToyService()), "exit", threshold=1.5) as one:
-        with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
-            one._exits.threshold(CUT, 1.5)
+    with pytest.raises(DeviceError, match=r"threshold is 1\.5"):
+        device(LossyWire(ToyService()), "exit", threshold=1.5)
+    with device(LossyWire(ToyService()), "exit") as one:
         uncertified: Any = one._bundle
         uncertified.manifest.exit = lambda layer: SimpleNamespace(certificate=None)
         with pytest.raises(DeviceError, match="no certificate"):
             one._exits.threshold(CUT, None)
+
+
+def sent_ahead(wire: LossyWire) -> list[int]:
+    """Positions of states that went up, each as often as it did."""
+    rows = [one for one in wire.sent if isinstance(one, m.Fill | m.Draft | m.Rows) and one.hidden is not None]
+    return [one.position + i for one in rows for i in range(len(one.tokens))]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7])
+def test_states_go_up_once_however_many_turns_there_are(threshold: float) -> None:
+    wire = LossyWire(ToyService())
+    with exiting(wire, threshold, 0) as one:
+        text = oracle(60, threshold)
+        got: list[int] = []
+        for count in (17, 9, 14, 20):
+            got += ids(one.generate(PROMPT if not got else None, max_tokens=count))
+            if len(got) == 26:
+                wire.receive(100.0)  # what is under way arrives
+                wire.reconnect()  # rows that wait in the cloud outlast the connection
+        assert got == text
+        went = sent_ahead(wire)
+        assert len(went) > 30 and len(went) == len(set(went))
+
+
+def test_split_mode_goes_on_from_states_that_were_sent_ahead() -> None:
+    wire = LossyWire(ToyService())
+    with exiting(wire, 0.0, 0) as one:
+        said = ids(one.generate(PROMPT, max_tokens=30))
+        log = [*PROMPT.encode(), *said]
+        got = ids(one.generate(max_tokens=4, mode="split", cut=CUT))
+        for token in got:
+            assert token == ORACLE.after(log, Sampling())
+            log.append(token)
+        went = sent_ahead(wire)
+        assert len(went) == len(set(went))
+
+
+def test_what_was_sent_ahead_and_is_not_said_is_taken_back() -> None:
+    wire = LossyWire(ToyService())
+    with exiting(wire, 0.3, 0) as one:
+        said = ids(one.generate(PROMPT, max_tokens=30))
+        cut = [*PROMPT.encode(), *said[:12], 65, 66, 67]
+        began = wire.now
+        text = ids(one.generate(cut, max_tokens=20))
+        for token in text:
+            assert token == ORACLE.after(cut, Sampling(), 0.3)
+            cut.append(token)
+        assert wire.now - began < 0.3  # nobody had to ask twice
 
 
 def test_it_holds_no_more_states_than_it_needs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isthmus.edge.journal import Journal
+from isthmus.edge.options import GenerateOptions
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError, LinkError
@@ -270,6 +273,85 @@ def test_a_device_of_the_systems_is_no_file(name: str) -> None:
         device(mode="local", resume=name)
 
 
+def line(body: Any) -> bytes:
+    """A record with a right checksum, whatever it says."""
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return b"%08x " % zlib.crc32(text) + text + b"\n"
+
+
+HEAD = line(["isthmus", 1, MODEL_ID, "toy"])
+WISHED = GenerateOptions(mode="stream").to_dict()
+CRAFTED: dict[str, Any] = {
+    "no JSON": b"hello",
+    "no text": b"\xff\xfe",
+    "too deep": b"[" * 100_000,
+    "a number": 5,
+    "a text": "tokens",
+    "nothing": [],
+    "an unknown kind": ["word", 1],
+    "a kind that is none": [["tokens"], [1], None],
+    "tokens that are texts": ["tokens", ["1"], None],
+    "tokens that are fractions": ["tokens", [1.5], None],
+    "tokens below 0": ["tokens", [-1], None],
+    "tokens that are none": ["tokens", 5, None],
+    "a cut that is a fraction": ["cut", 0.0],
+    "a cut beyond the end": ["cut", 1],
+    "a base that is a fraction": ["asked", 0.0, WISHED, None],
+    "options that are none": ["asked", 0, None, None],
+    "options of another kind": ["asked", 0, WISHED | {"more": 1}, None],
+    "a number of tokens that is a fraction": ["asked", 0, WISHED | {"max_tokens": 2.5}, None],
+    "a stop word that is none": ["asked", 0, WISHED | {"stop": [1]}, None],
+    "stop words that are one text": ["asked", 0, WISHED | {"stop": "word"}, None],
+    "a cut that is a text": ["asked", 0, WISHED | {"cut": "3"}, None],
+    "a codec that is a number": ["asked", 0, WISHED | {"codec": 0}, None],
+    "a threshold that is true": ["asked", 0, WISHED | {"threshold": True}, None],
+    "guesses that are fractions": ["asked", 0, WISHED | {"guesses": 1.5}, None],
+    "a seed that is a text": ["asked", 0, WISHED | {"sampling": WISHED["sampling"] | {"seed": "7"}}, None],
+    "messages that are a text": ["asked", 0, WISHED, "hello"],
+    "a message without a content": ["asked", 0, WISHED, [{"role": "user"}]],
+    "a content that is a number": ["ended", [{"role": "user", "content": 5}], "eos"],
+    "messages that are none": ["ended", None, "eos"],
+    "a session that is no text": ["lane", 1, 5, 0, 1],
+    "a session that is no hex": ["lane", 1, "hello", 0, 1],
+    "a session that is too short": ["lane", 1, "abcd", 0, 1],
+    "an epoch that is a text": ["lane", 1, "ab" * 16, 0, "1"],
+    "an epoch that is a fraction": ["lane", 1, "ab" * 16, 0, 1.5],
+    "an epoch below 0": ["lane", 1, "ab" * 16, 0, -1],
+    "an epoch that no message can carry": ["lane", 1, "ab" * 16, 0, 2**32],
+    "an alias that is a list": ["lane", [1], "ab" * 16, 0, 1],
+    "a layer that is none": ["lane", 1, "ab" * 16, None, 1],
+}
+
+
+@pytest.mark.parametrize("what", list(CRAFTED))
+def test_a_record_that_is_none_is_said_in_one_line(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "talk"
+    data = HEAD + line(CRAFTED[what]) + line(["cut", 0])
+    path.write_bytes(data)
+    with pytest.raises(DeviceError) as raised:
+        device(mode="local", resume=path)
+    assert raised.value.problem == f"{path} is damaged in line 2"
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "head", [b"hello", 5, ["isthmus"], ["isthmus", 1, 5, "toy"], ["isthmus", 1, MODEL_ID, None], {"isthmus": 1}]
+)
+def test_a_head_that_is_none_is_no_conversation(tmp_path: Path, head: Any) -> None:
+    path = tmp_path / "talk"
+    path.write_bytes(line(head) + line(["cut", 0]))
+    with pytest.raises(DeviceError, match="is no conversation of isthmus"):
+        device(mode="local", resume=path)
+
+
+def test_options_that_an_older_version_wrote_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    older = {"max_tokens": 5, "sampling": {}, "stop": []}
+    path.write_bytes(HEAD + line(["tokens", list(PROMPT.encode()), None]) + line(["asked", 11, older, None]))
+    with device(mode="local", resume=path) as one:
+        assert ids(one.go_on()) == local(max_tokens=5)
+
+
 def test_a_full_disk_is_said_and_everything_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = device(mode="local", resume=tmp_path / "talk")
 
@@ -283,3 +365,17 @@ def test_a_full_disk_is_said_and_everything_is_closed(tmp_path: Path, monkeypatc
     one.close()
     assert one._closed
     sound.close()
+
+
+def test_a_complete_answer_is_told_as_long_as_nothing_else_was_said(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    with device(LossyWire(ToyService()), "stream", resume=path) as one:
+        assert one.answered is None
+        told = ids(one.chat(PROMPT, max_tokens=9))
+        text = one.stats.text
+    with device(LossyWire(ToyService()), "stream", resume=path) as two:
+        assert two.answered is not None and two.unfinished is None
+        assert (two.answered.tokens, two.answered.text, two.answered.finish) == (told, text, "length")
+        assert two.messages == [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": text}]
+        next(two.chat("more", max_tokens=2))
+        assert two.answered is None

@@ -208,10 +208,13 @@ wishes = st.builds(
     Wish, prefer=st.sampled_from(["speed", "cloud-cost", "privacy"]), max_disagreement=st.sampled_from([0, 0.01, 0.05])
 )
 standings = st.builds(
-    lambda left, rows, hidden: Standing(left, ((20, rows), (30, rows)), int(rows), ((20, hidden),)),
+    lambda left, rows, hidden, greedy: Standing(
+        left, ((20, rows), (30, rows)), int(rows), ((20, hidden),), greedy=greedy
+    ),
     st.integers(1, 500),
     st.integers(1, 400).map(float),
     st.integers(1, 400).map(float),
+    st.booleans(),
 )
 
 
@@ -232,6 +235,7 @@ def test_never_what_the_wish_or_the_device_forbids(known: Figures, wish: Wish, s
     elif known.cloud is not None and not known.cloud.same_model:
         assert choice.mode in ("stream", "verify")
     if choice.mode == "exit":
+        assert standing.greedy
         certified = {one.threshold: one.disagreement for one in known.exits}
         assert certified[choice.threshold] <= wish.max_disagreement
     if wish.max_disagreement == 0:
@@ -290,3 +294,10 @@ def test_the_cloud_while_it_answers_else_this_device(
 def test_nobody_can_answer(has_cloud: bool, problem: str) -> None:
     with pytest.raises(DeviceError, match=problem):
         choose(has_cloud, False, False)
+
+
+def test_an_exit_is_chosen_for_greedy_answers_alone() -> None:
+    wish, known = Wish(max_disagreement=0.05), figures(trip_ms=100, slow=0.5, factor=8.0)
+    for greedy in (True, False):
+        found = [one for one in candidates(known, wish, replace(FRESH, greedy=greedy)) if one.mode == "exit"]
+        assert found and all(("greedy" in one.why_not) is not greedy for one in found)

@@ -428,3 +428,29 @@ def test_a_slow_handshake_gets_more_patience_than_a_refusal() -> None:
         assert events(session) == []
         session.tick(patience, False, failure)
         assert events(session) == [Refused(failure)]
+
+
+def test_tokens_of_an_earlier_stream_are_passed_over() -> None:
+    session, lane = opened()
+    session.generate(lane, m.Generate(1, lane.epoch, 0, ROOT, LOG, 2), 1.0)
+    first = [m.Tokens(1, lane.epoch, 4 + i, [20 + i], i == 1, "length" if i else "", 4 + i, ROOT) for i in range(2)]
+    for news in first:
+        session.receive(news, 1.1)
+    session.generate(lane, m.Generate(1, lane.epoch, 4, ROOT, [20, 21], 2), 1.2)
+    events(session)
+    session.receive(msgspec.structs.replace(first[1], committed=7), 1.3)  # told again from a log that went on
+    session.receive(m.Tokens(1, lane.epoch, 4, [20, 21], True, "length", 7, ROOT), 1.3)
+    assert events(session) == []
+    session.receive(m.Tokens(1, lane.epoch, 6, [22], False, "", 6, ROOT), 1.4)
+    assert events(session) == [Streamed(lane, [22], False, "")]
+
+
+def test_a_stream_with_a_gap_is_asked_for_again_although_more_comes() -> None:
+    session, lane = opened()
+    request = m.Generate(1, lane.epoch, 0, ROOT, LOG, 50)
+    session.generate(lane, request, 1.0)
+    sent(session)
+    for i in range(1, 9):
+        session.receive(m.Tokens(1, lane.epoch, 4 + i, [20 + i], False, "", 4 + i, ROOT), 1.0 + i / 10)
+    session.tick(2.0)
+    assert (sent(session), events(session)) == ([request], [])

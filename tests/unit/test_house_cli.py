@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from isthmus.apps.cli.demo import MODES
 from isthmus.apps.cli.main import COMMANDS, Entry, help_text
 from isthmus.apps.cli.main import main as run
 from isthmus.apps.cli.wording import worded
@@ -45,6 +46,12 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0
     assert f"isthmus {name}" in capsys.readouterr().out
+
+
+def test_help_counts_the_modes_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    numbers = {4: "four", 5: "five", 6: "six"}
+    assert f"in {numbers[len(MODES)]} modes" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +191,9 @@ def test_own_mistakes_are_not_hidden(say: Callable[[Callable[..., object]], None
     [
         (MemoryError(), "there is not enough memory"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "Permission denied: /x; the system refused it"),
+        (FileExistsError(errno.EEXIST, "File exists", "/x"), "File exists: /x; the system refused it"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/x"), "Too many levels of symbolic links: /x; the"),
+        (OSError(errno.EFBIG, "File too large"), "File too large; the system refused it"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files; the system refused it"),
     ],
 )

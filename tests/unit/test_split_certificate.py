@@ -6,15 +6,17 @@ import msgspec
 import numpy as np
 import pytest
 
+from isthmus.engine.threshold import NEVER, least
 from isthmus.protocol.errors import BundleError, ModelError
 from isthmus.split.certificate import (
-    NEVER,
+    MOST_PROMPTS,
     THRESHOLDS,
     Certificate,
     Said,
     calibrate,
     data_hash,
     emitted,
+    fewest_prompts,
     losses,
     p_value,
     upper_bound,
@@ -35,6 +37,20 @@ def population(count: int, seed: int) -> list[Said]:
         confidence = rng.beta(2.5, 1.2, length).astype(np.float32)
         found.append(Said(confidence, rng.random(length) < confidence * (1 - 0.5 * hard)))
     return found
+
+
+@pytest.mark.parametrize(("disagreement", "confidence"), [(0.05, 0.95), (0.01, 0.95), (0.3, 0.6), (0.9, 0.95)])
+def test_fewer_prompts_certify_nothing(disagreement: float, confidence: float) -> None:
+    least = fewest_prompts(disagreement, confidence)
+    right = Said(np.full(9, 0.5, np.float32), np.ones(9, np.bool_))
+    found = [
+        certified([right] * count, disagreement=disagreement, confidence=confidence) for count in (least - 1, least)
+    ]
+    assert found[0] is None and found[1] is not None
+
+
+def test_no_end_of_prompts_is_not_looked_for() -> None:
+    assert fewest_prompts(1e-9, 0.95) == MOST_PROMPTS
 
 
 EVERY = population(2000, 0)
@@ -111,6 +127,8 @@ def test_an_exit_that_never_emits_is_never_wrong() -> None:
     sure = [Said(np.ones(5, np.float32), np.zeros(5, bool))]
     assert losses(sure, NEVER).tolist() == [0] and emitted(sure, NEVER) == 0
     assert losses(sure, 0.995).tolist() == [1] and emitted(sure, 0.995) == 1
+    same = [Said(np.full(5, 0.995, np.float32), np.zeros(5, bool))]
+    assert emitted(same, 0.995) == (float(same[0].confidence[0]) >= least(0.995)) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from isthmus.apps.cli.main import main
 from isthmus.split.bundle import Bundle
 
 pytest.importorskip("gguf")
+from tests.edge_bundle import an_exit
 from tests.small_gguf import write_gguf
 
 
@@ -50,6 +52,18 @@ def test_formats_names_and_force(model: Path, tmp_path: Path) -> None:
     assert main(["split", str(model), *target, "--format", "q4", "--head", "f16", "--force"]) == 0
     again = Bundle.open(tmp_path / "b")
     assert again.embedding().format == "f16" and again.model_id != bundle.model_id
+
+
+def test_split_says_which_exits_it_put_in(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["split", str(model), "-o", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
+    manifest = Bundle.open(tmp_path / "b").manifest
+    exits = tuple(an_exit(manifest.model_id, layer)[0] for layer in (1, 3))
+    monkeypatch.setattr("isthmus.split.writer.write_bundle", lambda *_, **__: replace(manifest, exits=exits))
+    assert main(["split", str(model), "-o", str(tmp_path / "c")]) == 0
+    assert "\nearly exits before layers 1, 3: they come with isthmus for this model\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -43,6 +44,19 @@ def test_the_commands_that_made_them_are_ours(name: str, capsys: pytest.CaptureF
         assert isthmus == "isthmus" and main([*called, "--help"]) == 0
         help = capsys.readouterr().out
         assert [word for word in words if word.startswith("-") and word not in help] == []
+
+
+def test_the_readme_says_what_they_reach() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    exits = listed("smollm2").exits
+    certificates = [one.certificate for one in exits if one.certificate is not None]
+    for shares in (
+        [one.agreement.documents for one in exits],
+        [one.agreement.answers for one in exits],
+        [one.emitted for one in certificates],
+    ):
+        *first, last = [f"{share:.2f}" for share in shares]
+        assert f"{', '.join(first)} and {last} of" in readme
 
 
 def test_those_of_smollm2_reach_their_aims() -> None:
