@@ -112,7 +112,7 @@ class Network:
     @property
     def tasks(self) -> int:
         """Nodes."""
-        return self.ms.shape[1]
+        return int(self.ms.shape[1])
 
     @cached_property
     def wires(self) -> Wires:
@@ -123,7 +123,7 @@ class Network:
             np.array([flow.producer for flow in used], np.int64),
             np.fromiter(chain.from_iterable(flow.consumers for flow in used), np.int64, int(counts.sum())),
             np.repeat(np.arange(len(used)), counts),
-            np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64),
+            np.cumsum(counts) - counts,
             np.array([flow.ms for flow in used], np.float64).reshape(len(used), -1 if used else self.tiers - 1),
         )
 
@@ -241,7 +241,8 @@ class _Layers:
                 self._arcs(task[~able[0]], sink, np.inf)
             if boundary + 1 == last:
                 self._arcs(source, task[~able[last]], np.inf)
-        tails, heads, weights = map(np.concatenate, (self._tails, self._heads, self._weights))
+        tails, heads = np.concatenate(self._tails), np.concatenate(self._heads)
+        weights = np.concatenate(self._weights)
         finite = np.isfinite(weights)
         scale = _UNITS / max(float(weights[finite].sum()), 1e-300)
         units = np.where(finite, np.rint(np.where(finite, weights, 0.0) * scale), 2.0 * _UNITS).astype(np.int64)

@@ -93,7 +93,7 @@ class OnnxGraph:
             PlanError: the device would need what the cloud makes.
         """
         here = set(device)
-        names = {}
+        names: dict[str, None] = {}
         for at, needs in enumerate(self.needs):
             for name in needs:
                 there = self._maker.get(name, -1) not in here and name in self._maker
@@ -133,9 +133,9 @@ class OnnxGraph:
 
     def info(self, name: str) -> onnx.ValueInfoProto:
         """Type and shape of a tensor, as far as the model says them; onnxruntime infers the rest of an output."""
-        found = self._infos.get(name)
-        if found is not None:
-            return found
+        if name in self._infos:
+            info: onnx.ValueInfoProto = self._infos[name]
+            return info
         fixed = self._initializers.get(name)
         if fixed is not None:
             return onnx.helper.make_tensor_value_info(name, fixed.data_type, list(fixed.dims))

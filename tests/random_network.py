@@ -24,8 +24,8 @@ def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
             middle = chance.randrange(1, len(all_users))
             parts = [all_users[:middle], all_users[middle:]]
         for part in parts:
-            ms = tuple(chance.choice([0.0, 5 * chance.random(), 30 * chance.random()]) for _ in range(tiers - 1))
-            flows.append(Flow(at, tuple(part), ms))
+            wire_ms = tuple(chance.choice([0.0, 5 * chance.random(), 30 * chance.random()]) for _ in range(tiers - 1))
+            flows.append(Flow(at, tuple(part), wire_ms))
     base = np.array([10 * chance.random() for _ in range(tasks)])
     ms = np.stack([base * 4.0**-tier * [chance.uniform(0.5, 2) for _ in range(tasks)] for tier in range(tiers)])
     memory = np.zeros_like(ms)
