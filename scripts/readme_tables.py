@@ -2,7 +2,7 @@
 
 A section of the README begins with `<!-- table: NAME.TABLE -->` (benchmark and table) and ends with `<!-- end -->`. One
 that begins with `<!-- plot: NAME.TABLE -->` shows results/NAME.png: a line for each row of the table, over the numbers
-in its titles.
+in its titles. One that begins with `<!-- missed -->` lists every figure of all files that is not what it should be.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ KINDS = {
     for kind in ("table", "plot")
 }
 SECTION, PLOT = KINDS["table"], KINDS["plot"]
+MISSED = re.compile(r"(<!-- missed -->\n).*?(<!-- end -->)", re.S)
 
 
 def cell(value: object) -> str:
@@ -66,7 +67,19 @@ def rewrite(readme: str, results: Path) -> str:
 
     for kind in KINDS.values():
         readme = kind.sub(section, readme)
-    return readme
+    return MISSED.sub(lambda match: f"{match[1]}{missed(results)}{match[2]}", readme)
+
+
+def missed(results: Path) -> str:
+    """The figures that are not what they should be, in Markdown."""
+    lines = ["| benchmark | figure | is | should be |", "| --- | --- | ---: | ---: |"]
+    for path in sorted(results.glob("*.json")):
+        for name, figure in json.loads(path.read_text())["figures"].items():
+            if figure.get("met") is False:
+                of = f" of {figure['of']}" if "of" in figure else f" {figure['unit']}"
+                value = cell(figure.get("ratio", figure["value"]))
+                lines.append(f"| {path.stem} | {name} | {value}{of} | {figure['sense']} {cell(figure['target'])} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "None.\n"
 
 
 def plots(readme: str, results: Path) -> dict[Path, dict[str, Any]]:

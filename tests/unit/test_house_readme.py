@@ -134,3 +134,24 @@ def test_a_picture_names_the_table_that_it_shows(written: Path) -> None:
 def test_a_table_keeps_its_shape() -> None:
     with pytest.raises(ValueError, match="1 cells in a table of 2"):
         record.Record("speed").table("decode", ["a", "b"], [["only one"]])
+
+
+def test_what_is_missed_is_listed(tmp_path: Path) -> None:
+    figures = {
+        "met": {"value": 9.0, "unit": "ms", "target": 10, "sense": "at most", "met": True},
+        "late": {"value": 12.5, "unit": "ms", "target": 10, "sense": "at most", "met": False},
+        "slow": {
+            "value": 80,
+            "unit": "tok/s",
+            "target": 0.9,
+            "sense": "at least",
+            "met": False,
+            "of": "a",
+            "ratio": 0.8,
+        },
+    }
+    assert tables.missed(tmp_path) == "None.\n"
+    (tmp_path / "bench.json").write_text(json.dumps({"figures": figures}))
+    said = tables.rewrite("before\n<!-- missed -->\nold\n<!-- end -->\nafter", tmp_path).splitlines()
+    assert said[:2] == ["before", "<!-- missed -->"] and said[-2:] == ["<!-- end -->", "after"]
+    assert said[4:-2] == ["| bench | late | 12.5 ms | at most 10 |", "| bench | slow | 0.8000 of a | at least 0.9000 |"]
