@@ -80,13 +80,13 @@ def _sequence(
         time.sleep(chance.uniform(0.3, 1.6))
         blow = chance.choice(BLOWS)
         if process.poll() is not None or (talk.exists() and '["ended"' in talk.read_text()):
-            break  # the answer is complete (the same command would ask once more), or the device has given up
+            break  # the answer is complete, or the device has given up
         done[blow] += 1
         if blow == "kills of the device":
             process.send_signal(signal.SIGKILL)
             out, err = process.communicate()
             if process.returncode != -signal.SIGKILL:
-                early = told_by(out, err)  # it ended before it was hit: the same command would ask once more
+                early = told_by(out, err)  # it ended before it was hit
                 done[blow] -= 1
                 break
             process = run(folder, key_folder, cloud.relay.address, mode, temperature, talk)
