@@ -31,13 +31,13 @@ from itertools import pairwise, product
 
 import numpy as np
 from models import BENCH, bundle
-from numpy.typing import NDArray
 from record import Cell, Record
 
 from isthmus.edge.drafts import NgramDrafts
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.split.bundle import Bundle
+from isthmus.split.exit_scores import would_emit
 from isthmus.split.exit_states import Sample, States, answers, questions, read_texts
 from isthmus.split.exit_training import ExitHead, Recipe, Teacher, agreement, foresee, least_squares, train
 from isthmus.split.fetch import fetch
@@ -116,13 +116,6 @@ def said(what: str) -> Callable[[int, int], None]:
             print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
 
     return tell
-
-
-def emitted(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
-    """The largest share of tokens above a threshold of which at most DISAGREEMENT of all are wrong."""
-    order = np.argsort(-confidence, kind="stable")
-    wrong = np.cumsum(~right[order]) / len(right)
-    return float((wrong <= DISAGREEMENT).sum() / len(right))
 
 
 def ngram_rounds(sample: Sample, block: int) -> tuple[int, int]:
@@ -231,9 +224,8 @@ def main() -> int:
         head = trained(states, of_taught, layer, teacher, recipe)
         on_documents = [agreement(one, states, of_documents, layer, teacher) for one in (plain, linear, head)]
         foreseen = [foresee(head, states, index, layer, teacher) for index in of_wrote]
-        right = np.concatenate([one.right for one in foreseen])
-        confidence = np.concatenate([one.confidence for one in foreseen])
-        exits.append(Exit(layer, float(right.mean()), emitted(confidence, right)))
+        foresees = float(np.concatenate([one.right for one in foreseen]).mean())
+        exits.append(Exit(layer, foresees, would_emit(foreseen, DISAGREEMENT)))
         record.figure(f"agreement/documents/exit {layer}", on_documents[2], "share", target=TARGETS[layer])
         record.figure(f"agreement/own answers/exit {layer}", exits[-1].foresees, "share")
         record.figure(f"emitted at 5 % disagreement/own answers/exit {layer}", exits[-1].emits, "share")

@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 from models import BENCH, bundle
 from record import Record
 
-from isthmus.apps.bench.cloud_process import CloudProcess
+from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from isthmus.edge import Device
-from isthmus.protocol.keys import AllowList, write_pair
 
 QUESTION = "Tell me a story about a fox and the sea."
 TOKENS = 64
@@ -53,12 +51,8 @@ def main() -> int:
     ways = (("local", "f16"), ("split", "f16"), ("split", "f32"), ("split", "int8"), ("stream", "f16"))
     rows: list[list[str | int | float | None]] = []
     for threads in (1, 2):
-        with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
-            keys = Path(temporary)
-            write_pair(keys, "server")
-            AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "bench")
-            with CloudProcess(folder, keys, threads) as cloud:
-                measured = alternate(folder, cloud.address, keys, threads, options.cut, options.turns, ways)
+        with fresh_keys() as keys, CloudProcess(folder, keys, threads) as cloud:
+            measured = alternate(folder, cloud.address, keys, threads, options.cut, options.turns, ways)
         local = f"local/{threads} threads"
         for (mode, codec), (tok_s, up, same) in measured.items():
             name = "local" if mode == "local" else f"{mode} {codec}" if mode == "split" else mode

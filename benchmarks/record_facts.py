@@ -11,25 +11,10 @@ from pathlib import Path
 from feasibility import LAYERS, said, samples, trained
 from models import BENCH, bundle
 
-from isthmus.apps.bench.facts import LONGEST, Answer, ExitFacts, write
-from isthmus.edge.drafts import NgramDrafts
+from isthmus.apps.bench.facts import ExitFacts, guessed, write
 from isthmus.engine import KvConfig, open_part
-from isthmus.split.exit_states import Sample, States
+from isthmus.split.exit_states import States
 from isthmus.split.exit_training import Recipe, Teacher, foresee
-
-
-def along(sample: Sample) -> Answer:
-    """What n-grams foresee of an answer."""
-    drafts, rest = NgramDrafts(), sample.tokens[sample.answer :]
-    drafts.extend(sample.tokens[: sample.answer])
-    drafted, agreed = [], []
-    for at, token in enumerate(rest):
-        offered = drafts.draft(LONGEST)
-        real = list(zip(offered, rest[at:], strict=False))
-        drafted.append(len(offered))
-        agreed.append(next((i for i, (guess, came) in enumerate(real) if guess != came), len(real)))
-        drafts.extend([token])
-    return Answer(sample.answer, tuple(drafted), tuple(agreed), {})
 
 
 def record(path: Path, layers: tuple[int, ...], epochs: int, documents: int = 1000, asked: int = 300) -> None:
@@ -41,7 +26,7 @@ def record(path: Path, layers: tuple[int, ...], epochs: int, documents: int = 10
     states.collect(part, said("states"))
     part.close()
     teacher, first = Teacher(source), len(taught) + len(held)
-    answers = [along(sample) for sample in wrote]
+    answers = [guessed(sample.tokens, sample.answer) for sample in wrote]
     for layer in layers:
         head = trained(states, list(range(len(taught))), layer, teacher, Recipe(epochs=epochs))
         for i, answer in enumerate(answers):

@@ -19,8 +19,9 @@ from typing import Any
 
 from models import bundle
 from record import Record
-from scene import QUESTION, TOKENS, Cloud, finished, keys, run, told_by
+from scene import QUESTION, TOKENS, Cloud, finished, run, told_by
 
+from isthmus.apps.bench.cloud_process import fresh_keys
 from isthmus.edge import Device
 
 LONG_QUESTION = " ".join([QUESTION] * 12)
@@ -37,7 +38,7 @@ def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] =
     done: dict[str, int] = dict.fromkeys(BLOWS, 0)
     done[GAVE_UP] = 0
     wrong = 0
-    with keys() as key_folder:
+    with fresh_keys() as key_folder:
         cloud = Cloud(folder, key_folder, 20)
         try:
             truth = {
@@ -115,7 +116,7 @@ def _sequence(
 
 def sent_again(record: Record, folder: Path) -> None:
     """What a device sends for an answer, and what one sends that takes it up after the first was killed."""
-    with keys() as key_folder:
+    with fresh_keys() as key_folder:
         cloud = Cloud(folder, key_folder, 5)
         try:
             whole, again = _bytes_again(folder, key_folder, cloud.relay.address)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from isthmus.apps.bench.cloud_process import CloudProcess
 from isthmus.apps.bench.relay import Relay
 from isthmus.apps.bench.shaping import LinkProfile
-from isthmus.protocol.keys import AllowList, write_pair
 
 QUESTION = "Tell me a story about a fox and the sea."
 TOKENS = 64
@@ -40,16 +36,6 @@ class Cloud:
         """Ends both."""
         self.relay.close()
         self._process.__exit__(None, None, None)
-
-
-@contextlib.contextmanager
-def keys() -> Iterator[Path]:
-    """A folder with a cloud's and a device's keys."""
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
-        folder = Path(temporary)
-        write_pair(folder, "server")
-        AllowList(folder / "allowed").allow(write_pair(folder, "device").public, "bench")
-        yield folder
 
 
 def run(

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from models import bundle
 from record import Record
-from scene import QUESTION, Cloud, keys
+from scene import QUESTION, Cloud
 
 from isthmus.apps.bench.calm import Calm, calm_enough
+from isthmus.apps.bench.cloud_process import fresh_keys
 from isthmus.apps.bench.relay import Relay
 from isthmus.edge import Device, Timeouts
 
@@ -28,7 +29,7 @@ def silence(record: Record, folder: Path, cuts: int) -> None:
     """Cuts the link in answers."""
     rows: list[list[str | int | float | None]] = []
     for rtt_ms in ROUND_TRIPS_MS:
-        with keys() as key_folder:
+        with fresh_keys() as key_folder:
             cloud = Cloud(folder, key_folder, rtt_ms)
             try:
                 for mode in ("stream", "verify", "exit"):

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from kept import Kept
@@ -30,19 +29,18 @@ from models import BENCH, bundle
 from record import Cell, Record, commit
 
 from isthmus.apps.bench.calm import Calm
-from isthmus.apps.bench.cloud_process import CloudProcess
-from isthmus.apps.bench.facts import LONGEST, Answer, ExitFacts
+from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
+from isthmus.apps.bench.facts import Answer, ExitFacts, guessed
 from isthmus.apps.bench.relay import LinkProfile, Relay
 from isthmus.apps.bench.simulate import LinkPlan, Point, Window, play_auto
 from isthmus.apps.bench.traces import Trace, read_pair, synthetic_pair
 from isthmus.edge import Device, Timeouts, priors
-from isthmus.edge.drafts import NgramDrafts
-from isthmus.edge.exit import ExitSpeaker
+from isthmus.edge.exit import ExitSpeaker, Said
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, Wish
 from isthmus.edge.local import LocalPart
 from isthmus.engine import KvConfig, Rows, Want, open_part
+from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.keys import AllowList, write_pair
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_states import questions
 
@@ -149,28 +147,23 @@ def answers(source: Bundle, asked: list[str], layers: list[int]) -> list[Answer]
 
 def along(log: list[int], first: int, shared: int, speakers: Mapping[int, ExitSpeaker]) -> Answer:
     """One answer; of its prompt, both sides still hold what it shares with the one before."""
-    from isthmus.engine.sampling import GREEDY
-
-    drafts, drafted, agreed = NgramDrafts(), list[int](), list[int]()
-    said: dict[int, tuple[list[float], list[bool]]] = {layer: ([], []) for layer in speakers}
-    drafts.extend(log[:first])
+    said: dict[int, list[Said]] = {layer: [] for layer in speakers}
     chain = Chain()
     chain.extend(log[:first])
     for speaker in speakers.values():
         speaker.truncate(0)
-    for at in range(first, len(log)):
-        guesses = drafts.draft(LONGEST)
-        drafted.append(len(guesses))
-        pairs = list(zip(guesses, log[at:], strict=False))
-        agreed.append(next((i for i, (guess, came) in enumerate(pairs) if guess != came), len(pairs)))
+    for token in log[first:]:
         for layer, speaker in speakers.items():
-            word = speaker.say(chain, GREEDY)
-            said[layer][0].append(word.confidence)
-            said[layer][1].append(word.token == log[at])
-        drafts.extend([log[at]])
-        chain.extend([log[at]])
-    exits = {layer: ExitFacts(tuple(sure), tuple(right)) for layer, (sure, right) in said.items()}
-    return Answer(first - shared, tuple(drafted), tuple(agreed), exits)
+            said[layer].append(speaker.say(chain, GREEDY))
+        chain.extend([token])
+    exits = {
+        layer: ExitFacts(
+            tuple(one.confidence for one in words),
+            tuple(one.token == came for one, came in zip(words, log[first:], strict=True)),
+        )
+        for layer, words in said.items()
+    }
+    return replace(guessed(log, first), prompt=first - shared, exits=exits)
 
 
 def links(folder: Path | None, name: str) -> tuple[Trace, Trace]:
@@ -351,11 +344,8 @@ def main() -> int:
     played = {one.window: one for one in kept.found}  # the last of each
     missing = [n for n in range(len(CASES)) if n not in played or played[n].commit != commit()]
     chosen = [int(n) for n in options.only.split(",")] if options.only else missing
-    with TemporaryDirectory(prefix="isthmus-windows-") as temporary:
-        keys = Path(temporary)
+    with fresh_keys() as keys:
         os.environ["ISTHMUS_CACHE"] = str(keys / "cache")  # what auto learns of this machine, and nothing from before
-        write_pair(keys, "server")
-        AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "bench")
         if chosen:
             source = Bundle.open(options.bundle) if options.bundle else bundle("keep")
             stand = Stand(source, options.traces, keys, options.questions, options.seconds)

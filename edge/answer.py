@@ -117,7 +117,7 @@ class Answer:
                 if self._again:
                     self._again, self._runner = False, steering.again(self._runner, self._options)
                 self._runner = steering.turn(self._options, self._runner, guesses, wanted)
-                with steering.listening(self._runner, bool(guesses), bool(stats.finish)):
+                with steering.listening(self._runner, self._options, bool(guesses), bool(stats.finish)):
                     token = self._runner.next(self._conversation.remaining(wanted))
                 if not self._conversation.speaks(token):
                     raise LinkError(f"the cloud answers nonsense: token {token}", "both sides must be one version")

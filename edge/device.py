@@ -230,7 +230,7 @@ class Device:
                 opening.absent,
                 self._notes,
                 fallback=fallback,
-                standby=Standby(self._bundle, self._holding, self._log) if ready else None,
+                standby=Standby(self.config.n_layers, self._holding, self._log) if ready else None,
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
                 controller=controller,

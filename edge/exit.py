@@ -261,6 +261,7 @@ class ExitRunner:
                 told.extend((said.token,))
                 return
             self._unsure = len(told) - 1
+            self._link.probe()  # so that a dark link is known by the time that the answer is due
         guesses, odds = len(told) - 1 - self._unsure, self._odds * (1.0 if sure else said.confidence)
         most = min(self._pace.most, m.MAX_DRAFT - 1, goal - 2 - self._unsure)
         if guesses < most and odds >= max(LIKELY, self._pace.even()) and said.token not in self._eos:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from isthmus.edge import budget
 from isthmus.edge.local import CHUNK, LocalPart
 from isthmus.edge.stopwatch import Stopwatch
@@ -55,9 +57,9 @@ class Holding:
             return held
         return min(held, budget.layers_that_fit(self._sizes(), self._bundle.config, self.kv, self._memory_mb))
 
-    def prefetch(self) -> None:
-        """Starts to check the weights in the background."""
-        self._bundle.prefetch(0, self.layers)
+    def prefetch(self) -> Callable[[], bool]:
+        """Starts to check the weights in the background; gives a cheap look at whether that is done."""
+        return self._bundle.prefetch(0, self.layers)
 
     def open(self, depth: int) -> LocalPart:
         """The part, which has at least layers [0, depth); opened when first asked for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,6 +35,9 @@ class Wire(Protocol):
     def heard_s(self) -> float: ...
 
     @property
+    def asked_s(self) -> float | None: ...
+
+    @property
     def failure(self) -> LinkError | None: ...
 
     def send(self, message: m.Message) -> None: ...
@@ -63,7 +67,7 @@ class Link:
         on_waiting: called with what `Patience.waiting` says, once each time that it begins.
 
     Attributes:
-        idle: does a little of what can be done while `hush` is waited for; whether there was anything.
+        idle: does a little of what can be done in the seconds that are left of `hush`; after how many it may do more.
         on_lane: told of a lane before anything is sent on it.
         watch: sees what goes up and comes down, and when; None for nobody.
         hush: gives the seconds without a sign of life after which waiting ends with `Silent`; None to wait as long as
@@ -79,7 +83,7 @@ class Link:
     ) -> None:
         self.session = session
         self.hush: Callable[[], float] | None = None
-        self.idle: Callable[[], bool] | None = None
+        self.idle: Callable[[float], float] | None = None
         self.on_lane: Callable[[Lane], None] | None = None
         self.watch: Watch | None = None
         self._on_waiting = on_waiting
@@ -244,6 +248,11 @@ class Link:
                 return
             self.session.receive(message, now)
 
+    def probe(self) -> None:
+        """Asks for a sign of life while something else is done, where silence is listened for."""
+        if self.hush is not None:
+            self._wire.probe()
+
     def ping(self, size: int = 0) -> int:
         """Asks for a sign of life, with so many bytes more than it needs; its name, as `rtt` gives it."""
         ping = m.Ping(int(self._clock() * 1e6), bytes(size))
@@ -297,8 +306,9 @@ class Link:
 
     def _next(self, deadline: float | None = None) -> Event | None:
         session, wire, clock = self.session, self._wire, self._clock
-        idle = self.idle is not None and self.hush is not None and deadline is None
-        hush, heard_s, probed_s = self.hush if deadline is None else None, clock(), -1.0
+        hush = self.hush if deadline is None else None
+        heard_s, probed_s = clock() if wire.asked_s is None else wire.asked_s, -1.0
+        rest_s = math.inf if self.idle is None or hush is None else 0.0
         while not session.events:
             try:
                 self.flush()
@@ -309,11 +319,11 @@ class Link:
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
-                message = wire.receive(0.0 if idle else max(0.0, (until - began) * 1e3))
-                if message is None and idle:
-                    idle = self.idle is not None and self.idle()
+                message = wire.receive(max(0.0, min(until - began, rest_s) * 1e3))
+                if message is None and self.idle is not None and hush is not None and rest_s <= until - began:
+                    rest_s = self.idle(heard_s + hush() - clock())
                     message = wire.receive(0.0)  # what came meanwhile, before anything is judged
-                    if message is None and idle and clock() < until:
+                    if message is None and clock() < until:
                         continue
             except IsthmusError:
                 session.abandon()

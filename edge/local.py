@@ -34,10 +34,15 @@ class LocalPart:
         self._coverage = Coverage()
         self._log = Chain()  # that the KV is for
         self._last: tuple[int, int, NDArray[np.float32]] | None = None  # cut, position, hidden [n, d_model]
+        self._sampled: tuple[bytes, Sampling, int] | None = None  # a log's head, how, and the token after it
 
     def held(self, depth: int, log: Chain) -> int:
         """Leading positions of a log whose KV of layers [0, depth) is held."""
         return min(self._coverage.at(depth), self._log.common(log))
+
+    def remembers(self, log: Chain, sampling: Sampling) -> bool:
+        """Whether `sample` was asked for just that the last time."""
+        return self._sampled is not None and self._sampled[:2] == (log.head, sampling)
 
     def sample(self, log: Chain, sampling: Sampling) -> int:
         """The token after the whole log.
@@ -45,13 +50,17 @@ class LocalPart:
         Raises:
             DeviceError: no room is left for KV.
         """
+        if self._sampled is not None and self.remembers(log, sampling):
+            return self._sampled[2]
         depth, end = self.part.end, len(log)
         self.truncate(self._log.common(log))
         start = self._back_to(min(self._coverage.at(depth), end - 1))
         while end - start > CHUNK:
             self._step(log, start, start + CHUNK, depth, Want.NONE, sampling)
             start += CHUNK
-        return self._step(log, start, end, depth, Want.SAMPLE, sampling)[0][0]
+        token = self._step(log, start, end, depth, Want.SAMPLE, sampling)[0][0]
+        self._sampled = log.head, sampling, token
+        return token
 
     def advance(self, log: Chain, rows: int) -> None:
         """Computes KV of up to `rows` more positions before the log's last.

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from isthmus.edge.holding import Holding
+from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import IsthmusError
-from isthmus.split.bundle import Bundle
 
-SLICE_S = 0.008  # of work at a time: by so much an answer may be taken in late
-BATCH = 4  # positions that are worth a pass
+LEAST, MOST = 4, 16  # positions that are worth a pass; in one, so that an answer is taken in soon
+LOOK_S = 0.005  # between looks at whether the weights were looked over
 
 
 class Standby:
     """The whole model, open, with KV for all but the last few tokens of the conversation.
 
     Args:
+        holding: whose weights are looked over from now on.
         log: the conversation's.
     """
 
-    def __init__(self, bundle: Bundle, holding: Holding, log: Chain) -> None:
-        self._bundle, self._holding, self._log = bundle, holding, log
-        self._depth = bundle.config.n_layers
-        self._row_s = 0.0
-        self._asked = self._failed = False
+    def __init__(self, depth: int, holding: Holding, log: Chain) -> None:
+        self._depth, self._holding, self._log = depth, holding, log
+        self._checked = holding.prefetch()
+        self._pass_s = 0.0  # what the last one took
+        self._failed = False
 
-    def work(self) -> bool:
-        """Does a slice of what is to be done; False when there is nothing for now."""
-        if self._failed:
-            return False
-        if not self._asked:
-            self._asked = True
-            self._bundle.prefetch(0, self._depth)
-            return True
-        if not self._bundle.prefetched(0, self._depth):
-            return False
+    def work(self, sampling: Sampling, left_s: float) -> float:
+        """Does a slice of what is to be done; gives the seconds after which there may be more.
+
+        Args:
+            sampling: of the answer.
+            left_s: seconds until this device goes on alone, unless the cloud is heard: its first token is to be ready.
+        """
+        if not self._failed and not self._checked():
+            return LOOK_S
         try:
-            part = self._holding.open(self._depth)
-            missing = len(self._log) - 1 - part.held(self._depth, self._log)
-            if missing < BATCH:
-                return False
-            rows = max(BATCH, min(missing, int(SLICE_S / self._row_s))) if self._row_s else BATCH
-            began = time.perf_counter()
-            part.advance(self._log, rows)
-            self._row_s = (time.perf_counter() - began) / rows
+            return math.inf if self._failed else self._work(sampling, left_s)
         except IsthmusError:  # no memory, no room, damaged weights: then it goes on more slowly, if at all
             self._failed = True
-        return not self._failed
+            return math.inf
+
+    def _work(self, sampling: Sampling, left_s: float) -> float:
+        part = self._holding.open(self._depth)
+        began, missing = time.perf_counter(), len(self._log) - 1 - part.held(self._depth, self._log)
+        if missing > MOST or (missing >= LEAST and left_s > self._pass_s):
+            part.advance(self._log, min(missing, MOST))
+        elif part.remembers(self._log, sampling):
+            return math.inf
+        elif left_s <= self._pass_s:
+            part.sample(self._log, sampling)
+        else:
+            return left_s - self._pass_s
+        self._pass_s = time.perf_counter() - began
+        return 0.0

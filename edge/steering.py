@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 from isthmus.edge import policy
 from isthmus.edge.bridge import Bridge
@@ -106,10 +107,11 @@ class Steering:
             return self._modes.shared(replace(options, mode=mode), self._link)
 
     @contextmanager
-    def listening(self, runner: Runner, guessed: bool, ended: bool) -> Iterator[None]:
+    def listening(self, runner: Runner, options: GenerateOptions, guessed: bool, ended: bool) -> Iterator[None]:
         """While a token that counts is waited for: `Silent` ends that where this device can go on by itself.
 
         Args:
+            options: of the answer.
             guessed: whether it has gone on already.
             ended: whether it has come to the answer's end so.
         """
@@ -120,7 +122,7 @@ class Steering:
         silent = guessed and link.heard_s <= self._silent_at
         rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
         idle = rests and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
-        link.idle = self._standby.work if self._standby is not None and idle else None
+        link.idle = partial(self._standby.work, options.sampling) if self._standby is not None and idle else None
         due_s = link.session.due_s
         link.hush = (lambda: max(self._confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:

@@ -11,7 +11,7 @@ from isthmus.protocol.messages import Offer
 _KEPT, _RECENT = 16, 3
 _FIRST_S = 1.0  # patience, until a round trip was measured
 _LEAST_S, _TRIPS, _GAPS = 0.036, 1.7, 3.0  # a little less than 50 ms and two trips, for the token that follows
-_ENGINE = 1.3  # times what the cloud's engine should take
+_USUAL, _ENGINE = 1.2, 1.3  # times the trip, and what the cloud's engine should take, when it computes
 _ROW_S = 0.004  # of it, for a row, where the cloud does not say
 _CHUNK = 128  # rows that a cloud computes before it looks again who speaks to it
 
@@ -54,7 +54,7 @@ class Trips:
         pace = max(1.0, statistics.median(self._paces)) if self._paces else 1.0
         engine_s = _ENGINE * pace * self._engine_s(rows) if rows else 0.0
         step_s = pace * self._engine_s(1) if self._offer is not None and self._offer.steps else 0.0
-        return max(_LEAST_S, _TRIPS * trip_s + engine_s, _GAPS * max(gap_s, step_s))
+        return max(_LEAST_S, _TRIPS * trip_s, _USUAL * trip_s + engine_s, _GAPS * max(gap_s, step_s))
 
     def _engine_s(self, rows: int) -> float:
         """What the cloud's engine takes for rows, or for as many as it takes at once, by its own word."""

@@ -81,6 +81,11 @@ class Link:
         return self._heard
 
     @property
+    def asked_s(self) -> float | None:
+        """When the first Ping since then was sent; None when there was none."""
+        return self._asked
+
+    @property
     def failure(self) -> LinkError | None:
         """Why the last attempt to connect failed, None while connected."""
         return None if self._main is not None else self._failure
@@ -106,11 +111,11 @@ class Link:
             self._waiting.append((message, frames, size))
 
     def probe(self) -> None:
-        """Pings now, unless a Ping is under way."""
+        """Asks for a sign of life now, unless a Ping is under way; `rtt` does not tell of it."""
         now = time.monotonic()
         if self._main is not None and self._asked is None:
             self._pinged = self._asked = now
-            self._main.send(encode(Ping(int(now * 1e6))))
+            self._main.send(encode(Ping(0)))
 
     def discard(self, unwanted: Callable[[Message], bool]) -> int:
         """Takes back messages that still wait for credit; how many."""
@@ -174,7 +179,8 @@ class Link:
             self.send(Pong(message.sent_us))  # type: ignore[union-attr]
         elif kind is Pong:
             sent_us: int = message.sent_us  # type: ignore[union-attr]
-            self.rtt = (sent_us, max(0.0, time.monotonic() * 1e3 - sent_us * 1e-3))
+            if sent_us:  # else it may have been here for long: nobody was in a hurry to read it
+                self.rtt = (sent_us, max(0.0, time.monotonic() * 1e3 - sent_us * 1e-3))
         elif kind is Fault and message.alias is None and message.code == Code.VERSION:  # type: ignore[union-attr]
             # The cloud has no memory of this connection (it was restarted, or forgot a silent device).
             self._lose(LinkError(message.problem, message.remedy))  # type: ignore[union-attr]

@@ -196,19 +196,15 @@ class Bundle:
         """Whether every listed file is here."""
         return all(self.holds(name) for name in self.manifest.files)
 
-    def prefetch(self, start: int = 0, end: int | None = None) -> None:
-        """Starts mapping and hashing in the background what layers [start, end) need; loading waits for it."""
-        last = self.config.n_layers if end is None else end
-        for name in self.manifest.part_files(start, last):
-            if self.holds(name):
-                self._start(name)
+    def prefetch(self, start: int = 0, end: int | None = None) -> Callable[[], bool]:
+        """Starts mapping and hashing in the background what layers [start, end) need; loading waits for it.
 
-    def prefetched(self, start: int = 0, end: int | None = None) -> bool:
-        """Whether what layers [start, end) need is mapped and hashed: loading them will not wait."""
+        Returns:
+            A cheap look at whether that is done.
+        """
         last = self.config.n_layers if end is None else end
-        files = [name for name in self.manifest.part_files(start, last) if self.holds(name)]
-        with self._lock:
-            return all(name in self._files and self._files[name].done() for name in files)
+        under_way = [self._start(name) for name in self.manifest.part_files(start, last) if self.holds(name)]
+        return lambda: all(one.done() for one in under_way)
 
     def verify(self, names: Iterable[str] | None = None, progress: Callable[[str, int], None] | None = None) -> None:
         """Compares the hash of every file that is here, or of those named.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
@@ -166,11 +166,8 @@ class ToyBundle:
     def holds(self, name: str) -> bool:
         return self.held_layers == N_LAYERS or "norm" not in name
 
-    def prefetch(self, start: int, end: int) -> None:
-        pass
-
-    def prefetched(self, start: int, end: int) -> bool:
-        return True
+    def prefetch(self, start: int, end: int) -> Callable[[], bool]:
+        return lambda: True
 
     def tokenizer(self) -> ToyTokenizer:
         return ToyTokenizer()
@@ -392,6 +389,7 @@ class LossyWire:
         self.rtt: tuple[int, float] | None = None
         self.bytes_up = self.bytes_down = 0
         self.heard_s = 0.0
+        self.asked_s: float | None = None
         self.dark: list[tuple[float, float]] = []
         self.poll_s = 0.0
         self._air: list[tuple[float, int, bool, list[bytes]]] = []
@@ -437,7 +435,7 @@ class LossyWire:
         if not self.greeted and self.cloud is not None and not self._is_dark(self.now):
             self.greeted = True
             self.now += 0.01
-            self.heard_s = self.now
+            self.heard_s, self.asked_s = self.now, None
             return m.decode(m.encode(self.cloud.receive(m.Hello(1, 1))[0][1]))
         while self._air and self._air[0][0] <= deadline:
             at, _, up, frames = heapq.heappop(self._air)
@@ -446,7 +444,7 @@ class LossyWire:
                 continue
             message = m.decode(frames)
             if not up:
-                self.heard_s = self.now
+                self.heard_s, self.asked_s = self.now, None
                 self.bytes_down += sum(map(len, frames))
                 if isinstance(message, m.Pong):
                     continue
@@ -457,7 +455,9 @@ class LossyWire:
         return None
 
     def probe(self) -> None:
-        self.send(m.Ping(0))
+        if self.asked_s is None:
+            self.asked_s = self.now
+            self.send(m.Ping(0))
 
     def renew(self) -> None:
         pass  # connections are made at once here

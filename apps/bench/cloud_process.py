@@ -6,13 +6,27 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from isthmus.protocol.errors import ServiceError
+from isthmus.protocol.keys import AllowList, write_pair
 
 START_S = 60.0
 ERROR = "error: "
+
+
+@contextmanager
+def fresh_keys(owner: str = "bench") -> Iterator[Path]:
+    """A folder with new keys of a cloud and of a device that it lets in, thrown away afterwards."""
+    with TemporaryDirectory(prefix=f"isthmus-{owner}-") as temporary:
+        folder = Path(temporary)
+        write_pair(folder, "server")
+        AllowList(folder / "allowed").allow(write_pair(folder, "device").public, owner)
+        yield folder
 
 
 class CloudProcess:

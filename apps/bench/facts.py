@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.apps.bench.traces import BenchError
+from isthmus.edge.drafts import NgramDrafts
 from isthmus.edge.figures import DraftFigures, ExitFigures
 
 LONGEST = 16  # drafts of n-grams that are kept for a position
@@ -65,6 +66,24 @@ class Answer:
             return min(self.agreed[at], count)
         right = self.exits[layer].right[at : at + count]
         return next((i for i, one in enumerate(right) if not one), len(right))
+
+
+def guessed(tokens: Sequence[int], answer: int) -> Answer:
+    """What n-grams foresee of an answer, without exits.
+
+    Args:
+        tokens: of the prompt and the answer.
+        answer: how many of them are the prompt.
+    """
+    drafts, drafted, agreed = NgramDrafts(), list[int](), list[int]()
+    drafts.extend(tokens[:answer])
+    for at in range(answer, len(tokens)):
+        offered = drafts.draft(LONGEST)
+        pairs = list(zip(offered, tokens[at:], strict=False))
+        drafted.append(len(offered))
+        agreed.append(next((i for i, (guess, came) in enumerate(pairs) if guess != came), len(pairs)))
+        drafts.extend(tokens[at : at + 1])
+    return Answer(answer, tuple(drafted), tuple(agreed), {})
 
 
 def read(path: str | Path) -> tuple[Answer, ...]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from isthmus.apps.bench.cloud_process import START_S, CloudProcess
+from isthmus.apps.bench.cloud_process import START_S, CloudProcess, fresh_keys
 from isthmus.apps.bench.relay import Relay
 from isthmus.apps.bench.shaping import LinkProfile
 from isthmus.edge import Device, Timeouts
 from isthmus.engine.slow import check_slow_down
-from isthmus.protocol.keys import AllowList, write_pair
 from isthmus.split.bundle import Bundle
 
 KV_TOKENS = 1024
@@ -39,9 +36,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         with self._opened as opening:
-            self._keys = Path(opening.enter_context(TemporaryDirectory(prefix="isthmus-bench-")))
-            write_pair(self._keys, "server")
-            AllowList(self._keys / "allowed").allow(write_pair(self._keys, "device").public, "bench")
+            self._keys = opening.enter_context(fresh_keys())
             cloud = opening.enter_context(CloudProcess(self._bundle.path, self._keys, 1, self._cloud_step))
             self._address = opening.enter_context(Relay(cloud.address, self._link)).address
             self._opened = opening.pop_all()

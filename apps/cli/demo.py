@@ -40,17 +40,15 @@ def command(
     with fresh keys that are thrown away afterwards.
     """
     from shlex import quote
-    from tempfile import TemporaryDirectory
 
     from rich.console import Console
 
-    from isthmus.apps.bench.cloud_process import START_S, CloudProcess
+    from isthmus.apps.bench.cloud_process import START_S, CloudProcess, fresh_keys
     from isthmus.apps.bench.relay import Relay
     from isthmus.apps.bench.shaping import LinkProfile
     from isthmus.apps.cli.run import check_bundle
     from isthmus.edge import Device, Timeouts
     from isthmus.edge.options import check_cut
-    from isthmus.protocol.keys import AllowList, write_pair
     from isthmus.split.bundle import Bundle
 
     console = Console(highlight=False, soft_wrap=True)
@@ -61,10 +59,7 @@ def command(
     can_exit = deepest is not None and deepest.certificate is not None
     if cut is not None:
         check_cut(cut, opened.config)
-    with TemporaryDirectory(prefix="isthmus-demo-") as temporary:
-        keys = Path(temporary)
-        write_pair(keys, "server")
-        AllowList(keys / "allowed").allow(write_pair(keys, "device").public, "demo")
+    with fresh_keys("demo") as keys:
         options: dict[str, Any] = {
             "keys": keys,
             "mode": "split",

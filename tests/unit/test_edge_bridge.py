@@ -238,9 +238,9 @@ def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() ->
     wire = wired()
     with device(wire, "stream") as one:
 
-        def busy() -> bool:
+        def busy(sampling: Sampling, left_s: float) -> float:
             wire.now += 0.01
-            return True
+            return 0.0
 
         one._steering._standby.work = busy  # type: ignore[method-assign, union-attr]
         tokens = one.generate(PROMPT, max_tokens=40)

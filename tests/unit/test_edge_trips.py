@@ -30,6 +30,10 @@ def test_a_stream_that_stops_is_heard_within_two_trips(rtt_s: float, bound_s: fl
     assert 1.5 * rtt_s < found.due_s(0) < bound_s
 
 
+def test_an_answer_to_a_block_is_missed_within_two_trips_as_well() -> None:
+    assert 0.05 + 0.01 < trips(0.05).due_s(4) < 0.1
+
+
 def test_a_cloud_of_long_steps_gets_their_time() -> None:
     slow = trips(0.005, tuple((rows, 10 * us) for rows, us in FAST), 20_000)
     assert slow.due_s(0) > 2 * 0.08

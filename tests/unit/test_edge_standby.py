@@ -1,0 +1,107 @@
+"""What a device does while it waits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from isthmus.edge.standby import LOOK_S, MOST, Standby
+from isthmus.engine.sampling import GREEDY
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError
+
+AGES = 1e9
+
+
+class Part:
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.kv, self.sampled, self.passes = 0, -1, list[int]()
+
+    def held(self, depth: int, log: Chain) -> int:
+        return self.kv
+
+    def remembers(self, log: Chain, sampling: Any) -> bool:
+        return self.sampled == len(log)
+
+    def advance(self, log: Chain, rows: int) -> None:
+        self.passes.append(rows)
+        self.kv += rows
+
+    def sample(self, log: Chain, sampling: Any) -> int:
+        self.kv = self.sampled = len(log)
+        return 7
+
+
+class Holding:
+    """Weights that are looked over when told so."""
+
+    def __init__(self) -> None:
+        self.part, self.checked, self.opened = Part(), True, 0
+        self.fails: Exception | None = None
+
+    def prefetch(self) -> Any:
+        return lambda: self.checked
+
+    def open(self, depth: int) -> Part:
+        self.opened += 1
+        if self.fails is not None:
+            raise self.fails
+        return self.part
+
+
+def log_of(tokens: int) -> Chain:
+    log = Chain()
+    log.extend(range(tokens))
+    return log
+
+
+def ready(tokens: int) -> tuple[Standby, Holding, Chain]:
+    holding, log = Holding(), log_of(tokens)
+    return Standby(4, holding, log), holding, log  # type: ignore[arg-type]
+
+
+def test_it_catches_up_in_passes_that_end_soon() -> None:
+    standby, holding, _ = ready(2 * MOST + 6)
+    while standby.work(GREEDY, AGES) == 0.0:
+        pass
+    assert holding.part.passes == [MOST, MOST, 5]
+
+
+def test_a_few_tokens_are_not_worth_a_pass_until_the_device_is_about_to_go_on_alone() -> None:
+    standby, holding, log = ready(40)
+    while standby.work(GREEDY, AGES) == 0.0:
+        pass
+    log.extend((1, 2))
+    rest_s = standby.work(GREEDY, 0.5)
+    assert 0.0 < rest_s <= 0.5 and holding.part.sampled < 0
+    assert standby.work(GREEDY, 0.0) == 0.0 and holding.part.sampled == 42
+    assert standby.work(GREEDY, 0.0) == math.inf
+
+
+def test_a_device_that_is_far_behind_catches_up_before_it_guesses() -> None:
+    standby, holding, _ = ready(200)
+    assert standby.work(GREEDY, -1.0) == 0.0
+    assert holding.part.sampled < 0 and holding.part.passes == [MOST]
+
+
+def test_weights_are_looked_over_first_and_nothing_is_opened_meanwhile() -> None:
+    standby, holding, _ = ready(40)
+    holding.checked = False
+    assert standby.work(GREEDY, AGES) == LOOK_S and not holding.opened
+    holding.checked = True
+    assert standby.work(GREEDY, AGES) == 0.0
+
+
+@pytest.mark.parametrize("when", ["opening", "filling"])
+def test_a_device_that_cannot_be_ready_leaves_it(when: str) -> None:
+    standby, holding, _ = ready(40)
+    if when == "filling":
+        standby.work(GREEDY, AGES)
+    holding.fails = DeviceError("no room", "take less")
+    assert standby.work(GREEDY, AGES) == math.inf
+    opened = holding.opened
+    assert standby.work(GREEDY, AGES) == math.inf and holding.opened == opened
