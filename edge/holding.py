@@ -52,6 +52,8 @@ class Holding:
     @property
     def layers(self) -> int:
         """The largest n for which layers [0, n) are here and fit."""
+        if self.part is not None and self.part.part.end == self._bundle.config.n_layers:
+            return self.part.part.end
         held = self._held()
         if self._memory_mb is None:
             return held

@@ -308,7 +308,7 @@ class Link:
         session, wire, clock = self.session, self._wire, self._clock
         hush = self.hush if deadline is None else None
         heard_s, probed_s = clock() if wire.asked_s is None else wire.asked_s, -1.0
-        rest_s = math.inf if self.idle is None or hush is None else 0.0
+        idle_s = math.inf if self.idle is None or hush is None else 0.0  # when there is something for it
         while not session.events:
             try:
                 self.flush()
@@ -319,9 +319,9 @@ class Link:
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
-                message = wire.receive(max(0.0, min(until - began, rest_s) * 1e3))
-                if message is None and self.idle is not None and hush is not None and rest_s <= until - began:
-                    rest_s = self.idle(heard_s + hush() - clock())
+                message = wire.receive(max(0.0, (min(until, idle_s) - began) * 1e3))
+                if message is None and self.idle is not None and hush is not None and clock() >= idle_s:
+                    idle_s = self.idle(heard_s + hush() - clock()) + clock()
                     message = wire.receive(0.0)  # what came meanwhile, before anything is judged
                     if message is None and clock() < until:
                         continue
