@@ -319,13 +319,15 @@ class ExitRunner:
         self._speaker.sent(right)
 
     def _go_ahead(self, guess: int, due_s: float, goal: int) -> None:
-        """Says what follows if all guesses are right, as long as that is done before the answer is due."""
+        """Says what follows if all guesses are right, as long as that is done before the answer is due, or here."""
         path = self._told.copy()
         path.extend((guess,))
         while len(path) < goal and path.tokens[-1] not in self._eos:
             if time.perf_counter() + self._pace.draft_s > due_s:
                 break
             path.extend((self._say(path).token,))
+            if self._link.look():
+                break
 
     def _say(self, log: Chain) -> Said:
         if self._speaker.remembers(log, self._sampling):

@@ -17,6 +17,8 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
 _TICK_S = 1e-6  # what a clock may be wrong by
+AT_ONCE_S = 2e-4  # looking for less found what was here already
+LATE_S = 0.1  # and that came so long ago at most, as far as is assumed
 _CHECK_S = 0.25  # how often a waiting device looks whether the link is still up
 
 
@@ -88,6 +90,7 @@ class Link:
         self.watch: Watch | None = None
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
+        self._looked = clock()  # for messages, the last time, or sent some
         if wire.welcome is not None:
             session.receive(wire.welcome, clock())
 
@@ -137,10 +140,10 @@ class Link:
         """Whether the cloud is there after all, as far as that shows within a short time."""
         session, until = self.session, self._clock() + wait_s
         while not (self._wire.up and session.welcome is not None):
-            message = self._wire.receive(max(0.0, until - self._clock()) * 1e3)
+            message, now = self._listen(until - self._clock())
             if message is not None:
-                session.receive(message, self._clock())
-            elif self._clock() >= until:
+                session.receive(message, now)
+            elif now >= until:
                 break
         return self._wire.up and self.welcome(0.0) is not None
 
@@ -237,16 +240,13 @@ class Link:
         self.session.cancel(lane)
         self.flush()
 
-    def look(self) -> None:
-        """Takes in what has come, without waiting."""
+    def look(self) -> bool:
+        """Takes in what has come, without waiting; whether there was anything for who waits."""
         while True:
-            now = self._clock()
-            message = self._wire.receive(0.0)
-            if self.watch is not None:
-                self.watch.heard(message, now, now)
+            message, came = self._listen(0.0)
             if message is None:
-                return
-            self.session.receive(message, now)
+                return bool(self.session.events)
+            self.session.receive(message, came)
 
     def probe(self) -> None:
         """Asks for a sign of life while something else is done, where silence is listened for."""
@@ -278,6 +278,7 @@ class Link:
                 if self.watch is not None:
                     self.watch.sent(message, self._clock())
             outbox.clear()
+            self._looked = self._clock()
 
     def close(self, keep: bool = False) -> None:
         """Ends the connection, and the sessions unless they are to be taken up again."""
@@ -304,6 +305,18 @@ class Link:
             raise Restart
         return event
 
+    def _listen(self, wait_s: float) -> tuple[m.Message | None, float]:
+        """What comes in that time, and when it came, or the time: what was here already came since the last look."""
+        began = self._clock()
+        message = self._wire.receive(max(0.0, wait_s) * 1e3)
+        now = self._clock()
+        at_once = message is not None and now - began <= AT_ONCE_S
+        came = (began + max(self._looked, began - LATE_S)) / 2 if at_once else now
+        self._looked = now
+        if self.watch is not None and message is not None:
+            self.watch.heard(message, came)
+        return message, came
+
     def _next(self, deadline: float | None = None) -> Event | None:
         session, wire, clock = self.session, self._wire, self._clock
         hush = self.hush if deadline is None else None
@@ -319,19 +332,16 @@ class Link:
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
-                message = wire.receive(max(0.0, (min(until, idle_s) - began) * 1e3))
-                if message is None and self.idle is not None and hush is not None and clock() >= idle_s:
-                    idle_s = self.idle(heard_s + hush() - clock()) + clock()
-                    message = wire.receive(0.0)  # what came meanwhile, before anything is judged
-                    if message is None and clock() < until:
+                message, now = self._listen(min(until, idle_s) - began)
+                if message is None and self.idle is not None and hush is not None and now >= idle_s:
+                    idle_s = self.idle(heard_s + hush() - now) + clock()
+                    message, now = self._listen(0.0)  # what came meanwhile, before anything is judged
+                    if message is None and now < until:
                         continue
             except IsthmusError:
                 session.abandon()
                 self._tell()
                 raise
-            now = clock()
-            if self.watch is not None:
-                self.watch.heard(message, began, now)
             if message is not None:
                 session.receive(message, now)
             elif deadline is None and not session.events:

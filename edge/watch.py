@@ -11,8 +11,6 @@ from isthmus.protocol import messages as m
 
 ENVELOPE_BYTES = 100  # around a message
 GLANCE_S = 0.02  # how often a waiting device looks whether it has waited too long
-AT_ONCE_S = 2e-4  # listening for less found what was here already
-LATE_S = 0.1  # and that came so long ago at most, as far as is assumed
 _MOST = 64  # questions that are remembered
 
 
@@ -57,7 +55,6 @@ class Watch:
         self._burst = 0  # bytes since something was last heard
         self._prompt = 0  # rows since something was last asked
         self._token_s = 0.0  # when a stream last gave something
-        self._idle_s = 0.0  # when the device last listened
 
     def sent(self, message: m.Message, now: float) -> None:
         """A message goes up."""
@@ -80,12 +77,8 @@ class Watch:
             case _:
                 pass
 
-    def heard(self, message: m.Message | None, began: float, now: float) -> None:
-        """The device has listened, from `began` until now; what was here at once came some time since it last did."""
-        before, self._idle_s = self._idle_s, now
-        if message is None:
-            return
-        came = now if now - began > AT_ONCE_S else (began + max(before, began - LATE_S)) / 2
+    def heard(self, message: m.Message, came: float) -> None:
+        """A message has come, and when."""
         match message:
             case m.Opened():
                 self._answered(("control", message.alias, message.epoch), came, 0, 0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from isthmus.edge.events import Refused, Streamed, Up
+from isthmus.protocol import messages as m
 from isthmus.protocol.errors import LinkError
 from tests.edge_exits import exiting
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
@@ -74,3 +75,18 @@ def test_what_came_and_was_not_read_is_gone_with_the_question(mode: str) -> None
             tokens.close()
             assert not one._link.session.events
             assert ids(one.generate(PROMPT, max_tokens=20, mode=following)) == local(max_tokens=20)
+
+
+@pytest.mark.parametrize(("computed_s", "ago_s"), [(0.04, 0.02), (3.0, 0.05)])
+def test_what_was_here_already_came_since_the_device_last_looked(computed_s: float, ago_s: float) -> None:
+    wire, news, came = LossyWire(ToyService()), list[Any](), list[float]()
+    with device(wire, "stream") as one:
+        ids(one.generate(PROMPT, max_tokens=2))
+        link: Any = one._link
+        link.session.receive = lambda message, now: came.append(now)
+        wire.receive = lambda timeout_ms: news.pop() if news else None  # type: ignore[method-assign]
+        link.look()
+        wire.now += computed_s
+        news.append(m.Pong(0))
+        link.look()
+        assert came == [pytest.approx(wire.now - ago_s)]

@@ -29,16 +29,15 @@ class Told:
         self.said.append(("checked", drafted, taken))
 
 
-def passing(*messages: tuple[float, m.Message, bool], from_s: float = 0.0) -> list[tuple[Any, ...]]:
-    """What is told of messages at their times, up or down; the device waits for those that come down."""
+def passing(*messages: tuple[float, m.Message, bool]) -> list[tuple[Any, ...]]:
+    """What is told of messages at their times, up or down."""
     told = Told()
-    watch, before = Watch(told, lambda now: None), from_s
+    watch = Watch(told, lambda now: None)
     for at, message, up in messages:
         if up:
             watch.sent(message, at)
         else:
-            watch.heard(message, before, at)
-        before = at
+            watch.heard(message, at)
     return told.said
 
 
@@ -72,12 +71,3 @@ def test_drafts_that_were_checked_are_counted() -> None:
     verdict = m.Verdict(1, 2, 10, 3, 9, HASH, 20_000)
     told = passing((0.0, draft, True), (0.05, verdict, False))
     assert told == [("trip", 30), ("stepped", 4, 0, 20, 0), ("checked", 3, 2)]
-
-
-def test_what_was_here_already_came_since_the_device_last_listened() -> None:
-    told = Told()
-    watch = Watch(told, lambda now: None)
-    watch.heard(None, 0.0, 0.0)
-    watch.sent(m.Truncate(1, 2, 5), 0.0)
-    watch.heard(m.Result(1, 2, 5, [], 5, HASH), 0.04, 0.04)  # computed for 40 ms, and there it was
-    assert told.said == [("trip", 20)]
