@@ -10,8 +10,8 @@ from isthmus.protocol.messages import Offer
 
 _KEPT, _RECENT = 16, 3
 _FIRST_S = 1.0  # patience, until a round trip was measured
-_LEAST_S, _TRIPS, _GAPS = 0.034, 1.65, 3.0  # less than 50 ms and two trips by what a token may take
-_USUAL, _ENGINE = 1.1, 1.2  # times the trip, and what the cloud's engine should take, when it computes
+_LEAST_S, _TRIPS, _GAPS = 0.034, 1.6, 3.0  # less than 50 ms and two trips by what a token may take
+_USUAL, _ENGINE = 1.05, 1.15  # times the trip, and what the cloud's engine should take, when it computes
 _ROW_S = 0.004  # of it, for a row, where the cloud does not say
 _CHUNK = 128  # rows that a cloud computes before it looks again who speaks to it
 

@@ -50,7 +50,7 @@ def test_a_cloud_that_takes_longer_than_it_says_gets_that() -> None:
     assert found.due_s(8) < 0.1
     for _ in range(20):
         found.answered(0.05 + 0.06, 0.06, 8)
-    assert found.due_s(8) == pytest.approx(1.1 * 0.05 + 1.2 * 0.06)
+    assert found.due_s(8) == pytest.approx(1.05 * 0.05 + 1.15 * 0.06)
 
 
 def test_a_cloud_that_says_nothing_of_its_steps() -> None:
