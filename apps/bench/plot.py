@@ -8,6 +8,8 @@ from pathlib import Path
 
 from isthmus.protocol.errors import EngineError
 
+_MARKERS, _STYLES = "osD^v<>P*X", ("-", "--", ":")  # each way has a pair of its own
+
 
 def check_drawing(path: Path) -> None:
     """Refuses before anything is measured what could not be drawn.
@@ -46,14 +48,16 @@ def draw(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index, (way, values) in enumerate(speeds.items()):
-        axes.plot(trips, values, marker="osD^v<>P*X"[index % 10], markersize=5, label=way)
+        again, mark = divmod(index, len(_MARKERS))
+        style = _STYLES[again % len(_STYLES)]
+        axes.plot(trips, values, marker=_MARKERS[mark], markersize=5, color=f"C{mark}", linestyle=style, label=way)
     axes.set(xlabel="round trip, ms", ylabel="tokens per second", xscale="log", yscale="log", title=title)
     axes.set_xticks(trips, [f"{trip:g}" for trip in trips], minor=False)
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", handlelength=4)
     figure.tight_layout()
     try:
         figure.savefig(path, format="png", metadata={"Software": None, **(metadata or {})})
