@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from kept import Kept
 from models import BENCH, bundle
-from record import Cell, Record, commit
+from record import RUNS, Cell, Record, commit
 
 from isthmus.apps.bench.modes import STREAM, VERIFY, Way, ways
 from isthmus.apps.bench.shaping import LinkProfile
@@ -33,7 +33,6 @@ WAYS = (
     Way(f"{VERIFY}, n-grams, pipelined", {"mode": "verify", "draft": "ngrams", "draft_depth": 8}),
 )
 MAX_BYTES, PROMPTS = 32, 200
-RUNS = ("cloud", "edge", "engine", "protocol", "quant")  # what a text may depend on
 NICE = 10
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from kept import Kept
 from models import BENCH, bundle
-from record import Cell, Record, commit
+from record import RUNS, Cell, Record, commit
 
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
@@ -50,6 +50,8 @@ NEAR, ALIKE = 0.9, 0.1
 STEPS = (1, 2, 4, 8)
 PROMPT = 128
 MOST_TAKEN, TRIES, PATIENCE_S = 0.1, 3, 60.0  # of the processors, by others on the host; plays; waiting for calm
+SIMULATOR = ("conversation", "facts", "players", "simulate", "virtual")
+PLAYS = (*RUNS, *(f"apps/bench/{name}.py" for name in SIMULATOR))  # what a window depends on
 Play = Callable[[list[str], float], tuple[int, Counter[str]]]
 
 
@@ -297,7 +299,7 @@ class Stand:
         simulated, used = self._simulated(case, able, up, down)
         made_by = ", ".join(f"{source} {count}" for source, count in sources.most_common())
         print(f"window {number}: auto {auto} ({made_by}), simulated {simulated} {used}", file=sys.stderr, flush=True)
-        return Played(number, commit(), tokens, auto, simulated, made_by, round(self._taken, 3))
+        return Played(number, commit(PLAYS), tokens, auto, simulated, made_by, round(self._taken, 3))
 
     def _calmly(self, played: Play) -> tuple[int, Counter[str]]:
         """The calmest of at most `TRIES`."""
@@ -342,7 +344,7 @@ def main() -> int:
     name = "windows" if options.traces else "windows-synthetic"
     kept = Kept(BENCH / f"{name}-{options.seconds:g}-{options.questions}.jsonl", Played)
     played = {one.window: one for one in kept.found}  # the last of each
-    missing = [n for n in range(len(CASES)) if n not in played or played[n].commit != commit()]
+    missing = [n for n in range(len(CASES)) if n not in played or played[n].commit != commit(PLAYS)]
     chosen = [int(n) for n in options.only.split(",")] if options.only else missing
     with fresh_keys() as keys:
         os.environ["ISTHMUS_CACHE"] = str(keys / "cache")  # what auto learns of this machine, and nothing from before
@@ -382,7 +384,7 @@ def tell(record: Record, windows: list[Played]) -> None:
         row += [case.disagreement, best, one.fixed[best], one.auto, one.simulated, one.made_by]
         row.append("; ".join(f"{way} {count}" for way, count in one.fixed.items()))
         rows.append(row)
-        if one.commit != commit():
+        if one.commit != commit(PLAYS):
             record.notes.append(f"{name} was played at commit {one.commit}")
     record.figure("windows", len(windows), "windows", target=len(CASES))
     columns = ["link", "from, s", "round trip, ms", "device slow-down", "cloud step", "layers held", "disagreement"]
