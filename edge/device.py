@@ -205,8 +205,8 @@ class Device:
             for keeper in (self._holding, self._exits, self._drafting):
                 self._conversation.keep(keeper.truncate)
             tries = standby is not False
-            ready = not (cloud and is_local(cloud)) if standby is None else standby
-            ready = ready and fallback and self._holding.whole
+            early = not (cloud and is_local(cloud)) if standby is None else standby
+            goes_on = fallback and self._holding.whole
             controller: Controller | None = None
             if self._link is not None:
                 knowledge = Knowledge(
@@ -230,7 +230,7 @@ class Device:
                 opening.absent,
                 self._notes,
                 fallback=fallback,
-                standby=Standby(self.config.n_layers, self._holding, self._log) if ready else None,
+                standby=Standby(self.config.n_layers, self._holding, self._log, early) if goes_on else None,
                 confirm_s=timeouts.confirm_ms / 1e3,
                 clock=clock,
                 controller=controller,

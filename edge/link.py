@@ -69,7 +69,8 @@ class Link:
         on_waiting: called with what `Patience.waiting` says, once each time that it begins.
 
     Attributes:
-        idle: does a little of what can be done in the seconds that are left of `hush`; after how many it may do more.
+        idle: does a little of what can be done in the seconds that are left of `hush`, or before `Silent` makes sense;
+            after how many it may do more, infinite when all is done.
         on_lane: told of a lane before anything is sent on it.
         watch: sees what goes up and comes down, and when; None for nobody.
         hush: gives the seconds without a sign of life after which waiting ends with `Silent`; None to wait as long as
@@ -350,7 +351,7 @@ class Link:
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     silent_s = now - heard_s + _TICK_S
-                    if silent_s >= hush():
+                    if silent_s >= hush() and idle_s == math.inf:
                         session.tick(now, wire.up, wire.failure)
                         if session.events:
                             break

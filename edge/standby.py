@@ -19,23 +19,27 @@ class Standby:
     """The whole model, open, with KV for all but the last few tokens of the conversation.
 
     Args:
-        holding: whose weights are looked over from now on.
         log: the conversation's.
+        early: whether it is made ready while all goes well, its weights from now on; else once the cloud is silent.
     """
 
-    def __init__(self, depth: int, holding: Holding, log: Chain) -> None:
-        self._depth, self._holding, self._log = depth, holding, log
-        self._checked = holding.prefetch()
+    def __init__(self, depth: int, holding: Holding, log: Chain, early: bool) -> None:
+        self._depth, self._holding, self._log, self._early = depth, holding, log, early
+        self._checked = holding.prefetch() if early else None
         self._pass_s = 0.0  # what one takes at most, usually
         self._failed = False
 
-    def work(self, sampling: Sampling, left_s: float) -> float:
+    def work(self, sampling: Sampling, begins: bool, left_s: float) -> float:
         """Does a slice of what is to be done; gives the seconds after which there may be more.
 
         Args:
             sampling: of the answer.
+            begins: whether the cloud's first token is awaited, of whose time nothing should take any.
             left_s: seconds until this device goes on alone, unless the cloud is heard: its first token is to be ready.
         """
+        if left_s > 0.0 and (begins or not self._early):
+            return left_s
+        self._checked = self._checked or self._holding.prefetch()
         if not self._failed and not self._checked():
             return LOOK_S
         try:

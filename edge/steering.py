@@ -34,7 +34,7 @@ class Steering:
         link: to the cloud, None without one.
         absent: why the cloud could not be reached when the device was opened.
         fallback: whether this device goes on by itself when the cloud goes away.
-        standby: keeps this device ready, None where it does not.
+        standby: makes this device ready to go on by itself, None where it cannot.
         confirm_s: how long a complete answer waits for a silent cloud that has guesses to confirm.
         clock: the link's seconds.
         controller: decides in "auto" while the cloud answers; None where there is nothing to decide.
@@ -121,8 +121,8 @@ class Steering:
             return
         silent = guessed and link.heard_s <= self._silent_at
         rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
-        idle = rests and not guessed and self._notes.stats.tokens  # not while the cloud begins, which tells of the link
-        link.idle = partial(self._standby.work, options.sampling) if self._standby is not None and idle else None
+        if self._standby is not None and rests and not guessed:
+            link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
         due_s = link.session.due_s
         link.hush = (lambda: max(self._confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -234,21 +235,40 @@ def test_what_was_said_is_told_again_as_long_as_it_stands() -> None:
     assert (len(drafts), drafts.draft(1)) == (3, [4])
 
 
+def busy_for(one: Any, wire: LossyWire, ready_s: float) -> None:
+    """Has a device work while it waits, and be ready after so many seconds of silence."""
+    silent_s = [0.0]
+
+    def work(sampling: Sampling, begins: bool, left_s: float) -> float:
+        wire.now += 0.01
+        silent_s[0] = silent_s[0] + 0.01 if left_s <= 0.0 else 0.0
+        return 0.0 if silent_s[0] <= ready_s else math.inf
+
+    one._steering._standby.work = work
+
+
 def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() -> None:
     wire = wired()
     with device(wire, "stream") as one:
-
-        def busy(sampling: Sampling, left_s: float) -> float:
-            wire.now += 0.01
-            return 0.0
-
-        one._steering._standby.work = busy  # type: ignore[method-assign, union-attr]
+        busy_for(one, wire, 0.0)
         tokens = one.generate(PROMPT, max_tokens=40)
         cut_after(wire, tokens, 5, 1e9)
         dark = wire.now
         while next(tokens).verified:
             dark = wire.now
         assert wire.now - dark <= max(0.05, 2 * RTT_S) + RTT_S
+
+
+def test_a_device_that_is_not_ready_hears_the_cloud_again_and_need_not_guess() -> None:
+    for dark_s, ready_s, guesses in ((0.5, 5.0, False), (0.5, 0.1, True)):
+        wire = wired()
+        with device(wire, "stream") as one:
+            busy_for(one, wire, ready_s)
+            tokens = one.generate(PROMPT, max_tokens=40)
+            cut_after(wire, tokens, 5, dark_s)
+            rest = list(tokens)
+            assert any(not token.verified for token in rest) == guesses
+            assert one.stats.tokens == local(max_tokens=40)
 
 
 def test_a_device_that_is_asked_while_it_rolls_back_says_that_it_is_busy() -> None:

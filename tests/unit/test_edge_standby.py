@@ -59,49 +59,58 @@ def log_of(tokens: int) -> Chain:
     return log
 
 
-def ready(tokens: int) -> tuple[Standby, Holding, Chain]:
+def ready(tokens: int, early: bool = True) -> tuple[Standby, Holding, Chain]:
     holding, log = Holding(), log_of(tokens)
-    return Standby(4, holding, log), holding, log  # type: ignore[arg-type]
+    return Standby(4, holding, log, early), holding, log  # type: ignore[arg-type]
 
 
 def test_it_catches_up_in_passes_that_end_soon() -> None:
     standby, holding, _ = ready(2 * MOST + 6)
-    while standby.work(GREEDY, AGES) == 0.0:
+    while standby.work(GREEDY, False, AGES) == 0.0:
         pass
     assert holding.part.passes == [MOST, MOST, 5]
 
 
 def test_a_few_tokens_are_not_worth_a_pass_until_the_device_is_about_to_go_on_alone() -> None:
     standby, holding, log = ready(40)
-    while standby.work(GREEDY, AGES) == 0.0:
+    while standby.work(GREEDY, False, AGES) == 0.0:
         pass
     log.extend((1, 2))
-    rest_s = standby.work(GREEDY, 0.5)
+    rest_s = standby.work(GREEDY, False, 0.5)
     assert 0.0 < rest_s <= 0.5 and holding.part.sampled < 0
-    assert standby.work(GREEDY, 0.0) == 0.0 and holding.part.sampled == 42
-    assert standby.work(GREEDY, 0.0) == math.inf
+    assert standby.work(GREEDY, False, 0.0) == 0.0 and holding.part.sampled == 42
+    assert standby.work(GREEDY, False, 0.0) == math.inf
 
 
 def test_a_device_that_is_far_behind_catches_up_before_it_guesses() -> None:
     standby, holding, _ = ready(200)
-    assert standby.work(GREEDY, -1.0) == 0.0
+    assert standby.work(GREEDY, False, -1.0) == 0.0
     assert holding.part.sampled < 0 and holding.part.passes == [MOST]
 
 
 def test_weights_are_looked_over_first_and_nothing_is_opened_meanwhile() -> None:
     standby, holding, _ = ready(40)
     holding.checked = False
-    assert standby.work(GREEDY, AGES) == LOOK_S and not holding.opened
+    assert standby.work(GREEDY, False, AGES) == LOOK_S and not holding.opened
     holding.checked = True
-    assert standby.work(GREEDY, AGES) == 0.0
+    assert standby.work(GREEDY, False, AGES) == 0.0
+
+
+@pytest.mark.parametrize(("early", "begins"), [(True, True), (False, False), (False, True)])
+def test_a_device_that_is_to_leave_the_cloud_alone_begins_when_it_is_silent(early: bool, begins: bool) -> None:
+    standby, holding, _ = ready(MOST, early)
+    assert standby.work(GREEDY, begins, 0.3) == 0.3 and not holding.opened
+    while standby.work(GREEDY, begins, -0.1) == 0.0:
+        pass
+    assert holding.part.sampled == MOST
 
 
 @pytest.mark.parametrize("when", ["opening", "filling"])
 def test_a_device_that_cannot_be_ready_leaves_it(when: str) -> None:
     standby, holding, _ = ready(40)
     if when == "filling":
-        standby.work(GREEDY, AGES)
+        standby.work(GREEDY, False, AGES)
     holding.fails = DeviceError("no room", "take less")
-    assert standby.work(GREEDY, AGES) == math.inf
+    assert standby.work(GREEDY, False, AGES) == math.inf
     opened = holding.opened
-    assert standby.work(GREEDY, AGES) == math.inf and holding.opened == opened
+    assert standby.work(GREEDY, False, AGES) == math.inf and holding.opened == opened
