@@ -147,7 +147,7 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """
     if any(dimension < 0 for dimension in tensor.dims):
         raise PlanError(f"weight {tensor.name!r} has a negative dimension", _AGAIN)
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if tensor.data_type in _NIBBLES:
         return -(-count // 2)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -68,7 +68,7 @@ def splits(sharing: Sharing, wanted: Wanted, count: int = FINALISTS) -> list[Cut
     return list(kept.values())[:count]
 
 
-def _optima(network: Network, wanted: Wanted) -> Iterable[Cut]:
+def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:
     yield fastest(network)
     try:
         yield best(network, wanted.aim, wanted.budgets)
@@ -76,23 +76,19 @@ def _optima(network: Network, wanted: Wanted) -> Iterable[Cut]:
         return
 
 
-def remeasured(
-    rows: Sequence[Row], fused: Mapping[tuple[int, ...], tuple[float, float]], sharing: Sharing
-) -> list[Row]:
+def remeasured(rows: Sequence[Row], fused: Mapping[tuple[int, ...], tuple[float, float]]) -> list[Row]:
     """Rows with what their parts take as really fused models.
 
     Args:
         fused: milliseconds of the device's and of the cloud's part, by the nodes on the device.
-        sharing: as planned.
     """
     found = []
     for row in rows:
-        if row.device not in fused:
-            found.append(row)
-            continue
-        device_ms, cloud_ms = fused[row.device]
-        ms = row.ms - row.device_ms - row.cloud_ms + device_ms + cloud_ms
-        found.append(msgspec.structs.replace(row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms))
+        if row.device in fused:
+            device_ms, cloud_ms = fused[row.device]
+            ms = row.ms - row.device_ms - row.cloud_ms + device_ms + cloud_ms
+            row = msgspec.structs.replace(row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms)
+        found.append(row)
     return found
 
 
