@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,7 +35,9 @@ def chain_model() -> onnx.ModelProto:
 
 def saved(folder: Path, beside: bool = True) -> Path:
     path = folder / "model.onnx"
-    options = {"save_as_external_data": True, "location": "model.bin", "size_threshold": 0} if beside else {}
+    options: dict[str, Any] = (
+        {"save_as_external_data": True, "location": "model.bin", "size_threshold": 0} if beside else {}
+    )
     onnx.save_model(chain_model(), str(path), **options)
     return path
 
