@@ -137,7 +137,8 @@ class _Program:
     def _links(self, each: NDArray[np.float64]) -> NDArray[np.float64]:
         """A sum over boundaries of so much a millisecond, [boundaries]."""
         network, row = self._network, np.zeros(self._size)
-        row[self._crosses] = (network.wires.ms * each).T
+        ms = network.wires.ms
+        row[self._crosses] = (np.where(np.isfinite(ms), ms, 0.0) * each).T
         row[self._any] = np.array(network.trip_ms) * each
         return row
 
@@ -179,7 +180,8 @@ class _Program:
         self._pairs = [group for group in self._pairs if len(group)]
 
     def _forbid(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
-        """No task where it cannot run."""
+        """No task where it cannot run, and nothing over a boundary that it cannot cross."""
+        high[self._crosses[~np.isfinite(self._network.wires.ms).T]] = 0.0
         unable = ~np.isfinite(self._network.ms)
         low[self._beyond[0][unable[0]]] = 1.0
         high[self._beyond[-1][unable[-1]]] = 0.0

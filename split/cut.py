@@ -168,8 +168,12 @@ def priced(network: Network, tiers: Sequence[int]) -> Cut:
     reach = np.maximum.reduceat(at[wires.users], wires.starts) if len(wires.starts) else made
     boundaries = np.arange(network.tiers - 1)
     crosses = (made[:, None] <= boundaries) & (boundaries < reach[:, None])
-    links = (wires.ms * crosses).sum(axis=0) + np.where(boundaries < at.max(initial=0), network.trip_ms, 0.0)
-    use = {name: float(one.tasks[at, columns].sum() + one.links @ links) for name, one in network.use.items()}
+    links = np.where(crosses, wires.ms, 0.0).sum(axis=0)
+    links += np.where(boundaries < at.max(initial=0), network.trip_ms, 0.0)
+    use = {}
+    for name, one in network.use.items():
+        paid = one.links != 0.0  # a link that costs nothing may take for ever
+        use[name] = float(one.tasks[at, columns].sum() + one.links[paid] @ links[paid])
     ms = float(stages.sum() + links.sum())
     return Cut(tuple(at.tolist()), ms, tuple(stages.tolist()), tuple(links.tolist()), use)
 

@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.onnx_file import tensor_bytes
 
 _CONSTANT = "Constant"
 _MAX_DEPTH = 32  # of subgraphs in subgraphs
@@ -78,6 +79,14 @@ class OnnxGraph:
     def constants_of(self, node: int) -> list[str]:
         """Names of the initializers and constants that a node uses."""
         return [name for name in used_names(self.nodes[node]) if name in self._fixed]
+
+    def constant_bytes(self, name: str) -> int:
+        """What the values of an initializer or a constant take, where that is known without them."""
+        fixed = self._initializers.get(name)
+        if fixed is None:
+            node = self._constants.get(name)
+            fixed = next((one.t for one in node.attribute if one.name == "value"), None) if node is not None else None
+        return tensor_bytes(fixed) if fixed is not None else 0
 
     def made_by(self, name: str) -> int:
         """Number of the node that makes a tensor, -1 for an input of the model or a constant."""

@@ -11,7 +11,9 @@ from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, priced
 
 
 def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
-    """With tensors that several tasks use, free and dear ones, tasks that run in some places alone, two resources."""
+    """With tensors that several tasks use, some free, some dear, some that cannot travel; tasks that run in some places
+    alone; two resources.
+    """
     users: dict[int, list[int]] = {at: [] for at in range(INPUT, tasks)}
     for task in range(tasks):
         near = [at for at in range(INPUT, task) if chance.random() < 1.2 / (task - at)]
@@ -24,7 +26,8 @@ def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
             middle = chance.randrange(1, len(all_users))
             parts = [all_users[:middle], all_users[middle:]]
         for part in parts:
-            wire_ms = tuple(chance.choice([0.0, 5 * chance.random(), 30 * chance.random()]) for _ in range(tiers - 1))
+            dear = [0.0, 5 * chance.random(), 30 * chance.random()]
+            wire_ms = tuple(np.inf if chance.random() < 0.03 else chance.choice(dear) for _ in range(tiers - 1))
             flows.append(Flow(at, tuple(part), wire_ms))
     base = np.array([10 * chance.random() for _ in range(tasks)])
     ms = np.stack([base * 4.0**-tier * [chance.uniform(0.5, 2) for _ in range(tasks)] for tier in range(tiers)])
@@ -41,7 +44,7 @@ def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
 
 
 def every_cut(network: Network) -> Iterator[Cut]:
-    """All ways to share a network in which each task runs where it can."""
+    """All ways to share a network in which each task runs where it can, and each tensor gets where it must."""
     before: list[list[int]] = [[] for _ in range(network.tasks)]
     for flow in network.flows:
         for user in flow.consumers:
@@ -51,7 +54,9 @@ def every_cut(network: Network) -> Iterator[Cut]:
     def go_on(tiers: list[int]) -> Iterator[Cut]:
         task = len(tiers)
         if task == network.tasks:
-            yield priced(network, tiers)
+            cut = priced(network, tiers)
+            if np.isfinite(cut.ms):
+                yield cut
             return
         for tier in range(max((tiers[at] for at in before[task]), default=0), network.tiers):
             if np.isfinite(network.ms[tier, task]):

@@ -1,0 +1,151 @@
+"""An ONNX model, two profiles and a link as the network that `cut` and `budget` know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from isthmus.protocol.errors import PlanError
+from isthmus.split.cut import INPUT, Cut, Flow, Network, Use
+from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.profile import Profile, TensorSize
+
+FLOATS = ("float32", "float16", "float64")
+DEVICE, CLOUD = 0, 1
+MEMORY, ENERGY = "MB", "J"  # what may be budgeted beside time
+_MESSAGE = 120  # bytes of a message beside its tensors, encryption included
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A link as the search sees it.
+
+    Attributes:
+        trip_ms: there and back, of a message without weight.
+        up_bps, down_bps: bits per second.
+
+    Raises:
+        PlanError: it never delivers.
+    """
+
+    trip_ms: float
+    up_bps: float
+    down_bps: float
+
+    def __post_init__(self) -> None:
+        for what, bps in (("up", self.up_bps), ("down", self.down_bps)):
+            if not bps > 0:
+                raise PlanError(f"the link carries {bps:g} bit/s {what}, so nothing arrives", "give a rate above 0")
+        if not self.trip_ms >= 0:
+            raise PlanError(f"the link's round trip is {self.trip_ms:g} ms", "give 0 or more")
+
+    def up_ms(self, size: float) -> float:
+        """What so many bytes take up."""
+        return size * 8e3 / self.up_bps
+
+    def down_ms(self, size: float) -> float:
+        """What so many bytes take down."""
+        return size * 8e3 / self.down_bps
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How tensors of floating-point numbers travel; others travel as they are.
+
+    Attributes:
+        bits: of a value, on average; None for as it is.
+        encode_ms, decode_ms: of a million values, on the device and in the cloud.
+    """
+
+    name: str = "f32"
+    bits: float | None = None
+    encode_ms: float = 0.0
+    decode_ms: float = 0.0
+
+    def size(self, tensor: TensorSize) -> float:
+        """Bytes of a tensor on the wire."""
+        if self.bits is None or tensor.dtype not in FLOATS:
+            return float(tensor.bytes)
+        return self.bits / 8 * np.prod(tensor.shape, dtype=np.float64)
+
+    def work_ms(self, tensor: TensorSize) -> float:
+        """What coding a tensor takes on both sides."""
+        if self.bits is None or tensor.dtype not in FLOATS:
+            return 0.0
+        return float((self.encode_ms + self.decode_ms) * np.prod(tensor.shape, dtype=np.float64) * 1e-6)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A model between a device and a cloud.
+
+    Attributes:
+        cloud_ms: that a request takes there beside the model's nodes: messages, and waiting for others.
+        device_watts, idle_watts, radio_watts: of the device, while it computes, waits for the link, and beside that
+            while it sends.
+        reached: the share of inputs that get to a node at all, by its number; the rest left at an exit.
+
+    Raises:
+        PlanError: a profile is another model's, or a tensor's size is not known.
+    """
+
+    graph: OnnxGraph
+    device: Profile
+    cloud: Profile
+    rate: Rate
+    codec: Codec = Codec()
+    cloud_ms: float = 0.0
+    device_watts: float = 0.0
+    radio_watts: float = 0.0
+    reached: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.device.model != self.cloud.model:
+            raise PlanError("the profiles of device and cloud are of two models", "measure both with the same file")
+
+    def network(self) -> Network:
+        """What is to be cut; budgets are `MEMORY` for weights on the device and `ENERGY` of the device."""
+        nodes, sizes = len(self.graph.nodes), {**self.device.tensors, **self.device.inputs}
+        share = np.array([self.reached.get(at, 1.0) for at in range(nodes)])
+        ms = np.stack([np.array(self.device.nodes_ms), np.array(self.cloud.nodes_ms)]) * share
+        for name in self.graph.outputs:
+            at = self.graph.made_by(name)
+            if at >= 0:
+                ms[CLOUD, at] += share[at] * self.rate.down_ms(self._known(sizes, name).bytes)
+        flows = []
+        for tensor in self.graph.tensors:
+            first = tensor.producer if tensor.producer != INPUT else min(tensor.consumers, default=0)
+            flows.append(Flow(tensor.producer, tensor.consumers, (share[first] * self._travels(sizes, tensor.name),)))
+        trip = self.rate.trip_ms + self.rate.up_ms(_MESSAGE) + self.rate.down_ms(_MESSAGE) + self.cloud_ms
+        use: dict[str, Use] = {}
+        held = np.zeros((2, nodes))
+        held[DEVICE] = np.array(self.device.weights) / 1e6
+        use[MEMORY] = Use(held, np.zeros(1))
+        if self.device_watts or self.radio_watts:
+            spent = np.zeros((2, nodes))
+            spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3
+            use[ENERGY] = Use(spent, np.array([self.radio_watts * 1e-3]))
+        return Network(ms, tuple(flows), (trip,), use)
+
+    def crossing(self, cut: Cut) -> list[str]:
+        """Names of the tensors that travel up."""
+        return self.graph.crossing([at for at, tier in enumerate(cut.tiers) if tier == DEVICE])
+
+    def up_bytes(self, cut: Cut) -> float:
+        """What travels up for an input; 0 where all stays on the device."""
+        if max(cut.tiers) == DEVICE:
+            return 0.0
+        sizes = {**self.device.tensors, **self.device.inputs}
+        return _MESSAGE + sum(self.codec.size(self._known(sizes, name)) for name in self.crossing(cut))
+
+    def _travels(self, sizes: Mapping[str, TensorSize], name: str) -> float:
+        if name not in sizes:
+            return np.inf  # no tensor: a sequence or a map, which cannot travel
+        return self.rate.up_ms(self.codec.size(sizes[name])) + self.codec.work_ms(sizes[name])
+
+    def _known(self, sizes: Mapping[str, TensorSize], name: str) -> TensorSize:
+        if name not in sizes:
+            raise PlanError(f"the size of {name!r} is not known", "measure the profile again")
+        return sizes[name]

@@ -1,0 +1,141 @@
+"""The plan of sharing one network between a device and a cloud: every way's costs, and which is best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from isthmus.protocol.errors import PlanError
+from isthmus.split.files import read_regular
+
+VERSION = 1
+_AGAIN = "plan again: isthmus plan"
+Kind = Literal["device", "cloud", "image", "split"]
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One way, with its times in milliseconds for one input.
+
+    Attributes:
+        kind: all on the device; all in the cloud, which is sent the input, or the image that it was made of; or a
+            split.
+        codec: how tensors travel.
+        device: numbers of the nodes on the device.
+        crossing: names of the tensors that travel up.
+        device_ms, cloud_ms: computing, coding included.
+        link_ms: both ways.
+        up_bytes, down_bytes: on the wire.
+        ms: from input to output, as predicted.
+        p95_ms: the 95th percentile over a changing link and a busy cloud, None where neither is given.
+        measured_ms: the same when it was really run, None where it was not.
+        agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
+        fails: what it does not keep to, "" if nothing.
+    """
+
+    name: str
+    kind: Kind
+    codec: str
+    device: tuple[int, ...]
+    crossing: tuple[str, ...]
+    device_ms: float
+    cloud_ms: float
+    link_ms: float
+    up_bytes: float
+    down_bytes: float
+    ms: float
+    p95_ms: float | None = None
+    measured_ms: float | None = None
+    agreement: float | None = None
+    fails: str = ""
+
+    @property
+    def expected_ms(self) -> float:
+        """The best that is known of its time."""
+        return self.ms if self.measured_ms is None else self.measured_ms
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """See the module.
+
+    Attributes:
+        model: the sha256 of the model and its weights.
+        nodes: that it has.
+        link: in words.
+        best: which of `rows`.
+        verdict: in one sentence.
+    """
+
+    model: str
+    name: str
+    nodes: int
+    link: str
+    rows: tuple[Row, ...]
+    best: int
+    verdict: str
+    format: Literal["isthmus-plan"] = "isthmus-plan"
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise PlanError(f"the plan has version {self.version}, this isthmus reads {VERSION}", _AGAIN)
+        if not 0 <= self.best < len(self.rows):
+            raise PlanError("the plan names no way", _AGAIN)
+        for row in self.rows:
+            if any(not 0 <= node < self.nodes for node in row.device):
+                raise PlanError(f"the plan's way {row.name!r} has a node that the model has not", _AGAIN)
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan from a file.
+
+    Raises:
+        PlanError: it holds none, or one of another version.
+        OSError: it cannot be read.
+    """
+    data = read_regular(path)
+    try:
+        return msgspec.json.decode(data, type=Plan)
+    except msgspec.DecodeError as error:
+        if isinstance(error.__cause__, PlanError):
+            raise PlanError(f"{path}: {error.__cause__.problem}", error.__cause__.remedy) from error
+        raise PlanError(f"{path} is no plan: {error}", _AGAIN) from error
+
+
+def choose(rows: Sequence[Row]) -> int:
+    """The fastest of those that keep to what was asked for.
+
+    Raises:
+        PlanError: none does (what each of them breaks).
+    """
+    able = [at for at, row in enumerate(rows) if not row.fails]
+    if not able:
+        why = "; ".join(dict.fromkeys(row.fails for row in rows))
+        raise PlanError(f"no way keeps to what was asked for: {why}", "ask for less, or change the link")
+    return min(able, key=lambda at: (rows[at].expected_ms, rows[at].up_bytes))
+
+
+def verdict(rows: Sequence[Row], best: int) -> str:
+    """Which way is best, and by how much, in one sentence."""
+    row = rows[best]
+    others = [one for at, one in enumerate(rows) if at != best and not one.fails and one.kind != row.kind]
+    if row.kind == "device":
+        told = f"Do not share it: all on the device takes {_ms(row)}"
+    elif row.kind == "split":
+        told = f"Split it after {', '.join(row.crossing)} ({row.codec}): {_ms(row)}"
+    else:
+        told = f"Do not split it, but send what it is given to the cloud ({row.name}): {_ms(row)}"
+    if not others:
+        return told + "."
+    second = min(others, key=lambda one: one.expected_ms)
+    return f"{told}, against {_ms(second)} of the next best, {second.name}."
+
+
+def _ms(row: Row) -> str:
+    return f"{row.expected_ms:.3g} ms"
