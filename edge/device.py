@@ -94,8 +94,8 @@ class Device:
             it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
             count as guesses until the cloud, back again, confirms them.
         standby: whether a device that holds the whole model keeps itself ready for that while the cloud computes: the
-            model open, and KV for the conversation. Off it saves that work and needs some time to take over. None for
-            on, unless `cloud` is an address of this machine, whose memory's speed both would share.
+            model open, and KV for the conversation. Off it gets ready once the cloud is silent. None for on, unless
+            `cloud` is an address of this machine, whose memory's speed both would share.
         on_rollback: what becomes of guesses from the first wrong one on: "replace" takes them back, "keep" lets them
             stand; a function is given the `Rollback` before that and returns whether to replace.
         resume: a file in which the conversation is kept, and from which it is taken up again; None for none.
