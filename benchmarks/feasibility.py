@@ -37,6 +37,7 @@ from isthmus.edge.drafts import NgramDrafts
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.part import Part, Rows, Want
 from isthmus.split.bundle import Bundle
+from isthmus.split.certificate import Said
 from isthmus.split.exit_scores import would_emit
 from isthmus.split.exit_states import Sample, States, answers, questions, read_texts
 from isthmus.split.exit_training import ExitHead, Recipe, Teacher, agreement, foresee, least_squares, train
@@ -225,7 +226,9 @@ def main() -> int:
         on_documents = [agreement(one, states, of_documents, layer, teacher) for one in (plain, linear, head)]
         foreseen = [foresee(head, states, index, layer, teacher) for index in of_wrote]
         foresees = float(np.concatenate([one.right for one in foreseen]).mean())
-        exits.append(Exit(layer, foresees, would_emit(foreseen, DISAGREEMENT)))
+        exits.append(
+            Exit(layer, foresees, would_emit([Said(one.confidence, one.right) for one in foreseen], DISAGREEMENT))
+        )
         record.figure(f"agreement/documents/exit {layer}", on_documents[2], "share", target=TARGETS[layer])
         record.figure(f"agreement/own answers/exit {layer}", exits[-1].foresees, "share")
         record.figure(f"emitted at 5 % disagreement/own answers/exit {layer}", exits[-1].emits, "share")
