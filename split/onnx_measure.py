@@ -23,6 +23,7 @@ import onnx
 import onnxruntime as ort
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.files import open_regular
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 
@@ -92,10 +93,13 @@ def given(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]], arrays: str) ->
     loaded: dict[str, Any] = {}
     if arrays:
         try:
-            with np.load(arrays, allow_pickle=False) as opened:
+            with open_regular(Path(arrays)) as file, np.load(file, allow_pickle=False) as opened:
                 loaded = {name: opened[name] for name in opened.files}
         except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
             raise PlanError(f"{arrays} is no .npz file of plain arrays", "write it with numpy.savez") from error
+    for name in (*loaded, *shapes):
+        if name not in graph.inputs:
+            raise PlanError(f"the model has no input {name!r}", f"it has: {', '.join(graph.inputs)}")
     generator, feeds = np.random.default_rng(0), {}
     for name in graph.inputs:
         if name in loaded:
@@ -105,7 +109,7 @@ def given(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]], arrays: str) ->
         if not kind.elem_type:
             raise PlanError(f"input {name!r} is no tensor", "give all inputs in a file")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        shape = list(shapes.get(name, _closed(name, kind)))
+        shape = list(shapes[name]) if name in shapes else _closed(name, kind)
         if dtype.kind == "f":
             feeds[name] = generator.standard_normal(shape).astype(dtype)
         else:
@@ -164,12 +168,11 @@ def nodes_ms(
     found = [0.0] * len(graph.nodes)
     spread = 0.0
     for name, members in _groups(graph, optimized).items():
-        ms, weight = fused.pop(name, 0.0), sum(alone[at] for at in members)
+        ms, weight = fused.get(name, 0.0), sum(alone[at] for at in members)
         if not members:
-            spread += ms
+            spread += ms  # of layouts, mostly: all nodes bear it; what bodies of If and Loop take is in theirs
         for at in members:
             found[at] += ms * (alone[at] / weight if weight > 0 else 1 / len(members))
-    spread += sum(fused.values())  # of layouts, mostly: all nodes bear it
     total = sum(found)
     return [ms * (1 + spread / total) for ms in found] if total > 0 else alone
 
