@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--trips", default="5,20,100,200", help="other round trips, in ms")
     parser.add_argument("--cut", type=int, default=24)
-    parser.add_argument("--threshold", type=float, default=0.93, help="of exit mode")
+    parser.add_argument("--threshold", type=float, default=0.95, help="of exit mode")
     parser.add_argument("--larger", type=float, default=8.0, help="times that the larger cloud model's steps take")
     parser.add_argument("--only", default="", help="ways whose names hold one of these words")
     options = parser.parse_args()

@@ -43,8 +43,10 @@ def confined(call: str, *arguments: Any, what: str, memory_bytes: int = MEMORY_B
         if "problem" in told:
             raise PlanError(told["problem"], told["remedy"])
         return told["result"]
-    if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+    if child.returncode == -signal.SIGXCPU:
         raise PlanError(f"{what} took more than {seconds} s of the processor", "simplify the model")
+    if child.returncode == -signal.SIGKILL:
+        raise PlanError(f"{what} was killed, most likely because memory ran out", "take a smaller model or input")
     if "MemoryError" in child.stderr or "bad_alloc" in child.stderr:
         raise PlanError(f"{what} takes more than {memory_bytes >> 30} GiB of memory", "take a smaller model or input")
     last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -16,9 +16,9 @@ from isthmus.protocol.errors import PlanError
 from isthmus.split.files import open_regular
 
 MOST_BYTES = 2**31 - 1  # of a protobuf message; weights beside the file may be larger
-_CHUNK = 1 << 20
-_MAX_DEPTH = 32  # of subgraphs in subgraphs
+MAX_DEPTH = 32  # of subgraphs in subgraphs
 _AGAIN = "export the model again"
+_NIBBLES = (onnx.TensorProto.UINT4, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT4E2M1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _in_graph(graph: onnx.GraphProto, depth: int) -> Iterator[onnx.TensorProto]:
-    if depth > _MAX_DEPTH:
-        raise PlanError(f"subgraphs lie more than {_MAX_DEPTH} deep in each other", "simplify the model")
+    if depth > MAX_DEPTH:
+        raise PlanError(f"subgraphs lie more than {MAX_DEPTH} deep in each other", "simplify the model")
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -155,6 +155,3 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
     except KeyError as error:
         raise PlanError(f"weight {tensor.name!r} has the unknown type {tensor.data_type}", _AGAIN) from error
     return count * size
-
-
-_NIBBLES = (onnx.TensorProto.UINT4, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT4E2M1)

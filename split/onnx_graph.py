@@ -15,10 +15,9 @@ from typing import Any
 import onnx
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split.onnx_file import tensor_bytes
+from isthmus.split.onnx_file import MAX_DEPTH, tensor_bytes
 
 _CONSTANT = "Constant"
-_MAX_DEPTH = 32  # of subgraphs in subgraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +206,8 @@ def used_names(node: onnx.NodeProto) -> list[str]:
 
 def _captured(graph: onnx.GraphProto, depth: int) -> list[str]:
     """What a subgraph uses and does not make."""
-    if depth > _MAX_DEPTH:
-        raise PlanError(f"subgraphs lie more than {_MAX_DEPTH} deep in each other", "simplify the model")
+    if depth > MAX_DEPTH:
+        raise PlanError(f"subgraphs lie more than {MAX_DEPTH} deep in each other", "simplify the model")
     inside = {one.name for one in (*graph.input, *graph.initializer)}
     inside |= {one.values.name for one in graph.sparse_initializer}
     found: dict[str, None] = {}

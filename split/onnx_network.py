@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -68,13 +69,13 @@ class Codec:
         """Bytes of a tensor on the wire."""
         if self.bits is None or tensor.dtype not in FLOATS:
             return float(tensor.bytes)
-        return self.bits / 8 * np.prod(tensor.shape, dtype=np.float64)
+        return self.bits / 8 * math.prod(tensor.shape)
 
     def work_ms(self, tensor: TensorSize) -> float:
         """What coding a tensor takes on both sides."""
         if self.bits is None or tensor.dtype not in FLOATS:
             return 0.0
-        return float((self.encode_ms + self.decode_ms) * np.prod(tensor.shape, dtype=np.float64) * 1e-6)
+        return (self.encode_ms + self.decode_ms) * math.prod(tensor.shape) * 1e-6
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,11 @@ class Sharing:
 
     Attributes:
         cloud_ms: that a request takes there beside the model's nodes: messages, and waiting for others.
-        device_watts, idle_watts, radio_watts: of the device, while it computes, waits for the link, and beside that
-            while it sends.
+        device_watts, radio_watts: of the device, while it computes, and while something travels.
         reached: the share of inputs that get to a node at all, by its number; the rest left at an exit.
 
     Raises:
-        PlanError: a profile is another model's, or a tensor's size is not known.
+        PlanError: a profile is another model's.
     """
 
     graph: OnnxGraph

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split.files import read_regular
+from isthmus.split.profile import load
 
 VERSION = 1
 _AGAIN = "plan again: isthmus plan"
@@ -99,13 +99,7 @@ def load_plan(path: Path) -> Plan:
         PlanError: it holds none, or one of another version.
         OSError: it cannot be read.
     """
-    data = read_regular(path)
-    try:
-        return msgspec.json.decode(data, type=Plan)
-    except msgspec.DecodeError as error:
-        if isinstance(error.__cause__, PlanError):
-            raise PlanError(f"{path}: {error.__cause__.problem}", error.__cause__.remedy) from error
-        raise PlanError(f"{path} is no plan: {error}", _AGAIN) from error
+    return load(path, Plan, "plan", _AGAIN)
 
 
 def choose(rows: Sequence[Row]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -14,6 +14,7 @@ from isthmus.split.files import read_regular
 
 VERSION = 1
 _AGAIN = "measure it again: isthmus profile"
+Kept = TypeVar("Kept", bound=msgspec.Struct)
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -38,8 +39,9 @@ class Profile(msgspec.Struct, frozen=True):
         runtime, machine, processor: what ran it, on what.
         threads: that ran it.
         whole_ms: the median of warm runs; `first_ms` is the first run's.
-        nodes_ms, ops, weights: time, operator and bytes of weights of each node, in the graph's order; the times are
-            those of fused nodes, shared out, and come to `whole_ms` together.
+        nodes_ms, ops, weights: time, operator and bytes of weights of each node, in the graph's order. The times are
+            those of fused nodes, shared out, and come to `whole_ms` together; a weight that several nodes use counts
+            for each.
         inputs: by name, as they were given.
         tensors: by name, all that nodes hand on and give.
     """
@@ -100,11 +102,23 @@ def load_profile(path: Path) -> Profile:
         PlanError: it holds none, or one of another version.
         OSError: it cannot be read.
     """
+    return load(path, Profile, "device profile", _AGAIN)
+
+
+def load(path: Path, kind: type[Kept], called: str, again: str) -> Kept:
+    """What was kept in a JSON file, checked by its type.
+
+    Args:
+        called, again: what it is, and how to make another, for error messages.
+
+    Raises:
+        PlanError: the file holds something else, or the type refuses it.
+        OSError: it cannot be read.
+    """
     data = read_regular(path)
     try:
-        return msgspec.json.decode(data, type=Profile)
+        return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as error:
-        cause = error.__cause__
-        if isinstance(cause, PlanError):
-            raise PlanError(f"{path}: {cause.problem}", cause.remedy) from error
-        raise PlanError(f"{path} is no device profile: {error}", _AGAIN) from error
+        if isinstance(error.__cause__, PlanError):
+            raise PlanError(f"{path}: {error.__cause__.problem}", error.__cause__.remedy) from error
+        raise PlanError(f"{path} is no {called}: {error}", again) from error

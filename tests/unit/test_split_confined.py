@@ -47,6 +47,7 @@ def test_an_operator_that_nobody_knows_is_named(tmp_path: Path) -> None:
     [
         ("tests.runaways:spin", {"seconds": 1}, "more than 1 s of the processor"),
         ("tests.runaways:hoard", {"memory_bytes": 1 << 30}, "more than 1 GiB of memory"),
+        ("tests.runaways:killed", {}, "was killed, most likely because memory ran out"),
         ("tests.runaways:crash", {}, "ended with signal 11"),
     ],
 )
