@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from isthmus.cloud.admission import SHORTEN, ServiceLimits
 from isthmus.cloud.feed import take
@@ -27,13 +28,22 @@ class Runner:
 
     Args:
         clock: seconds, monotonic; of receipts and deadlines.
+        meanwhile: has the connections while the engine computes.
     """
 
-    def __init__(self, registry: Registry, limits: ServiceLimits, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        limits: ServiceLimits,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        meanwhile: AbstractContextManager[None],
+    ) -> None:
         self._registry = registry
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
+        self._meanwhile = meanwhile
         # Times that a session is told to wait for KV before it is told that there is none: until well after idle
         # sessions have given theirs.
         self._max_refused = math.ceil(2e3 * limits.evict_after_s / limits.busy_retry_ms)
@@ -85,7 +95,8 @@ class Runner:
             n_tokens, n_hidden = take(session, pick.rows, rows)
             taken.append((session, pick.rows, n_tokens, n_hidden))
         begin_s = time.perf_counter()
-        result = model.part.step(rows)
+        with self._meanwhile:
+            result = model.part.step(rows)
         engine_s = time.perf_counter() - begin_s
         engine_us = int(engine_s * 1e6)
         at_token = at_hidden = 0

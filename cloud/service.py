@@ -1,4 +1,4 @@
-"""The service: one thread that receives, schedules, computes and answers."""
+"""The service: one thread that receives, schedules, computes and answers; a second one attends while it computes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from isthmus.cloud import replies
 from isthmus.cloud.admission import ServiceLimits
+from isthmus.cloud.attendant import Attendant
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer, ServerTransport
@@ -51,6 +52,7 @@ from isthmus.protocol.transport import Incoming
 
 _log = logging.getLogger("isthmus.cloud")
 _MESSAGES_A_TURN = 64
+_LETTERS_BYTES = 1 << 26  # that are read during a step; more waits in the queues of the connections
 _RANGES_A_TURN = 8
 _CHORES_S = 0.05
 _REFRESH_S = 1.0
@@ -60,6 +62,16 @@ _LOCAL = "local"  # principal of connections in the clear, which only this machi
 
 
 Computed = Rows | Generate | Draft | Fill
+
+
+class Letter(NamedTuple):
+    """A message for a session, its sender let in, its size in bytes and the time it was received."""
+
+    peer: Peer
+    message: Message
+    principal: str
+    size: int
+    now_s: float
 
 
 class Service:
@@ -97,7 +109,9 @@ class Service:
         self._peers: dict[bytes, Peer] = {}
         self._registry = Registry(self.models, self._peers, self.limits, self.metrics)
         self._count_principals()
-        self._runner = Runner(self._registry, self.limits, self.metrics, clock)
+        self._letters: deque[Letter] = deque()  # that came during a step
+        self._attendant = Attendant(self._attend, transport.stirs)
+        self._runner = Runner(self._registry, self.limits, self.metrics, clock, self._attendant)
         self._bulk: deque[Peer] = deque()
         self._stop_asked = False
         self._stop_s = self.limits.stop_ms * 1e-3
@@ -123,6 +137,7 @@ class Service:
 
     def run(self) -> None:
         """Serves until `stop`, then finishes what is under way within the limits and closes."""
+        self._attendant.start()
         try:
             while not self._stop_asked:
                 self.turn(100.0)
@@ -143,6 +158,7 @@ class Service:
         if self._closed:
             return
         self._closed = True
+        self._attendant.close()
         self._transport.close()
         for model in self.models.values():
             model.close()
@@ -159,12 +175,8 @@ class Service:
 
     def turn(self, timeout_ms: float) -> None:
         """One round: receives what is there (waits only when idle), computes one step of each model, answers."""
-        self._transport.poll(0.0 if self._bulk or self._busy() else timeout_ms)
-        for _ in range(_MESSAGES_A_TURN):
-            incoming = self._transport.recv()
-            if incoming is None:
-                break
-            self._receive(incoming)
+        self._transport.poll(0.0 if self._letters or self._bulk or self._busy() else timeout_ms)
+        self._take_in()
         stepped = False
         for model in self.models.values():
             if model.ready:
@@ -179,7 +191,30 @@ class Service:
 
     # Receiving
 
-    def _receive(self, incoming: Incoming) -> None:
+    def _take_in(self) -> None:
+        while self._letters:
+            self._dispatch(*self._letters.popleft())
+        for _ in range(_MESSAGES_A_TURN):
+            incoming = self._transport.recv()
+            if incoming is None:
+                break
+            if (letter := self._receive(incoming)) is not None:
+                self._dispatch(*letter)
+
+    def _attend(self) -> None:
+        """What is done while the engine computes: devices are greeted and hear that the cloud is there; the rest waits.
+
+        Nothing that a step could be about is touched.
+        """
+        self._transport.poll(0.0)
+        room = _LETTERS_BYTES - sum(letter.size for letter in self._letters)
+        while room > 0 and len(self._letters) < _MESSAGES_A_TURN and (incoming := self._transport.recv()) is not None:
+            if (letter := self._receive(incoming)) is not None:
+                self._letters.append(letter)
+                room -= letter.size
+
+    def _receive(self, incoming: Incoming) -> Letter | None:
+        """Reads a message, and answers what concerns the connection alone."""
         route, key, frames = incoming
         now_s = self._clock()
         size = sum(map(len, frames))
@@ -194,7 +229,7 @@ class Service:
             if peer is not None:
                 peer.took(size)
                 peer.done(size)
-            return
+            return None
         principal = _LOCAL if self._allowed is None else self._allowed.principal(key)
         if principal is None:
             self._tell(route, Fault(Code.NOT_ALLOWED, *_EXPELLED))
@@ -204,20 +239,21 @@ class Service:
             self._tell(route, Fault(Code.VERSION, "there was no Hello on this connection", "connect again"))
         else:
             peer.heard_s = now_s
+            if type(message) in self._handlers:
+                return Letter(peer, message, principal, size, now_s)
             if type(message) is Ping:
                 peer.send(Pong(message.sent_us))
-            self._dispatch(peer, message, principal, size, now_s)
+            peer.took(size)
+            peer.done(size)
+        return None
 
     def _dispatch(self, peer: Peer, message: Message, principal: str, size: int, now_s: float) -> None:
-        within = peer.took(size)
-        handler = self._handlers.get(type(message))
-        if handler is None or not within:
+        if not peer.took(size):
             peer.done(size)
-            if not within:
-                self._refuse(peer, message, Refusal(Code.BAD_MESSAGE, "more bytes under way than credit was given"))
+            self._refuse(peer, message, Refusal(Code.BAD_MESSAGE, "more bytes under way than credit was given"))
             return
         try:
-            handler(peer, message, principal, size, now_s)
+            self._handlers[type(message)](peer, message, principal, size, now_s)
         except Refusal as error:
             peer.done(size)
             self._refuse(peer, message, error)

@@ -12,6 +12,7 @@ from typing import Protocol
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Up, Verified
 from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
+from isthmus.edge.trips import PROBED
 from isthmus.edge.watch import GLANCE_S, Watch
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
@@ -332,7 +333,7 @@ class Link:
                     until = min(until, deadline)
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
-                    until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else 0.5))
+                    until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else PROBED))
                 message, now = self._listen(min(until, idle_s) - began)
                 if message is None and self.idle is not None and hush is not None and now >= idle_s:
                     idle_s = self.idle(heard_s + hush() - now) + clock()
@@ -351,12 +352,14 @@ class Link:
                 if hush is not None:
                     heard_s = max(heard_s, wire.heard_s)
                     silent_s = now - heard_s + _TICK_S
-                    if silent_s >= hush() and idle_s == math.inf:
-                        session.tick(now, wire.up, wire.failure)
-                        if session.events:
-                            break
-                        raise Silent
-                    if silent_s >= hush() / 2 and probed_s != heard_s:
+                    if silent_s >= hush():
+                        if idle_s == math.inf:
+                            session.tick(now, wire.up, wire.failure)
+                            if session.events:
+                                break
+                            raise Silent
+                        idle_s = now  # its time has come earlier than it thought
+                    if silent_s >= hush() * PROBED and probed_s != heard_s:
                         probed_s = heard_s
                         wire.probe()
             if now >= until:

@@ -17,7 +17,6 @@ class Pending:
     lane: Lane | None
     asked_at: float  # or put off until then
     retry_at: float
-    rows: int = 0  # that the cloud has to compute before it says something
     tries: int = 0
     head: bytes = b""  # of a draft: chain over the tokens before it
 

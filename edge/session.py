@@ -223,8 +223,8 @@ class Session:
                 self._overdue(pending, now)
 
     def due_s(self) -> float:
-        """As `Trips.due_s`, for the rows that are under way."""
-        return self.trips.due_s(sum(pending.rows for pending in self._pending.values()))
+        """As `Trips.due_s`."""
+        return self.trips.due_s()
 
     @property
     def wake_at(self) -> float:
@@ -259,7 +259,6 @@ class Session:
             except DeviceError as error:
                 self._fail(error)
                 return
-            self.trips.declared(offer)
             self._room, self._vocab = 0 if self._window else offer.context_length, offer.vocab_size
             if offer.kv_formats and self._kv_format not in offer.kv_formats:
                 self._kv_format = offer.kv_formats[0]
@@ -300,7 +299,7 @@ class Session:
         if self._absurd(nonsense.of_result(message, rows, lane)):
             return
         del self._pending[key]
-        self._tripped(pending, message.engine_us, now, waited=bool(rows.want))
+        self._tripped(pending, now, message.engine_us, message.queue_us, waited=bool(rows.want))
         self.patience.progressed(now)
         overtaken = message.committed < lane.committed  # by a later answer
         if not overtaken and not lane.told(message.committed, message.prefix_hash, self.log):
@@ -318,9 +317,7 @@ class Session:
         if self._absurd(stream.nonsense(message)):
             return
         pending = self._pending[("stream", message.alias)]
-        if not pending.rows:
-            self.trips.streamed(now - pending.asked_at)
-        pending.asked_at, pending.rows = now, 0
+        pending.asked_at = now
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us
             lane.streamed_to(taken.committed, taken.prefix_hash)
@@ -354,7 +351,7 @@ class Session:
             self._setback(lane)
             return
         del self._pending[key]
-        self._tripped(pending, message.engine_us, now)
+        self._tripped(pending, now, message.engine_us, message.queue_us)
         self.patience.progressed(now)
         self._setbacks = 0
         lane.stands(message.position + accepted, head)
@@ -439,7 +436,7 @@ class Session:
         rows = len(getattr(message, "tokens", ()))
         if lane is not None and rows:
             lane.sent = max(lane.sent, message.position + rows)
-        self._pending[key] = Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3, rows, head=head)
+        self._pending[key] = Pending(message, lane, now, now + self._timeouts.retry_ms / 1e3, head=head)
         if self.welcome is not None:
             self.outbox.append(message)
 
@@ -455,7 +452,7 @@ class Session:
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
         self._answered(("control", lane.alias), now)
-        self._tripped(pending, 0, now, waited=False)
+        self._tripped(pending, now, waited=False)
         return pending.message
 
     def _overdue(self, pending: Pending, now: float) -> None:
@@ -478,11 +475,13 @@ class Session:
             self.events = deque(e for e in self.events if isinstance(e, Up | Served | Refused) or e.lane is not lane)
         return dropped
 
-    def _tripped(self, pending: Pending, engine_us: int, now: float, waited: bool = True) -> None:
+    def _tripped(
+        self, pending: Pending, now: float, engine_us: int = 0, queue_us: int = 0, *, waited: bool = True
+    ) -> None:
         self.round_trips += waited
         self.cloud_us += engine_us
         if not pending.tries:
-            self.trips.answered(now - pending.asked_at, engine_us * 1e-6, pending.rows)
+            self.trips.answered(now - pending.asked_at, (engine_us + queue_us) * 1e-6)
 
     def _busy(self, now: float) -> None:
         """Something is asked for: after a time in which nothing was, patience counts from now."""

@@ -114,8 +114,7 @@ class Link:
         """Asks for a sign of life now, unless a Ping is under way; `rtt` does not tell of it."""
         now = time.monotonic()
         if self._main is not None and self._asked is None:
-            self._pinged = self._asked = now
-            self._main.send(encode(Ping(0)))
+            self._ping(self._main, now, 0)
 
     def discard(self, unwanted: Callable[[Message], bool]) -> int:
         """Takes back messages that still wait for credit; how many."""
@@ -230,15 +229,20 @@ class Link:
     def _keep_alive(self, now: float) -> None:
         beat_s = self._limits.heartbeat_ms * 1e-3
         if self._main is not None and now - self._heard > beat_s and now - self._pinged > beat_s:
-            self._pinged = now
-            self._asked = self._asked or now
-            self._main.send(encode(Ping(int(now * 1e6))))
+            self._ping(self._main, now, int(now * 1e6))
         if self._fresh is not None and now - self._fresh_since > self._greeting_s():
             self._drop_fresh()
             self._greeted_s *= 2.0  # the link may have become slower
             self._fail(LinkError("the cloud does not answer", "check the address, and that `isthmus serve` runs there"))
         if (self._main is None or self._silent(now)) and now >= self._next_try:
             self.renew()
+
+    def _ping(self, main: Transport, now: float, name: int) -> None:
+        self._pinged = now
+        self._asked = self._asked or now
+        frames = encode(Ping(name))
+        if main.send(frames):
+            self.bytes_up += sum(map(len, frames))
 
     def _wait(self, left_ms: float) -> None:
         racing = self._main is not None and self._fresh is not None

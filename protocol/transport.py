@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import selectors
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -220,6 +221,9 @@ class RouterTransport:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._zap, zmq.POLLIN)
+        self._stirring = selectors.DefaultSelector()
+        for socket in (self._socket, self._zap):
+            self._stirring.register(socket.get(zmq.FD), selectors.EVENT_READ)
         try:
             _bind(self._socket, address)
         except ServiceError:
@@ -239,6 +243,13 @@ class RouterTransport:
             self._admit()
         self.watch.check()
         return self._socket in ready
+
+    def stirs(self, timeout_s: float) -> bool:
+        """Waits until there may be a message or somebody who wants in; from any one thread, at any time.
+
+        It tells of what comes after `recv` has given None, once, and may tell of nothing.
+        """
+        return bool(self._stirring.select(timeout_s))
 
     def recv(self) -> Incoming | None:
         """The next message, or None; never waits. One of more than two frames comes with none at all."""
@@ -289,6 +300,7 @@ class RouterTransport:
         """Ends all connections; messages under way get the limits' linger time."""
         if not self._socket.closed:
             self.watch.close()
+            self._stirring.close()
             self._socket.close()
             self._zap.close()
             self._context.term()

@@ -310,6 +310,9 @@ class MemoryServer:
     def poll(self, timeout_ms: float) -> bool:
         return bool(self.waiting)
 
+    def stirs(self, timeout_s: float) -> bool:
+        return bool(self.waiting)
+
     def recv(self) -> Incoming | None:
         return self.waiting.popleft() if self.waiting else None
 

@@ -185,7 +185,7 @@ def test_deciding_who_is_overdrawn_changes_nothing(shared: Shared) -> None:
     shared.world.later(10.0)
     for number in (1, 2):
         shared.world.wire.put(prompt(100), b"%d" % number, ANNA)
-        shared.world.service._receive(shared.world.wire.waiting.popleft())
+    shared.world.service._take_in()
     decided = [registry.overdrawn(shared.model, shared.world.now) for _ in range(2)]
     assert decided[0] == decided[1]
     spared, refused = decided[0]
