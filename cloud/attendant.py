@@ -8,80 +8,87 @@ from collections.abc import Callable
 from threading import Event, Lock, Thread
 
 _log = logging.getLogger("isthmus.cloud")
-_SHORT_S = 0.008  # nobody misses a cloud for that long: a step that ends sooner is left alone
-_REST_S = 0.05  # and after that much more it is looked again, whatever the connections say
+_SHORT_S = 0.004  # a step that ends sooner is left alone
+_REST_S = 0.02  # after which it is looked again, whatever the connections say
+_ASLEEP_S = 0.02  # without a step, until the second thread sleeps
 
 
 class Attendant:
     """A second thread that has the connections for as long as the first one is inside the engine, and never else.
 
     Whoever computes lends them with `with attendant:`. That costs a microsecond or two: the second thread is not woken
-    for a step, it looks from time to time whether a long one is under way, and sleeps while there is nothing to
+    for a step, it looks a while after its begin whether it is still under way, and sleeps while there is nothing to
     compute. Until it is started, and after it is closed, nothing is lent.
 
     Args:
-        attend: reads and answers what is there, without waiting.
+        attend: reads and answers a bounded part of what is there, without waiting; whether there may be more.
         stirs: waits so many seconds at most until there may be something; needs no connection.
+        short_s: that a step takes before it is attended to.
     """
 
-    def __init__(self, attend: Callable[[], None], stirs: Callable[[float], object], short_s: float = _SHORT_S) -> None:
+    def __init__(self, attend: Callable[[], bool], stirs: Callable[[float], object], short_s: float = _SHORT_S) -> None:
         self._attend, self._stirs, self._short_s = attend, stirs, short_s
         self._hand = Lock()  # held by the thread that may use the connections
         self._wanted = Event()
-        self._steps = 0
+        self._step, self._began, self._computing = 0, 0.0, False
         self._thread: Thread | None = None
         self._closed = False
 
     def start(self) -> None:
         """From here on the calling thread has the connections, but for the steps that it makes."""
+        thread = Thread(target=self._run, name="isthmus-attendant", daemon=True)
         self._hand.acquire()
-        self._thread = Thread(target=self._run, name="isthmus-attendant", daemon=True)
-        self._thread.start()
+        thread.start()
+        self._thread = thread
 
     def close(self) -> None:
         """Ends the second thread; may be called twice, and by the first one only."""
-        if self._thread is not None:
-            self._closed = True
-            self._wanted.set()
-            self._thread.join()
-            self._thread = None
-            self._hand.release()
+        self._closed, self._computing = True, False
+        self._wanted.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
 
     def __enter__(self) -> None:
         if self._thread is not None:
-            self._steps += 1
+            self._step += 1
+            self._began, self._computing = time.monotonic(), True
+            self._hand.release()
             if not self._wanted.is_set():
                 self._wanted.set()
-            self._hand.release()
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
+            self._computing = False
             self._hand.acquire()
 
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             self._wanted.wait()
-            step = self._steps
-            time.sleep(self._short_s)
-            if self._closed:
-                return
-            if self._steps != step:
-                continue
-            if not self._hand.acquire(blocking=False):  # none is under way
+            step, passed_s = self._step, time.monotonic() - self._began
+            if passed_s < self._short_s:
+                time.sleep(self._short_s - passed_s)
+            elif self._computing:
+                self._during(step)
+            elif passed_s < _ASLEEP_S:
+                time.sleep(self._short_s)
+            else:
                 self._wanted.clear()
-                if self._steps != step:  # one was begun between the two
+                if self._stirred():  # since it was looked
                     self._wanted.set()
-                continue
-            self._hand.release()
-            self._during(step)
+
+    def _stirred(self) -> bool:
+        return self._computing or self._closed
 
     def _during(self, step: int) -> None:
-        while self._steps == step and self._hand.acquire(blocking=False):
+        while self._computing and self._step == step and self._hand.acquire(blocking=False):
+            more = False
             try:
-                self._attend()
-            except Exception:  # devices may take the cloud for gone during this step; it goes on nevertheless
+                more = self._attend()
+            except Exception:  # it is tried again soon, and the step goes on
                 _log.exception("looking after devices during a step failed")
-                return
+                time.sleep(_REST_S)
             finally:
                 self._hand.release()
-            self._stirs(_REST_S)
+            if not more:
+                self._stirs(_REST_S)

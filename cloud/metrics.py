@@ -28,7 +28,7 @@ class Histogram:
 
 
 class Metrics:
-    """What a service counts; its own thread writes, the HTTP thread reads.
+    """What a service counts; the thread that has the connections writes, the HTTP thread reads.
 
     Attributes:
         messages, bytes_in, bytes_out: on all connections.

@@ -52,7 +52,7 @@ from isthmus.protocol.transport import Incoming
 
 _log = logging.getLogger("isthmus.cloud")
 _MESSAGES_A_TURN = 64
-_LETTERS_BYTES = 1 << 26  # that are read during a step; more waits in the queues of the connections
+_LETTERS, _LETTERS_BYTES = 4096, 1 << 28  # that are read during a step; more waits in the queues of the connections
 _RANGES_A_TURN = 8
 _CHORES_S = 0.05
 _REFRESH_S = 1.0
@@ -137,8 +137,8 @@ class Service:
 
     def run(self) -> None:
         """Serves until `stop`, then finishes what is under way within the limits and closes."""
-        self._attendant.start()
         try:
+            self._attendant.start()
             while not self._stop_asked:
                 self.turn(100.0)
             self._say_bye()
@@ -175,7 +175,7 @@ class Service:
 
     def turn(self, timeout_ms: float) -> None:
         """One round: receives what is there (waits only when idle), computes one step of each model, answers."""
-        self._transport.poll(0.0 if self._letters or self._bulk or self._busy() else timeout_ms)
+        self._transport.poll(0.0 if self._bulk or self._busy() else timeout_ms)
         self._take_in()
         stepped = False
         for model in self.models.values():
@@ -184,6 +184,8 @@ class Service:
                 stepped = True
         if self._bulk:
             self._send_ranges(1 if stepped else _RANGES_A_TURN)
+        while self._letters:
+            self._dispatch(*self._letters.popleft())
         now_s = self._clock()
         if now_s >= self._chores_at_s:
             self._chores_at_s = now_s + _CHORES_S
@@ -192,8 +194,6 @@ class Service:
     # Receiving
 
     def _take_in(self) -> None:
-        while self._letters:
-            self._dispatch(*self._letters.popleft())
         for _ in range(_MESSAGES_A_TURN):
             incoming = self._transport.recv()
             if incoming is None:
@@ -201,17 +201,20 @@ class Service:
             if (letter := self._receive(incoming)) is not None:
                 self._dispatch(*letter)
 
-    def _attend(self) -> None:
+    def _attend(self) -> bool:
         """What is done while the engine computes: devices are greeted and hear that the cloud is there; the rest waits.
 
-        Nothing that a step could be about is touched.
+        Nothing that a step could be about is changed. Gives whether there may be more to do.
         """
         self._transport.poll(0.0)
         room = _LETTERS_BYTES - sum(letter.size for letter in self._letters)
-        while room > 0 and len(self._letters) < _MESSAGES_A_TURN and (incoming := self._transport.recv()) is not None:
+        for _ in range(_MESSAGES_A_TURN):
+            if room <= 0 or len(self._letters) >= _LETTERS or (incoming := self._transport.recv()) is None:
+                return False
             if (letter := self._receive(incoming)) is not None:
                 self._letters.append(letter)
                 room -= letter.size
+        return True
 
     def _receive(self, incoming: Incoming) -> Letter | None:
         """Reads a message, and answers what concerns the connection alone."""
@@ -239,19 +242,18 @@ class Service:
             self._tell(route, Fault(Code.VERSION, "there was no Hello on this connection", "connect again"))
         else:
             peer.heard_s = now_s
-            if type(message) in self._handlers:
+            if not peer.took(size):
+                peer.done(size)
+                self._refuse(peer, message, Refusal(Code.BAD_MESSAGE, "more bytes under way than credit was given"))
+            elif type(message) in self._handlers:
                 return Letter(peer, message, principal, size, now_s)
-            if type(message) is Ping:
-                peer.send(Pong(message.sent_us))
-            peer.took(size)
-            peer.done(size)
+            else:
+                if type(message) is Ping:
+                    peer.send(Pong(message.sent_us))
+                peer.done(size)
         return None
 
     def _dispatch(self, peer: Peer, message: Message, principal: str, size: int, now_s: float) -> None:
-        if not peer.took(size):
-            peer.done(size)
-            self._refuse(peer, message, Refusal(Code.BAD_MESSAGE, "more bytes under way than credit was given"))
-            return
         try:
             self._handlers[type(message)](peer, message, principal, size, now_s)
         except Refusal as error:
@@ -405,7 +407,8 @@ class Service:
             model = self._registry.model(message.model_id)
             found = None
             if model.files is not None:
-                found = model.files.read(message.name, message.sha256, message.offset, message.length)
+                with self._attendant:  # a disk may be slow
+                    found = model.files.read(message.name, message.sha256, message.offset, message.length)
             if found is None:
                 raise Refusal(Code.NOT_FOUND, f"no file {message.name!r} with that hash here", "get the manifest again")
         except Refusal as error:

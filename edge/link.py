@@ -11,14 +11,13 @@ from typing import Protocol
 
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Up, Verified
 from isthmus.edge.lane import Lane
+from isthmus.edge.quiet import AT_ONCE_S, Quiet
 from isthmus.edge.session import Session
-from isthmus.edge.trips import PROBED
 from isthmus.edge.watch import GLANCE_S, Watch
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
-_TICK_S = 1e-6  # what a clock may be wrong by
-AT_ONCE_S = 2e-4  # looking for less found what was here already
+_AGAIN_S = 0.005  # until what makes this device ready is asked once more, when it is late
 LATE_S = 0.1  # and that came so long ago at most, as far as is assumed
 _CHECK_S = 0.25  # how often a waiting device looks whether the link is still up
 
@@ -28,6 +27,7 @@ class Wire(Protocol):
 
     welcome: m.Welcome | None
     rtt: tuple[int, float] | None
+    probed: tuple[float, float] | None
     bytes_up: int
     bytes_down: int
 
@@ -93,6 +93,7 @@ class Link:
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         self._looked = clock()  # for messages, the last time, or sent some
+        self._life_s, self._up = 0.0, 0  # when the last sign of life came, and bytes sent until then
         if wire.welcome is not None:
             session.receive(wire.welcome, clock())
 
@@ -315,15 +316,19 @@ class Link:
         at_once = message is not None and now - began <= AT_ONCE_S
         came = (began + max(self._looked, began - LATE_S)) / 2 if at_once else now
         self._looked = now
+        if self._wire.heard_s != self._life_s:
+            self._life_s, self._up = self._wire.heard_s, self._wire.bytes_up
         if self.watch is not None and message is not None:
             self.watch.heard(message, came)
         return message, came
 
     def _next(self, deadline: float | None = None) -> Event | None:
         session, wire, clock = self.session, self._wire, self._clock
-        hush = self.hush if deadline is None else None
-        heard_s, probed_s = clock() if wire.asked_s is None else wire.asked_s, -1.0
-        idle_s = math.inf if self.idle is None or hush is None else 0.0  # when there is something for it
+        quiet = None
+        if self.hush is not None and deadline is None:
+            quiet = Quiet(wire, session.trips, self.hush, lambda: wire.bytes_up - self._up, clock())
+        idle = self.idle if quiet is not None else None
+        idle_s = math.inf if idle is None else 0.0  # when there is something for it
         while not session.events:
             try:
                 self.flush()
@@ -331,15 +336,18 @@ class Link:
                 until = min(session.wake_at, began + (GLANCE_S if self.watch else _CHECK_S))
                 if deadline is not None:
                     until = min(until, deadline)
-                if hush is not None:
-                    heard_s = max(heard_s, wire.heard_s)
-                    until = min(until, heard_s + hush() * (1.0 if probed_s == heard_s else PROBED))
+                if quiet is not None:
+                    wake_s = quiet.wake_s()
+                    until = min(until, idle_s if wake_s <= began and idle_s < math.inf else wake_s)
                 message, now = self._listen(min(until, idle_s) - began)
-                if message is None and self.idle is not None and hush is not None and now >= idle_s:
-                    idle_s = self.idle(heard_s + hush() - now) + clock()
-                    message, now = self._listen(0.0)  # what came meanwhile, before anything is judged
-                    if message is None and now < until:
-                        continue
+                if quiet is not None:
+                    quiet.hear(began)
+                    if message is None and idle is not None and now >= idle_s:
+                        idle_s = idle(quiet.dark_s() - now) + clock()
+                        message, now = self._listen(0.0)  # what came meanwhile, before anything is judged
+                        quiet.hear(now)
+                        if message is None and now < until:
+                            continue
             except IsthmusError:
                 session.abandon()
                 self._tell()
@@ -347,21 +355,17 @@ class Link:
             if message is not None:
                 session.receive(message, now)
             elif deadline is None and not session.events:
-                if self.watch is not None and (hush is None or hush() > 0.0):
+                if self.watch is not None and (quiet is None or not quiet.known):
                     self.watch.waits(now)
-                if hush is not None:
-                    heard_s = max(heard_s, wire.heard_s)
-                    silent_s = now - heard_s + _TICK_S
-                    if silent_s >= hush():
+                if quiet is not None:
+                    if quiet.dark(now):
                         if idle_s == math.inf:
                             session.tick(now, wire.up, wire.failure)
                             if session.events:
                                 break
                             raise Silent
-                        idle_s = now  # its time has come earlier than it thought
-                    if silent_s >= hush() * PROBED and probed_s != heard_s:
-                        probed_s = heard_s
-                        wire.probe()
+                        idle_s = min(idle_s, now + _AGAIN_S)  # its time has come earlier than it thought
+                    quiet.ask(now)
             if now >= until:
                 waited = session.patience.waiting
                 session.tick(now, wire.up, wire.failure)

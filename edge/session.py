@@ -222,10 +222,6 @@ class Session:
                     break
                 self._overdue(pending, now)
 
-    def due_s(self) -> float:
-        """As `Trips.due_s`."""
-        return self.trips.due_s()
-
     @property
     def wake_at(self) -> float:
         """When `tick` must be called at the latest."""
@@ -452,7 +448,8 @@ class Session:
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
         self._answered(("control", lane.alias), now)
-        self._tripped(pending, now, waited=False)
+        if not pending.tries:
+            self.trips.greeted(now - pending.asked_at)
         return pending.message
 
     def _overdue(self, pending: Pending, now: float) -> None:
@@ -475,9 +472,7 @@ class Session:
             self.events = deque(e for e in self.events if isinstance(e, Up | Served | Refused) or e.lane is not lane)
         return dropped
 
-    def _tripped(
-        self, pending: Pending, now: float, engine_us: int = 0, queue_us: int = 0, *, waited: bool = True
-    ) -> None:
+    def _tripped(self, pending: Pending, now: float, engine_us: int, queue_us: int, *, waited: bool = True) -> None:
         self.round_trips += waited
         self.cloud_us += engine_us
         if not pending.tries:

@@ -123,7 +123,7 @@ class Steering:
         rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
         if self._standby is not None and rests and not guessed:
             link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
-        due_s = link.session.due_s
+        due_s = link.session.trips.due_s
         link.hush = (lambda: max(self._confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:
             yield

@@ -32,6 +32,7 @@ from isthmus.protocol.transport import DealerTransport, Refused, Transport
 _RACE_POLL_MS = 5.0
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 2.0
 _GREETING_S = 1.0
+_PROBES = 127  # names of probes, of one byte each; other pings are named after the time, in microseconds
 
 
 class Link:
@@ -48,6 +49,7 @@ class Link:
     Attributes:
         welcome: the cloud's greeting, None before the first.
         rtt: which Ping was answered last (its `sent_us`) and its round trip in ms, None before the first.
+        probed: when the last probe that was answered was sent, and when its answer was read; None before the first.
         bytes_up, bytes_down: payload so far.
     """
 
@@ -62,12 +64,14 @@ class Link:
         self._greeted = False
         self._retry_s = _RETRY_FIRST_S
         self._heard = self._pinged = 0.0
+        self._probe, self._probe_s = 0, 0.0  # the name of the last one, and when it was sent
         self._asked: float | None = None  # when the first Ping without a sign of life since was sent
         self._credit = 0
         self._waiting: deque[tuple[Message, list[bytes], int]] = deque()
         self._failure: LinkError | None = None
         self.welcome: Welcome | None = None
         self.rtt: tuple[int, float] | None = None
+        self.probed: tuple[float, float] | None = None
         self.bytes_up = self.bytes_down = 0
 
     @property
@@ -111,10 +115,11 @@ class Link:
             self._waiting.append((message, frames, size))
 
     def probe(self) -> None:
-        """Asks for a sign of life now, unless a Ping is under way; `rtt` does not tell of it."""
+        """Asks for a sign of life now, unless a Ping is under way; `probed` tells of the answer, `rtt` does not."""
         now = time.monotonic()
         if self._main is not None and self._asked is None:
-            self._ping(self._main, now, 0)
+            self._probe, self._probe_s = self._probe % _PROBES + 1, now
+            self._ping(self._main, now, self._probe)
 
     def discard(self, unwanted: Callable[[Message], bool]) -> int:
         """Takes back messages that still wait for credit; how many."""
@@ -178,8 +183,10 @@ class Link:
             self.send(Pong(message.sent_us))  # type: ignore[union-attr]
         elif kind is Pong:
             sent_us: int = message.sent_us  # type: ignore[union-attr]
-            if sent_us:  # else it may have been here for long: nobody was in a hurry to read it
+            if sent_us > _PROBES:
                 self.rtt = (sent_us, max(0.0, time.monotonic() * 1e3 - sent_us * 1e-3))
+            elif sent_us == self._probe:
+                self.probed = (self._probe_s, time.monotonic())
         elif kind is Fault and message.alias is None and message.code == Code.VERSION:  # type: ignore[union-attr]
             # The cloud has no memory of this connection (it was restarted, or forgot a silent device).
             self._lose(LinkError(message.problem, message.remedy))  # type: ignore[union-attr]
@@ -241,8 +248,10 @@ class Link:
         self._pinged = now
         self._asked = self._asked or now
         frames = encode(Ping(name))
+        size = sum(map(len, frames))
         if main.send(frames):
-            self.bytes_up += sum(map(len, frames))
+            self._credit -= size
+            self.bytes_up += size
 
     def _wait(self, left_ms: float) -> None:
         racing = self._main is not None and self._fresh is not None

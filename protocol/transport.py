@@ -27,6 +27,7 @@ _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _MAX_FRAMES = 2
 _MAX_STRANGERS = 1000  # refused keys that are remembered so that each is logged once
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_FULL = "close other programs, or raise the limit of open files (ulimit -n)"
 _BROKEN = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -177,7 +178,7 @@ class Incoming(NamedTuple):
 
 
 class RouterTransport:
-    """The cloud's end of all its devices' connections; one thread owns it.
+    """The cloud's end of all its devices' connections; one thread at a time has it.
 
     The ZAP handler (ZeroMQ RFC 27) that asks the allow-list runs inside `poll`, on the same thread.
 
@@ -200,6 +201,7 @@ class RouterTransport:
         self._spin_s = limits.spin_us * 1e-6
         self._context = zmq.Context()
         try:
+            self._stirring = _selector()
             self._zap, self._socket = _socket(self._context, zmq.REP), _socket(self._context, zmq.ROUTER)
         except LinkError:
             self._context.destroy(0)
@@ -221,7 +223,6 @@ class RouterTransport:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._zap, zmq.POLLIN)
-        self._stirring = selectors.DefaultSelector()
         for socket in (self._socket, self._zap):
             self._stirring.register(socket.get(zmq.FD), selectors.EVENT_READ)
         try:
@@ -245,9 +246,9 @@ class RouterTransport:
         return self._socket in ready
 
     def stirs(self, timeout_s: float) -> bool:
-        """Waits until there may be a message or somebody who wants in; from any one thread, at any time.
+        """Waits until there may be a message or somebody who wants in; by one thread, which need not have the sockets.
 
-        It tells of what comes after `recv` has given None, once, and may tell of nothing.
+        It tells of what comes after `recv` has given None until somebody polls, and may tell of nothing.
         """
         return bool(self._stirring.select(timeout_s))
 
@@ -358,8 +359,14 @@ def _socket(context: Any, kind: int) -> Any:
     try:
         return context.socket(kind)
     except zmq.ZMQError as error:
-        remedy = "close other programs, or raise the limit of open files (ulimit -n)"
-        raise LinkError(f"cannot make a socket: {zmq.strerror(error.errno or 0)}", remedy) from error
+        raise LinkError(f"cannot make a socket: {zmq.strerror(error.errno or 0)}", _FULL) from error
+
+
+def _selector() -> selectors.BaseSelector:
+    try:
+        return selectors.DefaultSelector()
+    except OSError as error:
+        raise LinkError(f"cannot watch sockets: {error.strerror}", _FULL) from error
 
 
 def _tune(socket: Any, address: str, limits: LinkLimits) -> None:

@@ -44,7 +44,7 @@ class _Connection:
 
 
 class Watch:
-    """Watches the connections that a bound socket accepts; used by the socket's thread.
+    """Watches the connections that a bound socket accepts; used by the thread that has the socket.
 
     Args:
         router: the socket, before it is bound.

@@ -233,7 +233,7 @@ def test_deadlines() -> None:
     world.wire.put(rows(PROMPT, 5, budget_ms=100))
     world.service._attend()  # it comes while the engine computes, for longer than there is time
     world.now += 0.2
-    (fault,) = world.ask()
+    (fault,) = world.ask(turns=2)
     assert code(fault) == m.Code.DEADLINE
     assert fault.committed == 0
 
