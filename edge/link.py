@@ -18,7 +18,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.errors import IsthmusError, LinkError
 
 _AGAIN_S = 0.005  # until what makes this device ready is asked once more, when it is late
-LATE_S = 0.1  # and that came so long ago at most, as far as is assumed
+LATE_S = 0.1  # what was here already came so long ago at most, as far as is assumed
 _CHECK_S = 0.25  # how often a waiting device looks whether the link is still up
 
 
