@@ -81,14 +81,14 @@ class Attendant:
         return self._computing or self._closed
 
     def _during(self, step: int) -> None:
+        wait: Callable[[float], object] | None = None
         while self._computing and self._step == step and self._hand.acquire(blocking=False):
-            more = False
             try:
-                more = self._attend()
+                wait = None if self._attend() else self._stirs
             except Exception:  # it is tried again soon, and the step goes on
                 _log.exception("looking after devices during a step failed")
-                time.sleep(_REST_S)
+                wait = time.sleep
             finally:
                 self._hand.release()
-            if not more:
-                self._stirs(_REST_S)
+            if wait is not None:
+                wait(_REST_S)
