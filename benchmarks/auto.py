@@ -26,8 +26,8 @@ from record import RESULTS, Cell, Record
 
 from isthmus.apps.bench import facts, simulate
 from isthmus.apps.bench.simulate import LinkPlan, Point
-from isthmus.apps.bench.traces import SYNTHETIC, Trace, read_pair, synthetic_pair
 from isthmus.edge.figures import Wish
+from isthmus.split.traces import SYNTHETIC, Trace, read_pair, synthetic_pair
 
 FACTS = Path(__file__).parent / "facts.json"
 EXITS, EPOCHS = (20, 24), 1

@@ -33,7 +33,6 @@ from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from isthmus.apps.bench.facts import Answer, ExitFacts, guessed
 from isthmus.apps.bench.relay import LinkProfile, Relay
 from isthmus.apps.bench.simulate import LinkPlan, Point, Window, play_auto
-from isthmus.apps.bench.traces import Trace, read_pair, synthetic_pair
 from isthmus.edge import Device, Timeouts, priors
 from isthmus.edge.exit import ExitSpeaker, Said
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, Wish
@@ -43,6 +42,7 @@ from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_states import questions
+from isthmus.split.traces import Trace, read_pair, synthetic_pair
 
 LEAD_S = 3.0  # in which a device connects
 TOKENS = 120  # of an answer at most

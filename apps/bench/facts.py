@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isthmus.apps.bench.traces import BenchError
+from isthmus.apps.bench.shaping import BenchError
 from isthmus.edge.drafts import NgramDrafts
 from isthmus.edge.figures import DraftFigures, ExitFigures
 

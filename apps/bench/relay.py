@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from isthmus.apps.bench.carrier import SOCKET_BUFFER, Carrier, Counts, End, Flow
-from isthmus.apps.bench.shaping import MS, LinkProfile
-from isthmus.apps.bench.traces import BenchError
+from isthmus.apps.bench.shaping import MS, BenchError, LinkProfile
 from isthmus.protocol.address import address_fault
 
 __all__ = ["BenchError", "Counts", "Event", "Flow", "LinkProfile", "Relay"]

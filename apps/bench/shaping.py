@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from isthmus.apps.bench.traces import SEGMENT, BenchError, Trace, mean_rate, named_pair
+from isthmus.protocol.errors import IsthmusError
+from isthmus.split.traces import SEGMENT, Trace, mean_rate, named_pair
 
 MS = 1_000_000  # nanoseconds
 MAX_DELAY_MS = 60_000
 GRAIN_NS = MS // 4  # a fast link is served in pieces that take this long, not one by one
 T = TypeVar("T")
+
+
+class BenchError(IsthmusError):
+    """A link that cannot be emulated as asked, or figures that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,8 @@ class LinkProfile:
         `rest` are the other attributes.
 
         Raises:
-            BenchError: a trace cannot be read, or a value is out of bounds.
+            TraceError: a trace cannot be read.
+            BenchError: a value is out of bounds.
         """
         up, down = named_pair(prefix)
         return cls.of_rtt(rtt_ms, trace_up=up, trace_down=down, **rest)

@@ -16,7 +16,6 @@ from isthmus.apps.bench.conversation import Conversation, GaveUp, Sight
 from isthmus.apps.bench.facts import Answer, draft_figures, exit_figures
 from isthmus.apps.bench.players import Player, player
 from isthmus.apps.bench.shaping import MS
-from isthmus.apps.bench.traces import Trace
 from isthmus.apps.bench.virtual import Engine, Way, World
 from isthmus.edge.costs import Candidate, candidates
 from isthmus.edge.estimator import Estimator
@@ -28,6 +27,7 @@ from isthmus.edge.priors import CODED, CODED_BYTES, LENGTHS
 from isthmus.edge.rhythm import MOST_REST_S, PROBE_BYTES, REST_S, Rhythm, expected, next_look_s, usual_ms
 from isthmus.edge.shadow import DRAFTED
 from isthmus.protocol.errors import DeviceError
+from isthmus.split.traces import Trace
 
 GREETINGS = 4  # trips that opening a connection has shown before the first question
 D_MODEL = 576  # of the model whose facts are replayed

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isthmus.apps.bench.shaping import GRAIN_NS, MS, Opportunities
-from isthmus.apps.bench.traces import SEGMENT, BenchError, Trace
+from isthmus.apps.bench.shaping import GRAIN_NS, MS, BenchError, Opportunities
+from isthmus.split.traces import SEGMENT, Trace
 
 MAX_EVENTS = 20_000_000
 

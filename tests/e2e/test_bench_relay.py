@@ -13,7 +13,7 @@ from typing import Self
 import pytest
 
 from isthmus.apps.bench.relay import BenchError, Event, LinkProfile, Relay
-from isthmus.apps.bench.traces import Trace
+from isthmus.split.traces import Trace
 
 PATIENCE_S = 60.0
 QUIET_S = 0.1  # waited before saying that nothing came

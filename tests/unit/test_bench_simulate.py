@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from isthmus.apps.bench import facts, simulate
 from isthmus.apps.bench.facts import Answer, ExitFacts
-from isthmus.apps.bench.shaping import MS, Pipe
+from isthmus.apps.bench.shaping import MS, BenchError, Pipe
 from isthmus.apps.bench.simulate import LinkPlan, Outcome, Point, Window, play_auto, play_fixed
-from isthmus.apps.bench.traces import BenchError, Trace, synthetic
 from isthmus.apps.bench.virtual import Engine, Way, World
 from isthmus.edge.costs import Candidate
 from isthmus.edge.figures import Wish, round_of
+from isthmus.split.traces import Trace, synthetic
 
 LAYERS_MS = {1: 0.25, 20: 5.0, 30: 7.5}
 ROWS_MS = {1: 9.5, 2: 10.5, 3: 12.0, 5: 16.0, 9: 33.0}

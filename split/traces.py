@@ -21,8 +21,8 @@ SYNTHETIC, SEED = "synthetic", 11  # the link that needs no file
 _WORD = 2**64 - 1
 
 
-class BenchError(IsthmusError):
-    """A link that cannot be emulated as asked, or a trace that cannot be read or made."""
+class TraceError(IsthmusError):
+    """A trace that cannot be read or made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Trace:
         name: where it comes from, for messages and results.
 
     Raises:
-        BenchError: there is no time, one is negative or earlier than the one before, or the last is 0.
+        TraceError: there is no time, one is negative or earlier than the one before, or the last is 0.
     """
 
     times_ms: tuple[int, ...]
@@ -45,11 +45,11 @@ class Trace:
         for line, time_ms in enumerate(self.times_ms, 1):
             if time_ms < before:
                 why = f"is earlier than {before} before it" if time_ms >= 0 else "is negative"
-                raise BenchError(f"{self.name}, line {line}: {time_ms} {why}", "give times in ms that never decrease")
+                raise TraceError(f"{self.name}, line {line}: {time_ms} {why}", "give times in ms that never decrease")
             before = time_ms
         if not before:
             why = f"ends at 0 ms (line {len(self.times_ms)})" if self.times_ms else "has no lines"
-            raise BenchError(f"{self.name} {why}", "a trace must last for at least 1 ms")
+            raise TraceError(f"{self.name} {why}", "a trace must last for at least 1 ms")
 
     @property
     def period_ms(self) -> int:
@@ -61,12 +61,12 @@ def read(path: str | Path) -> Trace:
     """Reads one direction of a link from a file.
 
     Raises:
-        BenchError: the file cannot be read, or a line of it is no time in ms; the message names the line.
+        TraceError: the file cannot be read, or a line of it is no time in ms; the message names the line.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
-        raise BenchError(
+        raise TraceError(
             f"{path} cannot be read: {error.strerror}", "name a file of PREFIX.up and PREFIX.down"
         ) from error
     times = []
@@ -74,7 +74,7 @@ def read(path: str | Path) -> Trace:
         digits = line.strip()
         if not digits.isdigit() or len(digits) > 15:
             said = repr(digits[:40].decode(errors="replace"))
-            raise BenchError(f"{path}, line {number}: {said} is no time in ms", "write one whole number on each line")
+            raise TraceError(f"{path}, line {number}: {said} is no time in ms", "write one whole number on each line")
         times.append(int(digits))
     return Trace(tuple(times), str(path))
 
@@ -83,7 +83,7 @@ def read_pair(prefix: str | Path) -> tuple[Trace, Trace]:
     """Reads PREFIX.up and PREFIX.down.
 
     Raises:
-        BenchError: one of them cannot be read.
+        TraceError: one of them cannot be read.
     """
     return read(f"{prefix}.up"), read(f"{prefix}.down")
 
@@ -92,12 +92,12 @@ def write(trace: Trace, path: str | Path) -> None:
     """Writes a trace, one time in ms on each line.
 
     Raises:
-        BenchError: the file cannot be written.
+        TraceError: the file cannot be written.
     """
     try:
         Path(path).write_bytes(b"".join(b"%d\n" % time_ms for time_ms in trace.times_ms))
     except OSError as error:
-        raise BenchError(
+        raise TraceError(
             f"{path} cannot be written: {error.strerror}", "name a file in a folder that exists"
         ) from error
 
@@ -122,17 +122,17 @@ def synthetic(
         outage_s: mean length of an outage, in seconds; the rate is then about a hundredth of the mean.
 
     Raises:
-        BenchError: a length or rate out of bounds, or too low to deliver anything.
+        TraceError: a length or rate out of bounds, or too low to deliver anything.
     """
     total = mean_bps * seconds // (SEGMENT * 8) if seconds > 0 else 0
     if not 0 < total <= MAX_LINES:
-        raise BenchError(
+        raise TraceError(
             f"{mean_bps} bit/s over {seconds} s are {max(total, 0)} opportunities of {SEGMENT} bytes",
             f"choose a rate and a length with 1 to {MAX_LINES}",
         )
     every, length = round(outage_every_s * 1000), round(outage_s * 1000)
     if every and not (STEP_MS <= length < every):
-        raise BenchError(
+        raise TraceError(
             f"outages of {outage_s} s each {outage_every_s} s",
             f"give a length from {STEP_MS / 1000} s on that is below the time between them, or 0 between them for none",
         )
@@ -158,13 +158,13 @@ def named_pair(name: str | Path) -> tuple[Trace, Trace]:
     """The two ways of a link: "synthetic", "synthetic:SEED", or those that PREFIX.up and PREFIX.down hold.
 
     Raises:
-        BenchError: a trace cannot be read, or the seed is no whole number.
+        TraceError: a trace cannot be read, or the seed is no whole number.
     """
     kind, colon, seed = str(name).partition(":")
     if kind != SYNTHETIC:
         return read_pair(name)
     if colon and not seed.isdecimal():
-        raise BenchError(f"the trace's seed is {seed!r}", "give a whole number, as in synthetic:7")
+        raise TraceError(f"the trace's seed is {seed!r}", "give a whole number, as in synthetic:7")
     return synthetic_pair(int(seed) if colon else SEED)
 
 
