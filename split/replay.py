@@ -1,0 +1,96 @@
+"""What a way to share takes again and again: over a link that changes, and in a cloud that others use as well.
+
+Inputs come at random moments of the link's trace. What is under way takes the opportunities that the trace gives from
+then on; nothing else uses the link. Others' requests come to the cloud independently of each other and take as long as
+this one, so that one waits as in an M/D/1 queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.protocol.errors import PlanError
+from isthmus.split.onnx_network import Rate
+from isthmus.split.plan import Row
+from isthmus.split.traces import SEGMENT, Trace, mean_rate
+
+INPUTS = 4000
+_WARM = 2000  # requests until a queue has forgotten that it began empty
+Times = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A link over time.
+
+    Attributes:
+        trip_ms: there and back, of a message without weight.
+        up, down: a trace, or bits per second where it does not change.
+    """
+
+    trip_ms: float
+    up: Trace | float
+    down: Trace | float
+
+    def rate(self) -> Rate:
+        """It in the mean, as a search takes it.
+
+        Raises:
+            PlanError: it never delivers.
+        """
+        up, down = (mean_rate(way) if isinstance(way, Trace) else way for way in (self.up, self.down))
+        return Rate(self.trip_ms, up, down)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is not the same at all times."""
+        return isinstance(self.up, Trace) or isinstance(self.down, Trace)
+
+
+def latencies(row: Row, course: Course, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0) -> Times:
+    """Milliseconds from input to output, of `INPUTS` inputs.
+
+    Args:
+        load: the share of the cloud's time that others take, below 1.
+        beside_ms: that a request takes in the cloud beside the model.
+
+    Raises:
+        PlanError: a load that leaves no time.
+    """
+    if not 0.0 <= load < 1.0:
+        raise PlanError(f"others take {load:g} of the cloud's time", "give a share from 0 to below 1")
+    generator = np.random.default_rng(seed)
+    period_ms = max((way.period_ms for way in (course.up, course.down) if isinstance(way, Trace)), default=1)
+    starts = generator.uniform(0.0, period_ms, INPUTS)
+    if row.kind == "device":
+        return np.full(INPUTS, row.device_ms)
+    there = passed(course.up, starts + row.device_ms, row.up_bytes) + course.trip_ms / 2
+    done = there + waits(load, row.cloud_ms, generator) + row.cloud_ms + beside_ms
+    return passed(course.down, done, row.down_bytes) + course.trip_ms / 2 - starts
+
+
+def passed(way: Trace | float, at_ms: Times, size: float) -> Times:
+    """When so many bytes are through that are handed to one way of a link at each of these moments."""
+    if size <= 0:
+        return at_ms
+    if not isinstance(way, Trace):
+        return at_ms + size * 8e3 / way
+    times = np.asarray(way.times_ms, np.float64)
+    cycle, within = np.divmod(at_ms, way.period_ms)
+    last = np.searchsorted(times, within) + int(-(-size // SEGMENT)) - 1
+    more, place = np.divmod(last, len(times))
+    found: Times = (cycle + more) * way.period_ms + times[place]
+    return found
+
+
+def waits(load: float, service_ms: float, generator: np.random.Generator) -> Times:
+    """What `INPUTS` requests wait for others before them."""
+    if not load or not service_ms:
+        return np.zeros(INPUTS)
+    gaps = generator.exponential(service_ms / load, INPUTS + _WARM)
+    walk = np.cumsum(service_ms - gaps)  # Lindley's recursion, unrolled
+    waited: Times = walk - np.minimum(np.minimum.accumulate(walk), 0.0)
+    return waited[_WARM:]
