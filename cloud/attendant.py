@@ -9,7 +9,7 @@ from threading import Event, Lock, Thread
 
 _log = logging.getLogger("isthmus.cloud")
 _SHORT_S = 0.004  # a step that ends sooner is left alone
-_REST_S = 0.02  # after which it is looked again, whatever the connections say
+_REST_S = 0.008  # after which it is looked again, whatever the connections say
 _ASLEEP_S = 0.02  # without a step, until the second thread sleeps
 
 

@@ -175,8 +175,9 @@ class Service:
 
     def turn(self, timeout_ms: float) -> None:
         """One round: receives what is there (waits only when idle), computes one step of each model, answers."""
-        self._transport.poll(0.0 if self._bulk or self._busy() else timeout_ms)
-        self._take_in()
+        self._transport.poll(0.0 if self._letters or self._bulk or self._busy() else timeout_ms)
+        if not self._letters:  # of them, none is overtaken
+            self._take_in()
         stepped = False
         for model in self.models.values():
             if model.ready:
@@ -184,7 +185,7 @@ class Service:
                 stepped = True
         if self._bulk:
             self._send_ranges(1 if stepped else _RANGES_A_TURN)
-        while self._letters:
+        for _ in range(min(_MESSAGES_A_TURN, len(self._letters))):
             self._dispatch(*self._letters.popleft())
         now_s = self._clock()
         if now_s >= self._chores_at_s:
@@ -331,8 +332,8 @@ class Service:
         self._registry.settle(session, model, peer)
 
     def _cancel(self, peer: Peer, message: Cancel, principal: str, size: int, now_s: float) -> None:
-        peer.done(size)
         session, model = self._registry.find(peer, message, principal)
+        peer.done(size)
         if message.epoch == session.epoch:
             self._registry.answer(session, model, session.cancel())
 

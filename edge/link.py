@@ -93,7 +93,8 @@ class Link:
         self._on_waiting = on_waiting
         self._wire, self._clock = wire, clock
         self._looked = clock()  # for messages, the last time, or sent some
-        self._life_s, self._up = 0.0, 0  # when the last sign of life came, and bytes sent until then
+        self._life_s = 0.0  # when the last sign of life came
+        self._up = self._later = 0  # bytes that had been sent when the one before it came, and when it came
         if wire.welcome is not None:
             session.receive(wire.welcome, clock())
 
@@ -317,7 +318,8 @@ class Link:
         came = (began + max(self._looked, began - LATE_S)) / 2 if at_once else now
         self._looked = now
         if self._wire.heard_s != self._life_s:
-            self._life_s, self._up = self._wire.heard_s, self._wire.bytes_up
+            self._life_s = self._wire.heard_s
+            self._up, self._later = self._later, self._wire.bytes_up  # it may be of before what was sent since
         if self.watch is not None and message is not None:
             self.watch.heard(message, came)
         return message, came
@@ -337,15 +339,17 @@ class Link:
                 if deadline is not None:
                     until = min(until, deadline)
                 if quiet is not None:
+                    quiet.ask(began)
                     wake_s = quiet.wake_s()
                     until = min(until, idle_s if wake_s <= began and idle_s < math.inf else wake_s)
+                looked = self._looked
                 message, now = self._listen(min(until, idle_s) - began)
                 if quiet is not None:
-                    quiet.hear(began)
+                    quiet.hear(looked, began)
                     if message is None and idle is not None and now >= idle_s:
                         idle_s = idle(quiet.dark_s() - now) + clock()
                         message, now = self._listen(0.0)  # what came meanwhile, before anything is judged
-                        quiet.hear(now)
+                        quiet.hear(began, now)
                         if message is None and now < until:
                             continue
             except IsthmusError:

@@ -31,7 +31,7 @@ class Quiet:
 
     Args:
         hush: seconds without a sign of life after which it is dark; 0 where that is known.
-        sent: bytes since the last sign of life.
+        sent: bytes that may be under way.
         now: by the clock of the connection.
     """
 
@@ -48,15 +48,17 @@ class Quiet:
         """Whether it is dark already, as far as anybody knows."""
         return self._hush() <= 0.0
 
-    def hear(self, began_s: float) -> None:
-        """Takes in what was heard since a look began."""
+    def hear(self, looked_s: float, began_s: float) -> None:
+        """Takes in what was heard since a look began; `looked_s` is when the one before ended."""
         if self._wire.heard_s > self._heard_s:
             self._heard_s, self._asked_s = self._wire.heard_s, self._wire.asked_s
         probed = self._wire.probed
         if probed is not None and probed != self._probed:
             sent_s, read_s = self._probed = probed
-            if read_s - began_s > AT_ONCE_S:  # else it may have lain here
+            if read_s - began_s > AT_ONCE_S:
                 self._trips.answered(read_s - sent_s)
+            else:  # it lay here, but not when it was looked before
+                self._trips.at_least(looked_s - sent_s)
 
     def ask(self, now: float) -> None:
         """Asks for a sign of life, if it is time to."""

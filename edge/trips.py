@@ -9,7 +9,7 @@ _KEPT, _RECENT = 16, 3
 _FIRST_S = 1.0  # patience, until a round trip was measured
 _LEAST_S, _TRIPS = 0.034, 1.6  # less than 50 ms and two trips by what a token may take
 _SLOWER, _CLOUD_S, _SOONEST = 1.4, 0.012, 0.1  # than usual a trip may be; until a cloud answers; of the silence
-_BULK_BYTES, _BULK_BPS = 32_768, 1e6  # what is more than usual is under way so long
+_BULK_BYTES, _BULK_BPS, _BULK_S = 32_768, 1e6, 2.0  # what is more than usual is under way so long, at most
 
 
 class Trips:
@@ -27,6 +27,11 @@ class Trips:
         """From question to answer, of which the cloud took a part for computing and for what came before it."""
         self._trips.append(max(0.0, took_s - cloud_s))
 
+    def at_least(self, took_s: float) -> None:
+        """A round trip was so long, or longer."""
+        if self._trips and took_s > self._trip_s():
+            self._trips.append(took_s)
+
     def due_s(self) -> float:
         """Seconds without a sign of life after which a link on which an answer is due counts as down.
 
@@ -38,13 +43,18 @@ class Trips:
         return max(_LEAST_S, _TRIPS * self._trip_s())
 
     def ask_s(self, due_s: float) -> float:
-        """Seconds after which a sign of life is asked for, so that it comes before a silence of `due_s` is over."""
-        return max(_SOONEST * due_s, due_s - _SLOWER * self._trip_s() - _CLOUD_S)
+        """Seconds after which a sign of life is asked for, so that it comes before a silence of `due_s` is over.
+
+        At once while nothing sure is known of the link.
+        """
+        if not self._trips:
+            return _SOONEST * _LEAST_S
+        return min(max(_SOONEST * due_s, due_s - _SLOWER * self._trip_s() - _CLOUD_S), due_s / 2)
 
     @staticmethod
     def bulk_s(sent_bytes: int) -> float:
-        """Seconds more, for what was sent since the last sign of life: pings queue up behind it."""
-        return max(0, sent_bytes - _BULK_BYTES) * 8 / _BULK_BPS
+        """Seconds more, for what may be under way: pings queue up behind it."""
+        return min(_BULK_S, max(0, sent_bytes - _BULK_BYTES) * 8 / _BULK_BPS)
 
     def _trip_s(self) -> float:
         trips = list(self._trips) or [self._greeted_s]

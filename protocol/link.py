@@ -64,7 +64,7 @@ class Link:
         self._greeted = False
         self._retry_s = _RETRY_FIRST_S
         self._heard = self._pinged = 0.0
-        self._probe, self._probe_s = 0, 0.0  # the name of the last one, and when it was sent
+        self._probe, self._probes = 0, dict[int, float]()  # the name of the last one, and when each was sent
         self._asked: float | None = None  # when the first Ping without a sign of life since was sent
         self._credit = 0
         self._waiting: deque[tuple[Message, list[bytes], int]] = deque()
@@ -118,7 +118,8 @@ class Link:
         """Asks for a sign of life now, unless a Ping is under way; `probed` tells of the answer, `rtt` does not."""
         now = time.monotonic()
         if self._main is not None and self._asked is None:
-            self._probe, self._probe_s = self._probe % _PROBES + 1, now
+            self._probe = self._probe % _PROBES + 1
+            self._probes[self._probe] = now
             self._ping(self._main, now, self._probe)
 
     def discard(self, unwanted: Callable[[Message], bool]) -> int:
@@ -185,8 +186,8 @@ class Link:
             sent_us: int = message.sent_us  # type: ignore[union-attr]
             if sent_us > _PROBES:
                 self.rtt = (sent_us, max(0.0, time.monotonic() * 1e3 - sent_us * 1e-3))
-            elif sent_us == self._probe:
-                self.probed = (self._probe_s, time.monotonic())
+            elif (sent_s := self._probes.pop(sent_us, None)) is not None:
+                self.probed = (sent_s, time.monotonic())
         elif kind is Fault and message.alias is None and message.code == Code.VERSION:  # type: ignore[union-attr]
             # The cloud has no memory of this connection (it was restarted, or forgot a silent device).
             self._lose(LinkError(message.problem, message.remedy))  # type: ignore[union-attr]

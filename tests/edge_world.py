@@ -392,7 +392,7 @@ class LossyWire:
         self.heard_s = 0.0
         self.asked_s: float | None = None
         self.probed: tuple[float, float] | None = None
-        self._probe, self._probe_s = 0, 0.0
+        self._probe, self._probes = 0, dict[int, float]()
         self.dark: list[tuple[float, float]] = []
         self.poll_s = 0.0
         self._air: list[tuple[float, int, bool, list[bytes]]] = []
@@ -451,8 +451,8 @@ class LossyWire:
                 self.heard_s, self.asked_s = self.now, None
                 self.bytes_down += sum(map(len, frames))
                 if isinstance(message, m.Pong):
-                    if message.sent_us == self._probe:
-                        self.probed = (self._probe_s, self.now)
+                    if message.sent_us in self._probes:
+                        self.probed = (self._probes.pop(message.sent_us), self.now)
                     continue
                 return message
             for delay, answer in self.cloud.receive(message) if self.cloud is not None else ():
@@ -462,8 +462,9 @@ class LossyWire:
 
     def probe(self) -> None:
         if self.asked_s is None:
-            self.asked_s = self._probe_s = self.now
+            self.asked_s = self.now
             self._probe = self._probe % 127 + 1
+            self._probes[self._probe] = self.now
             self.send(m.Ping(self._probe))
 
     def renew(self) -> None:

@@ -38,7 +38,7 @@ def test_a_dark_link_is_asked_once_and_called_dark_when_it_is_due(rtt_s: float) 
     one, trips = quiet(wire, rtt_s)
     while not one.dark(wire.now):
         wire.now = one.wake_s()
-        one.hear(wire.now)
+        one.hear(0.0, wire.now)
         one.ask(wire.now)
         assert wire.now < 1.0
     assert len(wire.probes) == 1
@@ -55,7 +55,7 @@ def test_a_device_that_was_busy_asks_before_it_judges() -> None:
     assert one.dark_s() - 0.5 > 1.3 * 0.02
     wire.now = 0.522
     wire.heard(0.52)
-    one.hear(0.5)
+    one.hear(0.0, 0.5)
     assert not one.dark(0.53)
 
 
@@ -76,7 +76,7 @@ def test_trips_are_learnt_from_pongs_that_were_waited_for() -> None:
         wire.now = one.wake_s()
         one.ask(wire.now)
         wire.heard(wire.now + 0.1)
-        one.hear(wire.now + 0.05 * turn)
+        one.hear(0.0, wire.now + 0.05 * turn)
     assert trips.due_s() > 2 * before
 
 
@@ -88,7 +88,7 @@ def test_what_lay_here_or_is_no_pong_tells_nothing_of_trips(began_s: float, pong
         wire.now = one.wake_s()
         one.ask(wire.now)
         wire.heard(0.1, pong)
-        one.hear(began_s)
+        one.hear(0.0, began_s)
     assert trips.due_s() == pytest.approx(0.034)
 
 
@@ -100,8 +100,22 @@ def test_a_ping_that_an_answer_overtook_is_not_taken_for_the_next_one() -> None:
         wire.now = one.wake_s()
         one.ask(wire.now)
         wire.heard(wire.now + 0.001, pong=False)
-        one.hear(wire.now)
+        one.hear(0.0, wire.now)
     assert trips.due_s() == before
+
+
+def test_a_link_that_became_slower_is_learnt_though_its_pongs_come_too_late() -> None:
+    wire = Connection()
+    one, trips = quiet(wire, 0.005)
+    for _ in range(8):
+        wire.now = one.wake_s()
+        one.ask(wire.now)
+        asked_s = wire.now
+        wire.now = one.dark_s()
+        wire.heard(asked_s + 0.06)
+        one.hear(asked_s + 0.055, asked_s + 0.07)  # it lay here when a pass was over
+        wire.now = asked_s + 0.1
+    assert trips.due_s() == pytest.approx(1.6 * 0.055)
 
 
 def test_where_it_is_known_to_be_dark_nobody_waits() -> None:
@@ -114,4 +128,4 @@ def test_where_it_is_known_to_be_dark_nobody_waits() -> None:
 def test_a_large_upload_gets_its_time() -> None:
     wire = Connection()
     small, large = quiet(wire, 0.02)[0], quiet(wire, 0.02, sent=500_000)[0]
-    assert large.dark_s() > small.dark_s() + 3.0
+    assert 1.9 < large.dark_s() - small.dark_s() < 4.0
