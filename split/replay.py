@@ -80,6 +80,8 @@ def passed(way: Trace | float, at_ms: Times, size: float) -> Times:
         return at_ms + size * 8e3 / way
     times = np.asarray(way.times_ms, np.float64)
     cycle, within = np.divmod(at_ms, way.period_ms)
+    ends = (within == 0) & (cycle > 0)  # the last time of a period is also time 0 of the next
+    cycle, within = cycle - ends, within + ends * way.period_ms
     last = np.searchsorted(times, within) + int(-(-size // SEGMENT)) - 1
     more, place = np.divmod(last, len(times))
     found: Times = (cycle + more) * way.period_ms + times[place]

@@ -376,25 +376,22 @@ class LossyWire:
         delay_s: tuple[float, float] = (0.005, 0.005),
     ) -> None:
         self.cloud: ToyCloud | ToyService | None = cloud
-        self.now = 100.0
-        self.connections = 1
+        self.now, self.connections, self._asked = 100.0, 1, 0
         self.sent: list[Any] = []
         self.die_after = 1 << 60  # messages from the cloud until it is gone
         self.restart_after = 1 << 60  # messages until the cloud loses its memory
         self._random = random.Random(seed)
         self._drop, self._repeat, self._delay_s = drop, repeat, delay_s
         self.reconnect_every = 1 << 60  # messages from the device that are no pings
-        self._asked = 0
         self.greeted = False
         self.welcome: m.Welcome | None = None
         self.rtt: tuple[int, float] | None = None
         self.bytes_up = self.bytes_down = 0
-        self.heard_s = 0.0
+        self.heard_s = self.poll_s = 0.0
         self.asked_s: float | None = None
         self.probed: tuple[float, float] | None = None
-        self._probe, self._probes = 0, dict[int, float]()
+        self._probes: dict[int, float] = {}
         self.dark: list[tuple[float, float]] = []
-        self.poll_s = 0.0
         self._air: list[tuple[float, int, bool, list[bytes]]] = []
         self._count = itertools.count()
 
@@ -429,10 +426,11 @@ class LossyWire:
         frames = m.encode(message)
         self.bytes_up += sum(map(len, frames))
         self.sent.append(m.decode([bytes(frame) for frame in frames]))
-        self._put(True, frames, 0.0)
-        self._asked += not isinstance(message, m.Ping)
-        if self._asked % self.reconnect_every == 0 and not isinstance(message, m.Ping):
-            self.reconnect()
+        self._put(True, frames, self.now)
+        if not isinstance(message, m.Ping):
+            self._asked += 1
+            if self._asked % self.reconnect_every == 0:
+                self.reconnect()
 
     def receive(self, timeout_ms: float) -> Any:
         deadline = self.now + max(timeout_ms / 1e3, self.poll_s)
@@ -456,16 +454,15 @@ class LossyWire:
                     continue
                 return message
             for delay, answer in self.cloud.receive(message) if self.cloud is not None else ():
-                self._answered(answer, delay)
+                self._answered(answer, at + delay)
         self.now = max(self.now, deadline)
         return None
 
     def probe(self) -> None:
         if self.asked_s is None:
             self.asked_s = self.now
-            self._probe = self._probe % 127 + 1
-            self._probes[self._probe] = self.now
-            self.send(m.Ping(self._probe))
+            self._probes[name := len(self.sent) % 127 + 1] = self.now
+            self.send(m.Ping(name))
 
     def renew(self) -> None:
         pass  # connections are made at once here
@@ -476,21 +473,21 @@ class LossyWire:
     def _is_dark(self, at: float) -> bool:
         return any(start <= at < end for start, end in self.dark)
 
-    def _answered(self, answer: Any, delay: float) -> None:
+    def _answered(self, answer: Any, at: float) -> None:
         self.die_after -= 1
         self.restart_after -= 1
         if self.die_after < 0:
             self.cloud = None
         if self.cloud is not None:
-            self._put(False, m.encode(answer), delay)
+            self._put(False, m.encode(answer), at)
             if self.restart_after == 0:
                 self.cloud.forget()
 
-    def _put(self, up: bool, frames: list[bytes], delay: float) -> None:
+    def _put(self, up: bool, frames: list[bytes], sent_s: float) -> None:
         copies = 0 if self._random.random() < self._drop else 2 if self._random.random() < self._repeat else 1
         for _ in range(copies):
-            at = self.now + delay + self._random.uniform(*self._delay_s)
-            if not self._is_dark(self.now):
+            at = sent_s + self._random.uniform(*self._delay_s)
+            if not self._is_dark(sent_s):
                 heapq.heappush(self._air, (at, next(self._count), up, list(frames)))
 
 
