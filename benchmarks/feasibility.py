@@ -1,6 +1,7 @@
 """Does sharing pay, before any of it is built? Acceptance of exits and n-grams, put into the published formulas.
 
-Exits are trained on documents and on the model's own greedy answers, and measured on others of both, teacher-forced.
+Exits are trained on documents and on the model's own greedy answers, and measured on others of both, teacher-forced;
+more quickly than those that come with isthmus, which exits.py measures.
 Times are this machine's, on one thread; a slower device, a larger model in the cloud and a link are factors in the
 formulas, so the map is what would be, not what was measured:
 
@@ -31,6 +32,7 @@ from itertools import pairwise, product
 
 import numpy as np
 from models import BENCH, bundle
+from progress import tenths
 from record import Cell, Record
 
 from isthmus.edge.drafts import NgramDrafts
@@ -44,7 +46,6 @@ from isthmus.split.exit_training import ExitHead, Recipe, Teacher, agreement, fo
 from isthmus.split.fetch import fetch
 
 LAYERS = [15, 20, 24, 27]
-TARGETS = {15: 0.42, 20: 0.50, 24: 0.60, 27: 0.70}
 HELD = 100  # documents of each kind, and answers, that nothing is trained on
 ANSWER_TOKENS = 120
 CHUNK_TOKENS = 512
@@ -95,7 +96,7 @@ def samples(source: Bundle, part: Part, documents: int, count: int) -> tuple[lis
     held = [text for texts in kinds for text in texts[-HELD:]]
     taught = [text for texts in kinds for text in texts[: min(documents // len(kinds), len(texts) - HELD)]]
     asked = questions(taught, count) + questions(held, HELD, seed=1)
-    wrote = answers(part, tokenizer, asked, ANSWER_TOKENS, said("answers"))
+    wrote = answers(part, tokenizer, asked, ANSWER_TOKENS, tenths("answers"))
 
     def chunks(texts: Sequence[str]) -> list[Sample]:
         return [Sample(tokenizer.encode(text)[:CHUNK_TOKENS]) for text in texts]
@@ -105,18 +106,8 @@ def samples(source: Bundle, part: Part, documents: int, count: int) -> tuple[lis
 
 def trained(states: States, taught: list[int], layer: int, teacher: Teacher, recipe: Recipe) -> ExitHead:
     """A head, and a word on how it goes."""
-    tell = said(f"exit {layer}")
+    tell = tenths(f"exit {layer}")
     return train(states, taught, layer, teacher, recipe, lambda done, total, _: tell(done, total))
-
-
-def said(what: str) -> Callable[[int, int], None]:
-    """Tells every tenth of the way."""
-
-    def tell(done: int, total: int) -> None:
-        if done * 10 // total != (done - 1) * 10 // total:
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return tell
 
 
 def ngram_rounds(sample: Sample, block: int) -> tuple[int, int]:
@@ -206,7 +197,7 @@ def main() -> int:
     states = States(
         BENCH / "feasibility", [*taught, *documents, *wrote], LAYERS, source.config.d_model, source.model_id
     )
-    states.collect(part, said("states"))
+    states.collect(part, tenths("states"))
     part.close()
     recipe, teacher = Recipe(epochs=options.epochs), Teacher(source)
     edges = np.cumsum([0, len(taught), len(documents), len(wrote)]).tolist()
@@ -229,7 +220,7 @@ def main() -> int:
         exits.append(
             Exit(layer, foresees, would_emit([Said(one.confidence, one.right) for one in foreseen], DISAGREEMENT))
         )
-        record.figure(f"agreement/documents/exit {layer}", on_documents[2], "share", target=TARGETS[layer])
+        record.figure(f"agreement/documents/exit {layer}", on_documents[2], "share")
         record.figure(f"agreement/own answers/exit {layer}", exits[-1].foresees, "share")
         record.figure(f"emitted at 5 % disagreement/own answers/exit {layer}", exits[-1].emits, "share")
         rows.append([f"before layer {layer}", *on_documents, exits[-1].foresees, exits[-1].emits])

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from feasibility import LAYERS, said, samples, trained
+from feasibility import LAYERS, samples, trained
 from models import BENCH, bundle
+from progress import tenths
 
 from isthmus.apps.bench.facts import ExitFacts, guessed, write
 from isthmus.engine import KvConfig, open_part
@@ -23,7 +24,7 @@ def record(path: Path, layers: tuple[int, ...], epochs: int, documents: int = 10
     part = open_part(source, 0, source.config.n_layers, kv=KvConfig("f16", 16384))
     taught, held, wrote = samples(source, part, documents, asked)
     states = States(BENCH / "feasibility", [*taught, *held, *wrote], LAYERS, source.config.d_model, source.model_id)
-    states.collect(part, said("states"))
+    states.collect(part, tenths("states"))
     part.close()
     teacher, first = Teacher(source), len(taught) + len(held)
     answers = [guessed(sample.tokens, sample.answer) for sample in wrote]

@@ -84,7 +84,7 @@ class Quiet:
 
     def _waits(self) -> tuple[float, float]:
         """After how many seconds it is dark, and after how many it is asked."""
-        if self.known:
-            return 0.0, 0.0
         hush_s = self._hush()
+        if hush_s <= 0.0:
+            return 0.0, 0.0
         return hush_s + self._trips.bulk_s(self._sent()), self._trips.ask_s(hush_s)

@@ -44,11 +44,6 @@ class Course:
         up, down = (mean_rate(way) if isinstance(way, Trace) else way for way in (self.up, self.down))
         return Rate(self.trip_ms, up, down)
 
-    @property
-    def changes(self) -> bool:
-        """Whether it is not the same at all times."""
-        return isinstance(self.up, Trace) or isinstance(self.down, Trace)
-
 
 def latencies(row: Row, course: Course, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0) -> Times:
     """Milliseconds from input to output, of `INPUTS` inputs.

@@ -73,6 +73,7 @@ def test_a_killed_device_goes_on_with_its_answer(
     assert told["tokens"] == text, err
     assert told["text"].startswith(said)
     assert told["reused_tokens"] >= told["prompt_tokens"] + 14  # the cloud has kept what it said before
+    assert not told["unverified"] or told["note"]
     # Once more: nothing is left to go on with, and the question is asked anew.
     out, _ = asked(bundle, cloud.address, keys, "--mode", "stream", "--resume", str(talk)).communicate()
     assert out.rstrip("\n")

@@ -32,14 +32,20 @@ def quiet(wire: Connection, rtt_s: float, hush_s: float | None = None, sent: int
     return Quiet(wire, trips, trips.due_s if hush_s is None else lambda: hush_s, lambda: sent, wire.now), trips
 
 
+def pinged(one: Quiet, wire: Connection) -> float:
+    """When it next had something to do, and did."""
+    wire.now = one.wake_s()
+    one.ask(wire.now)
+    return wire.now
+
+
 @pytest.mark.parametrize("rtt_s", [0.001, 0.02, 0.05, 0.2])
 def test_a_dark_link_is_asked_once_and_called_dark_when_it_is_due(rtt_s: float) -> None:
     wire = Connection()
     one, trips = quiet(wire, rtt_s)
     while not one.dark(wire.now):
-        wire.now = one.wake_s()
         one.hear(0.0, wire.now)
-        one.ask(wire.now)
+        pinged(one, wire)
         assert wire.now < 1.0
     assert len(wire.probes) == 1
     assert wire.now == pytest.approx(trips.due_s())
@@ -73,8 +79,7 @@ def test_trips_are_learnt_from_pongs_that_were_waited_for() -> None:
     one, trips = quiet(wire, 0.02)
     before = trips.due_s()
     for turn in range(3):
-        wire.now = one.wake_s()
-        one.ask(wire.now)
+        pinged(one, wire)
         wire.heard(wire.now + 0.1)
         one.hear(0.0, wire.now + 0.05 * turn)
     assert trips.due_s() > 2 * before
@@ -85,8 +90,7 @@ def test_what_lay_here_or_is_no_pong_tells_nothing_of_trips(began_s: float, pong
     wire = Connection()
     one, trips = quiet(wire, 0.02)
     for _ in range(3):
-        wire.now = one.wake_s()
-        one.ask(wire.now)
+        pinged(one, wire)
         wire.heard(0.1, pong)
         one.hear(0.0, began_s)
     assert trips.due_s() == pytest.approx(0.034)
@@ -97,8 +101,7 @@ def test_a_ping_that_an_answer_overtook_is_not_taken_for_the_next_one() -> None:
     one, trips = quiet(wire, 0.2)
     before = trips.due_s()
     for _ in range(20):
-        wire.now = one.wake_s()
-        one.ask(wire.now)
+        pinged(one, wire)
         wire.heard(wire.now + 0.001, pong=False)
         one.hear(0.0, wire.now)
     assert trips.due_s() == before
@@ -108,10 +111,7 @@ def test_a_link_that_became_slower_is_learnt_though_its_pongs_come_too_late() ->
     wire = Connection()
     one, trips = quiet(wire, 0.005)
     for _ in range(8):
-        wire.now = one.wake_s()
-        one.ask(wire.now)
-        asked_s = wire.now
-        wire.now = one.dark_s()
+        asked_s = pinged(one, wire)
         wire.heard(asked_s + 0.06)
         one.hear(asked_s + 0.055, asked_s + 0.07)  # it lay here when a pass was over
         wire.now = asked_s + 0.1
