@@ -255,6 +255,8 @@ class Service:
         return None
 
     def _dispatch(self, peer: Peer, message: Message, principal: str, size: int, now_s: float) -> None:
+        if peer.gone:  # it left, or was expelled, while this waited
+            return
         try:
             self._handlers[type(message)](peer, message, principal, size, now_s)
         except Refusal as error:

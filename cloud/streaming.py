@@ -39,6 +39,7 @@ def relive(session: Session, work: Work) -> bool:
 
 
 def streamed(session: Session, work: Work, tokens: list[int]) -> Reply | None:
+    """Takes in what a step gave for a stream, none or one token, and ends what is done; the news for the device."""
     if not tokens:
         return None
     token = tokens[0]

@@ -26,7 +26,11 @@ class Bridge:
         self._told = Chain()
 
     def say(self) -> int:
-        """One more token."""
+        """One more token.
+
+        Raises:
+            IsthmusError: there is no room for it, or its weights cannot be read.
+        """
         if self._told.common(self._log) < len(self._log):
             self._told.follow(self._log, len(self._log))
         token = self._speak(self._told, self._sampling)

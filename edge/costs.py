@@ -83,9 +83,9 @@ class Candidate:
     why_not: str = ""
 
     @property
-    def key(self) -> tuple[str, int, str, str, int, bool]:
-        """What makes it another way of working; a threshold or a depth may change on the way."""
-        return self.mode, self.cut, self.codec, self.source, self.draft_tokens, self.depth > 1
+    def key(self) -> tuple[str, int, str, str, bool]:
+        """What makes it another way of working; a threshold, or the length of drafts, may change on the way."""
+        return self.mode, self.cut, self.codec, self.source, self.depth > 1
 
     @property
     def name(self) -> str:
@@ -244,7 +244,7 @@ class _Priced:
         lost: float = 0.0,
         why_not: str = "",
     ) -> Candidate:
-        if self._current == (mode, cut, codec, source, drafted, depth > 1):
+        if self._current == (mode, cut, codec, source, depth > 1):
             setup = 0.0
         setup += self._link.silent_ms  # what has lasted so long lasts as long again
         ms *= self._pace.get(mode, 1.0)

@@ -27,6 +27,7 @@ from isthmus.protocol.channels import ChannelStats
 LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
 GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
 REMEMBERED = 512  # answers of an exit
+KEPT_STATES = 256  # positions, where nobody has asked for states
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
 
@@ -82,7 +83,12 @@ class ExitSpeaker:
         return (log.head, sampling) in self._said
 
     def say(self, log: Chain, sampling: Sampling) -> Said:
-        """What comes after the whole log."""
+        """What comes after the whole log.
+
+        Raises:
+            DeviceError: no room is left for KV of the layers before the exit.
+            OutOfBlocks: none is left for the exit's own.
+        """
         known = self._said.get((log.head, sampling))
         if known is not None:
             return known
@@ -103,8 +109,10 @@ class ExitSpeaker:
         return said
 
     def sample(self, log: Chain, sampling: Sampling) -> int:
-        """See `model_drafts.Speaker`."""
-        return self.say(log, sampling).token
+        """See `model_drafts.Speaker`; of its states only the last are kept."""
+        token = self.say(log, sampling).token
+        self.sent(len(log) - KEPT_STATES)
+        return token
 
     def states(self, log: Chain, start: int, end: int) -> NDArray[np.float32]:
         """The hidden states before layer `cut` of positions [start, end), which were said before: [n, d_model] f32."""

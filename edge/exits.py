@@ -24,7 +24,7 @@ class Exits:
     @property
     def any(self) -> bool:
         """Whether there is one that this device can run."""
-        return bool(self._layers())
+        return bool(self._layers()) and not self._holding.slides
 
     def layer(self, wanted: int | None) -> int:
         """Which exit to use: that before the wanted layer, or the deepest that this device can run.
@@ -56,7 +56,13 @@ class Exits:
         return certificate.threshold
 
     def speaker(self, layer: int) -> ExitSpeaker:
-        """The layers before an exit, and the exit."""
+        """The layers before an exit, and the exit.
+
+        Raises:
+            DeviceError: the conversation slides, or the layers are not here.
+        """
+        if self._holding.slides:
+            raise DeviceError("an exit cannot go on where a conversation slides", "choose overflow='error'")
         part = self._holding.open(layer)
         if layer not in self._open:
             head = self._holding.open_part(self._bundle.exit(layer), layer, layer + 1, self._holding.kv)

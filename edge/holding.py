@@ -45,6 +45,11 @@ class Holding:
         self.part: LocalPart | None = None
 
     @property
+    def slides(self) -> bool:
+        """Whether the conversation's oldest positions fall out of sight."""
+        return bool(self._window)
+
+    @property
     def whole(self) -> bool:
         """Whether all layers and the head are here and fit."""
         return self.layers == self._bundle.config.n_layers

@@ -15,7 +15,7 @@ from isthmus.edge.quiet import AT_ONCE_S, Quiet
 from isthmus.edge.session import Session
 from isthmus.edge.watch import GLANCE_S, Watch
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import IsthmusError, LinkError
+from isthmus.protocol.errors import IsthmusError, LinkError, ProtocolError
 
 _AGAIN_S = 0.005  # until what makes this device ready is asked once more, when it is late
 LATE_S = 0.1  # what was here already came so long ago at most, as far as is assumed
@@ -143,13 +143,13 @@ class Link:
     def glance(self, wait_s: float) -> bool:
         """Whether the cloud is there after all, as far as that shows within a short time."""
         session, until = self.session, self._clock() + wait_s
-        while not (self._wire.up and session.welcome is not None):
+        while not (self._wire.up and session.welcome is not None and not session.closing):
             message, now = self._listen(until - self._clock())
             if message is not None:
                 session.receive(message, now)
             elif now >= until:
                 break
-        return self._wire.up and self.welcome(0.0) is not None
+        return self._wire.up and not session.closing and self.welcome(0.0) is not None
 
     def race(self) -> None:
         """Tries a fresh connection beside one that is silent: whichever shows life first is used."""
@@ -312,7 +312,7 @@ class Link:
     def _listen(self, wait_s: float) -> tuple[m.Message | None, float]:
         """What comes in that time, and when it came, or the time: what was here already came since the last look."""
         began = self._clock()
-        message = self._wire.receive(max(0.0, wait_s) * 1e3)
+        message = self._received(max(0.0, wait_s) * 1e3)
         now = self._clock()
         at_once = message is not None and now - began <= AT_ONCE_S
         came = (began + max(self._looked, began - LATE_S)) / 2 if at_once else now
@@ -323,6 +323,14 @@ class Link:
         if self.watch is not None and message is not None:
             self.watch.heard(message, came)
         return message, came
+
+    def _received(self, timeout_ms: float) -> m.Message | None:
+        try:
+            return self._wire.receive(timeout_ms)
+        except LinkError:
+            raise
+        except ProtocolError as error:
+            raise LinkError(f"{self.session.where} answers nonsense: {error.problem}", error.remedy) from error
 
     def _next(self, deadline: float | None = None) -> Event | None:
         session, wire, clock = self.session, self._wire, self._clock

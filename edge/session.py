@@ -46,6 +46,7 @@ class Session:
         patience: how long it waits.
         restore: gives a fresh lane what was kept of it.
         connections: Welcomes so far.
+        closing: whether the cloud has said that it stops; until another one is there.
         trips: how long answers take.
     """
 
@@ -72,7 +73,7 @@ class Session:
         self._streams: dict[int, Stream] = {}
         self.patience = Patience(self._timeouts, where)
         self.trips = Trips()
-        self._closing, self._setbacks = False, 0
+        self.closing, self._setbacks = False, 0
         self._room = self._vocab = 0  # positions that a session has, and tokens of the model; 0 for no bound
 
     # -- what the device asks for
@@ -195,7 +196,7 @@ class Session:
                 if self._answered(("range", message.name, message.offset), now):
                     self.events.append(Served(message))
             case m.Bye():
-                self._closing = True
+                self.closing = True
             case _:
                 pass  # what only a cloud receives, or a newer protocol's news
 
@@ -211,7 +212,7 @@ class Session:
         connected = self.welcome is not None
         if up and connected:
             self.patience.alive(now)
-        lost = self.patience.lost(now, connected, self._closing, failure)
+        lost = self.patience.lost(now, connected, self.closing, failure)
         if lost is not None:
             self._fail(lost)
         elif connected:
@@ -247,7 +248,7 @@ class Session:
     def _welcomed(self, message: m.Welcome, now: float) -> None:
         self.welcome = message
         self.connections += 1
-        self._closing = False
+        self.closing = False
         self.patience.alive(now)
         if self._model_id:
             try:
@@ -358,7 +359,7 @@ class Session:
         code = fault.code
         if fault.alias is None:
             if code is m.Code.CLOSING:
-                self._closing = True
+                self.closing = True
             elif code is m.Code.VERSION and self.welcome is not None:
                 self.outbox.append(m.Hello(m.VERSION, m.MIN_VERSION))  # the cloud has forgotten an idle connection
             elif code is m.Code.BUSY:
@@ -379,6 +380,7 @@ class Session:
             problem = f"the conversation is full: {fault.problem}" if lane.opened else fault.problem
             self._fail(DeviceError(problem, fault.remedy or "begin a new one, or choose overflow='slide'"))
         elif code is m.Code.CLOSING:
+            self.closing = True
             self._fail(LinkError(f"{self.where} is stopping", "try again later or name another cloud"))
         elif code is not m.Code.CANCELLED:
             self._fail(error)

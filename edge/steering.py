@@ -65,7 +65,7 @@ class Steering:
         self._rest = Rest()
         self._bridging = False  # whether this answer goes on without the cloud
         self._silent_at = float("-inf")  # when the link was last found silent
-        self._connections = 0  # that there were then
+        self._connections = 0  # that there were then; it is asked again on another one
         self._retelling: Runner | None = None  # which has guesses confirmed
 
     def runner(self, options: GenerateOptions) -> Runner:
@@ -197,10 +197,15 @@ class Steering:
 
     def lost(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> bool:
         """The cloud failed; whether this device goes on with guesses until it is `back`."""
-        away = self._link is not None and not self._link.up
-        may = away and isinstance(error, LinkError) and not isinstance(error, Busy)
-        if not (may and self._bridging and may_go_on(error, options.mode, self._served)):
+        link = self._link
+        if link is None or not isinstance(error, LinkError) or isinstance(error, Busy):
             return False
+        if not (self._bridging and may_go_on(error, options.mode, self._served)):
+            return False
+        there = link.up and not link.session.closing
+        if there and self._holding.whole:
+            return False  # what answers nonsense is not waited for
+        self._connections = link.session.connections if there else -1
         self._left(runner)
         with suppress(IsthmusError):
             runner.stop()
@@ -217,14 +222,20 @@ class Steering:
         if not self._bridging and self._cloud_error is not None:
             raise self._cloud_error
         try:
-            if not self._link.glance(self._confirm_s if ended else 0.0):
+            if not self._reconnected:
+                self._link.look()
+            if not self._link.glance(self._confirm_s if ended else 0.0) or not self._reconnected:
                 return None
-            self._cloud_error = None
-            self._notes.add(f"it is back after {len(self._notes.stats.tokens)}")
-            return self._retell(options, guesses)
+            runner = self._retell(options, guesses)
         except IsthmusError as error:
+            if not isinstance(error, LinkError):  # it is there, and will not: it is asked no more
+                self._notes.add(error.problem)
+                self._connections = self._link.session.connections
             self._cloud_error = error
             return None
+        self._cloud_error, self._connections = None, self._link.session.connections
+        self._notes.add(f"it is back after {len(self._notes.stats.tokens)}")
+        return runner
 
     def alone(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner:
         """The one that goes on for the rest of the answer when the cloud failed.
@@ -303,8 +314,10 @@ class Steering:
         if isinstance(runner, VerifyRunner | ExitRunner):
             self._notes.stats.drafted += runner.drafted
             self._notes.stats.accepted += runner.accepted
+            runner.drafted = runner.accepted = 0
         if isinstance(runner, ExitRunner):
             self._notes.stats.filled += runner.filled
+            runner.filled = 0
 
     def _link_up(self) -> bool:
         if self._link is None or not self._rest.over(self._clock()):

@@ -17,6 +17,7 @@ from isthmus.edge.token import Source
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError, OutOfBlocks
 
 _HASH_BYTES = 4  # of a draft's prefix: enough, since a wrong draft can only be refused
 
@@ -35,7 +36,11 @@ class Drafts(Protocol):
         ...
 
     def draft(self, count: int) -> list[int]:
-        """Up to `count` next tokens."""
+        """Up to `count` next tokens.
+
+        Raises:
+            DeviceError, OutOfBlocks: there is no room left to compute them.
+        """
         ...
 
 
@@ -87,6 +92,7 @@ class VerifyRunner:
         self._flight: deque[_Block] = deque()
         self._early: dict[int, Answered | Verified] = {}  # that overtook the answer to an earlier block
         self._told = Chain()  # the log, what is known to follow, and guesses
+        self._spent = False  # whether there is no room left to draft in
         self._sure = 0  # leading tokens of it that are known to be right
         self._sent = 0  # leading tokens of it that went up
         self._found: int | None = None
@@ -164,7 +170,7 @@ class VerifyRunner:
             return False
         began = time.perf_counter()
         most = min(pace.length(idle=not flight), room - len(known), m.MAX_DRAFT - len(known))
-        guesses = self._before_eos(self._drafts.draft(most) if most > 0 else [])
+        guesses = self._guessed(most)
         now = time.perf_counter()
         pace.drafted(len(guesses), now - began)
         if not known and not guesses:
@@ -213,6 +219,16 @@ class VerifyRunner:
         self._pace.answered(
             hits + (goes_on or missed), hits + goes_on, block.end - block.position, took_s, news.engine_us * 1e-6
         )
+
+    def _guessed(self, most: int) -> list[int]:
+        """Up to `most` guesses; none any more when who drafts has no room left for its KV."""
+        if most <= 0 or self._spent:
+            return []
+        try:
+            return self._before_eos(self._drafts.draft(most))
+        except (DeviceError, OutOfBlocks):
+            self._spent = True
+            return []
 
     def _before_eos(self, guesses: list[int]) -> list[int]:
         """Nothing follows the end: the model's own word on it is the answer to the token before."""

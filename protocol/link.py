@@ -122,12 +122,6 @@ class Link:
             self._probes[self._probe] = now
             self._ping(self._main, now, self._probe)
 
-    def discard(self, unwanted: Callable[[Message], bool]) -> int:
-        """Takes back messages that still wait for credit; how many."""
-        before = len(self._waiting)
-        self._waiting = deque(entry for entry in self._waiting if not unwanted(entry[0]))
-        return before - len(self._waiting)
-
     def receive(self, timeout_ms: float) -> Message | None:
         """The next message for the caller, or None when there was none in time.
 

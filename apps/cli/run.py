@@ -67,7 +67,8 @@ def command(
         float,
         typer.Option(
             "--max-disagreement",
-            help="Share of tokens that auto may let exits decide otherwise than the model, as certificates promise",
+            help="Share of tokens that auto may let exits decide otherwise than the model, as certificates promise; "
+            "near-ties that turn because states travel rounded come on top",
         ),
     ] = 0.0,
     explain: Annotated[

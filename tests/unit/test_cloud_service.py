@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from isthmus.cloud.models import serve_part
+from isthmus.cloud.service import Letter
 from isthmus.engine.part import KvConfig
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
@@ -24,6 +25,22 @@ def test_hello_tells_what_is_served() -> None:
     (offer,) = welcome.offers
     assert (offer.model_id, offer.n_layers, offer.d_model, offer.numerics, offer.exact) == ("aa", 6, 64, "fake-1", True)
     assert welcome.limits.credit_bytes == LinkLimits().credit_bytes
+
+
+def test_what_an_expelled_device_sent_before_makes_no_session() -> None:
+    world = World()
+    world.ask(m.Hello(1, 1), route=b"r")
+    (peer,) = world.service._peers.values()
+    letter = Letter(peer, m.Open(SESSION, 1, 1, "aa"), "anna", 40, 0.0)
+    world.service._letters.append(letter)
+    world.service._drop(peer)
+    world.service.turn(0.0)
+    assert world.service.health()["sessions"] == 0
+    world.ask(m.Hello(1, 1), route=b"r")
+    (peer,) = world.service._peers.values()
+    world.service._letters.append(letter._replace(peer=peer))
+    world.service.turn(0.0)
+    assert world.service.health()["sessions"] == 1
 
 
 @pytest.mark.parametrize(("version", "blamed"), [(0, "device"), (9, "cloud")])

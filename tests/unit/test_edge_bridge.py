@@ -57,6 +57,25 @@ def test_a_cut_link_costs_two_round_trips_and_no_token(mode: str, for_s: float) 
             assert rest[-1].verified  # the cloud had caught up by then
 
 
+@pytest.mark.parametrize("mode", ["verify", "split"])
+def test_a_cloud_that_stops_is_away_until_another_is_there(mode: str) -> None:
+    text, wire = local(max_tokens=120), wired()
+    cloud: Any = wire.cloud
+    with device(wire, mode, on_rollback=pytest.fail) as one:
+        tokens = one.generate(PROMPT, max_tokens=120)
+        said = [next(tokens) for _ in range(5)]
+        cloud._service.stop()
+        while (token := next(tokens)).verified:
+            said.append(token)
+        said += [token, *(next(tokens) for _ in range(10))]
+        cloud.forget()
+        wire.reconnect()
+        said += tokens
+        assert ids(said) == text == one.stats.tokens and said[-1].verified
+        assert one.stats.unverified == 0
+        assert "is stopping" in one.stats.note and one.stats.note.count("is back after") == 1
+
+
 def test_what_was_guessed_is_confirmed_in_few_passes() -> None:
     wire = wired()
     with device(wire, "stream") as one:

@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.edge.exit import KEPT_STATES
+from isthmus.edge.exits import Exits
+from isthmus.edge.local import CHUNK
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.chain import Chain
+from isthmus.protocol.errors import DeviceError, OutOfBlocks
 from isthmus.split.certificate import Said, emitted
-from tests.edge_exits import CUT, Oracle, exiting
+from tests.edge_exits import CUT, Oracle, exiting, give_exit
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import EOS, N_LAYERS, LossyWire, ToyService
 
@@ -199,6 +203,57 @@ def test_what_was_sent_ahead_and_is_not_said_is_taken_back() -> None:
             assert token == ORACLE.after(cut, Sampling(), 0.3)
             cut.append(token)
         assert wire.now - began < 0.3  # nobody had to ask twice
+
+
+def test_a_cloud_that_stops_does_not_change_the_text() -> None:
+    wire = LossyWire(ToyService())
+    cloud: Any = wire.cloud
+    with exiting(wire, 0.6) as one:
+        tokens = one.generate(PROMPT, max_tokens=60)
+        for _ in range(5):
+            next(tokens)
+        cloud._service.stop()
+        while next(tokens).verified:
+            pass
+        cloud.forget()
+        wire.reconnect()
+        list(tokens)
+        assert one.stats.tokens == oracle(60, 0.6) and one.stats.unverified == 0
+
+
+def test_drafts_of_an_exit_without_room_are_made_no_more() -> None:
+    with device(LossyWire(ToyService()), "verify", draft="exit") as one:
+        give_exit(one)
+        head = one._exits.speaker(CUT)._head
+        step, left = head.step, iter(range(8))
+
+        def full(rows: Any) -> Any:
+            if next(left, None) is None:
+                raise OutOfBlocks("no block is left")
+            return step(rows)
+
+        head.step = full  # type: ignore[method-assign]
+        assert ids(one.generate(PROMPT, max_tokens=40)) == local(max_tokens=40)
+        assert one.stats.drafted > 0 and one.stats.note == ""
+
+
+def test_an_exit_does_not_slide() -> None:
+    holding: Any = SimpleNamespace(slides=True)
+    bundle: Any = SimpleNamespace(exits=())
+    with pytest.raises(DeviceError, match="where a conversation slides"):
+        Exits(bundle, holding).speaker(CUT)
+
+
+def test_who_only_drafts_keeps_the_last_states() -> None:
+    with exiting(LossyWire(ToyService())) as one:
+        log, speaker = Chain(), one._exits.speaker(CUT)
+        log.extend(PROMPT.encode())
+        for _ in range(2 * KEPT_STATES):
+            log.extend((speaker.sample(log, WARM),))
+        assert sum(map(len, speaker._states)) <= KEPT_STATES + CHUNK
+        early = speaker.states(log, 3, 9)
+        speaker.truncate(0)
+        np.testing.assert_array_equal(early, next(one._holding.open(CUT).hidden(log, 0, CUT))[1][3:9])
 
 
 def test_it_holds_no_more_states_than_it_needs() -> None:

@@ -58,6 +58,10 @@ CASES = {
     "a stream that ends at once": ("stream", m.Tokens, lambda x: put(x, tokens=[], done=True, reason="length")),
     "a stream that ends for no reason": ("stream", m.Tokens, lambda x: put(x, tokens=[], done=True)),
     "more drafts accepted than sent": ("verify", m.Verdict, lambda x: put(x, accepted=m.MAX_DRAFT)),
+    "no draft accepted": ("verify", m.Verdict, lambda x: put(x, accepted=0)),
+    "more drafts accepted than a block may have": ("verify", m.Verdict, lambda x: put(x, accepted=m.MAX_DRAFT + 1)),
+    "no guess accepted": ("exit", m.Verdict, lambda x: put(x, accepted=0)),
+    "a position below zero": ("stream", m.Tokens, lambda x: put(x, position=-1)),
     "a verdict on what was never sent": ("verify", m.Verdict, lambda x: put(x, position=x.position + 500)),
     "a verdict on what was never guessed": ("exit", m.Verdict, lambda x: put(x, position=x.position + 500)),
     "more guesses accepted than sent": ("exit", m.Verdict, lambda x: put(x, accepted=m.MAX_DRAFT)),
@@ -84,7 +88,7 @@ def test_the_device_says_so_and_goes_on_alone(case: str) -> None:
         assert one.stats.sources[-1] == "device"
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [case for case, (mode, *_) in CASES.items() if mode != "exit"])
 def test_it_is_an_error_where_the_device_cannot_go_on(case: str) -> None:
     mode, kind, change = CASES[case]
     with (
@@ -92,6 +96,15 @@ def test_it_is_an_error_where_the_device_cannot_go_on(case: str) -> None:
         pytest.raises(LinkError, match="answers nonsense"),
     ):
         ids(one.generate(PROMPT, max_tokens=20))
+
+
+@pytest.mark.parametrize("case", [case for case, (mode, *_) in CASES.items() if mode == "exit"])
+def test_a_device_that_holds_an_exit_goes_on_through_it(case: str) -> None:
+    _, kind, change = CASES[case]
+    with one_in("exit", Odd({kind: change}), bundle=ToyBundle(held=4)) as one:
+        said = list(one.generate(PROMPT, max_tokens=20))
+        assert len(said) == 20 and [token.verified for token in said].count(False) == one.stats.unverified > 0
+        assert one.stats.note.count("answers nonsense") == 1 and "is back" not in one.stats.note
 
 
 MODES = ["stream", "split", "verify", "exit"]
