@@ -14,7 +14,7 @@ help: ## show this
 	@echo "make test    set up, then format, lint, types and every test (scripts/check)"
 	@echo "make check   set up, then format, lint and types only"
 	@echo "make setup   the virtual environment, the packages, the native engine, the model; no tools for tests"
-	@echo "make bench   measure, and write the README's tables"
+	@echo "make bench   measure, and write the README's tables (TRACES=FOLDER: of the links that auto and windows replay)"
 	@echo "make clean   remove what was built (not the model, which is in the user's cache folder)"
 
 $(STAMPS)/venv:
@@ -59,7 +59,8 @@ test: $(STAMPS)/tools setup
 bench: setup
 	@$(PIP) --group bench
 	@for script in $$(grep -l '^if __name__ ==' benchmarks/*.py); do \
-	    echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	    case $$script in */auto.py|*/windows.py) traces="$(if $(TRACES),--traces $(TRACES))";; *) traces=;; esac; \
+	    echo "== $$script"; $(BIN)/python $$script $$traces || exit 1; done
 	@$(BIN)/python scripts/readme_tables.py
 
 clean:

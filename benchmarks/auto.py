@@ -1,10 +1,11 @@
 """How near does "auto" come to the best fixed mode? Every mode and auto itself, simulated at every point of a grid.
 
 Points are round trip x device slow-down x cloud step x layers held x link x allowed disagreement. The simulator replays
-measured times (feasibility.json, decode.json), recorded facts about exits and n-grams (facts.json) and links: those of
---traces, and a seeded synthetic one that needs no file. Half of the answers calibrate, the others are played. Auto runs
-the device's own estimator and policy and sees what a device could measure. Fixed modes are all those that the wish
-allows, with every cut, codec and draft length that auto may choose; the cloud runs the device's model, more slowly.
+measured times (feasibility.json, decode.json), recorded facts about the exits that ship and n-grams (facts.json) and
+links: those of --traces, and a seeded synthetic one that needs no file. Exits are believed as they are certified. Half
+of the answers calibrate, the others are played. Auto runs the device's own estimator and policy and sees what a device
+could measure. Fixed modes are all those that the wish allows, with every cut, codec and draft length that auto may
+choose; the cloud runs the device's model, more slowly.
 
 usage: python benchmarks/auto.py [--traces FOLDER] [--windows 3] [--answers 2] [--processes 2] [--record]
 """
@@ -30,7 +31,7 @@ from isthmus.edge.figures import Wish
 from isthmus.split.traces import SYNTHETIC, Trace, read_pair, synthetic_pair
 
 FACTS = Path(__file__).parent / "facts.json"
-EXITS, EPOCHS = (20, 24), 1
+EXITS = (20, 24)
 ROUND_TRIPS_MS, SLOW_DOWNS, CLOUD_STEPS, HOLDS = (5, 20, 50, 100, 200), (1, 4), (1, 8), (30, 20)
 DISAGREEMENTS = (0.0, 0.05)
 START_S = 30.0  # from one window's begin in the trace to the next one's
@@ -85,9 +86,14 @@ def measured() -> tuple[dict[int, float], dict[int, float], float, float]:
 
 
 @cache
+def recorded() -> facts.Facts:
+    """Of exits and answers."""
+    return facts.read(FACTS)
+
+
 def answers() -> tuple[tuple[facts.Answer, ...], tuple[facts.Answer, ...]]:
     """To calibrate on, and to play."""
-    found = facts.read(FACTS)
+    found = recorded().answers
     return found[: len(found) // 2], found[len(found) // 2 :]
 
 
@@ -99,26 +105,26 @@ def traces(link: str, folder: str | None) -> tuple[Trace, Trace]:
     return read_pair(Path(folder) / link)
 
 
-def point(case: Case, disagreement: float) -> Point:
+def point(case: Case) -> Point:
     """What the case says, out of measured times."""
     layers, rows, head, prefill = measured()
     device = simulate.device_figures(layers, head, prefill, slow=case.slow, held=case.held)
     cloud = simulate.cloud_figures(rows, head, prefill, max(layers), factor=case.cloud)
     link = LinkPlan(case.rtt_ms, *traces(case.link, case.traces))
-    return simulate.point(device, cloud, link, answers()[0], EXITS, disagreement)
+    return simulate.point(device, cloud, link, answers()[0], recorded().exits)
 
 
 def play(case: Case) -> list[Found]:
     """Every mode once, and auto at each allowed disagreement."""
     windows = simulate.windows(answers()[1], [START_S * i for i in range(case.windows)], case.answers)
-    loosest = point(case, max(DISAGREEMENTS))
+    here = point(case)
     seconds = {
-        one.name: sum(simulate.play_fixed(loosest, one, window).seconds for window in windows)
-        for one in simulate.fixed_modes(loosest, Wish("speed", max(DISAGREEMENTS)))
+        one.name: sum(simulate.play_fixed(here, one, window).seconds for window in windows)
+        for one in simulate.fixed_modes(here, Wish("speed", max(DISAGREEMENTS)))
     }
     found = []
     for disagreement in DISAGREEMENTS:
-        here, wish = point(case, disagreement), Wish("speed", disagreement)
+        wish = Wish("speed", disagreement)
         allowed = [one.name for one in simulate.fixed_modes(here, wish)]
         best = min(allowed, key=seconds.__getitem__)
         alone = min(seconds[name] for name in allowed if name in ("local", "stream"))
@@ -136,12 +142,12 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--answers", type=int, default=2, help="in each window")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--record", action="store_true", help="train exits and record their facts first")
+    parser.add_argument("--record", action="store_true", help="record the facts of exits and n-grams first")
     options = parser.parse_args()
     if options.record:
         from record_facts import record as record_facts
 
-        record_facts(FACTS, EXITS, EPOCHS)
+        record_facts(FACTS, EXITS)
     links = [SYNTHETIC]
     if options.traces:
         links += sorted(path.stem for path in Path(options.traces).glob("*.up"))

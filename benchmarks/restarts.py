@@ -1,7 +1,7 @@
 """Does an answer of real processes survive kills, and what does it send again? Counted, not timed.
 
 `isthmus run --resume` behind a relay that stalls, cuts and resets, killed with SIGKILL and begun again, and a cloud
-that is killed and begun again; each final answer against that of the model left in peace.
+that is killed and begun again; each final answer against the same left in peace.
 
 usage: nice python benchmarks/restarts.py [--processes 200] [--only 3,17]
 """
@@ -25,7 +25,7 @@ from isthmus.apps.bench.cloud_process import fresh_keys
 from isthmus.edge import Device
 
 LONG_QUESTION = " ".join([QUESTION] * 12)
-MODES = ("stream", "verify", "auto", "split")
+MODES = ("stream", "verify", "auto", "split", "exit")
 PROCESSES = 200
 BLOWS = ("kills of the device", "kills of the cloud", "cuts", "stalls", "resets")
 GAVE_UP = "devices that gave up, begun again"
@@ -41,18 +41,16 @@ def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] =
     with fresh_keys() as key_folder:
         cloud = Cloud(folder, key_folder, 20)
         try:
-            truth = {
-                warm: finished(run(folder, key_folder, "", "local", temperature, None))["tokens"]
-                for warm, temperature in enumerate(warmth)
-            }
+            truth = _undisturbed(folder, key_folder, cloud.relay.address, warmth)
             for number in numbers or range(count):
                 chance = random.Random(number)
                 warm = number % 2
                 talk = key_folder / f"{number}.talk"
-                said = _sequence(chance, cloud, folder, key_folder, talk, warmth[warm], done)
-                if said != truth[warm]:
+                mode = chance.choice(MODES)
+                said = _sequence(chance, cloud, folder, key_folder, talk, mode, warmth[warm], done)
+                if said != truth[mode, warm]:
                     wrong += 1
-                    print(f"process {number}: {said} is not {truth[warm]}", file=sys.stderr)
+                    print(f"process {number}, {mode}: {said} is not {truth[mode, warm]}", file=sys.stderr)
                 talk.unlink(missing_ok=True)
                 print(f"\r{number + 1} of {count} processes", end="", file=sys.stderr, flush=True)
         finally:
@@ -64,17 +62,30 @@ def processes(record: Record, folder: Path, count: int, numbers: Sequence[int] =
     record.table("processes", ["what was done", "times"], sorted(done.items()))
 
 
+def _undisturbed(
+    folder: Path, key_folder: Path, address: str, warmth: Sequence[str]
+) -> dict[tuple[str, int], list[int]]:
+    """What is said in peace, by mode and temperature: by the model, but in exit mode also by its exit."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for warm, temperature in enumerate(warmth):
+        alone = finished(run(folder, key_folder, "", "local", temperature, None))["tokens"]
+        talk = key_folder / f"undisturbed-{warm}.talk"
+        by_exit = finished(run(folder, key_folder, address, "exit", temperature, talk))["tokens"]
+        found |= {(mode, warm): by_exit if mode == "exit" else alone for mode in MODES}
+    return found
+
+
 def _sequence(
     chance: random.Random,
     cloud: Cloud,
     folder: Path,
     key_folder: Path,
     talk: Path,
+    mode: str,
     temperature: str,
     done: dict[str, int],
 ) -> list[int]:
     """One answer through some blows; its tokens."""
-    mode = chance.choice(MODES)
     process = run(folder, key_folder, cloud.relay.address, mode, temperature, talk)
     early: dict[str, Any] | None = None
     for _ in range(chance.randint(1, 3)):

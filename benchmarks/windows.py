@@ -109,21 +109,21 @@ class Times:
         self.rows = {n: step(n, None, Want.SAMPLE) for n in STEPS}
         self.head = max(0.1, self.rows[1] - self.layers[part.end])
         self.prompt = step(64, None, Want.NONE) / 64
-        self.device_more = self.cloud_more = 0.0  # what a token takes beyond the engine
+        self.device_share = self.cloud_share = 1.0  # of that a token takes: with messages, text, and waits between
         part.close()
 
     def device(self, case: Case) -> DeviceFigures:
         """Of the case's device."""
-        points = tuple((k, ms * case.slow) for k, ms in self.layers.items())
-        head, exit_ms = self.head * case.slow, self.layers[1] * case.slow
-        return DeviceFigures(
-            case.held, self.n_layers, points, head + self.device_more, exit_ms, self.prompt * case.slow, priors.CODEC_MS
-        )
+        slow = case.slow * self.device_share
+        points = tuple((k, ms * slow) for k, ms in self.layers.items())
+        head, exit_ms, prompt = self.head * slow, self.layers[1] * slow, self.prompt * slow
+        return DeviceFigures(case.held, self.n_layers, points, head, exit_ms, prompt, priors.CODEC_MS)
 
     def cloud(self, case: Case) -> CloudFigures:
         """Of the case's cloud."""
-        rows = tuple((n, ms * case.cloud + self.cloud_more) for n, ms in self.rows.items())
-        return CloudFigures(self.n_layers, rows, self.head * case.cloud, self.prompt * case.cloud)
+        slow = case.cloud * self.cloud_share
+        rows = tuple((n, ms * slow) for n, ms in self.rows.items())
+        return CloudFigures(self.n_layers, rows, self.head * slow, self.prompt * slow)
 
 
 def answers(source: Bundle, asked: list[str], layers: list[int]) -> list[Answer]:
@@ -276,14 +276,8 @@ class Stand:
         self._source, self._traces, self._keys, self._seconds = source, traces, keys, seconds
         self._layers = [entry.layer for entry in source.exits]
         self._asked = questions([], questions_)
-        self._times = Times(source, [*self._layers, 20])
         self._said = answers(source, self._asked, self._layers)
         self._calm, self._taken = Calm(), 0.0
-        with (
-            CloudProcess(source.path, keys, 1) as cloud,  # as fast as this machine is, whatever a window's is
-            Relay(cloud.address, LinkProfile()) as relay,  # which takes its part of the time, too
-        ):
-            calibrate(self._times, source.path, keys, relay.address, self._asked)
 
     def window(self, number: int) -> Played:
         """Plays one."""
@@ -300,8 +294,9 @@ class Stand:
             for name, way in fixed_ways(case, source, able).items():
                 tokens[name], _ = self._calmly(real(case, way, folder, keys, cloud.address, link))
                 print(f"window {number}: {name} {tokens[name]} tokens", file=sys.stderr, flush=True)
+            times = self._measured(case, cloud.address)
             auto, sources = self._calmly(real(case, wish, folder, keys, cloud.address, link))
-        simulated, used = self._simulated(case, able, up, down)
+        simulated, used = self._simulated(case, times, able, up, down)
         made_by = ", ".join(f"{source} {count}" for source, count in sources.most_common())
         print(f"window {number}: auto {auto} ({made_by}), simulated {simulated} {used}", file=sys.stderr, flush=True)
         return Played(number, commit(PLAYS), tokens, auto, simulated, made_by, round(self._taken, 3))
@@ -317,18 +312,28 @@ class Stand:
         self._taken = max(self._taken, taken)
         return outcome
 
-    def _simulated(self, case: Case, able: list[int], up: Trace, down: Trace) -> tuple[int, dict[str, int]]:
+    def _measured(self, case: Case, cloud: str) -> Times:
+        """What both sides take now: on a host that others use, it is not the same an hour later."""
+        self._calm.wait(PATIENCE_S)
+        times = Times(self._source, [*self._layers, 20])
+        with Relay(cloud, LinkProfile()) as relay:  # which takes its part of the time, too
+            calibrate(times, case, self._source.path, self._keys, relay.address, self._asked)
+        return times
+
+    def _simulated(
+        self, case: Case, times: Times, able: list[int], up: Trace, down: Trace
+    ) -> tuple[int, dict[str, int]]:
         """Tokens of auto in the simulator, and of each of its ways."""
-        source, device = self._source, self._times.device(case)
+        source, device = self._source, times.device(case)
         figures = Figures(
             device,
-            self._times.cloud(case),
+            times.cloud(case),
             None,
             priors.exits(source, able),
             priors.drafts(source, able, device),
             priors.codecs(source.config, ("f32",)),
         )
-        point = Point(device, self._times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
+        point = Point(device, times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
         turns = int(self._seconds * 1e3 / (len(self._said) * TOKENS)) + 2
         window = Window(0.0, tuple(self._said) * turns, LEAD_S, self._seconds, TOKENS)
         outcome = play_auto(point, Wish("speed", case.disagreement), window)
@@ -397,11 +402,13 @@ def tell(record: Record, windows: list[Played]) -> None:
     record.table("windows", columns, rows, note="Tokens in the window; the simulator plays auto.")
 
 
-def calibrate(times: Times, folder: Path, keys: Path, cloud: str, asked: list[str]) -> None:
-    """What a token takes beyond the engine on either side: messages, text, and the other side at work."""
-    plain = Case("", 0, 0, 1, 1, times.n_layers, 0.0)
+def calibrate(times: Times, case: Case, folder: Path, keys: Path, cloud: str, asked: list[str]) -> None:
+    """What tokens take of what was measured of the engine alone: messages and text come to it, and a side that waits in
+    proportion to what it computes finds its processor asleep.
+    """
+    whole = replace(case, held=times.n_layers)
     for mode in ("local", "stream"):
-        with Device(folder, cloud, keys=keys, threads=1, kv_tokens=1024, mode=mode) as device:
+        with Device(folder, cloud, keys=keys, threads=1, slow_down=case.slow, kv_tokens=1024, mode=mode) as device:
             speeds = []
             for question in asked[:3]:
                 device.reset()
@@ -409,9 +416,9 @@ def calibrate(times: Times, folder: Path, keys: Path, cloud: str, asked: list[st
                 speeds.append(device.stats.tok_s)
         ms = 1e3 / statistics.median(speeds)
         if mode == "local":
-            times.device_more = max(0.0, ms - times.device(plain).token_ms)
+            times.device_share = ms / times.device(whole).token_ms
         else:
-            times.cloud_more = max(0.01, ms - times.cloud(plain).step(1))
+            times.cloud_share = ms / times.cloud(whole).step(1)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from isthmus.apps.bench.shaping import BenchError
 from isthmus.edge.drafts import NgramDrafts
@@ -86,44 +85,32 @@ def guessed(tokens: Sequence[int], answer: int) -> Answer:
     return Answer(answer, tuple(drafted), tuple(agreed), {})
 
 
-def read(path: str | Path) -> tuple[Answer, ...]:
+class Facts(NamedTuple):
+    """Exits as they are certified, and what they and n-grams foresaw along answers."""
+
+    exits: tuple[ExitFigures, ...]
+    answers: tuple[Answer, ...]
+
+
+def read(path: str | Path) -> Facts:
     """Facts from a file.
 
     Raises:
         BenchError: it cannot be read.
     """
     try:
-        return tuple(_answer(told) for told in json.loads(Path(path).read_text())["answers"])
+        told = json.loads(Path(path).read_text())
+        exits = tuple(ExitFigures(**one) for one in told["exits"])
+        return Facts(exits, tuple(_answer(one) for one in told["answers"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchError(f"{path} holds no facts: {error}", "record them again") from error
 
 
-def write(answers: Iterable[Answer], path: str | Path) -> None:
+def write(facts: Facts, path: str | Path) -> None:
     """Writes facts, one answer on a line."""
-    lines = [json.dumps(_told(answer), separators=(",", ":")) for answer in answers]
-    Path(path).write_text('{"answers": [\n' + ",\n".join(lines) + "\n]}\n")
-
-
-def exit_figures(answers: Sequence[Answer], layer: int, disagreement: float, codec: str = "coded") -> ExitFigures:
-    """The lowest threshold at which an exit differs on at most that share of all tokens, and what it then emits.
-
-    The share that was counted is raised to the upper end of its one-sided 95 % interval (normal approximation).
-    """
-    facts = [answer.exits[layer] for answer in answers]
-    seen = sorted(
-        ((c, r) for one in facts for c, r in zip(one.confidence, one.right, strict=True)), key=lambda x: -x[0]
-    )
-    count, wrong = len(seen), 0
-    best = ExitFigures(layer, 1.01, 0.0, 0.0, codec)
-    for i, (confidence, right) in enumerate(seen):
-        wrong += not right
-        share = wrong / count
-        bound = share + 1.645 * math.sqrt(max(share * (1 - share), 1 / count) / count)
-        if bound > disagreement:
-            break
-        if i + 1 == count or seen[i + 1][0] < confidence:
-            best = ExitFigures(layer, confidence, (i + 1) / count, bound, codec)
-    return best
+    exits = json.dumps([asdict(one) for one in facts.exits])
+    lines = [json.dumps(_told(answer), separators=(",", ":")) for answer in facts.answers]
+    Path(path).write_text(f'{{"exits": {exits}, "answers": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def draft_figures(answers: Sequence[Answer], layer: int, draft_ms: float, lengths: Sequence[int]) -> DraftFigures:

@@ -191,11 +191,11 @@ class Verify:
     """The device drafts a block, the cloud checks it in one pass."""
 
     def __init__(self, talk: Conversation, choice: Candidate) -> None:
-        self._talk, self._choice = talk, choice
+        self._talk, self.choice = talk, choice
 
     def round(self) -> None:
         """The tokens that were taken and the cloud's own."""
-        talk, choice = self._talk, self._choice
+        talk, choice = self._talk, self.choice
         at, tag, asked, layer = talk.made, talk.tag(), talk.world.now, choice.cut
         count = min(choice.draft_tokens, talk.left - 1)
         if layer:
@@ -239,21 +239,21 @@ class Pipelined:
     """Blocks of drafts go up without waiting; the first that is not taken whole voids those after it."""
 
     def __init__(self, talk: Conversation, choice: Candidate) -> None:
-        self._talk, self._choice = talk, choice
+        self._talk, self.choice = talk, choice
         self._ahead = self._unsent = 0
         self._under_way: deque[tuple[int, int, int, int]] = deque()  # tag, first token, drafts, when it was sent
         self._epoch = 0
 
     def round(self) -> None:
         """The tokens of one block, or the first part of them and the cloud's correction."""
-        talk, g = self._talk, self._choice.draft_tokens
+        talk, g = self._talk, self.choice.draft_tokens
         made = talk.made
         while talk.made == made:
             while (note := talk.take()) is not None:
                 self._answered(note)
             if talk.made != made:
                 return
-            if talk.left > self._ahead and len(self._under_way) < self._choice.depth:
+            if talk.left > self._ahead and len(self._under_way) < self.choice.depth:
                 self._draft()
                 if self._unsent == g or talk.left == self._ahead:
                     self._send()
@@ -274,7 +274,7 @@ class Pipelined:
         self._void()
 
     def _draft(self) -> None:
-        talk, layer = self._talk, self._choice.cut
+        talk, layer = self._talk, self.choice.cut
         missing = talk.total + self._ahead - max(talk.held(layer), talk.filled.get(layer, 0))
         talk.world.work(talk.device.prefill(max(0, missing - 1), layer) + talk.device.drafted(layer))
         talk.filled[layer] = talk.total + self._ahead
@@ -282,7 +282,7 @@ class Pipelined:
         self._unsent += 1
 
     def _send(self) -> None:
-        talk, tag, layer = self._talk, self._talk.tag(), self._choice.cut
+        talk, tag, layer = self._talk, self._talk.tag(), self.choice.cut
         count, first = self._unsent, talk.made + self._ahead - self._unsent
         self._unsent = 0
         if not self._under_way and self._epoch == 0:
@@ -315,7 +315,7 @@ class Pipelined:
         _, _, count, sent = self._under_way.popleft()
         if talk.sight.estimator is not None:
             talk.tell_trip(sent, note, TOKEN_BYTES * count)
-            talk.sight.estimator.block("exit", self._choice.cut, self._choice.draft_tokens, count, note.count)
+            talk.sight.estimator.block("exit", self.choice.cut, self.choice.draft_tokens, count, note.count)
         if note.count == count:
             self._ahead -= count
             talk.emit(count)
@@ -324,7 +324,7 @@ class Pipelined:
             self._void()
 
     def _void(self) -> None:
-        talk, layer = self._talk, self._choice.cut
+        talk, layer = self._talk, self.choice.cut
         self._ahead = self._unsent = self._epoch = 0
         self._under_way.clear()
         talk.filled[layer] = min(talk.filled.get(layer, 0), talk.total)

@@ -13,14 +13,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from isthmus.apps.bench.conversation import Conversation, GaveUp, Sight
-from isthmus.apps.bench.facts import Answer, draft_figures, exit_figures
-from isthmus.apps.bench.players import Player, player
+from isthmus.apps.bench.facts import Answer, draft_figures
+from isthmus.apps.bench.players import Pipelined, Player, Verify, player
 from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Engine, Way, World
 from isthmus.edge.costs import Candidate, candidates
 from isthmus.edge.estimator import Estimator
 from isthmus.edge.fallback import Rest
-from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, Figures, LinkFigures, Wish
+from isthmus.edge.figures import (
+    CloudFigures,
+    CodecFigures,
+    DeviceFigures,
+    DraftFigures,
+    ExitFigures,
+    Figures,
+    LinkFigures,
+    Wish,
+)
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.policy import Plan, decide, worth_probing
 from isthmus.edge.priors import CODED, CODED_BYTES, LENGTHS
@@ -134,15 +143,13 @@ def point(
     cloud: CloudFigures,
     link: LinkPlan,
     calibration: Sequence[Answer],
-    layers: Sequence[int],
-    disagreement: float,
+    exits: Sequence[ExitFigures],
 ) -> Point:
-    """A point with the exits and drafts that the device's layers allow, calibrated on other answers."""
-    layers = [layer for layer in layers if layer <= device.held and layer < device.n_layers]
-    exits = tuple(exit_figures(calibration, layer, disagreement) for layer in layers) if disagreement else ()
+    """A point with those exits that the device's layers allow, and drafts, as they were on other answers."""
+    able = tuple(one for one in exits if one.layer <= device.held and one.layer < device.n_layers)
     drafts: list[DraftFigures] = [draft_figures(calibration, 0, 0.0, LENGTHS)]
-    drafts += [draft_figures(calibration, layer, device.drafted(layer), LENGTHS) for layer in layers]
-    return Point(device, cloud, link, Figures(device, cloud, None, exits, tuple(drafts), CODECS))
+    drafts += [draft_figures(calibration, one.layer, device.drafted(one.layer), LENGTHS) for one in able]
+    return Point(device, cloud, link, Figures(device, cloud, None, able, tuple(drafts), CODECS))
 
 
 def fixed_modes(point: Point, wish: Wish) -> list[Candidate]:
@@ -298,6 +305,8 @@ class _Game:
             return
         if plan.choice.key == choice.key:
             self._choice = plan.choice
+            if isinstance(self._player, Verify | Pipelined):
+                self._player.choice = plan.choice  # whose drafts may be longer now
         elif choice.mode != "local" or self._rest.over(talk.now_s):
             self._take(plan)
             return
