@@ -110,11 +110,14 @@ def given(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]], arrays: str) ->
             raise PlanError(f"input {name!r} is no tensor", "give all inputs in a file")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         shape = list(shapes[name]) if name in shapes else _closed(name, kind)
-        if dtype.kind == "f":
-            feeds[name] = generator.standard_normal(shape).astype(dtype)
-        else:
-            feeds[name] = np.ones(shape, dtype)
+        feeds[name] = drawn(dtype, shape, generator)
     return feeds
+
+
+def drawn(dtype: Any, shape: Sequence[int], generator: np.random.Generator) -> Any:
+    """An array of random values; of whole numbers, ones."""
+    found = generator.standard_normal(shape) if np.dtype(dtype).kind == "f" else np.ones(shape)
+    return found.astype(dtype)
 
 
 def _closed(name: str, kind: Any) -> list[int]:
@@ -138,7 +141,7 @@ def sizes(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> dict[str, l
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     whole = graph.part(range(len(graph.nodes)), graph.inputs, names)
-    values = _run(session(whole, file, 1, options), feeds, names)
+    values = outputs(session(whole, file, 1, options), feeds, names)
     found = {name: _told(value) for name, value in zip(names, values, strict=True)}
     return {name: told for name, told in (*((n, _told(feeds[n])) for n in graph.inputs), *found.items()) if told}
 
@@ -153,7 +156,7 @@ def timed(running: ort.InferenceSession, feeds: Mapping[str, Any], seconds: floa
     began = time.perf_counter()
     while len(took) < WARM + LEAST or (time.perf_counter() - began < seconds and len(took) < WARM + MOST):
         start = time.perf_counter()
-        _run(running, feeds, None)
+        outputs(running, feeds, None)
         took.append((time.perf_counter() - start) * 1e3)
     return statistics.median(took[WARM:]), took[0]
 
@@ -220,7 +223,7 @@ def _profiled(
         running = session(model, file, threads, options)
         began, runs = time.perf_counter(), 0
         while runs < WARM + PLAIN_RUNS or (time.perf_counter() - began < seconds and runs < WARM + MOST):
-            _run(running, feeds, None)
+            outputs(running, feeds, None)
             runs += 1
         events = json.loads(Path(running.end_profiling()).read_text())
         graph = onnx.load(str(saved), load_external_data=False).graph if fused else model.graph
@@ -233,7 +236,12 @@ def _profiled(
     }, graph
 
 
-def _run(running: ort.InferenceSession, feeds: Mapping[str, Any], names: list[str] | None) -> list[Any]:
+def outputs(running: ort.InferenceSession, feeds: Mapping[str, Any], names: list[str] | None = None) -> list[Any]:
+    """What a model gives.
+
+    Raises:
+        PlanError: it refuses its inputs.
+    """
     try:
         return list(running.run(names, dict(feeds)))
     except Exception as error:  # the runtime's errors share no public class

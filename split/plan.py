@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.budget import Aim
 from isthmus.split.profile import load
 
 VERSION = 1
@@ -29,7 +30,7 @@ class Row(msgspec.Struct, frozen=True):
         link_ms: both ways.
         up_bytes, down_bytes: on the wire.
         ms: from input to output, as predicted.
-        p95_ms: the 95th percentile over a changing link and a busy cloud, None where neither is given.
+        tail_ms: the plan's percentile over a changing link and a busy cloud, None where neither is given.
         measured_ms: the same when it was really run, None where it was not.
         agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
         fails: what it does not keep to, "" if nothing.
@@ -46,7 +47,7 @@ class Row(msgspec.Struct, frozen=True):
     up_bytes: float
     down_bytes: float
     ms: float
-    p95_ms: float | None = None
+    tail_ms: float | None = None
     measured_ms: float | None = None
     agreement: float | None = None
     fails: str = ""
@@ -56,6 +57,10 @@ class Row(msgspec.Struct, frozen=True):
         """The best that is known of its time."""
         return self.ms if self.measured_ms is None else self.measured_ms
 
+    def cost_ms(self, aim: Aim) -> float:
+        """What is to be small: its time, or in a pipeline that of its slowest stage."""
+        return self.expected_ms if aim == "latency" else max(self.device_ms, self.link_ms, self.cloud_ms)
+
 
 class Plan(msgspec.Struct, frozen=True):
     """See the module.
@@ -64,6 +69,7 @@ class Plan(msgspec.Struct, frozen=True):
         model: the sha256 of the model and its weights.
         nodes: that it has.
         link: in words.
+        percentile: that `tail_ms` of the rows is.
         best: which of `rows`.
         verdict: in one sentence.
     """
@@ -75,6 +81,8 @@ class Plan(msgspec.Struct, frozen=True):
     rows: tuple[Row, ...]
     best: int
     verdict: str
+    aim: Aim = "latency"
+    percentile: float = 95.0
     format: Literal["isthmus-plan"] = "isthmus-plan"
     version: int = VERSION
 
@@ -86,6 +94,21 @@ class Plan(msgspec.Struct, frozen=True):
         for row in self.rows:
             if any(not 0 <= node < self.nodes for node in row.device):
                 raise PlanError(f"the plan's way {row.name!r} has a node that the model has not", _AGAIN)
+
+    def split(self, name: str = "") -> Row:
+        """A way that cuts the model: of that name, else the best.
+
+        Raises:
+            PlanError: there is none.
+        """
+        ways = [row for row in self.rows if row.kind == "split" and name in ("", row.name)]
+        if not ways:
+            known = "; ".join(row.name for row in self.rows if row.kind == "split")
+            what = (
+                f"the plan has no way {name!r} that cuts the model" if name else "the plan has no way to cut the model"
+            )
+            raise PlanError(what, f"it has: {known}" if known else "send it whole, or keep it on the device")
+        return min(ways, key=lambda row: (bool(row.fails), row.cost_ms(self.aim)))
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -102,8 +125,8 @@ def load_plan(path: Path) -> Plan:
     return load(path, Plan, "plan", _AGAIN)
 
 
-def choose(rows: Sequence[Row]) -> int:
-    """The fastest of those that keep to what was asked for.
+def choose(rows: Sequence[Row], aim: Aim = "latency") -> int:
+    """The best of those that keep to what was asked for.
 
     Raises:
         PlanError: none does (what each of them breaks).
@@ -112,24 +135,24 @@ def choose(rows: Sequence[Row]) -> int:
     if not able:
         why = "; ".join(dict.fromkeys(row.fails for row in rows))
         raise PlanError(f"no way keeps to what was asked for: {why}", "ask for less, or change the link")
-    return min(able, key=lambda at: (rows[at].expected_ms, rows[at].up_bytes))
+    return min(able, key=lambda at: (rows[at].cost_ms(aim), rows[at].up_bytes))
 
 
-def verdict(rows: Sequence[Row], best: int) -> str:
+def verdict(rows: Sequence[Row], best: int, aim: Aim = "latency") -> str:
     """Which way is best, and by how much, in one sentence."""
     row = rows[best]
     others = [one for at, one in enumerate(rows) if at != best and not one.fails and one.kind != row.kind]
     if row.kind == "device":
-        told = f"Do not share it: all on the device takes {_ms(row)}"
+        told = f"Do not share it: all on the device takes {_told(row, aim)}"
     elif row.kind == "split":
-        told = f"Split it after {', '.join(row.crossing)} ({row.codec}): {_ms(row)}"
+        told = f"Split it after {', '.join(row.crossing)} ({row.codec}): {_told(row, aim)}"
     else:
-        told = f"Do not split it, but send what it is given to the cloud ({row.name}): {_ms(row)}"
+        told = f"Do not split it, but send what it is given to the cloud ({row.name}): {_told(row, aim)}"
     if not others:
         return told + "."
-    second = min(others, key=lambda one: one.expected_ms)
-    return f"{told}, against {_ms(second)} of the next best, {second.name}."
+    second = min(others, key=lambda one: one.cost_ms(aim))
+    return f"{told}, against {_told(second, aim)} of the next best, {second.name}."
 
 
-def _ms(row: Row) -> str:
-    return f"{row.expected_ms:.3g} ms"
+def _told(row: Row, aim: Aim) -> str:
+    return f"{row.cost_ms(aim):.3g} ms" + ("" if aim == "latency" else " an input")

@@ -7,45 +7,20 @@ this one, so that one waits as in an M/D/1 queue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split.onnx_network import Rate
+from isthmus.split.link import Link
 from isthmus.split.plan import Row
-from isthmus.split.traces import SEGMENT, Trace, mean_rate
+from isthmus.split.traces import SEGMENT, Trace
 
 INPUTS = 4000
 _WARM = 2000  # requests until a queue has forgotten that it began empty
 Times = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Course:
-    """A link over time.
-
-    Attributes:
-        trip_ms: there and back, of a message without weight.
-        up, down: a trace, or bits per second where it does not change.
-    """
-
-    trip_ms: float
-    up: Trace | float
-    down: Trace | float
-
-    def rate(self) -> Rate:
-        """It in the mean, as a search takes it.
-
-        Raises:
-            PlanError: it never delivers.
-        """
-        up, down = (mean_rate(way) if isinstance(way, Trace) else way for way in (self.up, self.down))
-        return Rate(self.trip_ms, up, down)
-
-
-def latencies(row: Row, course: Course, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0) -> Times:
+def latencies(row: Row, link: Link, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0) -> Times:
     """Milliseconds from input to output, of `INPUTS` inputs.
 
     Args:
@@ -58,13 +33,13 @@ def latencies(row: Row, course: Course, load: float = 0.0, beside_ms: float = 0.
     if not 0.0 <= load < 1.0:
         raise PlanError(f"others take {load:g} of the cloud's time", "give a share from 0 to below 1")
     generator = np.random.default_rng(seed)
-    period_ms = max((way.period_ms for way in (course.up, course.down) if isinstance(way, Trace)), default=1)
+    period_ms = max((way.period_ms for way in (link.up, link.down) if isinstance(way, Trace)), default=1)
     starts = generator.uniform(0.0, period_ms, INPUTS)
     if row.kind == "device":
         return np.full(INPUTS, row.device_ms)
-    there = passed(course.up, starts + row.device_ms, row.up_bytes) + course.trip_ms / 2
+    there = passed(link.up, starts + row.device_ms, row.up_bytes) + link.trip_ms / 2
     done = there + waits(load, row.cloud_ms, generator) + row.cloud_ms + beside_ms
-    return passed(course.down, done, row.down_bytes) + course.trip_ms / 2 - starts
+    return passed(link.down, done, row.down_bytes) + link.trip_ms / 2 - starts
 
 
 def passed(way: Trace | float, at_ms: Times, size: float) -> Times:

@@ -15,7 +15,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
 from isthmus.split.exit_entry import ExitEntry
-from isthmus.split.files import is_there, locked, remove_left, work_folder
+from isthmus.split.files import is_there, locked, open_regular, remove_left, work_folder
 from isthmus.split.manifest import (
     EMBEDDING,
     HEAD,
@@ -112,6 +112,26 @@ class BundleWriter:
             raise BundleError(f"cannot write {self.path / name}: {error.strerror}", "free some space") from error
         self.files[name] = FileEntry(size, digest.hexdigest())
 
+    def place(self, name: str) -> Path:
+        """Where to write a file of that name; `take` it when it is there.
+
+        Raises:
+            BundleError: a name that leads out of the bundle, or a full disk.
+        """
+        target = self._work / check_name(name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"cannot write {self.path / name}: {error.strerror}", "free some space") from error
+        return target
+
+    def take(self, name: str) -> None:
+        """Takes in a file that was written to its `place`."""
+        target = self._work / check_name(name)
+        with open_regular(target) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.files[name] = FileEntry(target.stat().st_size, digest)
+
     def add_weights(self, name: str, weights: Weights) -> None:
         """Writes matrices and vectors into one safetensors file."""
         self.add(name, encode(weights))
@@ -132,7 +152,16 @@ class BundleWriter:
         files = dict(self.files)
         manifest = Manifest(name, model_id(config, files), config, weights, tokenizer, files, exits)
         Manifest.parse(manifest.encode())
-        self.add("bundle.json", [manifest.encode()])
+        self.commit(manifest.encode())
+        return manifest
+
+    def commit(self, manifest: bytes) -> None:
+        """Writes bundle.json and gives the folder its name.
+
+        Raises:
+            BundleError: as `finish`.
+        """
+        self.add("bundle.json", [manifest])
         old = self._work.with_suffix(".old")
         try:
             if self.path.exists():
@@ -149,7 +178,6 @@ class BundleWriter:
             if old.exists() and not self.path.exists():
                 old.replace(self.path)
         shutil.rmtree(old, ignore_errors=True)
-        return manifest
 
 
 def _taken(path: Path) -> BundleError:

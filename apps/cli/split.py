@@ -21,8 +21,24 @@ def command(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name, for people")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that stands there")] = False,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of an .onnx model: the plan that says where to cut it")
+    ] = None,
+    way: Annotated[
+        str, typer.Option(help="Of an .onnx model: which row of the plan, by its name; by default the best split")
+    ] = "",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIMS", help="Of an .onnx model: of an input whose shape is open, as x=1,3,224,224"),
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE.npz", help="Of an .onnx model: inputs to check the parts on")
+    ] = None,
 ) -> None:
     """Turn a model into a bundle: one weight file a layer, so that any cut can be chosen later.
+
+    An .onnx model is cut where its plan says (isthmus plan), into device/model.onnx and cloud/model.onnx, whose outputs
+    are held against those of the whole model at once; any ONNX runtime runs them.
 
     Formats of the layers: keep (the file's own, nothing lost), f32, f16, q8 (8.5 bits a weight), q4 (4.5 bits,
     symmetric), q4m (5 bits, with a minimum a group: nearer to the model), nested (9 bits on disk, which a device
@@ -31,6 +47,10 @@ def command(
     With q4, q4m and nested the embedding and the output head get 8 bits, because they decide on the token; --head
     chooses otherwise.
     """
+    if Path(model).suffix == ".onnx":
+        _cut(Path(model), output, plan, way, name or "", force, shape or [], inputs)
+        return
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -84,3 +104,42 @@ def command(
         before = ", ".join(str(entry.layer) for entry in manifest.exits)
         line = f"early exits before layers {before}: they come with isthmus for this model"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _cut(
+    model: Path,
+    output: Path,
+    plan: Path | None,
+    way: str,
+    name: str,
+    force: bool,
+    shape: list[str],
+    inputs: Path | None,
+) -> None:
+    from isthmus.apps.cli.profile import shapes
+    from isthmus.protocol.errors import PlanError
+    from isthmus.split.confined import confined
+    from isthmus.split.plan import load_plan
+
+    if plan is None:
+        raise PlanError(
+            f"{model.name} needs a plan that says where to cut it", "make one: isthmus plan, and give --plan"
+        )
+    made = load_plan(plan)
+    row = made.split(way)
+    told = confined(
+        "isthmus.split.graph_writer:write_graph",
+        str(model),
+        made.model,
+        row.device,
+        str(output),
+        name,
+        force,
+        shapes(shape),
+        str(inputs) if inputs is not None else "",
+        what=f"cutting {model.name}",
+    )
+    here, there = told["nodes"]
+    print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
+    travels = ", ".join(told["crossing"])
+    print(f"what travels: {travels}; the parts give what the whole gives, to {told['worst']:.1g} of its largest value")

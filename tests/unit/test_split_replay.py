@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.link import Link
 from isthmus.split.plan import Row
-from isthmus.split.replay import INPUTS, Course, latencies, passed, waits
+from isthmus.split.replay import INPUTS, latencies, passed, waits
 from isthmus.split.traces import SEGMENT, Trace, synthetic_pair
 
 
@@ -53,27 +54,27 @@ def test_bytes_pass_as_opportunities_come(gaps: list[int], at_ms: float, size: i
 
 
 def test_a_link_that_does_not_change_takes_its_rate() -> None:
-    taken = latencies(row(), Course(20.0, 1e6, 10e6), beside_ms=1.0)
+    taken = latencies(row(), Link(20.0, 1e6, 10e6), beside_ms=1.0)
     assert taken == pytest.approx(np.full(INPUTS, 3.0 + 24.0 + 20.0 + 5.0 + 1.0 + 0.08))
 
 
 def test_what_stays_on_the_device_needs_no_link() -> None:
-    taken = latencies(row(kind="device"), Course(20.0, 1e6, 1e6), load=0.9)
+    taken = latencies(row(kind="device"), Link(20.0, 1e6, 1e6), load=0.9)
     assert taken == pytest.approx(np.full(INPUTS, 3.0))
 
 
 def test_a_trace_of_even_opportunities_is_a_rate() -> None:
     even = Trace(tuple(range(1, 1001)))
-    taken = latencies(row(up_bytes=150_000.0), Course(0.0, even, 1e9))
+    taken = latencies(row(up_bytes=150_000.0), Link(0.0, even, 1e9))
     assert taken.mean() == pytest.approx(3.0 + 100.0 + 5.0, abs=1.0)
-    assert Course(0.0, even, 1e9).rate().up_bps == pytest.approx(12e6)
+    assert Link(0.0, even, 1e9).rate().up_bps == pytest.approx(12e6)
 
 
 def test_a_changing_link_has_a_tail() -> None:
     up, down = synthetic_pair()
-    taken = latencies(row(up_bytes=20_000.0), Course(50.0, up, down))
+    taken = latencies(row(up_bytes=20_000.0), Link(50.0, up, down))
     assert np.quantile(taken, 0.99) > 3 * np.median(taken)
-    assert latencies(row(up_bytes=20_000.0), Course(50.0, up, down)).tolist() == taken.tolist()
+    assert latencies(row(up_bytes=20_000.0), Link(50.0, up, down)).tolist() == taken.tolist()
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
@@ -85,6 +86,6 @@ def test_a_busy_cloud_makes_one_wait_as_in_a_queue_of_equal_requests(load: float
 def test_a_cloud_without_time_is_none() -> None:
     for load in (1.0, -0.1, float("nan")):
         with pytest.raises(PlanError, match="of the cloud's time"):
-            latencies(row(), Course(1.0, 1e6, 1e6), load)
+            latencies(row(), Link(1.0, 1e6, 1e6), load)
     with pytest.raises(PlanError, match="nothing arrives"):
-        Course(1.0, 0.0, 1e6).rate()
+        Link(1.0, 0.0, 1e6).rate()

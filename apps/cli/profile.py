@@ -1,0 +1,112 @@
+"""`isthmus profile`: what a network's nodes take on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from isthmus.split.profile import Profile
+
+SUFFIX = ".profile.json"
+_SHOWN = 12  # operators of the table
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The profile to be; by default MODEL.profile.json here"),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIMS", help="Of an input whose shape the model leaves open, as x=1,3,224,224"),
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE.npz", help="Inputs by name; else they are random")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0 for one per core")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.05, max=600.0, help="That each of two rounds of runs takes")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="The profile on standard output, too")] = False,
+) -> None:
+    """Measure what a network's nodes take on this machine, for isthmus plan.
+
+    The model runs in onnxruntime, in a child process with limits, warmed, as it is fused there; a fused node's time is
+    shared among those that it stands for, and all together take what the model takes. The file may be copied from one
+    machine to another: a plan takes one of the device and one of the cloud.
+    """
+    from isthmus.apps.bench.machine import read_machine
+    from isthmus.protocol.errors import PlanError
+    from isthmus.split.confined import confined
+    from isthmus.split.profile import Profile
+
+    target = output if output is not None else Path(model.stem + SUFFIX)
+    if not target.parent.is_dir():
+        raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
+    machine = read_machine()
+    told = confined(
+        "isthmus.split.onnx_measure:measure",
+        str(model),
+        threads or machine.physical,
+        shapes(shape or []),
+        seconds,
+        str(inputs) if inputs is not None else "",
+        what=f"measuring {model.name}",
+    )
+    found = Profile.of(told, machine.processor, machine.system)
+    found.save(target)
+    if as_json:
+        print(target.read_text())
+    else:
+        _print(found, target)
+
+
+def shapes(texts: list[str]) -> dict[str, list[int]]:
+    """Of inputs, by name, out of --shape options."""
+    return dict(_shape(text) for text in texts)
+
+
+def _shape(text: str) -> tuple[str, list[int]]:
+    from isthmus.protocol.errors import PlanError
+
+    name, _, dims = text.rpartition("=")
+    numbers = dims.split(",")
+    if not name or not all(one.strip().isdecimal() for one in numbers):
+        raise PlanError(f"--shape is {text!r}", "write an input's name and its dimensions, as x=1,3,224,224")
+    return name, [int(one) for one in numbers]
+
+
+def _print(found: Profile, target: Path) -> None:
+    import sys
+    from collections import Counter, defaultdict
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    times: defaultdict[str, float] = defaultdict(float)
+    counts, weights = Counter(found.ops), Counter[str]()
+    for op, ms, size in zip(found.ops, found.nodes_ms, found.weights, strict=True):
+        times[op] += ms
+        weights[op] += size
+    table = Table("operator", box=None, pad_edge=False)
+    for title in ("nodes", "ms", "share", "weights, MB"):
+        table.add_column(title, justify="right")
+    order = sorted(times.items(), key=lambda one: -one[1])
+    for op, ms in order[:_SHOWN]:
+        table.add_row(
+            escape(op), f"{counts[op]}", f"{ms:.3f}", f"{ms / found.whole_ms:.1%}", f"{weights[op] / 1e6:.2f}"
+        )
+    if len(times) > _SHOWN:
+        rest = sum(ms for _, ms in order[_SHOWN:])
+        table.add_row(f"{len(times) - _SHOWN} others", "", f"{rest:.3f}", f"{rest / found.whole_ms:.1%}", "")
+    console.print(table)
+    line = f"{found.name}: {found.whole_ms:.3f} ms an input, the first {found.first_ms:.3f}; {len(found.ops)} nodes, "
+    line += f"{found.threads} threads, {found.runtime}"
+    console.print(line, markup=False)
+    console.print(
+        f"{target}; next, where to cut it: isthmus plan {found.name}.onnx --link rtt=20,up=5,down=20", markup=False
+    )

@@ -1,0 +1,127 @@
+"""`bundle.json` of an ONNX model that was cut: what goes in, what travels, what comes out; read strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from isthmus.protocol.errors import BundleError
+from isthmus.split.manifest import FORMAT_VERSION, MAX_FILE_BYTES, FileEntry, check_model_name, check_name
+
+KIND = "graph"
+DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
+MAX_TENSORS, MAX_DIMS = 256, 16
+DTYPES = (
+    "float32",
+    "float16",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+)
+_AGAIN = "split the model again"
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
+
+
+class Named(msgspec.Struct, frozen=True):
+    """A tensor.
+
+    Attributes:
+        dtype: as numpy names it.
+        shape: None for a dimension that is open.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def check(self, what: str) -> None:
+        """Raises a BundleError if it can be no tensor."""
+        if not 0 < len(self.name) <= 1000 or self.dtype not in DTYPES or len(self.shape) > MAX_DIMS:
+            raise BundleError(f"bundle.json has the {what} {self.name[:80]!r} of type {self.dtype[:40]!r}", _AGAIN)
+        if any(size is not None and not 0 <= size < 2**31 for size in self.shape):
+            raise BundleError(f"bundle.json has the {what} {self.name[:80]!r} with the shape {self.shape}", _AGAIN)
+
+
+class GraphManifest(msgspec.Struct, frozen=True):
+    """See the module.
+
+    Attributes:
+        name: for people; the identity is `model_id`.
+        model_id: BLAKE2b-128 over the hashes of all files and the names of all tensors, in hex.
+        model: the sha256 of the model that was cut, and of its weights.
+        inputs, outputs: of the whole model.
+        crossing: what travels, in the order in which it does; the cloud's part is given it.
+        kept: outputs that the device's part makes.
+        files: every file but bundle.json, by its name within the bundle.
+    """
+
+    name: str
+    model_id: str
+    model: str
+    inputs: tuple[Named, ...]
+    outputs: tuple[Named, ...]
+    crossing: tuple[Named, ...]
+    kept: tuple[str, ...]
+    files: dict[str, FileEntry]
+    kind: Literal["graph"] = "graph"
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def parse(cls, data: bytes) -> GraphManifest:
+        """From the bytes of a `bundle.json`.
+
+        Raises:
+            BundleError: another version or kind, a field that cannot be, or a model_id that does not follow.
+        """
+        try:
+            found = msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise BundleError(f"bundle.json cannot be read: {error}", _AGAIN) from error
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises a BundleError if it is of another version, or something in it cannot be."""
+        if self.format_version != FORMAT_VERSION:
+            problem = f"bundle.json has format_version {self.format_version}, not {FORMAT_VERSION}"
+            raise BundleError(problem, "install a newer isthmus" if self.format_version > FORMAT_VERSION else _AGAIN)
+        check_model_name(self.name)
+        for what, tensors in (("input", self.inputs), ("output", self.outputs), ("crossing", self.crossing)):
+            if not tensors or len(tensors) > MAX_TENSORS or len({one.name for one in tensors}) < len(tensors):
+                raise BundleError(f"bundle.json has {len(tensors)} {what} tensors, or two of one name", _AGAIN)
+            for one in tensors:
+                one.check(what)
+        if not set(self.kept) < {one.name for one in self.outputs}:
+            raise BundleError("bundle.json keeps outputs that the model has not, or all of them", _AGAIN)
+        for name, entry in self.files.items():
+            check_name(name)
+            if not 0 <= entry.bytes <= MAX_FILE_BYTES or not _HEX.match(entry.sha256):
+                raise BundleError(f"bundle.json has no valid size and hash of {name}", _AGAIN)
+        for name in (DEVICE, CLOUD):
+            if name not in self.files:
+                raise BundleError(f"bundle.json lists no {name}", _AGAIN)
+        if self.model_id != graph_id(self.files, (self.inputs, self.outputs, self.crossing)):
+            raise BundleError(f"model_id {self.model_id[:64]!r} does not follow from the bundle's files", _AGAIN)
+
+    def encode(self) -> bytes:
+        """The bytes of a `bundle.json`."""
+        return json.dumps(msgspec.to_builtins(self), indent=1).encode() + b"\n"
+
+
+def graph_id(files: Mapping[str, FileEntry], tensors: tuple[tuple[Named, ...], ...]) -> str:
+    """BLAKE2b-128 over the hashes of all files and the tensors, in hex; no path or label enters."""
+    hashes = {name: entry.sha256 for name, entry in sorted(files.items())}
+    canonical = json.dumps([hashes, msgspec.to_builtins(tensors)], sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

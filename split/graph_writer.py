@@ -1,0 +1,168 @@
+"""Cuts an ONNX model: writes the device's and the cloud's part as a bundle, checked against the whole at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from isthmus.protocol.errors import PlanError
+from isthmus.split.graph_manifest import CLOUD, DEVICE, DTYPES, GraphManifest, Named, graph_id
+from isthmus.split.onnx_file import digest, read_model
+from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_measure import given, outputs, session
+from isthmus.split.onnx_writer import write_part
+from isthmus.split.writer import BundleWriter
+
+TOLERANCE = 1e-5  # of the largest magnitude of an output
+
+
+def write_graph(
+    model: str,
+    checked: str,
+    nodes: Sequence[int],
+    output: str,
+    name: str = "",
+    force: bool = False,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    arrays: str = "",
+) -> Any:
+    """Writes a bundle; what it says, as plain data.
+
+    Args:
+        checked: the sha256 that the model must have, "" for any.
+        nodes: numbers of those on the device.
+        shapes, arrays: of the inputs that it is checked on; as `onnx_measure.measure` has them.
+
+    Raises:
+        PlanError: it is another model, there is nothing to cut, something cannot travel, or the parts do not give what
+            the whole gives.
+        BundleError: the place is taken or cannot be written.
+    """
+    file = Path(model)
+    proto = read_model(file)
+    graph, sha256 = OnnxGraph(proto), digest(file, proto)
+    if checked and checked != sha256:
+        raise PlanError(f"the plan is of another model, or another version of {file.name}", "plan again: isthmus plan")
+    here = sorted(set(nodes))
+    there = sorted(set(range(len(graph.nodes))) - set(here))
+    if not here or not there:
+        side = "device" if not there else "cloud"
+        raise PlanError(f"all nodes are on the {side}, so there is nothing to cut", "choose a way that is a split")
+    feeds = given(graph, shapes or {}, arrays)
+    crossing = graph.crossing(here)
+    kept = [one for one in graph.outputs if graph.made_by(one) in set(here) or one in graph.inputs]
+    made = [one for one in graph.outputs if graph.made_by(one) in set(there)]
+    if not made:
+        raise PlanError("the cloud's part makes none of the model's outputs", "cut it elsewhere")
+    whole = dict(zip(graph.outputs, outputs(session(proto, file, 1), feeds), strict=True))
+    travels = _travelling(graph, file, crossing, feeds)
+    graph.learn(
+        onnx.helper.make_tensor_value_info(one, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), None)
+        for one, value in travels.items()
+    )
+    used = {one for at in here for one in graph.needs[at]}
+    inputs = [one for one in graph.inputs if one in used]
+    passed = [one for one in crossing if one not in graph.inputs]
+    device = graph.part(here, inputs, list(dict.fromkeys([*passed, *(one for one in kept if one not in graph.inputs)])))
+    cloud = graph.part(there, crossing, made)
+    with BundleWriter(Path(output), force=force) as writer:
+        for part, target in ((device, DEVICE), (cloud, CLOUD)):
+            for written in write_part(part, file, writer.place(target)):
+                writer.take(f"{target.partition('/')[0]}/{written.name}")
+        worst = _compared(writer.place(DEVICE), writer.place(CLOUD), graph, feeds, whole)
+        title = name or file.stem
+        given_to = tuple(_named(graph, one, feeds[one]) for one in graph.inputs)
+        given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
+        between = tuple(_named(graph, one, travels[one]) for one in crossing)
+        identity, files = graph_id(writer.files, (given_to, given_by, between)), dict(writer.files)
+        found = GraphManifest(title, identity, sha256, given_to, given_by, between, tuple(kept), files)
+        found.check()
+        writer.commit(found.encode())
+    return {
+        "name": title,
+        "model_id": found.model_id,
+        "crossing": crossing,
+        "worst": worst,
+        "nodes": [len(here), len(there)],
+    }
+
+
+def _travelling(graph: OnnxGraph, file: Path, crossing: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """What travels, as it is for these inputs."""
+    found = {name: feeds[name] for name in crossing if name in graph.inputs}
+    names = [name for name in crossing if name not in found]
+    if names:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        whole = graph.part(range(len(graph.nodes)), graph.inputs, names)
+        found |= dict(zip(names, outputs(session(whole, file, 1, options), feeds, names), strict=True))
+    for name, value in found.items():
+        if not isinstance(value, np.ndarray) or str(value.dtype) not in DTYPES:
+            kind = str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
+            raise PlanError(f"{name!r} would travel, and is of type {kind}", "cut it elsewhere")
+    return found
+
+
+def _compared(device: Path, cloud: Path, graph: OnnxGraph, feeds: Mapping[str, Any], whole: Mapping[str, Any]) -> float:
+    """Runs the two files after each other; the largest difference, of the largest magnitude of its output."""
+    first = _loaded(device)
+    told = dict(zip([one.name for one in first.get_outputs()], outputs(first, _wanted(first, feeds)), strict=True))
+    second = _loaded(cloud)
+    travels = {**{name: feeds[name] for name in graph.inputs}, **told}
+    told |= dict(
+        zip([one.name for one in second.get_outputs()], outputs(second, _wanted(second, travels)), strict=True)
+    )
+    worst = 0.0
+    for name, value in whole.items():
+        if name in graph.inputs:
+            continue
+        off = difference(told[name], value)
+        if off > TOLERANCE:
+            problem = f"the parts give another {name!r} than the whole, by {off:.2g} of its largest magnitude"
+            raise PlanError(problem, "cut it elsewhere; this is a mistake of isthmus or of onnxruntime")
+        worst = max(worst, off)
+    return worst
+
+
+def difference(mine: Any, other: Any) -> float:
+    """How far one output is from another, as a share of the largest magnitude; infinite where they do not compare."""
+    if not isinstance(other, np.ndarray):
+        return 0.0 if repr(mine) == repr(other) else np.inf
+    if not isinstance(mine, np.ndarray) or (mine.shape, mine.dtype) != (other.shape, other.dtype):
+        return np.inf
+    if other.dtype.kind not in "fc":
+        return 0.0 if np.array_equal(mine, other) else np.inf
+    same = np.isnan(mine) == np.isnan(other)
+    infinite = np.isinf(other)
+    if not same.all() or (mine[infinite] != other[infinite]).any():
+        return np.inf
+    sound = np.isfinite(other)
+    if not sound.any():
+        return 0.0
+    off = np.abs(mine[sound].astype(np.float64) - other[sound].astype(np.float64)).max()
+    most = float(np.abs(other[sound].astype(np.float64)).max())
+    return float(off / most) if most else float(off)
+
+
+def _loaded(path: Path) -> ort.InferenceSession:
+    return session(onnx.load(str(path), load_external_data=False), path, 1)
+
+
+def _wanted(running: ort.InferenceSession, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {one.name: values[one.name] for one in running.get_inputs()}
+
+
+def _named(graph: OnnxGraph, name: str, value: Any) -> Named:
+    """A tensor; of its sizes those that the model leaves open are so."""
+    if not isinstance(value, np.ndarray) or str(value.dtype) not in DTYPES:
+        raise PlanError(f"{name!r} is no array of numbers", "cut another model")
+    kind = graph.info(name).type.tensor_type
+    dims: list[int | None] = [None] * value.ndim
+    if kind.HasField("shape") and len(kind.shape.dim) == value.ndim:
+        dims = [one.dim_value if one.HasField("dim_value") and one.dim_value > 0 else None for one in kind.shape.dim]
+    return Named(name, str(value.dtype), tuple(dims))

@@ -1,0 +1,155 @@
+"""Models that are cut into two files: what the bundle says, that the parts give what the whole gives, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from isthmus.protocol.errors import BundleError, PlanError
+from isthmus.split.graph_manifest import CLOUD, DEVICE, GraphManifest
+from isthmus.split.graph_writer import difference, write_graph
+from isthmus.split.onnx_file import digest, read_model
+from isthmus.split.onnx_graph import OnnxGraph
+from tests.unit.test_split_onnx_file import LAYERS, WIDTH, saved
+from tests.unit.test_split_onnx_measure import BLOCKS, convolutions
+
+SHAPES = {"x": [2, 3, 16, 16]}
+
+
+def branching() -> onnx.ModelProto:
+    """Two outputs, one of them made early and used again; a body of If that takes a value from outside."""
+    weight = numpy_helper.from_array(np.arange(16, dtype=np.float32).reshape(4, 4) / 8, "w")
+    scalar = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("yes", "no")]
+    then = helper.make_graph([helper.make_node("MatMul", ["a", "w"], ["yes"])], "then", [], scalar[:1])
+    other = helper.make_graph([helper.make_node("Neg", ["a"], ["no"])], "else", [], scalar[1:])
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("ReduceSum", ["a"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "zero"], ["large"]),
+        helper.make_node("If", ["large"], ["b"], then_branch=then, else_branch=other),
+        helper.make_node("MatMul", ["b", "w"], ["c"]),
+        helper.make_node("Add", ["a", "c"], ["y"]),
+    ]
+    zero = numpy_helper.from_array(np.zeros((), np.float32), "zero")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "a", "y")]
+    graph = helper.make_graph(nodes, "branching", ends[:1], ends[1:], [weight, zero])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def split(path: Path, nodes: range, output: Path, **options: Any) -> GraphManifest:
+    told = write_graph(str(path), digest(path, read_model(path)), list(nodes), str(output), **options)
+    found = GraphManifest.parse((output / "bundle.json").read_bytes())
+    assert told["model_id"] == found.model_id and told["worst"] <= 1e-5
+    return found
+
+
+def run(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A part by the runtime alone, as anybody would."""
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_outputs()]
+    return dict(
+        zip(names, session.run(names, {one.name: values[one.name] for one in session.get_inputs()}), strict=True)
+    )
+
+
+@pytest.mark.parametrize("end", range(1, 3 * BLOCKS + 3))
+def test_every_cut_of_a_chain_of_blocks(tmp_path: Path, end: int) -> None:
+    onnx.save_model(convolutions(), str(tmp_path / "model.onnx"))
+    found = split(tmp_path / "model.onnx", range(end), tmp_path / "cut", shapes=SHAPES)
+    assert [one.name for one in found.inputs] == ["x"] and [one.name for one in found.outputs] == ["y"]
+    assert found.inputs[0].shape == (None, 3, None, None) and found.kept == ()
+    assert set(found.files) == {DEVICE, CLOUD}
+    x = (
+        np.random.default_rng(end).standard_normal((5, 3, 20, 20)).astype(np.float32)
+    )  # other sizes than it was cut with
+    whole = run(tmp_path / "model.onnx", {"x": x})
+    travels = run(tmp_path / "cut" / DEVICE, {"x": x})
+    assert set(travels) == {one.name for one in found.crossing}
+    assert difference(run(tmp_path / "cut" / CLOUD, travels)["y"], whole["y"]) <= 1e-5
+
+
+@pytest.mark.parametrize("end", range(1, 6))
+def test_outputs_of_both_sides_bodies_and_shared_weights(tmp_path: Path, end: int) -> None:
+    onnx.save_model(branching(), str(tmp_path / "model.onnx"))
+    found = split(tmp_path / "model.onnx", range(end), tmp_path / "cut")
+    assert found.kept == ("a",) and "a" in {one.name for one in found.crossing}
+    x = np.array([[1.0, -2.0, 3.0, 0.5]], np.float32)
+    for sign in (1, -1):  # both branches
+        whole = run(tmp_path / "model.onnx", {"x": sign * x})
+        told = run(tmp_path / "cut" / DEVICE, {"x": sign * x})
+        told |= run(tmp_path / "cut" / CLOUD, told)
+        for name in ("a", "y"):
+            np.testing.assert_array_equal(told[name], whole[name])
+
+
+@pytest.mark.parametrize("end", range(1, LAYERS))
+def test_weights_beside_the_model_lie_beside_the_parts(tmp_path: Path, end: int) -> None:
+    path = saved(tmp_path)
+    found = split(path, range(end), tmp_path / "cut", shapes={"x": [3, WIDTH]})
+    assert found.files["device/model.weights"].bytes < found.files["cloud/model.weights"].bytes or end > 1
+    x = np.ones((7, WIDTH), np.float32)
+    travels = run(tmp_path / "cut" / DEVICE, {"x": x})
+    (output,) = run(tmp_path / "cut" / CLOUD, travels).values()
+    (whole,) = run(path, {"x": x}).values()
+    assert difference(output, whole) <= 1e-5
+
+
+def test_what_is_no_cut_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save_model(convolutions(), str(path))
+    nodes = len(OnnxGraph(read_model(path)).nodes)
+    for chosen, problem in ((range(0), "on the cloud"), (range(nodes), "on the device"), (range(3, nodes), "needs")):
+        with pytest.raises(PlanError, match=problem):
+            split(path, chosen, tmp_path / "cut", shapes=SHAPES)
+    with pytest.raises(PlanError, match="another version of model"):
+        write_graph(str(path), "ab" * 32, [0], str(tmp_path / "cut"), "", False, SHAPES)
+    with pytest.raises(PlanError, match="open shape"):
+        split(path, range(3), tmp_path / "cut")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["model.onnx"]
+    split(path, range(3), tmp_path / "cut", shapes=SHAPES)
+    with pytest.raises(BundleError, match="exists already"):
+        split(path, range(4), tmp_path / "cut", shapes=SHAPES)
+    assert len(split(path, range(4), tmp_path / "cut", shapes=SHAPES, force=True).crossing) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("kind", "decoder", "cannot be read"),
+        ("format_version", 9, "format_version 9"),
+        ("model_id", "00" * 16, "does not follow"),
+        ("name", "a\nb", "model's name"),
+        ("crossing", [], "0 crossing tensors"),
+        ("kept", ["y"], "keeps outputs"),
+        ("inputs", [{"name": "x", "dtype": "object", "shape": [1]}], "of type 'object'"),
+        ("inputs", [{"name": "x", "dtype": "float32", "shape": [-1]}], "with the shape"),
+        ("files", {"../x": {"bytes": 1, "sha256": "ab" * 32}}, "names the file"),
+        ("files", {}, "lists no device/model.onnx"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(tmp_path: Path, key: str, value: Any, problem: str) -> None:
+    onnx.save_model(convolutions(), str(tmp_path / "model.onnx"))
+    found = split(tmp_path / "model.onnx", range(3), tmp_path / "cut", shapes=SHAPES)
+    told = {**msgspec.to_builtins(found), key: value}
+    with pytest.raises(BundleError, match=problem):
+        GraphManifest.parse(json.dumps(told).encode())
+
+
+def test_differences_are_shares_of_the_largest_magnitude() -> None:
+    other = np.array([1.0, -4.0, np.nan, np.inf], np.float32)
+    assert difference(other.copy(), other) == 0.0
+    assert difference(np.array([1.0, -4.4, np.nan, np.inf], np.float32), other) == pytest.approx(0.1)
+    for wrong in ([1.0, -4.0, 0.0, np.inf], [1.0, -4.0, np.nan, -np.inf]):
+        assert difference(np.array(wrong, np.float32), other) == np.inf
+    assert difference(np.ones(3, np.int64), np.ones(3, np.int64)) == 0.0
+    assert difference(np.ones(3, np.int64), np.zeros(3, np.int64)) == np.inf
+    assert difference(np.ones(2, np.float32), np.ones(3, np.float32)) == np.inf
+    assert difference(np.zeros(2, np.float32), np.zeros(2, np.float32)) == 0.0

@@ -1,0 +1,125 @@
+"""Plans of whole files: what the rows say, which is best, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import pytest
+
+from isthmus.protocol.errors import PlanError
+from isthmus.split import onnx_measure, onnx_plan
+from isthmus.split.finalists import Finalists
+from isthmus.split.onnx_file import read_model
+from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.plan import Plan
+from isthmus.split.profile import Profile, load_profile
+from tests.unit.test_split_onnx_measure import BLOCKS, convolutions
+
+NODES = 3 * BLOCKS + 3
+FAST = "rtt=0,rate=1000000"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "model.onnx"
+    onnx.save_model(convolutions(), str(path))
+    told = onnx_measure.measure(str(path), 1, {"x": [1, 3, 32, 32]}, 0.02)
+    even = {"nodes_ms": [1.0] * NODES, "whole_ms": float(NODES)}  # what a plan says must not depend on the weather
+    Profile.of({**told, **even}, "toy", "toy").save(path.with_suffix(".json"))
+    return path
+
+
+def planned(model: Path, link: str, **asked: Any) -> Plan:
+    told = onnx_plan.plan(str(model), str(model.with_suffix(".json")), "", link, {"measure": False, **asked})
+    return msgspec.convert(msgspec.json.decode(msgspec.json.encode(told)), Plan)
+
+
+def test_a_slow_link_keeps_it_on_the_device_and_a_fast_one_sends_the_input(model: Path) -> None:
+    slow = planned(model, "rtt=20,rate=0.001", times=1000.0)
+    assert slow.rows[slow.best].kind == "device" and slow.verdict.startswith("Do not share it")
+    assert slow.rows[slow.best].ms == pytest.approx(NODES)
+    fast = planned(model, FAST, times=1000.0)
+    assert fast.rows[fast.best].kind == "cloud" and fast.rows[fast.best].crossing == ("x",)
+    assert fast.rows[fast.best].ms == pytest.approx(NODES / 1000, abs=0.01)
+
+
+def test_a_tensor_that_shrank_is_where_to_cut(model: Path) -> None:
+    # The mean over all places is the smallest tensor; a device as fast as the cloud gains nothing, so it is slower.
+    found = planned(model, "rtt=0,up=0.01,down=1000", times=1.0, memory_mb=1.0)
+    splits = [row for row in found.rows if row.kind == "split"]
+    assert splits[0].crossing == ("mean",) and splits[0].up_bytes == pytest.approx(120 + 4 * 16)
+    assert all(row.ms == pytest.approx(row.device_ms + row.link_ms + row.cloud_ms) for row in found.rows)
+
+
+def test_what_an_input_may_take_is_held_against_the_percentile(model: Path) -> None:
+    found = planned(model, "rtt=5,trace=synthetic", times=100.0, slo_ms=1000.0, percentile=99.0)
+    assert all(row.tail_ms is not None and row.tail_ms >= row.ms * 0.99 for row in found.rows)
+    cloud = next(row for row in found.rows if row.kind == "cloud")
+    assert cloud.tail_ms is not None
+    strict = planned(model, "rtt=5,trace=synthetic", times=100.0, slo_ms=cloud.tail_ms - 0.1, percentile=99.0)
+    late = next(row for row in strict.rows if row.kind == "cloud")
+    assert late.fails.endswith(f"{cloud.tail_ms - 0.1:.4g} wanted") and "99th percentile" in late.fails
+    with pytest.raises(PlanError, match=r"no way keeps to what was asked for: .* ms, 0.001 wanted"):
+        planned(model, FAST, slo_ms=0.001)
+
+
+def test_a_busy_cloud_makes_it_wait(model: Path) -> None:
+    idle = next(row for row in planned(model, FAST, times=2.0).rows if row.kind == "cloud")
+    busy = next(row for row in planned(model, FAST, times=2.0, load=0.9).rows if row.kind == "cloud")
+    assert idle.tail_ms is None and busy.tail_ms is not None
+    assert busy.ms > 2 * idle.ms and busy.tail_ms > 2 * busy.ms
+
+
+def test_a_pipeline_is_chosen_by_its_slowest_stage(model: Path) -> None:
+    found = planned(model, FAST, times=1.0, aim="throughput")
+    best = found.rows[found.best]
+    assert best.kind == "split" and max(best.device_ms, best.cloud_ms) < 0.7 * NODES
+    assert "an input" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"memory_mb": -1.0}, "MB -1 cannot be met: 0 is the least, 1 more"),
+        ({"energy_j": 1.0}, "nothing is known of J"),
+        ({"load": 1.0}, "of the cloud's time"),
+        ({"times": 0.0}, "0 times as fast"),
+    ],
+)
+def test_what_cannot_be_is_refused(model: Path, asked: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        planned(model, FAST, **asked)
+
+
+def test_a_profile_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    changed = convolutions()
+    changed.graph.node[0].attribute[0].ints[0] = 2
+    onnx.save_model(changed, str(other))
+    with pytest.raises(PlanError, match="another version of this model"):
+        onnx_plan.plan(str(other), str(model.with_suffix(".json")), "", FAST, {})
+
+
+def test_finalists_are_timed_as_parts_and_scaled_to_the_profiled_machine(model: Path) -> None:
+    profile = load_profile(model.with_suffix(".json"))
+    slower = msgspec.structs.replace(
+        profile, whole_ms=1000.0 * profile.whole_ms, nodes_ms=tuple(1000.0 * ms for ms in profile.nodes_ms)
+    )
+    graph = OnnxGraph(read_model(model))
+    ways = [tuple(range(end)) for end in (0, 3, NODES - 1, NODES)]
+    found = Finalists(graph, model, slower, profile, seconds=0.02).fused(ways)
+    assert list(found) == ways[1:3]  # the others are no splits
+    for device_ms, cloud_ms in found.values():
+        assert device_ms > cloud_ms > 0.0
+    early, late = found[ways[1]], found[ways[2]]
+    assert early[0] < late[0] < 3000.0 * profile.whole_ms and early[1] > late[1]
+
+
+def test_measured_rows_stand_in_the_plan(model: Path) -> None:
+    given, measured = planned(model, FAST, times=1.0), planned(model, FAST, times=1.0, measure=True)
+    assert [row.device for row in given.rows] == [row.device for row in measured.rows]
+    pairs = [(a, b) for a, b in zip(given.rows, measured.rows, strict=True) if a.kind == "split"]
+    assert pairs and all(a.device_ms != b.device_ms and b.ms > 0.0 for a, b in pairs)
