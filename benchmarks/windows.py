@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,18 @@ class Times:
         return CloudFigures(self.n_layers, rows, self.head * slow, self.prompt * slow)
 
 
-def answers(source: Bundle, asked: list[str], layers: list[int]) -> list[Answer]:
-    """What the model answers, and what n-grams and exits foresee of it."""
+def answers(source: Bundle, asked: list[str], layers: list[int], cut: int, keys: Path) -> list[Answer]:
+    """What is answered, and what n-grams and exits foresee of it: by the model alone, or with an exit before `cut`,
+    whose states travel rounded, so that the text soon is another.
+    """
     kv = KvConfig("f16", 4096)
     found, before = [], list[int]()
-    with Device(source, mode="local", threads=1, kv_tokens=1024) as device:
+    with ExitStack() as opened:
+        options: dict[str, Any] = {"mode": "local"}
+        if cut:
+            cloud = opened.enter_context(CloudProcess(source.path, keys, 1))
+            options = {"mode": "exit", "cut": cut, "cloud": cloud.address, "keys": keys}
+        device = opened.enter_context(Device(source.path, threads=1, kv_tokens=1024, **options))
         speakers = {}
         for layer in layers:
             part = LocalPart(open_part(source, 0, layer, threads=1, kv=kv))
@@ -276,7 +284,7 @@ class Stand:
         self._source, self._traces, self._keys, self._seconds = source, traces, keys, seconds
         self._layers = [entry.layer for entry in source.exits]
         self._asked = questions([], questions_)
-        self._said = answers(source, self._asked, self._layers)
+        self._said: dict[int, list[Answer]] = {}  # by the exit that speaks, 0 for none
         self._calm, self._taken = Calm(), 0.0
 
     def window(self, number: int) -> Played:
@@ -312,6 +320,11 @@ class Stand:
         self._taken = max(self._taken, taken)
         return outcome
 
+    def _answered(self, cut: int) -> list[Answer]:
+        if cut not in self._said:
+            self._said[cut] = answers(self._source, self._asked, self._layers, cut, self._keys)
+        return self._said[cut]
+
     def _measured(self, case: Case, cloud: str) -> Times:
         """What both sides take now: on a host that others use, it is not the same an hour later."""
         self._calm.wait(PATIENCE_S)
@@ -334,8 +347,9 @@ class Stand:
             priors.codecs(source.config, ("f32",)),
         )
         point = Point(device, times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
-        turns = int(self._seconds * 1e3 / (len(self._said) * TOKENS)) + 2
-        window = Window(0.0, tuple(self._said) * turns, LEAD_S, self._seconds, TOKENS)
+        said = self._answered(max(able, default=0) if case.disagreement else 0)
+        turns = int(self._seconds * 1e3 / (len(said) * TOKENS)) + 2
+        window = Window(0.0, tuple(said) * turns, LEAD_S, self._seconds, TOKENS)
         outcome = play_auto(point, Wish("speed", case.disagreement), window)
         return outcome.tokens, dict(outcome.used)
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from isthmus.edge.costs import Candidate
+from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest
 from isthmus.edge.figures import Wish
 from isthmus.edge.knowledge import Knowledge
@@ -61,6 +62,7 @@ class Controller:
         self.decisions = 0
         self._rest = Rest(REST_S, MOST_REST_S)  # of a cloud that was given up
         self._active = False
+        self._asked: tuple[Runner | None, int] = (None, 0)  # who asks the cloud in exit mode, and how often it did
         self._better: Plan | None = None  # than what is awaited in vain
         self._rhythm, self._pulse = Rhythm(), Pulse()
         self._made = self._wanted = self._tokens = 0  # tokens of the answer, still asked for, of this round
@@ -132,8 +134,9 @@ class Controller:
         choice = self._knowledge.choice
         if runner.source != "device":
             self._rest.end()
-        if choice is not None and choice.mode == "exit":
-            self._knowledge.said(runner.source == "exit")
+        if choice is not None and choice.mode == "exit" and isinstance(runner, ExitRunner):
+            before, self._asked = self._asked, (runner, runner.asks)
+            self._knowledge.said(runner.asks - (before[1] if before[0] is runner else 0))
 
     def late(self, now: float) -> None:
         """The device waits for the cloud.

@@ -101,12 +101,13 @@ class Candidate:
 def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candidate]:
     """Every way that these figures know of, priced, those that may not be chosen included.
 
-    With k the cut, R the trip, c the emitted share, a the share of drafts that is taken, E the tokens of a round:
+    With k the cut, R the trip, q the questions for each token of an exit, a the share of drafts that is taken, E the
+    tokens of a round:
 
         local       t_device
         stream      max(t_cloud, bytes / downlink)
         split       t(k) + codec + R + t_rest(k)
-        exit        max(t(k) + t_exit + codec + (1 - c) (R + t_rest(k, 1 / (1 - c) rows)), bytes / uplink)
+        exit        max(t(k) + t_exit + codec + q (R + t_rest(k, 1 / q rows)), bytes / uplink)
         verify      (g t_d + a^g t_row + R + t_v(rows)) / E
         pipelined   a t_d + (1 - a) (R + t_v(g) + t_d (g + 2) / 2), where t_v(g) <= g t_d
 
@@ -188,7 +189,7 @@ class _Priced:
         return self._priced("split", ms, rest, setup, cut, codec.name, lost=codec.disagreement)
 
     def exit(self, one: ExitFigures, codec: CodecFigures) -> Candidate:
-        asked = 1.0 - one.emitted
+        asked = one.asked
         rest = self._cloud.rest(one.layer, round(1.0 / max(asked, 1e-2)))
         chain = self._device.drafted(one.layer) + self._device.codec_ms + asked * (self._trip(codec.row_bytes) + rest)
         on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps

@@ -165,7 +165,7 @@ class Estimator:
         self.link = LinkEstimator(trip_ms)
         self._device = self._cloud = 1.0
         self._queued = Window(QUEUE_SPAN_S, QUEUED)
-        self._emitted = {(one.layer, one.threshold): Share(one.emitted) for one in known.exits}
+        self._asked = {(one.layer, one.threshold): Share(one.asked) for one in known.exits}
         self._accepted = {(one.source, one.layer): Share(one.accepted) for one in known.drafts}
         self._expected = {
             (one.source, one.layer, g): tokens - 1.0 for one in known.drafts for g, tokens in one.tokens_a_round
@@ -193,9 +193,9 @@ class Estimator:
         """How long work waited in the cloud before it began."""
         self._queued.add(now_s, ms)
 
-    def exit(self, layer: int, threshold: float, emitted: bool) -> None:
-        """An exit looked at a token."""
-        self._emitted[layer, threshold].saw(emitted, 1.0)
+    def exit(self, layer: int, threshold: float, asked: int) -> None:
+        """A token of exit mode has come, after so many questions."""
+        self._asked[layer, threshold].saw(asked, 1.0)
 
     def block(self, source: DraftSource, layer: int, g: int, drafted: int, taken: int) -> None:
         """A block of up to g drafts was checked: so many were drafted, so many taken."""
@@ -227,7 +227,7 @@ class Estimator:
         )
 
     def _exit(self, one: ExitFigures) -> ExitFigures:
-        return replace(one, emitted=self._emitted[one.layer, one.threshold].value)
+        return replace(one, asked=min(1.0, self._asked[one.layer, one.threshold].value))
 
     def _drafts(self, one: DraftFigures) -> DraftFigures:
         luck = self._luck[one.source, one.layer].value

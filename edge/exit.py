@@ -180,6 +180,7 @@ class ExitRunner:
     Attributes:
         source: of the token given last: "exit", "verified" (the exit's, confirmed) or "cloud".
         drafted, accepted: unsure guesses that the cloud was asked about, and those that were right.
+        asks: questions so far.
         filled: layer-tokens that the cloud computed with its answers, of states behind the prompt that nobody asked
             about.
     """
@@ -213,7 +214,7 @@ class ExitRunner:
         self._found: int | None = None
         self._running = False
         self._asked: _Question | None = None  # whose answer has not come
-        self.drafted = self.accepted = self.filled = 0
+        self.drafted = self.accepted = self.asks = self.filled = 0
         self._unasked = 0  # rows behind the prompt that were sent since the last answer, with nobody waiting for them
 
     def next(self, remaining: int) -> int:
@@ -292,6 +293,7 @@ class ExitRunner:
         head, asks = told.at(at)[:_HASH_BYTES], self._sampler
         draft = m.Draft(lane.alias, lane.epoch, at, head, told.tokens[at:], tensor, asks, self._firm)
         self._sampler = None
+        self.asks += 1
         self._link.draft(lane, draft, told.at(at))
         if odds >= GAMBLE:
             self._go_ahead(guess, self._asked.sent_s + self._pace.answer_s(), goal)

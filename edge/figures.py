@@ -154,19 +154,19 @@ class ExitFigures:
     Attributes:
         layer: it stands before this layer.
         threshold: confidence from which on it may emit.
-        emitted: share of tokens that reach it.
+        asked: questions to the cloud for each token: where it is not sure, and what it guesses is not right either.
         disagreement: certified bound on the share of tokens that differ from the whole model's.
         codec: how hidden states travel that the promise holds for.
     """
 
     layer: int
     threshold: float
-    emitted: float
+    asked: float
     disagreement: float
     codec: str = "coded"
 
     def __post_init__(self) -> None:
-        _check_shares(self, "emitted", "disagreement")
+        _check_shares(self, "asked", "disagreement")
 
 
 @dataclass(frozen=True, slots=True)

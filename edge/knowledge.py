@@ -161,16 +161,20 @@ class Knowledge:
         link = self._to.link
         link.moved("up", now_s, size, max(1.0, ms - link.figures(now_s).trip_ms))
 
-    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float) -> None:
+    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, hidden: bool) -> None:
         """See `watch.Told`."""
         if self._estimator is None:
-            if rows == 1 and prompt <= 0:
+            if rows == 1 and prompt <= 0 and not hidden:
                 self._cloud_ms = ms
             return
-        cloud = self._estimator.known.cloud
+        cloud, choice = self._estimator.known.cloud, self.choice
         assert cloud is not None
         self._estimator.queued(now_s, queue_ms)
-        self._estimator.cloud_step(cloud.step(max(1, rows)) + cloud.prefill(max(0, prompt)), ms)
+        if hidden and (choice is None or not choice.cut):
+            return  # of a way that is not in use any more
+        cut = choice.cut if hidden and choice is not None else 0
+        expected = cloud.rest(cut, max(1, rows)) if cut else cloud.step(max(1, rows))
+        self._estimator.cloud_step(expected + cloud.prefill(max(0, prompt), cut), ms)
 
     def checked(self, drafted: int, taken: int) -> None:
         """See `watch.Told`."""
@@ -179,10 +183,10 @@ class Knowledge:
             source: DraftSource = "ngram" if choice.source == "ngram" else "exit"
             self._estimator.block(source, choice.cut, drafted, drafted, max(0, taken))
 
-    def said(self, sure: bool) -> None:
-        """An exit has looked at a token."""
+    def said(self, asked: int) -> None:
+        """A token of exit mode has come, and so many questions were asked since the one before."""
         if self._estimator is not None and self.choice is not None:
-            self._estimator.exit(self.choice.cut, self.choice.threshold, sure)
+            self._estimator.exit(self.choice.cut, self.choice.threshold, asked)
 
     def paced(self, tokens: int, seconds: float) -> None:
         """A round of the way that is in use has given so many tokens."""

@@ -72,14 +72,19 @@ def drafts(bundle: Bundle, layers: Sequence[int], times: DeviceFigures) -> tuple
 
 
 def exits(bundle: Bundle, layers: Sequence[int]) -> tuple[ExitFigures, ...]:
-    """Of the exits before those layers the ones that may emit, as their certificates say."""
-    return tuple(
-        ExitFigures(
-            one.layer, min(1.0, one.certificate.threshold), one.certificate.emitted, one.certificate.disagreement, CODED
-        )
-        for one in bundle.exits
-        if one.layer in layers and one.certificate is not None
-    )
+    """Of the exits before those layers the ones that may emit, as their certificates say.
+
+    What is neither said for certain nor guessed right takes a question: with agreement a, emitted share c and risk r
+    that are 1 - a - r of the tokens, of c - r right ones and of a - (c - r) right guesses.
+    """
+    found = []
+    for one in bundle.exits:
+        certificate = one.certificate
+        if one.layer in layers and certificate is not None:
+            asked = min(1.0 - certificate.emitted, max(0.0, 1.0 - one.agreement.answers - certificate.risk))
+            threshold = min(1.0, certificate.threshold)
+            found.append(ExitFigures(one.layer, threshold, asked, certificate.disagreement, CODED))
+    return tuple(found)
 
 
 def codecs(config: DecoderConfig, taken: Sequence[str]) -> tuple[CodecFigures, ...]:

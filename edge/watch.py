@@ -25,8 +25,10 @@ class Told(Protocol):
         """A question of so many bytes was answered; without the cloud's own time, with a trip."""
         ...
 
-    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float) -> None:
-        """The cloud made a step of so many rows of which answers were wanted, and so many others."""
+    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, hidden: bool) -> None:
+        """The cloud made a step of so many rows of which answers were wanted, and so many others; of tokens, or only of
+        the layers behind the cut where hidden states entered.
+        """
         ...
 
     def checked(self, drafted: int, taken: int) -> None:
@@ -40,6 +42,7 @@ class _Question:
     size: int
     rows: int
     prompt: int
+    hidden: bool
 
 
 class Watch:
@@ -64,13 +67,15 @@ class Watch:
                 self._ask(("control", message.alias, message.epoch), now, 0)
             case m.Rows():
                 if message.want & m.WANT_SAMPLE:
-                    self._ask(("rows", message.alias, message.epoch, message.position), now, 1, len(message.tokens) - 1)
+                    key, rest = ("rows", message.alias, message.epoch, message.position), len(message.tokens) - 1
+                    self._ask(key, now, 1, rest, message.hidden is not None)
                 else:
                     self._prompt += len(message.tokens)
             case m.Fill():
                 self._prompt += len(message.tokens)
             case m.Draft():
-                self._ask(("rows", message.alias, message.epoch, message.position), now, len(message.tokens))
+                key = ("rows", message.alias, message.epoch, message.position)
+                self._ask(key, now, len(message.tokens), 0, message.hidden is not None)
             case m.Generate():
                 self._token_s = 0.0
                 self._ask(("stream", message.alias, message.epoch), now, 1, len(message.tokens) - 1)
@@ -102,12 +107,12 @@ class Watch:
         self._asked.clear()
         self._burst = self._prompt = 0
 
-    def _ask(self, key: Hashable, now: float, rows: int, prompt: int = 0) -> None:
+    def _ask(self, key: Hashable, now: float, rows: int, prompt: int = 0, hidden: bool = False) -> None:
         if key in self._asked:
             return  # repeated: the answer may be to either
         if len(self._asked) >= _MOST:
             del self._asked[next(iter(self._asked))]
-        self._asked[key] = _Question(now, self._burst, rows, prompt + self._prompt)
+        self._asked[key] = _Question(now, self._burst, rows, prompt + self._prompt, hidden)
         self._prompt = 0
 
     def _answered(self, key: Hashable, now: float, engine_us: int, queue_us: int) -> _Question | None:
@@ -120,14 +125,14 @@ class Watch:
         else:
             self._told.moved(now, asked.size, ms)
         if engine_us:
-            self._told.stepped(now, asked.rows, asked.prompt, engine_us * 1e-3, queue_us * 1e-3)
+            self._told.stepped(now, asked.rows, asked.prompt, engine_us * 1e-3, queue_us * 1e-3, asked.hidden)
         return asked
 
     def _streamed(self, message: m.Tokens, now: float) -> None:
         first = self._answered(("stream", message.alias, message.epoch), now, message.engine_us, 0)
         if first is None and self._token_s and message.engine_us and len(message.tokens) == 1:
             queue_ms = (now - self._token_s) * 1e3 - message.engine_us * 1e-3
-            self._told.stepped(now, 1, 0, message.engine_us * 1e-3, max(0.0, queue_ms))
+            self._told.stepped(now, 1, 0, message.engine_us * 1e-3, max(0.0, queue_ms), False)
         self._token_s = now
 
 

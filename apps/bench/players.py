@@ -6,9 +6,13 @@ from collections import deque
 from typing import Protocol
 
 from isthmus.apps.bench.conversation import CHUNK, Conversation
+from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Note
 from isthmus.edge.costs import ANSWER_BYTES, NEWS_BYTES, TOKEN_BYTES, Candidate
+from isthmus.edge.exit import GAMBLE, LIKELY
 from isthmus.edge.figures import Figures
+from isthmus.edge.modes import GUESSES
+from isthmus.edge.priors import ROW_SHARE
 
 
 class Player(Protocol):
@@ -135,13 +139,13 @@ class _Hidden:
         talk.sent[cut] = total
         return max(1, total - sent) * self._row_bytes
 
-    def _ask(self, size: float, sent_before: float) -> Note:
-        """Asks for the next token."""
+    def _ask(self, size: float, sent_before: float, guesses: int = 0) -> Note:
+        """Asks for the next token, and whether so many guesses are right."""
         talk, cut, tag = self._talk, self._choice.cut, self._talk.tag()
         cloud, costs, total, asked = talk.cloud, talk.costs, talk.total, talk.world.now
 
         def price() -> float:
-            rows = max(1, total - cloud.hidden.get(cut, 0))
+            rows = max(1, total - cloud.hidden.get(cut, 0)) + guesses
             cloud.hidden[cut] = max(total, cloud.hidden.get(cut, 0))
             return costs.rest(cut, rows)
 
@@ -168,23 +172,66 @@ class Split(_Hidden):
 
 
 class Exit(_Hidden):
-    """Layers [0, cut) and an exit on the device; the cloud is sent all states and asked where the exit is not sure."""
+    """Layers [0, cut) and an exit on the device; the cloud is sent all states and asked where the exit is not sure.
+
+    As the device does, it guesses on for a while before it asks, and while it waits it says what follows if all guesses
+    are right.
+    """
+
+    def __init__(self, talk: Conversation, choice: Candidate, row_bytes: float) -> None:
+        super().__init__(talk, choice, row_bytes)
+        self._ahead_ms = 0.0  # of the device's work that was done while an answer was awaited
+        self._answer_ms = 0.0  # what an answer took
 
     def round(self) -> None:
-        """One token."""
+        """A token that the exit is sure of, or all that a question brings."""
         talk, cut = self._talk, self._choice.cut
         at = talk.made
         facts = talk.answer.exits[cut]
-        size = self._compute(talk.device.drafted(cut))
-        sure = facts.confidence[at] >= self._choice.threshold
-        if talk.sight.estimator is not None:
-            talk.sight.estimator.exit(cut, self._choice.threshold, sure)
-        talk.lay(size, lambda: None)
-        if sure:
+        step_ms = talk.device.drafted(cut)
+        size = self._compute(self._work(step_ms))
+        if facts.confidence[at] >= self._choice.threshold:
+            talk.lay(size, lambda: None)
             talk.wrong += not facts.right[at]
-        else:
-            self._ask(ANSWER_BYTES, size if size > 3 * self._row_bytes else 0.0)
-        talk.emit(1)
+            self._told(0)
+            talk.emit(1)
+            return
+        end, odds = at, facts.confidence[at]
+        while end - at < GUESSES and odds >= max(LIKELY, self._even(step_ms)) and end + 1 < talk.answer.tokens:
+            end += 1
+            talk.world.work(self._work(step_ms) + talk.device.codec_ms)
+            sure = facts.confidence[end] >= self._choice.threshold
+            odds *= 1.0 if sure else facts.confidence[end]
+        size += (end - at) * self._row_bytes
+        talk.lay(size, lambda: None)
+        began = talk.world.now
+        self._ask(ANSWER_BYTES, size if size > 3 * self._row_bytes else 0.0, end - at)
+        self._answer_ms = (talk.world.now - began) / MS
+        stands = [facts.right[i] or facts.confidence[i] >= self._choice.threshold for i in range(at, end + 1)]
+        count = next((i + 1 for i, stood in enumerate(stands) if not stood), len(stands))
+        talk.wrong += sum(not facts.right[at + i] for i in range(count) if stands[i])
+        if all(stands) and odds >= GAMBLE:
+            self._ahead_ms = self._answer_ms
+        rows = talk.total + count - 1
+        talk.fill(cut, rows)
+        talk.sent[cut] = talk.cloud.hidden[cut] = rows
+        for number in range(count):
+            self._told(0 if number else 1)
+        talk.emit(count)
+
+    def _work(self, ms: float) -> float:
+        """What is left of a step's time, of which some may be done."""
+        done = min(ms, self._ahead_ms)
+        self._ahead_ms -= done
+        return ms - done
+
+    def _even(self, step_ms: float) -> float:
+        pass_ms = self._talk.costs.rest(self._choice.cut)
+        return (step_ms + ROW_SHARE * pass_ms) / self._answer_ms if self._answer_ms else 0.0
+
+    def _told(self, asked: int) -> None:
+        if self._talk.sight.estimator is not None:
+            self._talk.sight.estimator.exit(self._choice.cut, self._choice.threshold, asked)
 
 
 class Verify:

@@ -66,7 +66,7 @@ def test_tokens_of_a_round_are_the_sum_of_powers(accepted: float, drafted: int) 
         (lambda: replace(CLOUD, rows_ms=((2, 1.0), (1, 1.0))), r"counts \[2, 1\]"),
         (lambda: replace(CLOUD, rows_ms=((1, -1.0),)), "rows_ms is"),
         (lambda: replace(LINK, up_bps=0), "up_bps is 0"),
-        (lambda: ExitFigures(1, 0.5, 1.5, 0.0), "emitted is 1.5"),
+        (lambda: ExitFigures(1, 0.5, 1.5, 0.0), "asked is 1.5"),
     ],
 )
 def test_figures_that_cannot_be(make: Callable[[], object], problem: str) -> None:

@@ -37,7 +37,7 @@ def figures(
 ) -> Figures:
     device = DeviceFigures(held, 30, tuple((k, slow * ms) for k, ms in LAYERS_MS), 2 * slow, 0.25 * slow, 2 * slow)
     cloud = CloudFigures(30, tuple((n, factor * ms) for n, ms in ROWS_MS), 2 * factor, 2 * factor, 0.0, same)
-    exits = (ExitFigures(20, 0.8, 0.38, 0.05), ExitFigures(20, 0.95, 0.2, 0.01))
+    exits = (ExitFigures(20, 0.8, 0.62, 0.05), ExitFigures(20, 0.95, 0.8, 0.01))
     drafted = device.drafted(20)
     lengths = (1, 2, 4)
     drafts = (
