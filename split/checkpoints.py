@@ -247,7 +247,7 @@ def open_checkpoint(path: str | Path, *, format: str = KEEP, head_format: str | 
     if is_there(path) and path.is_dir():
         return _open_folder(path, format, head_format)
     if path.suffix == ".onnx":
-        raise ModelError(f"{path} is an ONNX graph", "only GGUF files and Hugging Face folders can be split so far")
+        raise ModelError(f"{path} is an ONNX graph", "plan where to cut it (isthmus plan), and give split the plan")
     if not is_there(path):
         raise ModelError(f"{path} does not exist", "give a .gguf file, a folder with config.json, or a fetched name")
     return _open_gguf(path, format, head_format)

@@ -69,7 +69,7 @@ def test_split_says_which_exits_it_put_in(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["split", "graph.onnx", "-o", "x"], "is an ONNX graph"),
+        (["split", "graph.onnx", "-o", "x"], "needs a plan that says where to cut it"),
         (["split", "nothing.gguf", "-o", "x"], "does not exist"),
         (["split", "org/name", "-o", "x"], "isthmus fetch org/name"),
         (["split", "smollm2", "-o", "x"], "isthmus fetch smollm2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -46,17 +47,18 @@ def test_the_commands_that_made_them_are_ours(name: str, capsys: pytest.CaptureF
         assert [word for word in words if word.startswith("-") and word not in help] == []
 
 
-def test_the_readme_says_what_they_reach() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    exits = listed("smollm2").exits
-    certificates = [one.certificate for one in exits if one.certificate is not None]
-    for shares in (
-        [one.agreement.documents for one in exits],
-        [one.agreement.answers for one in exits],
-        [one.emitted for one in certificates],
-    ):
-        *first, last = [f"{share:.2f}" for share in shares]
-        assert f"{', '.join(first)} and {last} of" in readme
+def test_what_was_measured_of_them_is_what_they_say() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "exits.json"
+    figures = {name: entry["value"] for name, entry in json.loads(results.read_text())["figures"].items()}
+    for one in listed("smollm2").exits:
+        assert one.certificate is not None
+        said = {
+            f"agreement/documents/exit {one.layer}": one.agreement.documents,
+            f"agreement/own answers/exit {one.layer}": one.agreement.answers,
+            f"emitted as certified/exit {one.layer}": one.certificate.emitted,
+            f"disagreement as certified/exit {one.layer}": one.certificate.risk,
+        }
+        assert {name: figures[name] for name in said} == pytest.approx(said, abs=2e-3)
 
 
 def test_those_of_smollm2_reach_their_aims() -> None:
