@@ -3,10 +3,11 @@
 In each window a cloud is a process of its own, the link is a relay that replays a trace from a moment on, and a device
 answers questions one after the other: in every fixed mode that the wish allows, each on the same stretch of the trace,
 then in auto, which has met machine and cloud before but not the link. The simulator plays auto on the same stretch with
-times that were measured just before, and with what n-grams and exits foresee of the very answers. A device that holds
-20 layers has a folder with no more in it. Slow-downs are declared; nothing else should run on the machine. What was
-played while others on the host took much of the processors is played again, at most twice. Each window is kept when it
-is done, by commit: a run that was stopped is gone on with, and `--only` plays some again.
+times that were measured just before and just after (the mean of both counts), and with what n-grams and exits foresee
+of the answers. A device that holds 20 layers has a folder with no more in it. Slow-downs are declared; nothing else
+should run on the machine. What was played while others on the host took much of the processors is played again, at
+most twice. Each window is kept when it is done, by commit: a run that was stopped is gone on with, and `--only` plays
+some again.
 
 usage: python benchmarks/windows.py [--traces FOLDER] [--seconds 60] [--only 0,3] [--questions 16]
 """
@@ -302,9 +303,12 @@ class Stand:
             for name, way in fixed_ways(case, source, able).items():
                 tokens[name], _ = self._calmly(real(case, way, folder, keys, cloud.address, link))
                 print(f"window {number}: {name} {tokens[name]} tokens", file=sys.stderr, flush=True)
-            times = self._measured(case, cloud.address)
+            before = self._measured(case, cloud.address)
             auto, sources = self._calmly(real(case, wish, folder, keys, cloud.address, link))
-        simulated, used = self._simulated(case, times, able, up, down)
+            after = self._measured(case, cloud.address)
+        simulations = [self._simulated(case, times, able, up, down) for times in (before, after)]
+        simulated = round(statistics.mean(tokens for tokens, _ in simulations))
+        used = [ways for _, ways in simulations]
         made_by = ", ".join(f"{source} {count}" for source, count in sources.most_common())
         print(f"window {number}: auto {auto} ({made_by}), simulated {simulated} {used}", file=sys.stderr, flush=True)
         return Played(number, commit(PLAYS), tokens, auto, simulated, made_by, round(self._taken, 3))

@@ -210,8 +210,7 @@ class Exit(_Hidden):
         stands = [facts.right[i] or facts.confidence[i] >= self._choice.threshold for i in range(at, end + 1)]
         count = next((i + 1 for i, stood in enumerate(stands) if not stood), len(stands))
         talk.wrong += sum(not facts.right[at + i] for i in range(count) if stands[i])
-        if all(stands) and odds >= GAMBLE:
-            self._ahead_ms = self._answer_ms
+        self._ahead_ms = self._answer_ms if all(stands) and odds >= GAMBLE else 0.0
         rows = talk.total + count - 1
         talk.fill(cut, rows)
         talk.sent[cut] = talk.cloud.hidden[cut] = rows
