@@ -72,7 +72,7 @@ class Controller:
         self._waits = self._fresh = self._tried = False
         self._greedy = True
         self._pong = self._probe = -1  # the last ping that was answered, and the last that measured the uplink
-        link.watch = Watch(knowledge, self.late)
+        link.watch = Watch(knowledge, self.late, link.session.enters)
 
     def begin(self, options: GenerateOptions) -> Runner:
         """Who makes the first token of an answer; the cloud is there."""

@@ -40,6 +40,7 @@ class Standing:
         hidden_missing: (cut, rows) that the cloud lacks behind a cut, if it computes from hidden states.
         current: what is in use, None at the beginning.
         greedy: whether the most likely token is taken, which is what exits are certified for.
+        small_missing: rows that a small model that drafts has not seen.
     """
 
     remaining: int
@@ -48,6 +49,7 @@ class Standing:
     hidden_missing: Points = ()
     current: Candidate | None = None
     greedy: bool = True
+    small_missing: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,8 @@ class _Priced:
         return max(device, upload) + self._cloud.prefill(rows, cut)
 
     def _draft_ms(self, drafts: DraftFigures) -> float:
+        if drafts.source == "model":
+            return max(self._tokens_ms, self._standing.small_missing * drafts.row_ms)
         rows = max(0.0, _missing(self._standing.device_missing, drafts.layer) - 1) if drafts.layer else 0.0
         return max(self._tokens_ms, self._device.prefill(rows, drafts.layer))
 

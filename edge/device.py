@@ -76,7 +76,7 @@ class Device:
         threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
         guesses: tokens that exit mode goes on for, unsure, before it asks, at most; 0 asks about each.
         draft: what verify mode drafts with: the conversation's "ngrams", the bundle's "exit", or the folder of a small
-            model's bundle with the same tokenizer.
+            model's bundle with the same tokenizer, which auto then weighs, too.
         draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.
         threads: threads of the engine, 0 for one per core.
         memory_mb: most memory that this process may need, in 10^6 bytes; None for no limit.
@@ -186,7 +186,7 @@ class Device:
             opened.callback(self._holding.close)
             self._exits = Exits(self._bundle, self._holding)
             opened.callback(self._exits.close)
-            self._drafting = Drafting(self._bundle, draft, self._exits, self._holding, draft_depth, room)
+            self._drafting = Drafting(self._bundle, draft, self._exits, self._holding, draft_depth, room, clock)
             opened.callback(self._drafting.close)
             if opening.absent is not None and not self._holding.whole:
                 raise opening.absent
@@ -204,7 +204,6 @@ class Device:
                 self._conversation.keep(self._link.session.edited)
             for keeper in (self._holding, self._exits, self._drafting):
                 self._conversation.keep(keeper.truncate)
-            tries = standby is not False
             early = not (cloud and is_local(cloud)) if standby is None else standby
             goes_on = fallback and self._holding.whole
             controller: Controller | None = None
@@ -215,9 +214,10 @@ class Device:
                     self._link,
                     self._log,
                     watch,
+                    small=self._drafting.small,
                     slides=slides,
                     settings=(backend, threads, slow_down, memory_mb, kv_tokens),
-                    tries=tries,
+                    tries=standby is not False,
                     kept=profile.folder(),
                     clock=clock,
                 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from isthmus.edge.drafts import NgramDrafts
@@ -12,15 +13,15 @@ from isthmus.edge.link import Link
 from isthmus.edge.local import LocalPart
 from isthmus.edge.model_drafts import ModelDrafts
 from isthmus.edge.pace import Pace
+from isthmus.edge.small_model import SmallModel
 from isthmus.edge.verify import VerifyRunner
-from isthmus.engine.part import KvConfig
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
 from isthmus.protocol.messages import CAN_VERIFY
 from isthmus.split.bundle import Bundle
 
-NGRAMS, EXIT = "ngrams", "exit"
+NGRAMS, EXIT, MODEL = "ngrams", "exit", "model"
 Chosen = tuple[str, int, int]
 
 
@@ -35,32 +36,37 @@ class Drafting:
         holding: this device's engine, for the small model.
         kv_tokens: positions that a conversation may have.
 
+    Attributes:
+        small: the small model, None where there is none.
+
     Raises:
         DeviceError: the small model has another tokenizer.
         BundleError: there is no bundle.
     """
 
     def __init__(
-        self, bundle: Bundle, source: str | Path, exits: Exits, holding: Holding, depth: int, kv_tokens: int
+        self,
+        bundle: Bundle,
+        source: str | Path,
+        exits: Exits,
+        holding: Holding,
+        depth: int,
+        kv_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ngrams = NgramDrafts()
-        self._model: ModelDrafts | None = None
         self._by_exits: dict[int, ModelDrafts] = {}
-        self._part: LocalPart | None = None
+        self.small: SmallModel | None = None
         self._exits, self._source = exits, str(source)
         self.pace = Pace(depth, acceptance=0.3 if source == NGRAMS else 0.5)
         self._paces: dict[tuple[str, int, int], Pace] = {}
         if source not in (NGRAMS, EXIT):
-            small = Bundle.open(source)
-            check_tokenizer(small, bundle)
-            kv = KvConfig(max_tokens=min(kv_tokens, small.config.context_length) + 32)
-            self._part = LocalPart(holding.open_part(small, 0, small.config.n_layers, kv))
-            self._model = ModelDrafts(self._part)
+            self.small = SmallModel(source, bundle, holding, kv_tokens, clock)
 
     @property
     def speaker(self) -> LocalPart | None:
         """The small model, None where there is none."""
-        return self._part
+        return self.small.part if self.small is not None else None
 
     def runner(
         self, link: Link, log: Chain, sampling: Sampling, eos: Sequence[int], chosen: Chosen | None = None
@@ -68,7 +74,7 @@ class Drafting:
         """A runner for one answer.
 
         Args:
-            chosen: "ngram" or "exit", the exit's layer, and the depth, in place of the device's own.
+            chosen: "ngram", "exit" or "model", the exit's layer, and the depth, in place of the device's own.
 
         Raises:
             DeviceError: the cloud cannot check drafts.
@@ -76,10 +82,11 @@ class Drafting:
         welcome = link.welcome()
         if welcome is None or CAN_VERIFY not in welcome.capabilities:
             raise DeviceError("this cloud does not check drafts", "update isthmus there, or use stream mode")
-        pace, model = self.pace, self._model
+        model = self.small.drafts if self.small is not None else None
+        pace = self.pace
         if chosen is not None:
             pace = self._paces.setdefault(chosen, Pace(chosen[2], acceptance=0.3 if chosen[0] == "ngram" else 0.5))
-            model = self._exit(chosen[1]) if chosen[0] == EXIT else None
+            model = self._exit(chosen[1]) if chosen[0] == EXIT else model if chosen[0] == MODEL else None
         elif self._source == EXIT:
             model = self._exit(self._exits.layer(None))
         if model is not None:
@@ -89,9 +96,10 @@ class Drafting:
 
     def truncate(self, length: int) -> None:
         """The conversation is cut back to `length` tokens."""
-        for drafts in (self._ngrams, self._model, *self._by_exits.values()):
-            if drafts is not None:
-                drafts.truncate(min(length, len(drafts)))
+        models = [*self._by_exits.values(), *([self.small.drafts] if self.small is not None else [])]
+        for model in models:
+            model.truncate(min(length, len(model)))
+        self._ngrams.truncate(min(length, len(self._ngrams)))
 
     def _exit(self, layer: int) -> ModelDrafts:
         if layer not in self._by_exits:
@@ -100,18 +108,5 @@ class Drafting:
 
     def close(self) -> None:
         """Frees the small model."""
-        if self._part is not None:
-            self._part.close()
-
-
-def check_tokenizer(small: Bundle, large: Bundle) -> None:
-    """Refuses a model that drafts in other tokens.
-
-    Raises:
-        DeviceError: its tokenizer is another.
-    """
-    files = [bundle.manifest.files[bundle.manifest.tokenizer.file].sha256 for bundle in (small, large)]
-    sizes = [bundle.config.vocab_size for bundle in (small, large)]
-    if files[0] != files[1] or sizes[0] != sizes[1]:
-        problem = f"{small.name} has another tokenizer than {large.name}, so it cannot draft for it"
-        raise DeviceError(problem, "draft with a model of the same family, or with n-grams")
+        if self.small is not None:
+            self.small.close()

@@ -174,11 +174,14 @@ class Estimator:
         self._luck = {(one.source, one.layer): Share(1.0, TRUST / 2) for one in known.drafts}
         self._pace: dict[str, _Pace] = {}
 
-    def knows(self, device: DeviceFigures, cloud: CloudFigures | None = None) -> None:
+    def knows(self, device: DeviceFigures, cloud: CloudFigures | None = None, small_ms: float | None = None) -> None:
         """Takes times that were measured since in place of those known before."""
-        drafts = tuple(
-            replace(one, draft_ms=device.drafted(one.layer)) if one.layer else one for one in self.known.drafts
-        )
+
+        def draft_ms(one: DraftFigures) -> float:
+            small = small_ms if one.source == "model" else None
+            return device.drafted(one.layer) if one.layer else one.draft_ms if small is None else small
+
+        drafts = tuple(replace(one, draft_ms=draft_ms(one)) for one in self.known.drafts)
         self.known = replace(self.known, device=device, cloud=cloud or self.known.cloud, drafts=drafts)
 
     def device_step(self, expected_ms: float, ms: float) -> None:

@@ -180,6 +180,7 @@ class DraftFigures:
         accepted: share of drafted tokens that the cloud takes where all before it were taken.
         tokens_a_round: (g, tokens) that a round of g drafted tokens yields, the cloud's own included, ascending.
         rows_a_round: (g, rows) that it costs the cloud, as a source may draft fewer than g.
+        row_ms: of one row of a prompt that a small model has not seen.
     """
 
     source: DraftSource
@@ -188,11 +189,12 @@ class DraftFigures:
     accepted: float
     tokens_a_round: Points
     rows_a_round: Points
+    row_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if self.source not in DRAFT_SOURCES:
             raise DeviceError(f"the source of drafts is {self.source!r}", f"choose one of {', '.join(DRAFT_SOURCES)}")
-        _check_times(self, "draft_ms")
+        _check_times(self, "draft_ms", "row_ms")
         _check_shares(self, "accepted")
         _check_points(self.tokens_a_round, "tokens_a_round")
         _check_points(self.rows_a_round, "rows_a_round")

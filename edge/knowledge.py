@@ -9,11 +9,12 @@ from pathlib import Path
 from isthmus.edge import priors, profile
 from isthmus.edge.costs import Candidate, Standing
 from isthmus.edge.estimator import Estimator
-from isthmus.edge.figures import DraftSource, Figures
+from isthmus.edge.figures import DRAFT_SOURCES, Figures
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.runners import HIDDEN_LANE, TOKENS_LANE
 from isthmus.edge.shadow import DRAFTED, Shadow
+from isthmus.edge.small_model import SmallModel
 from isthmus.edge.stopwatch import Stopwatch
 from isthmus.engine.part import Rows, Want
 from isthmus.protocol.chain import Chain
@@ -30,6 +31,7 @@ class Knowledge:
 
     Args:
         watch: of this device's own layers.
+        small: a small model that drafts, None without one.
         slides: whether the conversation's oldest positions fall out of sight: then only whole models answer.
         settings: beside model and machine, what makes another device of this one.
         tries: whether a device that has had nothing to compute may try how fast it is.
@@ -49,6 +51,7 @@ class Knowledge:
         log: Chain,
         watch: Stopwatch,
         *,
+        small: SmallModel | None,
         slides: bool,
         settings: tuple[object, ...],
         tries: bool,
@@ -56,7 +59,7 @@ class Knowledge:
         clock: Callable[[], float],
     ) -> None:
         self._bundle, self._holding, self._link, self._log = bundle, holding, link, log
-        self._watch, self._slides, self._clock = watch, slides, clock
+        self._watch, self._small, self._slides, self._clock = watch, small, slides, clock
         self._held, self._whole = holding.layers, holding.whole  # asking looks at every file
         self.choice: Candidate | None = None
         self.seen_s = float("-inf")
@@ -65,7 +68,7 @@ class Knowledge:
         self._offer: Offer | None = None
         self._cloud_ms = 0.0  # of one step, as it was first seen
         self._cuts: tuple[int, ...] = ()
-        self._tries, self._expected = 0 if tries else TRIES, not tries
+        self._may_try, self._tries, self._expected = tries, 0 if tries else TRIES, not tries
         self._shadow = Shadow(self._foreseen)
         self.truncate = self._shadow.truncate
         self._kept = kept and kept / profile.name(bundle.model_id, self._held, *settings)
@@ -85,7 +88,8 @@ class Knowledge:
         if self._estimator is None or offer != self._offer:
             self._begin(offer, CAN_VERIFY in welcome.capabilities)
         else:
-            self._estimator.knows(priors.device(watch, held, self._cuts))
+            small_ms = self._small.times_ms if self._small is not None else None
+            self._estimator.knows(priors.device(watch, held, self._cuts), small_ms=small_ms and small_ms[0])
         return True
 
     def figures(self, now_s: float, silent_ms: float = 0.0) -> Figures:
@@ -114,6 +118,7 @@ class Knowledge:
             1 if whole else max(1, total - session.agreed(TOKENS_LANE, 0)),
             tuple((k, float(total - min(session.agreed(HIDDEN_LANE, k), held(k)))) for k in self._cuts),
             choice,
+            small_missing=float(self._small.missing(self._log)) if self._small is not None else 0.0,
         )
 
     def expect(self) -> None:
@@ -161,18 +166,15 @@ class Knowledge:
         link = self._to.link
         link.moved("up", now_s, size, max(1.0, ms - link.figures(now_s).trip_ms))
 
-    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, hidden: bool) -> None:
+    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, cut: int) -> None:
         """See `watch.Told`."""
         if self._estimator is None:
-            if rows == 1 and prompt <= 0 and not hidden:
+            if rows == 1 and prompt <= 0 and not cut:
                 self._cloud_ms = ms
             return
-        cloud, choice = self._estimator.known.cloud, self.choice
+        cloud = self._estimator.known.cloud
         assert cloud is not None
         self._estimator.queued(now_s, queue_ms)
-        if hidden and (choice is None or not choice.cut):
-            return  # of a way that is not in use any more
-        cut = choice.cut if hidden and choice is not None else 0
         expected = cloud.rest(cut, max(1, rows)) if cut else cloud.step(max(1, rows))
         self._estimator.cloud_step(expected + cloud.prefill(max(0, prompt), cut), ms)
 
@@ -180,7 +182,7 @@ class Knowledge:
         """See `watch.Told`."""
         choice = self.choice
         if self._estimator is not None and choice is not None and choice.mode == "verify":
-            source: DraftSource = "ngram" if choice.source == "ngram" else "exit"
+            source = next(one for one in DRAFT_SOURCES if one == choice.source)
             self._estimator.block(source, choice.cut, drafted, drafted, max(0, taken))
 
     def said(self, asked: int) -> None:
@@ -213,7 +215,11 @@ class Knowledge:
         self._cuts = tuple(sorted({*layers, held} - {0, bundle.config.n_layers}))
         times = priors.device(self._watch, held, self._cuts)
         same = offer.exact and offer.numerics == self._numerics() and self._holding.kv.format in offer.kv_formats
-        drafts = priors.drafts(bundle, layers, times) if can_verify and not self._slides else ()
+        small = self._small
+        if small is not None and self._may_try:
+            small.try_out()
+        small_ms = small.times_ms if small is not None else None
+        drafts = priors.drafts(bundle, layers, times, small_ms) if can_verify and not self._slides else ()
         codecs = () if self._slides else priors.codecs(bundle.config, offer.codecs)
         cloud = priors.cloud(offer, self._cloud_ms, self._watch.sizes, same)
         seen, self._offer = self._to.link, offer

@@ -18,6 +18,7 @@ CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers
 CODEC_MS = 0.1
 CODED = "coded"  # exit mode's own codec
 LENGTHS = (1, 2, 3, 4, 6)
+SMALL_ACCEPTED = 0.6  # of a small model's drafts, until some were checked
 DRAFTING = 2  # exits that may draft: the deepest are the ones whose drafts are taken
 
 # SmolLM2's own chat answers, 10,348 tokens of 100 of them: (g, tokens of a round), (g, rows that it costs the cloud).
@@ -60,14 +61,24 @@ def cloud(offer: Offer, step_ms: float, known: Sizes, same_model: bool) -> Cloud
     return CloudFigures(known.n_layers, rows, rows[0][1] * head, prefill, 0.0, same_model)
 
 
-def drafts(bundle: Bundle, layers: Sequence[int], times: DeviceFigures) -> tuple[DraftFigures, ...]:
-    """What can be drafted with: n-grams, and the exits before those layers."""
+def drafts(
+    bundle: Bundle, layers: Sequence[int], times: DeviceFigures, small_ms: tuple[float, float] | None = None
+) -> tuple[DraftFigures, ...]:
+    """What can be drafted with: n-grams, the exits before those layers, a small model.
+
+    Args:
+        small_ms: what the small model takes for a token, and for a row of a prompt; None without one.
+    """
     found = [DraftFigures("ngram", 0, 0.0, NGRAM_ACCEPTED, NGRAM_TOKENS, NGRAM_ROWS)]
     for one in [one for one in bundle.exits if one.layer in layers][-DRAFTING:]:
         share = one.agreement.answers
         rounds = tuple((g, round_of(share, g)) for g in LENGTHS)
         rows = tuple((g, g + 1.0) for g in LENGTHS)
         found.append(DraftFigures("exit", one.layer, times.drafted(one.layer), share, rounds, rows))
+    if small_ms is not None:
+        rounds = tuple((g, round_of(SMALL_ACCEPTED, g)) for g in LENGTHS)
+        rows = tuple((g, g + 1.0) for g in LENGTHS)
+        found.append(DraftFigures("model", 0, small_ms[0], SMALL_ACCEPTED, rounds, rows, small_ms[1]))
     return tuple(found)
 
 

@@ -98,6 +98,10 @@ class Session:
         lane.check(self.log)
         return lane.agreed
 
+    def enters(self, alias: int) -> int:
+        """Before which layer rows enter on a lane."""
+        return self._lanes[alias].enter if alias in self._lanes else 0
+
     def edited(self, length: int) -> None:
         """The log is about to be cut back to `length`."""
         for lane in self._lanes.values():

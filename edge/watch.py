@@ -25,10 +25,8 @@ class Told(Protocol):
         """A question of so many bytes was answered; without the cloud's own time, with a trip."""
         ...
 
-    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, hidden: bool) -> None:
-        """The cloud made a step of so many rows of which answers were wanted, and so many others; of tokens, or only of
-        the layers behind the cut where hidden states entered.
-        """
+    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, cut: int) -> None:
+        """The cloud made a step of so many rows whose answers were wanted, and so many others, from layer `cut` on."""
         ...
 
     def checked(self, drafted: int, taken: int) -> None:
@@ -42,18 +40,23 @@ class _Question:
     size: int
     rows: int
     prompt: int
-    hidden: bool
+    cut: int
 
 
 class Watch:
     """See the module; it has no clock of its own.
 
+    Args:
+        enters: the layer before which the rows of a lane enter, by its alias.
+
     Attributes:
         waits: called again and again while something is awaited, with the time; it may raise.
     """
 
-    def __init__(self, told: Told, waits: Callable[[float], None]) -> None:
-        self._told, self.waits = told, waits
+    def __init__(
+        self, told: Told, waits: Callable[[float], None], enters: Callable[[int], int] = lambda alias: 0
+    ) -> None:
+        self._told, self.waits, self._enters = told, waits, enters
         self._asked: dict[Hashable, _Question] = {}
         self._burst = 0  # bytes since something was last heard
         self._prompt = 0  # rows since something was last asked
@@ -68,14 +71,14 @@ class Watch:
             case m.Rows():
                 if message.want & m.WANT_SAMPLE:
                     key, rest = ("rows", message.alias, message.epoch, message.position), len(message.tokens) - 1
-                    self._ask(key, now, 1, rest, message.hidden is not None)
+                    self._ask(key, now, 1, rest, self._enters(message.alias))
                 else:
                     self._prompt += len(message.tokens)
             case m.Fill():
                 self._prompt += len(message.tokens)
             case m.Draft():
                 key = ("rows", message.alias, message.epoch, message.position)
-                self._ask(key, now, len(message.tokens), 0, message.hidden is not None)
+                self._ask(key, now, len(message.tokens), 0, self._enters(message.alias))
             case m.Generate():
                 self._token_s = 0.0
                 self._ask(("stream", message.alias, message.epoch), now, 1, len(message.tokens) - 1)
@@ -107,12 +110,12 @@ class Watch:
         self._asked.clear()
         self._burst = self._prompt = 0
 
-    def _ask(self, key: Hashable, now: float, rows: int, prompt: int = 0, hidden: bool = False) -> None:
+    def _ask(self, key: Hashable, now: float, rows: int, prompt: int = 0, cut: int = 0) -> None:
         if key in self._asked:
             return  # repeated: the answer may be to either
         if len(self._asked) >= _MOST:
             del self._asked[next(iter(self._asked))]
-        self._asked[key] = _Question(now, self._burst, rows, prompt + self._prompt, hidden)
+        self._asked[key] = _Question(now, self._burst, rows, prompt + self._prompt, cut)
         self._prompt = 0
 
     def _answered(self, key: Hashable, now: float, engine_us: int, queue_us: int) -> _Question | None:
@@ -125,14 +128,14 @@ class Watch:
         else:
             self._told.moved(now, asked.size, ms)
         if engine_us:
-            self._told.stepped(now, asked.rows, asked.prompt, engine_us * 1e-3, queue_us * 1e-3, asked.hidden)
+            self._told.stepped(now, asked.rows, asked.prompt, engine_us * 1e-3, queue_us * 1e-3, asked.cut)
         return asked
 
     def _streamed(self, message: m.Tokens, now: float) -> None:
         first = self._answered(("stream", message.alias, message.epoch), now, message.engine_us, 0)
         if first is None and self._token_s and message.engine_us and len(message.tokens) == 1:
             queue_ms = (now - self._token_s) * 1e3 - message.engine_us * 1e-3
-            self._told.stepped(now, 1, 0, message.engine_us * 1e-3, max(0.0, queue_ms), False)
+            self._told.stepped(now, 1, 0, message.engine_us * 1e-3, max(0.0, queue_ms), 0)
         self._token_s = now
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
 from isthmus.edge import controller, policy, profile, rhythm
-from isthmus.edge.costs import Candidate
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
 from isthmus.engine.part import Rows, StepResult
@@ -182,16 +181,12 @@ def test_a_cloud_that_computes_only_its_part_is_no_faster(monkeypatch: pytest.Mo
         knowledge = one._steering._controller._knowledge
         assert knowledge.enough
         before = knowledge.figures(0.0).cloud
-        for choice, rows, prompt in ((Candidate("exit", CUT), 2, 5), (Candidate("split", CUT), 1, 0)):
-            knowledge.choice = choice
+        for rows, prompt in ((2, 5), (1, 0)):
             for _ in range(50):
                 took = before.rest(CUT, rows) + before.prefill(prompt, CUT)
-                knowledge.stepped(0.0, rows, prompt, took, 0.0, True)
+                knowledge.stepped(0.0, rows, prompt, took, 0.0, CUT)
             assert knowledge.figures(0.0).cloud.step(1) == pytest.approx(before.step(1))
-        knowledge.choice = None
-        knowledge.stepped(0.0, 1, 0, 1e-6, 0.0, True)  # of a way that was left
-        assert knowledge.figures(0.0).cloud.step(1) == pytest.approx(before.step(1))
-        knowledge.stepped(0.0, 1, 0, 3 * before.step(1), 0.0, False)
+        knowledge.stepped(0.0, 1, 0, 3 * before.step(1), 0.0, 0)
         assert knowledge.figures(0.0).cloud.step(1) > 1.1 * before.step(1)
 
 

@@ -22,8 +22,8 @@ class Told:
     def moved(self, now_s: float, size: float, ms: float) -> None:
         self.said.append(("moved", size > 3000, round(ms)))
 
-    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, hidden: bool) -> None:
-        self.said.append(("stepped of states" if hidden else "stepped", rows, prompt, round(ms), round(queue_ms)))
+    def stepped(self, now_s: float, rows: int, prompt: int, ms: float, queue_ms: float, cut: int) -> None:
+        self.said.append((f"stepped from {cut}" if cut else "stepped", rows, prompt, round(ms), round(queue_ms)))
 
     def checked(self, drafted: int, taken: int) -> None:
         self.said.append(("checked", drafted, taken))
@@ -32,7 +32,7 @@ class Told:
 def passing(*messages: tuple[float, m.Message, bool]) -> list[tuple[Any, ...]]:
     """What is told of messages at their times, up or down."""
     told = Told()
-    watch = Watch(told, lambda now: None)
+    watch = Watch(told, lambda now: None, lambda alias: 4 if alias == 2 else 0)
     for at, message, up in messages:
         if up:
             watch.sent(message, at)
@@ -48,10 +48,10 @@ def test_a_question_tells_of_the_trip_and_of_the_step() -> None:
 
 
 def test_many_bytes_tell_of_the_rate() -> None:
-    rows = m.Rows(1, 2, 10, HASH, [5], m.Tensor("f32", (1, 1000), 0, bytes(4000)))
-    result = m.Result(1, 2, 10, [8], 11, HASH, 30_000)
+    rows = m.Rows(2, 2, 10, HASH, [5], m.Tensor("f32", (1, 1000), 0, bytes(4000)))
+    result = m.Result(2, 2, 10, [8], 11, HASH, 30_000)
     told = passing((0.0, rows, True), (0.1, result, False))
-    assert told == [("moved", True, 70), ("stepped of states", 1, 0, 30, 0)]
+    assert told == [("moved", True, 70), ("stepped from 4", 1, 0, 30, 0)]
 
 
 def test_a_repeated_question_counts_from_the_first_time() -> None:
