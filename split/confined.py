@@ -32,10 +32,11 @@ def confined(call: str, *arguments: Any, what: str, memory_bytes: int = MEMORY_B
     """
     limits = {"memory_bytes": memory_bytes, "seconds": seconds}
     child = subprocess.run(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-P", "-m", __name__],  # nothing is imported from the folder where the model lies
         input=json.dumps({"call": call, "arguments": arguments, "limits": limits}),
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
     )
     if child.returncode == 0:
@@ -68,7 +69,8 @@ def main() -> int:
     except IsthmusError as error:
         told = {"problem": error.problem, "remedy": error.remedy}
     except OSError as error:
-        told = {"problem": f"{error.strerror}: {error.filename}", "remedy": "the system refused it"}
+        where = f": {error.filename}" if error.filename else ""
+        told = {"problem": f"{error.strerror}{where}", "remedy": "the system refused it"}
     print("\n" + json.dumps(told), end="")
     return 0
 

@@ -60,6 +60,20 @@ def regular_size(path: Path) -> int | None:
     return found.st_size
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file aside and puts it in its place, so that what stands there is whole at all times.
+
+    Raises:
+        OSError: it cannot be written; what stood there stands.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def is_there(path: Path) -> bool:
     """Whether anything is there; a name that no file can have is not."""
     try:

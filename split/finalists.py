@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
+from isthmus.protocol.errors import PlanError
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.onnx_measure import drawn, outputs, session, timed
+from isthmus.split.onnx_measure import outputs, session, timed
 from isthmus.split.profile import Profile, TensorSize
 
 SECONDS = 0.4  # for each side of each finalist
@@ -23,52 +28,59 @@ class Finalists:
 
     Args:
         file: of the model; its external weights lie beside it.
+        feeds: inputs to run it on.
     """
 
-    def __init__(self, graph: OnnxGraph, file: Path, device: Profile, cloud: Profile, seconds: float = SECONDS) -> None:
-        self._graph, self._file, self._seconds = graph, file, seconds
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        file: Path,
+        device: Profile,
+        cloud: Profile,
+        feeds: Mapping[str, Any],
+        seconds: float = SECONDS,
+    ) -> None:
+        self._graph, self._file, self._feeds, self._seconds = graph, file, feeds, seconds
         self._device, self._cloud = device, cloud
         graph.learn([_info(name, size) for name, size in {**device.inputs, **device.tensors}.items()])
-        chance = np.random.default_rng(0)
-        self._feeds = {name: drawn(size.dtype, size.shape, chance) for name, size in device.inputs.items()}
         self._here: dict[int, float] = {}
 
     def fused(self, ways: Iterable[Nodes]) -> dict[Nodes, tuple[float, float]]:
-        """Milliseconds of the device's and of the cloud's part, by the nodes on the device.
-
-        Raises:
-            PlanError: the runtime cannot run a part (which operator, and where).
+        """Milliseconds of the device's and of the cloud's part, by the nodes on the device; ways that are no cut, or
+        whose parts the runtime does not run by themselves, are left out.
         """
         found = {}
         for nodes in ways:
-            here, there = set(nodes), [at for at in range(len(self._graph.nodes)) if at not in set(nodes)]
-            if here and there:
-                found[nodes] = self._both(nodes, there)
+            with suppress(PlanError):
+                found[nodes] = self._both(nodes)
         return found
 
-    def _both(self, here: Nodes, there: list[int]) -> tuple[float, float]:
-        graph, inputs = self._graph, self._graph.inputs
-        crossing = graph.crossing(here)
-        made = [name for name in crossing if name not in inputs]
-        kept = [name for name in graph.outputs if graph.made_by(name) in set(here) and name not in made]
-        used = {name for at in here for name in graph.needs[at]}
-        given = [name for name in inputs if name in used]
-        device = graph.part(here, given, [*made, *kept])
-        feeds = {name: self._feeds[name] for name in given}
-        running = session(device, self._file, self._device.threads)
-        device_ms, _ = timed(running, feeds, self._seconds)
-        values = dict(zip([*made, *kept], outputs(running, feeds), strict=True))
-        cloud = graph.part(there, crossing, [name for name in graph.outputs if graph.made_by(name) in set(there)])
-        feeds = {name: values[name] if name in values else self._feeds[name] for name in crossing}
-        cloud_ms, _ = timed(session(cloud, self._file, self._cloud.threads), feeds, self._seconds)
+    def _both(self, nodes: Nodes) -> tuple[float, float]:
+        halves = self._graph.halves(nodes)
+        first = self._loaded(halves.device, self._device)
+        feeds = {one.name: self._feeds[one.name] for one in first.get_inputs()}
+        device_ms, _ = timed(first, feeds, self._seconds)
+        values = dict(zip([one.name for one in first.get_outputs()], outputs(first, feeds), strict=True))
+        second = self._loaded(halves.cloud, self._cloud)
+        values = {**self._feeds, **values}
+        cloud_ms, _ = timed(second, {one.name: values[one.name] for one in second.get_inputs()}, self._seconds)
         return device_ms * self._scale(self._device), cloud_ms * self._scale(self._cloud)
+
+    def _loaded(self, part: onnx.ModelProto, profile: Profile) -> ort.InferenceSession:
+        return session(part, self._file, _threads(profile))
 
     def _scale(self, profile: Profile) -> float:
         """How many times longer the whole model took where it was profiled than it takes here."""
-        if profile.threads not in self._here:
-            whole = session(self._graph.model, self._file, profile.threads)
-            self._here[profile.threads], _ = timed(whole, self._feeds, self._seconds)
-        return profile.whole_ms / self._here[profile.threads]
+        threads = _threads(profile)
+        if threads not in self._here:
+            whole = session(self._graph.model, self._file, threads)
+            self._here[threads], _ = timed(whole, self._feeds, self._seconds)
+        return profile.whole_ms / self._here[threads]
+
+
+def _threads(profile: Profile) -> int:
+    """As many as the profile's machine took, of those that are here."""
+    return min(profile.threads, os.cpu_count() or 1)
 
 
 def _info(name: str, size: TensorSize) -> onnx.ValueInfoProto:

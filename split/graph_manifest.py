@@ -13,7 +13,6 @@ import msgspec
 from isthmus.protocol.errors import BundleError
 from isthmus.split.manifest import FORMAT_VERSION, MAX_FILE_BYTES, FileEntry, check_model_name, check_name
 
-KIND = "graph"
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
 MAX_TENSORS, MAX_DIMS = 256, 16
 DTYPES = (

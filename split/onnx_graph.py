@@ -34,6 +34,22 @@ class Crossing:
     consumers: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """A model cut in two.
+
+    Attributes:
+        device, cloud: models; the device's gives what travels and what it keeps.
+        crossing: names of what travels; the cloud's is given them.
+        kept: outputs of the model that the cloud does not make.
+    """
+
+    device: onnx.ModelProto
+    cloud: onnx.ModelProto
+    crossing: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
 class OnnxGraph:
     """A model whose nodes are numbered in an order in which they can run; constants are no nodes.
 
@@ -111,6 +127,29 @@ class OnnxGraph:
                 if at not in here and not there:
                     names[name] = None
         return list(names)
+
+    def halves(self, device: Collection[int]) -> Halves:
+        """The models of the device, which has these nodes, and of the cloud, which has the others.
+
+        Raises:
+            PlanError: one of them has no node or makes no output, or the device would need what the cloud makes.
+        """
+        here = set(device)
+        there = [at for at in range(len(self.nodes)) if at not in here]
+        if not here or not there:
+            side = "device" if not there else "cloud"
+            raise PlanError(f"all nodes are on the {side}, so there is nothing to cut", "choose a way that is a split")
+        crossing = self.crossing(here)
+        made = [name for name in self.outputs if self._maker.get(name, -1) not in here and name in self._maker]
+        if not made:
+            raise PlanError("the cloud's part makes none of the model's outputs", "cut it elsewhere")
+        kept = [name for name in self.outputs if name not in made]
+        used = {name for at in here for name in self.needs[at]}
+        inputs = [name for name in self.inputs if name in used]
+        given = dict.fromkeys(name for name in (*crossing, *kept) if name not in self.inputs)
+        return Halves(
+            self.part(here, inputs, list(given)), self.part(there, crossing, made), tuple(crossing), tuple(kept)
+        )
 
     def part(self, nodes: Collection[int], inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
         """A model of some nodes.

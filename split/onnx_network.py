@@ -10,6 +10,7 @@ import numpy as np
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.cut import INPUT, Cut, Flow, Network, Use
+from isthmus.split.graph_manifest import DTYPES
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.profile import Profile, TensorSize
 
@@ -37,9 +38,12 @@ class Rate:
 
     def __post_init__(self) -> None:
         for what, bps in (("up", self.up_bps), ("down", self.down_bps)):
-            if not bps > 0:
-                raise PlanError(f"the link carries {bps:g} bit/s {what}, so nothing arrives", "give a rate above 0")
-        if not self.trip_ms >= 0:
+            if not 1 <= bps < math.inf:
+                raise PlanError(
+                    f"the link carries {bps:g} bit/s {what}, so nothing arrives",
+                    "give a rate of a bit per second or more",
+                )
+        if not 0 <= self.trip_ms < math.inf:
             raise PlanError(f"the link's round trip is {self.trip_ms:g} ms", "give 0 or more")
 
     def up_ms(self, size: float) -> float:
@@ -109,15 +113,18 @@ class Sharing:
         """What is to be cut; budgets are `MEMORY` for weights on the device and `ENERGY` of the device."""
         nodes, sizes = len(self.graph.nodes), {**self.device.tensors, **self.device.inputs}
         share = np.array([self.reached.get(at, 1.0) for at in range(nodes)])
+        down_ms = np.zeros(nodes)  # of outputs that the cloud makes
         ms = np.stack([np.array(self.device.nodes_ms), np.array(self.cloud.nodes_ms)]) * share
         for name in self.graph.outputs:
             at = self.graph.made_by(name)
             if at >= 0:
-                ms[CLOUD, at] += share[at] * self.rate.down_ms(self._known(sizes, name).bytes)
+                back_ms = share[at] * self.rate.down_ms(sizes[name].bytes) if _travels(sizes, name) else np.inf
+                down_ms[at] += back_ms
+        ms[CLOUD] += down_ms
         flows = []
         for tensor in self.graph.tensors:
             first = tensor.producer if tensor.producer != INPUT else min(tensor.consumers, default=0)
-            flows.append(Flow(tensor.producer, tensor.consumers, (share[first] * self._travels(sizes, tensor.name),)))
+            flows.append(Flow(tensor.producer, tensor.consumers, (share[first] * self._sent_ms(sizes, tensor.name),)))
         trip = self.rate.trip_ms + self.rate.up_ms(_MESSAGE) + self.rate.down_ms(_MESSAGE) + self.cloud_ms
         use: dict[str, Use] = {}
         held = np.zeros((2, nodes))
@@ -126,6 +133,7 @@ class Sharing:
         if self.device_watts or self.radio_watts:
             spent = np.zeros((2, nodes))
             spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3
+            spent[CLOUD] = np.where(np.isfinite(down_ms), down_ms, 0.0) * self.radio_watts * 1e-3
             use[ENERGY] = Use(spent, np.array([self.radio_watts * 1e-3]))
         return Network(ms, tuple(flows), (trip,), use)
 
@@ -140,12 +148,21 @@ class Sharing:
         sizes = {**self.device.tensors, **self.device.inputs}
         return _MESSAGE + sum(self.codec.size(self._known(sizes, name)) for name in self.crossing(cut))
 
-    def _travels(self, sizes: Mapping[str, TensorSize], name: str) -> float:
-        if name not in sizes:
-            return np.inf  # no tensor: a sequence or a map, which cannot travel
+    def energy_j(self, device_ms: float, link_ms: float) -> float:
+        """What the device spends on an input."""
+        return (device_ms * self.device_watts + link_ms * self.radio_watts) * 1e-3
+
+    def _sent_ms(self, sizes: Mapping[str, TensorSize], name: str) -> float:
+        if not _travels(sizes, name):
+            return np.inf
         return self.rate.up_ms(self.codec.size(sizes[name])) + self.codec.work_ms(sizes[name])
 
     def _known(self, sizes: Mapping[str, TensorSize], name: str) -> TensorSize:
         if name not in sizes:
             raise PlanError(f"the size of {name!r} is not known", "measure the profile again")
         return sizes[name]
+
+
+def _travels(sizes: Mapping[str, TensorSize], name: str) -> bool:
+    """Whether it is a tensor of numbers; sequences, maps and texts stay where they are."""
+    return name in sizes and sizes[name].dtype in DTYPES

@@ -6,9 +6,11 @@ where the link changes or others use the cloud, replayed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,14 +21,16 @@ from isthmus.split.finalists import Finalists
 from isthmus.split.link import Link, read_link
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_measure import given
 from isthmus.split.onnx_network import ENERGY, MEMORY, Sharing
 from isthmus.split.plan import Plan, Row, choose, verdict
-from isthmus.split.planner import PLAIN, Wanted, remeasured, ways
+from isthmus.split.planner import PLAIN, Wanted, judged, remeasured, ways
 from isthmus.split.profile import Profile, load_profile
 from isthmus.split.replay import latencies
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """What a plan is for.
 
     Attributes:
@@ -34,9 +38,12 @@ class Asked(NamedTuple):
         memory_mb: of weights on the device.
         energy_j: of the device for an input, from its watts while it computes and while something travels.
         load: the share of the cloud's time that others take.
-        beside_ms: that a request takes in the cloud beside the model.
         times: how many times faster than the device the cloud is, where that is declared and no profile given.
-        measure: whether the finalists are timed as fused models.
+        measure: whether the finalists are timed as fused models, on the inputs of `arrays` (a .npz file; random ones
+            where there is none).
+
+    Raises:
+        PlanError: a number is none, or two wishes do not go together.
     """
 
     aim: Aim = "latency"
@@ -47,9 +54,24 @@ class Asked(NamedTuple):
     device_watts: float = 0.0
     radio_watts: float = 0.0
     load: float = 0.0
-    beside_ms: float = 0.0
     times: float | None = None
     measure: bool = True
+    arrays: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PlanError(f"{name} is {value:g}", "give a number")
+        if not 0.0 < self.percentile < 100.0:
+            raise PlanError(f"the percentile is {self.percentile:g}", "give one between 0 and 100, as 95")
+        if self.energy_j is not None and not self.device_watts + self.radio_watts > 0.0:
+            raise PlanError("a budget of energy is given, and no watts", "declare --device-watts and --radio-watts")
+        if self.times is not None and not self.times > 0.0:
+            raise PlanError(f"the cloud is {self.times:g} times as fast as the device", "give a number above 0")
+        if not 0.0 <= self.load < 1.0:
+            raise PlanError(f"others take {self.load:g} of the cloud's time", "give a share from 0 to below 1")
+        if self.load and self.aim == "throughput":
+            raise PlanError("a pipeline has its cloud for itself", "leave --load or --throughput out")
 
 
 def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any]) -> Any:
@@ -68,25 +90,38 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
     graph, name = OnnxGraph(proto), digest(file, proto)
     here = load_profile(Path(device))
     there = load_profile(Path(cloud)) if cloud else _faster(here, 1.0 if wish.times is None else wish.times)
-    for profile in (here, there):
-        profile.check(name, len(graph.nodes))
-    watts = (wish.device_watts, wish.radio_watts)
-    sharing = Sharing(graph, here, there, over.rate(), PLAIN, wish.beside_ms, *watts)
+    here.check(name, len(graph.nodes), "device")
+    there.check(name, len(graph.nodes), "cloud")
+    for one, size in here.inputs.items():
+        if there.inputs.get(one) != size:
+            problem = f"the profiles were made with other inputs: {one!r} was {list(size.shape)} on the device"
+            raise PlanError(problem, "measure both with the same --shape: isthmus profile")
+    sharing = Sharing(graph, here, there, over.rate(), PLAIN, 0.0, wish.device_watts, wish.radio_watts)
     budgets = {MEMORY: wish.memory_mb, ENERGY: wish.energy_j}
     wanted = Wanted(wish.aim, {what: most for what, most in budgets.items() if most is not None})
     rows = ways(sharing, [PLAIN], wanted)
     if wish.measure:
-        rows = remeasured(rows, Finalists(graph, file, here, there).fused(row.device for row in rows))
-    rows = [_kept(_replayed(row, over, wish), wish) for row in rows]
+        feeds = given(graph, {name: size.shape for name, size in here.inputs.items()}, wish.arrays)
+        rows = remeasured(rows, sharing, Finalists(graph, file, here, there, feeds).fused(row.device for row in rows))
+    rows = [judged(_replayed(row, over, wish), wanted, wish.slo_ms, wish.percentile) for row in rows]
     best = choose(rows, wish.aim)
     said = verdict(rows, best, wish.aim)
-    found = Plan(name, here.name, len(graph.nodes), over.words, tuple(rows), best, said, wish.aim, wish.percentile)
+    found = Plan(
+        name,
+        here.name,
+        len(graph.nodes),
+        over.words,
+        tuple(rows),
+        best,
+        said,
+        aim=wish.aim,
+        percentile=wish.percentile,
+        inputs=here.inputs,
+    )
     return msgspec.to_builtins(found)
 
 
 def _faster(device: Profile, times: float) -> Profile:
-    if not 0.0 < times < float("inf"):
-        raise PlanError(f"the cloud is {times:g} times as fast as the device", "give a number above 0")
     nodes_ms = tuple(ms / times for ms in device.nodes_ms)
     whole = {"whole_ms": device.whole_ms / times, "first_ms": device.first_ms / times}
     return msgspec.structs.replace(device, nodes_ms=nodes_ms, machine=f"declared, {times:g} times as fast", **whole)
@@ -96,16 +131,6 @@ def _replayed(row: Row, link: Link, wish: Asked) -> Row:
     """A row with what it takes over time, where that is not always the same."""
     if not (link.changes or wish.load):
         return row
-    taken = latencies(row, link, wish.load, wish.beside_ms)
+    taken = latencies(row, link, wish.load)
     tail_ms = float(np.percentile(taken, wish.percentile))
     return msgspec.structs.replace(row, ms=float(taken.mean()), tail_ms=tail_ms)
-
-
-def _kept(row: Row, wish: Asked) -> Row:
-    """A row that says when it is too late."""
-    taken = row.ms if row.tail_ms is None else row.tail_ms
-    if wish.slo_ms is None or taken <= wish.slo_ms:
-        return row
-    what = "" if row.tail_ms is None else f" at the {wish.percentile:g}th percentile"
-    late = f"{taken:.4g} ms{what}, {wish.slo_ms:.4g} wanted"
-    return msgspec.structs.replace(row, fails="; ".join(filter(None, (row.fails, late))))

@@ -10,10 +10,12 @@ import msgspec
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import Aim
-from isthmus.split.profile import load
+from isthmus.split.files import write_whole
+from isthmus.split.profile import TensorSize, load
 
 VERSION = 1
 _AGAIN = "plan again: isthmus plan"
+_NAME_CHARS = 60  # of a tensor, for people
 Kind = Literal["device", "cloud", "image", "split"]
 
 
@@ -27,10 +29,12 @@ class Row(msgspec.Struct, frozen=True):
         device: numbers of the nodes on the device.
         crossing: names of the tensors that travel up.
         device_ms, cloud_ms: computing, coding included.
-        link_ms: both ways.
+        link_ms: both ways; `down_ms` the way back alone.
         up_bytes, down_bytes: on the wire.
         ms: from input to output, as predicted.
         tail_ms: the plan's percentile over a changing link and a busy cloud, None where neither is given.
+        device_mb: of weights on the device.
+        energy_j: that the device spends, 0 where no watts are declared.
         measured_ms: the same when it was really run, None where it was not.
         agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
         fails: what it does not keep to, "" if nothing.
@@ -48,6 +52,9 @@ class Row(msgspec.Struct, frozen=True):
     down_bytes: float
     ms: float
     tail_ms: float | None = None
+    down_ms: float = 0.0
+    device_mb: float = 0.0
+    energy_j: float = 0.0
     measured_ms: float | None = None
     agreement: float | None = None
     fails: str = ""
@@ -59,7 +66,9 @@ class Row(msgspec.Struct, frozen=True):
 
     def cost_ms(self, aim: Aim) -> float:
         """What is to be small: its time, or in a pipeline that of its slowest stage."""
-        return self.expected_ms if aim == "latency" else max(self.device_ms, self.link_ms, self.cloud_ms)
+        if aim == "latency":
+            return self.expected_ms
+        return max(self.device_ms, self.link_ms - self.down_ms, self.cloud_ms + self.down_ms)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -70,6 +79,7 @@ class Plan(msgspec.Struct, frozen=True):
         nodes: that it has.
         link: in words.
         percentile: that `tail_ms` of the rows is.
+        inputs: that the model was profiled with.
         best: which of `rows`.
         verdict: in one sentence.
     """
@@ -83,6 +93,7 @@ class Plan(msgspec.Struct, frozen=True):
     verdict: str
     aim: Aim = "latency"
     percentile: float = 95.0
+    inputs: dict[str, TensorSize] = {}
     format: Literal["isthmus-plan"] = "isthmus-plan"
     version: int = VERSION
 
@@ -112,7 +123,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
 def load_plan(path: Path) -> Plan:
@@ -145,7 +156,7 @@ def verdict(rows: Sequence[Row], best: int, aim: Aim = "latency") -> str:
     if row.kind == "device":
         told = f"Do not share it: all on the device takes {_told(row, aim)}"
     elif row.kind == "split":
-        told = f"Split it after {', '.join(row.crossing)} ({row.codec}): {_told(row, aim)}"
+        told = f"Split it after {shown(row.crossing)} ({row.codec}): {_told(row, aim)}"
     else:
         told = f"Do not split it, but send what it is given to the cloud ({row.name}): {_told(row, aim)}"
     if not others:
@@ -156,3 +167,9 @@ def verdict(rows: Sequence[Row], best: int, aim: Aim = "latency") -> str:
 
 def _told(row: Row, aim: Aim) -> str:
     return f"{row.cost_ms(aim):.3g} ms" + ("" if aim == "latency" else " an input")
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first of some tensors, for people: short, and nothing that a terminal would obey."""
+    found = ["".join(letter if letter.isprintable() else "?" for letter in name[:_NAME_CHARS]) for name in names[:2]]
+    return ", ".join(found) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

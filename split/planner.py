@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
+import numpy as np
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import LATENCY, Aim, best, taken
 from isthmus.split.cut import Cut, Network, fastest, priced
 from isthmus.split.onnx_network import CLOUD, DEVICE, ENERGY, MEMORY, Codec, Sharing
-from isthmus.split.plan import Kind, Row
+from isthmus.split.plan import Kind, Row, shown
 
 PLAIN = Codec("as it is")
 FINALISTS = 4  # splits of a codec that are measured as really fused models
@@ -41,13 +43,18 @@ def ways(sharing: Sharing, codecs: Sequence[Codec], wanted: Wanted) -> list[Row]
     network, nodes = plain.network(), len(sharing.graph.nodes)
     best(network, wanted.aim, wanted.budgets)  # says which budget is impossible, by how much
     found = [
-        _row(plain, priced(network, [DEVICE] * nodes), "device", "all on the device", wanted),
-        _row(plain, priced(network, [CLOUD] * nodes), "cloud", "the input to the cloud", wanted),
+        _row(plain, priced(network, [DEVICE] * nodes), "device", "all on the device"),
+        _row(plain, priced(network, [CLOUD] * nodes), "cloud", "the input to the cloud"),
     ]
     for codec in codecs:
         one = replace(sharing, codec=codec)
-        found += [_row(one, cut, "split", _named(one, cut), wanted) for cut in splits(one, wanted)]
-    return found
+        found += [_row(one, cut, "split", _named(one, cut)) for cut in splits(one, wanted)]
+    counts: Counter[str] = Counter()
+    for at, row in enumerate(found):
+        counts[row.name] += 1
+        if counts[row.name] > 1:  # the first tensors of two cuts are the same
+            found[at] = msgspec.structs.replace(row, name=f"{row.name} ({counts[row.name]})")
+    return [judged(row, wanted) for row in found if np.isfinite(row.ms)]
 
 
 def splits(sharing: Sharing, wanted: Wanted, count: int = FINALISTS) -> list[Cut]:
@@ -61,11 +68,15 @@ def splits(sharing: Sharing, wanted: Wanted, count: int = FINALISTS) -> list[Cut
         cut = priced(network, [DEVICE] * end + [CLOUD] * (nodes - end))
         found.setdefault(cut.tiers, cut)
     given = set(sharing.graph.inputs)
-    real = [cut for cut in found.values() if len(set(cut.tiers)) > 1 and not set(sharing.crossing(cut)) <= given]
+    real = [cut for cut in found.values() if len(set(cut.tiers)) > 1 and np.isfinite(cut.ms)]
     kept: dict[tuple[str, ...], Cut] = {}
-    for cut in sorted(real, key=lambda one: (bool(_fails(one, wanted)), _value(one, wanted))):
-        kept.setdefault(tuple(sharing.crossing(cut)), cut)  # the same tensors travel: the better one is enough
-    return list(kept.values())[:count]
+    for cut in sorted(real, key=lambda one: (_over(one, wanted), _value(one, wanted))):
+        crossing = tuple(sharing.crossing(cut))
+        if not set(crossing) <= given:
+            kept.setdefault(crossing, cut)  # the same tensors travel: the better one is enough
+        if len(kept) == count:
+            break
+    return list(kept.values())
 
 
 def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:
@@ -76,7 +87,9 @@ def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:
         return
 
 
-def remeasured(rows: Sequence[Row], fused: Mapping[tuple[int, ...], tuple[float, float]]) -> list[Row]:
+def remeasured(
+    rows: Sequence[Row], sharing: Sharing, fused: Mapping[tuple[int, ...], tuple[float, float]]
+) -> list[Row]:
     """Rows with what their parts take as really fused models.
 
     Args:
@@ -86,49 +99,67 @@ def remeasured(rows: Sequence[Row], fused: Mapping[tuple[int, ...], tuple[float,
     for row in rows:
         if row.device in fused:
             device_ms, cloud_ms = fused[row.device]
-            ms = row.ms - row.device_ms - row.cloud_ms + device_ms + cloud_ms
-            row = msgspec.structs.replace(row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms)
+            ms, energy_j = device_ms + row.link_ms + cloud_ms, sharing.energy_j(device_ms, row.link_ms)
+            row = msgspec.structs.replace(row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms, energy_j=energy_j)
         found.append(row)
     return found
 
 
-def _row(sharing: Sharing, cut: Cut, kind: Kind, name: str, wanted: Wanted) -> Row:
+def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: float = 0.0) -> Row:
+    """A row that says what it does not keep to.
+
+    Args:
+        slo_ms: that it may take at most: at that percentile where it varies, else what is expected.
+    """
+    has = {MEMORY: row.device_mb, ENERGY: row.energy_j, LATENCY: row.expected_ms}
+    over = [
+        f"{has[name]:.4g} {_UNITS[name]}, {most:.4g} wanted"
+        for name, most in wanted.budgets.items()
+        if has[name] > most * (1 + 1e-6)
+    ]
+    late = row.expected_ms if row.tail_ms is None else row.tail_ms
+    if slo_ms is not None and late > slo_ms:
+        where = "" if row.tail_ms is None else f" at the {percentile:g}th percentile"
+        over.append(f"{late:.4g} ms{where}, {slo_ms:.4g} wanted")
+    return msgspec.structs.replace(row, fails="; ".join(over))
+
+
+def _row(sharing: Sharing, cut: Cut, kind: Kind, name: str) -> Row:
     here = tuple(at for at, tier in enumerate(cut.tiers) if tier == DEVICE)
     down = sum(
         sharing.device.tensors[output].bytes
         for output in sharing.graph.outputs
-        if (made := sharing.graph.made_by(output)) >= 0 and cut.tiers[made] == CLOUD
+        if (made := sharing.graph.made_by(output)) >= 0
+        and cut.tiers[made] == CLOUD
+        and output in sharing.device.tensors
     )
     down_ms = sharing.rate.down_ms(down)
+    device_ms, link_ms = cut.stages[DEVICE], cut.links[0] + down_ms
     return Row(
         name=name,
         kind=kind,
         codec=sharing.codec.name if kind == "split" else "",
         device=here,
         crossing=tuple(sharing.crossing(cut)) if len(here) < len(cut.tiers) else (),
-        device_ms=cut.stages[DEVICE],
+        device_ms=device_ms,
         cloud_ms=cut.stages[CLOUD] - down_ms,
-        link_ms=cut.links[0] + down_ms,
-        up_bytes=sharing.up_bytes(cut),
+        link_ms=link_ms,
+        up_bytes=sharing.up_bytes(cut) if np.isfinite(cut.ms) else 0.0,
         down_bytes=float(down),
         ms=cut.ms,
-        fails=_fails(cut, wanted),
+        down_ms=down_ms,
+        device_mb=cut.use[MEMORY],
+        energy_j=sharing.energy_j(device_ms, link_ms),
     )
 
 
 def _named(sharing: Sharing, cut: Cut) -> str:
-    names = sharing.crossing(cut)
-    shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-    return f"split after {shown}, {sharing.codec.name}"
+    return f"split after {shown(sharing.crossing(cut))}, {sharing.codec.name}"
 
 
-def _fails(cut: Cut, wanted: Wanted) -> str:
-    over = [
-        f"{taken(cut, name):.4g} {_UNITS.get(name, name)}, {most:.4g} wanted"
-        for name, most in wanted.budgets.items()
-        if taken(cut, name) > most * (1 + 1e-6)
-    ]
-    return "; ".join(over)
+def _over(cut: Cut, wanted: Wanted) -> bool:
+    """Whether a cut breaks a budget."""
+    return any(taken(cut, name) > most * (1 + 1e-6) for name, most in wanted.budgets.items())
 
 
 def _value(cut: Cut, wanted: Wanted) -> float:

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split.files import read_regular
+from isthmus.split.files import read_regular, write_whole
 
 VERSION = 1
+MOST_THREADS = 4096
 _AGAIN = "measure it again: isthmus profile"
 Kept = TypeVar("Kept", bound=msgspec.Struct)
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
@@ -72,6 +73,8 @@ class Profile(msgspec.Struct, frozen=True):
         times = (*self.nodes_ms, self.whole_ms, self.first_ms)
         if not all(0.0 <= ms < float("inf") for ms in times) or not self.whole_ms:
             raise PlanError("the profile has a time that is none", _AGAIN)
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise PlanError(f"the profile is of {self.threads} threads", _AGAIN)
         sizes = (*self.inputs.values(), *self.tensors.values())
         if any(one.bytes < 0 or any(dim < 0 for dim in one.shape) for one in sizes) or min(self.weights) < 0:
             raise PlanError("the profile has a size that is none", _AGAIN)
@@ -83,16 +86,20 @@ class Profile(msgspec.Struct, frozen=True):
 
     def save(self, path: Path) -> None:
         """Writes it, as JSON for people to read as well."""
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
-    def check(self, model: str, nodes: int) -> None:
+    def check(self, model: str, nodes: int, whose: str = "") -> None:
         """Holds it against a model.
 
+        Args:
+            whose: the machine, for the error message.
+
         Raises:
-            PlanError: it is another's.
+            PlanError: it is another model's.
         """
         if (self.model, len(self.nodes_ms)) != (model, nodes):
-            raise PlanError(f"the profile is of {self.name}, or another version of this model", _AGAIN)
+            called = f"the {whose}'s profile" if whose else "the profile"
+            raise PlanError(f"{called} is of {self.name}, or another version of this model", _AGAIN)
 
 
 def load_profile(path: Path) -> Profile:

@@ -45,6 +45,10 @@ def command(
     throughput: Annotated[
         bool, typer.Option("--throughput", help="The most inputs a second through a pipeline, not the least time")
     ] = False,
+    inputs: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE.npz", help="Inputs by name to time the finalists on; else random ones"),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Time the finalists as fused models, here")] = True,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it, too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan on standard output")] = False,
@@ -76,12 +80,12 @@ def command(
         raise PlanError(
             f"there is no profile {here}", f"measure it: isthmus profile {model}, or name one with --device"
         )
-    if not 0.0 < percentile < 100.0:
-        raise PlanError(f"--p is {percentile:g}", "give a percentile between 0 and 100, as 95")
-    if energy_j is not None and not (device_watts or radio_watts):
-        raise PlanError("--energy-j is given, and no watts", "declare --device-watts and --radio-watts")
     if plot is not None:
         check_drawing(plot)
+    if not cloud:
+        raise PlanError(
+            "--cloud is empty", "name the cloud's profile, or say how many times as fast as the device it is"
+        )
     times = _number(cloud)
     asked = {
         "aim": "throughput" if throughput else "latency",
@@ -94,18 +98,19 @@ def command(
         "load": load,
         "times": times,
         "measure": measure,
+        "arrays": str(inputs) if inputs is not None else "",
     }
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
     told = confined(call, str(model), str(here), there, link, asked, what=f"planning {model.name}")
     found = msgspec.convert(told, Plan)
+    found.save(target)
     if plot is not None:
         from isthmus.apps.cli.plan_picture import draw
         from isthmus.split.link import read_link
         from isthmus.split.profile import load_profile
 
         draw(plot, found, load_profile(here), read_link(link))
-    found.save(target)
     if as_json:
         print(target.read_text())
     else:

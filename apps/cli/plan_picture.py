@@ -37,7 +37,7 @@ def draw(path: Path, plan: Plan, device: Profile, link: Link) -> None:
     _latency(latency, plan, link)
     _pareto(pareto, plan)
     _nodes(nodes, plan.rows[plan.best], device)
-    figure.suptitle(f"{plan.name}: {plan.verdict}", fontsize="small", wrap=True)
+    figure.suptitle(_plain(f"{plan.name}: {plan.verdict}"), fontsize="small", wrap=True)
     figure.tight_layout()
     try:
         figure.savefig(path, format="png", metadata={"Software": None})
@@ -65,7 +65,7 @@ def crossings(rows: Sequence[Row], link: Link) -> list[tuple[float, float]]:
 def _latency(axes: Any, plan: Plan, link: Link) -> None:
     shown = sorted(plan.rows, key=lambda row: row.expected_ms)[:_SHOWN]
     for row, times in zip(shown, over_rates(shown, link), strict=True):
-        axes.plot(RATES_BPS / 1e6, times, label=row.name, linewidth=2.5 if row is plan.rows[plan.best] else 1.0)
+        axes.plot(RATES_BPS / 1e6, times, label=_plain(row.name), linewidth=2.5 if row is plan.rows[plan.best] else 1.0)
     for bps, ms in crossings(shown, link):
         axes.plot([bps / 1e6], [ms], marker="o", markersize=5, color="black")
         axes.annotate(
@@ -83,7 +83,7 @@ def _pareto(axes: Any, plan: Plan) -> None:
         axes.plot(
             [row.device_ms], [max(row.up_bytes, 1.0) / 1e3], marker="*" if best else "o", markersize=11 if best else 5
         )
-        axes.annotate(row.name, (row.device_ms, max(row.up_bytes, 1.0) / 1e3), fontsize="xx-small")
+        axes.annotate(_plain(row.name), (row.device_ms, max(row.up_bytes, 1.0) / 1e3), fontsize="xx-small")
     axes.set(yscale="log", xlabel="ms on the device", ylabel="kB up (0.001: none)")
     axes.grid(alpha=0.3)
 
@@ -98,3 +98,8 @@ def _nodes(axes: Any, best: Row, device: Profile) -> None:
             axes.bar(chosen, [device.nodes_ms[at] for at in chosen], width=1.0, color=color, label=f"on the {side}")
     axes.set(xlabel="node", ylabel="ms on the device")
     axes.legend(fontsize="x-small")
+
+
+def _plain(text: str) -> str:
+    """Text in which nothing is taken for a formula."""
+    return text.replace("\\", "/").replace("$", r"\$")

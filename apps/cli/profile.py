@@ -39,28 +39,30 @@ def command(
     """
     from isthmus.apps.bench.machine import read_machine
     from isthmus.protocol.errors import PlanError
-    from isthmus.split.confined import confined
+    from isthmus.split.confined import SECONDS, confined
     from isthmus.split.profile import Profile
 
     target = output if output is not None else Path(model.stem + SUFFIX)
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
     machine = read_machine()
+    threads = threads or machine.physical
     told = confined(
         "isthmus.split.onnx_measure:measure",
         str(model),
-        threads or machine.physical,
+        threads,
         shapes(shape or []),
         seconds,
         str(inputs) if inputs is not None else "",
         what=f"measuring {model.name}",
+        seconds=SECONDS * threads + int(4 * threads * seconds),  # of all processors together
     )
     found = Profile.of(told, machine.processor, machine.system)
     found.save(target)
     if as_json:
         print(target.read_text())
     else:
-        _print(found, target)
+        _print(found, target, model)
 
 
 def shapes(texts: list[str]) -> dict[str, list[int]]:
@@ -73,12 +75,12 @@ def _shape(text: str) -> tuple[str, list[int]]:
 
     name, _, dims = text.rpartition("=")
     numbers = dims.split(",")
-    if not name or not all(one.strip().isdecimal() for one in numbers):
+    if not name or not all(one.strip().isdecimal() and len(one) < 10 for one in numbers):
         raise PlanError(f"--shape is {text!r}", "write an input's name and its dimensions, as x=1,3,224,224")
     return name, [int(one) for one in numbers]
 
 
-def _print(found: Profile, target: Path) -> None:
+def _print(found: Profile, target: Path, model: Path) -> None:
     import sys
     from collections import Counter, defaultdict
 
@@ -107,6 +109,5 @@ def _print(found: Profile, target: Path) -> None:
     line = f"{found.name}: {found.whole_ms:.3f} ms an input, the first {found.first_ms:.3f}; {len(found.ops)} nodes, "
     line += f"{found.threads} threads, {found.runtime}"
     console.print(line, markup=False)
-    console.print(
-        f"{target}; next, where to cut it: isthmus plan {found.name}.onnx --link rtt=20,up=5,down=20", markup=False
-    )
+    device = "" if target == Path(model.stem + SUFFIX) else f" --device {target}"
+    console.print(f"{target}; next: isthmus plan {model}{device} --link rtt=20,up=5,down=20", markup=False)

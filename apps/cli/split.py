@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -47,9 +48,12 @@ def command(
     With q4, q4m and nested the embedding and the output head get 8 bits, because they decide on the token; --head
     chooses otherwise.
     """
+    given = {"--plan": plan, "--way": way, "--shape": shape, "--input": inputs}
     if Path(model).suffix == ".onnx":
+        _only("an .onnx model", {"--format": format != "keep", "--head": head})
         _cut(Path(model), output, plan, way, name or "", force, shape or [], inputs)
         return
+    _only("a language model", given)
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -117,9 +121,10 @@ def _cut(
     inputs: Path | None,
 ) -> None:
     from isthmus.apps.cli.profile import shapes
+    from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import PlanError
     from isthmus.split.confined import confined
-    from isthmus.split.plan import load_plan
+    from isthmus.split.plan import load_plan, shown
 
     if plan is None:
         raise PlanError(
@@ -127,19 +132,30 @@ def _cut(
         )
     made = load_plan(plan)
     row = made.split(way)
-    told = confined(
-        "isthmus.split.graph_writer:write_graph",
-        str(model),
-        made.model,
-        row.device,
-        str(output),
-        name,
-        force,
-        shapes(shape),
-        str(inputs) if inputs is not None else "",
-        what=f"cutting {model.name}",
-    )
+    sizes = {one: list(size.shape) for one, size in made.inputs.items()} | shapes(shape)
+    with ending_cleanly():
+        told = confined(
+            "isthmus.split.graph_writer:write_graph",
+            str(model),
+            made.model,
+            row.device,
+            str(output),
+            name,
+            force,
+            sizes,
+            str(inputs) if inputs is not None else "",
+            what=f"cutting {model.name}",
+        )
     here, there = told["nodes"]
     print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
-    travels = ", ".join(told["crossing"])
-    print(f"what travels: {travels}; the parts give what the whole gives, to {told['worst']:.1g} of its largest value")
+    same = f"the parts give what the whole gives, to {told['worst']:.1g} of its largest value"
+    print(f"what travels: {shown(told['crossing'])}; {same}")
+
+
+def _only(what: str, given: Mapping[str, object]) -> None:
+    """Refuses options that mean nothing for such a model."""
+    from isthmus.protocol.errors import PlanError
+
+    for option, value in given.items():
+        if value:
+            raise PlanError(f"{option} means nothing for {what}", f"leave {option} out")

@@ -74,11 +74,13 @@ def test_a_plan_is_drawn(folder: Path, tmp_path: Path) -> None:
     [
         (["--link", "rtt=1,rate=0"], "nothing arrives"),
         (["--link", "fast"], "says nothing of a link"),
-        (["--link", "rtt=1,rate=1", "--p", "100"], "--p is 100"),
+        (["--link", "rtt=1,rate=1", "--p", "100"], "the percentile is 100"),
         (["--link", "rtt=1,rate=1", "--energy-j", "1"], "no watts"),
         (["--link", "rtt=1,rate=1", "--cloud", "absent.json"], "absent.json"),
         (["--link", "rtt=1,rate=1", "--device", "absent.json"], "isthmus profile model.onnx"),
         (["--link", "rtt=1,rate=1", "--slo-ms", "0.0001"], "0.0001 wanted"),
+        (["--link", "rtt=1,rate=1", "--cloud", ""], "--cloud is empty"),
+        (["--link", "rtt=1,rate=1", "--memory-mb", "nan"], "--memory-mb is nan"),
         (["--link", "rtt=1,rate=1", "--memory-mb", "-5"], "MB -5 cannot be met: 0 is the least, 5 more"),
         (["--link", "rtt=1,rate=1", "-o", "absent/plan.json"], "there is no folder absent"),
         (["--link", "rtt=1,rate=1", "--load", "2"], "of the cloud's time"),
@@ -95,11 +97,13 @@ def test_a_plan_cuts_a_model_into_two(folder: Path, tmp_path: Path) -> None:
     plan, cut = tmp_path / "plan.json", tmp_path / "cut"
     done = isthmus("plan", "model.onnx", "--link", "rtt=5,up=2,down=8", "-o", str(plan), folder=folder)
     assert done.returncode == 0, done.stderr
-    split = ["split", "model.onnx", "--plan", str(plan), "-o", str(cut), "--shape", "x=1,3,32,32"]
+    split = ["split", "model.onnx", "--plan", str(plan), "-o", str(cut)]
     done = isthmus(*split, folder=folder)
     assert done.returncode == 0 and "what travels:" in done.stdout, done
     assert (cut / "device" / "model.onnx").is_file() and (cut / "cloud" / "model.onnx").is_file()
     assert "exists already" in refused(*split, folder=folder)
+    assert "--format means nothing" in refused(*split, "--force", "--format", "q8", folder=folder)
+    assert "--plan means nothing" in refused("split", "smollm2", "--plan", str(plan), "-o", "x", folder=folder)
     assert "needs a plan" in refused("split", "model.onnx", "-o", str(tmp_path / "other"), folder=folder)
     assert "has no way 'x'" in refused(*split, "--way", "x", "--force", folder=folder)
     assert "no plan" in refused("split", "model.onnx", "--plan", "model.onnx", "-o", str(tmp_path / "x"), folder=folder)
@@ -129,6 +133,15 @@ def test_what_cannot_be_profiled_is_one_line(tmp_path: Path) -> None:
     onnx.save_model(model, str(tmp_path / "odd.onnx"))
     assert "Frobnicate" in refused("profile", "odd.onnx", *SHAPE, folder=tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_nothing_is_imported_from_where_the_model_lies(tmp_path: Path) -> None:
+    onnx.save_model(convolutions(), str(tmp_path / "model.onnx"))
+    for name in ("onnx", "numpy", "scipy", "json"):
+        (tmp_path / f"{name}.py").write_text("open('poisoned', 'w')\nraise SystemExit(9)\n")
+    command = [str(Path(sys.executable).parent / "isthmus"), "profile", "model.onnx", *SHAPE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not (tmp_path / "poisoned").exists(), done
 
 
 def test_a_model_whose_weights_lie_beside_it_is_planned(tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def test_an_operator_that_nobody_knows_is_named(tmp_path: Path) -> None:
         ("tests.runaways:crash", {}, "ended with signal 11"),
     ],
 )
-def test_a_child_that_takes_too_much_or_breaks_is_one_error(call: str, limits: dict[str, int], problem: str) -> None:
+def test_a_child_that_takes_too_much_or_breaks_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, call: str, limits: dict[str, int], problem: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where `tests` is
     with pytest.raises(PlanError, match=problem):
         confined(call, what="measuring", **limits)

@@ -18,6 +18,7 @@ from isthmus.split.graph_manifest import CLOUD, DEVICE, GraphManifest
 from isthmus.split.graph_writer import difference, write_graph
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_writer import ALIGN
 from tests.unit.test_split_onnx_file import LAYERS, WIDTH, saved
 from tests.unit.test_split_onnx_measure import BLOCKS, convolutions
 
@@ -90,11 +91,24 @@ def test_outputs_of_both_sides_bodies_and_shared_weights(tmp_path: Path, end: in
             np.testing.assert_array_equal(told[name], whole[name])
 
 
+def test_outputs_that_are_constants_or_inputs_are_handed_through(tmp_path: Path) -> None:
+    model = branching()
+    constant = numpy_helper.from_array(np.full((1, 4), 7, np.float32), "c7")
+    model.graph.initializer.append(constant)
+    model.graph.output.append(helper.make_tensor_value_info("c7", TensorProto.FLOAT, [1, 4]))
+    onnx.save_model(model, str(tmp_path / "model.onnx"))
+    found = split(tmp_path / "model.onnx", range(2), tmp_path / "cut")
+    assert found.kept == ("a", "c7")
+    told = run(tmp_path / "cut" / DEVICE, {"x": np.ones((1, 4), np.float32)})
+    np.testing.assert_array_equal(told["c7"], numpy_helper.to_array(constant))
+
+
 @pytest.mark.parametrize("end", range(1, LAYERS))
 def test_weights_beside_the_model_lie_beside_the_parts(tmp_path: Path, end: int) -> None:
     path = saved(tmp_path)
     found = split(path, range(end), tmp_path / "cut", shapes={"x": [3, WIDTH]})
-    assert found.files["device/model.weights"].bytes < found.files["cloud/model.weights"].bytes or end > 1
+    sizes = [found.files[f"{side}/model.weights"].bytes for side in ("device", "cloud")]
+    assert [-(-size // ALIGN) for size in sizes] == [end, LAYERS - end]
     x = np.ones((7, WIDTH), np.float32)
     travels = run(tmp_path / "cut" / DEVICE, {"x": x})
     (output,) = run(tmp_path / "cut" / CLOUD, travels).values()

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split import onnx_measure, onnx_plan
@@ -84,7 +85,10 @@ def test_a_pipeline_is_chosen_by_its_slowest_stage(model: Path) -> None:
     ("asked", "problem"),
     [
         ({"memory_mb": -1.0}, "MB -1 cannot be met: 0 is the least, 1 more"),
-        ({"energy_j": 1.0}, "nothing is known of J"),
+        ({"energy_j": 1.0}, "and no watts"),
+        ({"memory_mb": float("nan")}, "memory_mb is nan"),
+        ({"percentile": 100.0}, "the percentile is 100"),
+        ({"load": 0.5, "aim": "throughput"}, "its cloud for itself"),
         ({"load": 1.0}, "of the cloud's time"),
         ({"times": 0.0}, "0 times as fast"),
     ],
@@ -110,7 +114,8 @@ def test_finalists_are_timed_as_parts_and_scaled_to_the_profiled_machine(model: 
     )
     graph = OnnxGraph(read_model(model))
     ways = [tuple(range(end)) for end in (0, 3, NODES - 1, NODES)]
-    found = Finalists(graph, model, slower, profile, seconds=0.02).fused(ways)
+    feeds = onnx_measure.given(graph, {"x": [1, 3, 32, 32]}, "")
+    found = Finalists(graph, model, slower, profile, feeds, seconds=0.02).fused(ways)
     assert list(found) == ways[1:3]  # the others are no splits
     for device_ms, cloud_ms in found.values():
         assert device_ms > cloud_ms > 0.0
@@ -122,4 +127,35 @@ def test_measured_rows_stand_in_the_plan(model: Path) -> None:
     given, measured = planned(model, FAST, times=1.0), planned(model, FAST, times=1.0, measure=True)
     assert [row.device for row in given.rows] == [row.device for row in measured.rows]
     pairs = [(a, b) for a, b in zip(given.rows, measured.rows, strict=True) if a.kind == "split"]
-    assert pairs and all(a.device_ms != b.device_ms and b.ms > 0.0 for a, b in pairs)
+    for a, b in pairs:
+        assert a.device_ms != b.device_ms and b.ms == pytest.approx(b.device_ms + b.link_ms + b.cloud_ms)
+    few, many = (f(pairs, key=lambda one: len(one[0].device))[1] for f in (min, max))
+    assert few.device_ms / few.cloud_ms < many.device_ms / many.cloud_ms
+
+
+def test_profiles_of_other_inputs_do_not_go_together(model: Path, tmp_path: Path) -> None:
+    told = onnx_measure.measure(str(model), 1, {"x": [1, 3, 16, 16]}, 0.02)
+    Profile.of(told, "toy", "toy").save(tmp_path / "cloud.json")
+    with pytest.raises(PlanError, match="'x' was \\[1, 3, 32, 32\\] on the device"):
+        onnx_plan.plan(str(model), str(model.with_suffix(".json")), str(tmp_path / "cloud.json"), FAST, {})
+
+
+def test_what_is_no_tensor_is_planned_around(tmp_path: Path) -> None:
+    """A sequence between nodes, and one that the model gives."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("SequenceConstruct", ["a", "x"], ["s"]),
+        helper.make_node("SequenceLength", ["s"], ["n"]),
+        helper.make_node("Exp", ["a"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64]) for name in "xy"]
+    ends.append(helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, [64]))
+    ends.append(helper.make_tensor_value_info("n", TensorProto.INT64, []))
+    graph = helper.make_graph(nodes, "sequences", ends[:1], ends[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path = tmp_path / "model.onnx"
+    onnx.save_model(made, str(path))
+    Profile.of(onnx_measure.measure(str(path), 1, {}, 0.02), "toy", "toy").save(path.with_suffix(".json"))
+    found = planned(path, FAST, times=1000.0)
+    assert [row.kind for row in found.rows] == ["device", "split"]  # the cloud cannot send a sequence back
+    assert all(1 in row.device for row in found.rows) and "s" not in found.rows[1].crossing
