@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.edge.pace import BLOCKS, Pace
+from isthmus.edge.pace import BLOCKS, SEVERAL, Pace
 
 
 def paced(draft_s: float, trip_s: float, pass_s: float, right: int = 5, wrong: int = 5, depth: int = 1) -> Pace:
@@ -44,10 +44,10 @@ def test_longer_trips_and_better_drafts_give_longer_blocks() -> None:
 
 
 def test_several_blocks_keep_the_cloud_from_falling_behind() -> None:
-    assert paced(0.01, 0.05, 0.005, depth=8).length() == 1
+    assert paced(0.01, 0.05, 0.005, depth=8).length() == SEVERAL
     slow = paced(0.01, 0.05, 0.02, depth=8).length()
-    assert paced(0.01, 0.05, 0.02, depth=8).length(idle=True) == 1  # the cloud waits for it
-    assert slow > 1 and 0.02 * (1 + 0.2 * (slow - 1)) <= slow * 0.01
+    assert paced(0.01, 0.05, 0.02, depth=8).length(idle=True) == SEVERAL  # the cloud waits for it
+    assert slow > SEVERAL and 0.02 * (1 + 0.2 * (slow - 1)) <= slow * 0.01
 
 
 def test_guesses_under_way_are_likely_enough() -> None:

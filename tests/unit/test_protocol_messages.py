@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -172,3 +173,14 @@ def test_a_large_tensor_keeps_all_that_says_how_to_read_it() -> None:
     tensor = m.Tensor("ecsq6", (100, 576), 1, bytes(m.INLINE_BYTES + 1), b"12345678")
     fill = m.Fill(1, 2, 3, b"head", [4] * 100, tensor)
     assert m.decode(m.encode(fill)) == fill
+
+
+def test_a_draft_ends_with_its_last_field_that_says_something() -> None:
+    short = m.Draft(1, 2, 300, HASH[:4], [4, 5])
+    (frame,) = m.encode(short)
+    assert msgpack.unpackb(frame) == [21, 1, 2, 300, HASH[:4], [4, 5]] and len(frame) == 16
+    for more in ({"firm": 2}, {"sampler": m.GREEDY}, {"sampler": SAMPLER, "firm": 1}):
+        whole = msgspec.structs.replace(short, **more)
+        (frame,) = m.encode(whole)
+        assert m.decode([frame]) == whole
+    assert m.decode(m.encode(short)) == short
