@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens that may be drafted for one question
-SEVERAL = 2  # tokens at least of a block that is one of several: a message has more bytes around them than they have
+SEVERAL = 2  # tokens at least of a block that follows another: a message has more bytes around them than they have
 FREE_S = 2e-4  # drafting that takes less costs nothing
 _FORGET = 0.97  # of what was seen, with each answer
 _ROW = 0.2  # what a further row of a pass costs, of the first one
@@ -69,9 +69,9 @@ class Pace:
         if not self._pass_s:
             return self._blocks[len(self._blocks) // 2]
         if self.depth > 1 and self.draft_s > FREE_S:
-            several = [g for g in self._blocks if g >= SEVERAL] or list(self._blocks)
             if idle:
-                return several[0]
+                return self._blocks[0]
+            several = [g for g in self._blocks if g >= SEVERAL] or self._blocks
             return next((g for g in several if self._check_s(g) <= g * self.draft_s), 8)
         a = min(self.acceptance, 0.99)
 
