@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,6 +34,7 @@ class Drafting:
         depth: blocks that may be under way at once, 1 waits for each answer before it drafts on.
         holding: this device's engine, for the small model.
         kv_tokens: positions that a conversation may have.
+        clock: seconds, to time the small model by.
 
     Attributes:
         small: the small model, None where there is none.
@@ -52,7 +52,7 @@ class Drafting:
         holding: Holding,
         depth: int,
         kv_tokens: int,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         self._ngrams = NgramDrafts()
         self._by_exits: dict[int, ModelDrafts] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ class SmallModel:
         large: the model that it drafts for.
         holding: this device's engine.
         kv_tokens: positions that a conversation may have.
+        clock: seconds, to time its steps by.
 
     Attributes:
         part: the model over the conversation.
@@ -39,12 +39,7 @@ class SmallModel:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        large: Bundle,
-        holding: Holding,
-        kv_tokens: int,
-        clock: Callable[[], float] = time.monotonic,
+        self, folder: str | Path, large: Bundle, holding: Holding, kv_tokens: int, clock: Callable[[], float]
     ) -> None:
         bundle = Bundle.open(folder)
         check_tokenizer(bundle, large)

@@ -53,9 +53,7 @@ class Watch:
         waits: called again and again while something is awaited, with the time; it may raise.
     """
 
-    def __init__(
-        self, told: Told, waits: Callable[[float], None], enters: Callable[[int], int] = lambda alias: 0
-    ) -> None:
+    def __init__(self, told: Told, waits: Callable[[float], None], enters: Callable[[int], int]) -> None:
         self._told, self.waits, self._enters = told, waits, enters
         self._asked: dict[Hashable, _Question] = {}
         self._burst = 0  # bytes since something was last heard

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
 from isthmus.protocol.errors import BundleError
-from isthmus.split.manifest import FORMAT_VERSION, MAX_FILE_BYTES, FileEntry, check_model_name, check_name
+from isthmus.split.manifest import FORMAT_VERSION, FileEntry, check_files, check_model_name
 
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
 MAX_TENSORS, MAX_DIMS = 256, 16
@@ -30,7 +29,6 @@ DTYPES = (
     "bool",
 )
 _AGAIN = "split the model again"
-_HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 
 class Named(msgspec.Struct, frozen=True):
@@ -104,10 +102,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
                 one.check(what)
         if not set(self.kept) < {one.name for one in self.outputs}:
             raise BundleError("bundle.json keeps outputs that the model has not, or all of them", _AGAIN)
-        for name, entry in self.files.items():
-            check_name(name)
-            if not 0 <= entry.bytes <= MAX_FILE_BYTES or not _HEX.match(entry.sha256):
-                raise BundleError(f"bundle.json has no valid size and hash of {name}", _AGAIN)
+        check_files(self.files)
         for name in (DEVICE, CLOUD):
             if name not in self.files:
                 raise BundleError(f"bundle.json lists no {name}", _AGAIN)

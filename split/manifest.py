@@ -50,6 +50,18 @@ class FileEntry(msgspec.Struct, frozen=True):
     sha256: str
 
 
+def check_files(files: Mapping[str, FileEntry]) -> None:
+    """What a bundle.json says of its files.
+
+    Raises:
+        BundleError: a name that leads out of the bundle, or a size or a hash that is none.
+    """
+    for name, entry in files.items():
+        check_name(name)
+        if not 0 <= entry.bytes <= MAX_FILE_BYTES or not _HEX.match(entry.sha256):
+            raise BundleError(f"bundle.json has no valid size and hash of {name}", "fetch or split the model again")
+
+
 class TokenizerEntry(msgspec.Struct, frozen=True):
     """The tokenizer's file and what the file itself cannot say.
 
@@ -162,10 +174,7 @@ class Manifest(msgspec.Struct, frozen=True):
         if len(wire.weights) > MAX_NAME_CHARS or not wire.weights.isprintable():
             raise BundleError(f"bundle.json names the weight format {wire.weights[:MAX_NAME_CHARS]!r}", again)
         check_tokenizer(wire.tokenizer, config.vocab_size)
-        for name, entry in wire.files.items():
-            check_name(name)
-            if not 0 <= entry.bytes <= MAX_FILE_BYTES or not _HEX.match(entry.sha256):
-                raise BundleError(f"bundle.json has no valid size and hash of {name}", again)
+        check_files(wire.files)
         if config.n_layers > len(wire.files):
             raise BundleError(f"bundle.json lists {len(wire.files)} files for {config.n_layers} layers", again)
         manifest = cls(wire.name, wire.model_id, config, wire.weights, wire.tokenizer, wire.files, wire.exits)

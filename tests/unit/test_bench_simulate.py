@@ -77,6 +77,30 @@ def test_exit_asks_where_it_is_not_sure() -> None:
     assert outcome.wrong == 0
 
 
+def unsure(confidence: tuple[float, ...], right: tuple[bool, ...], times: int = 100) -> tuple[Answer, ...]:
+    """One answer along which an exit repeats itself."""
+    count = times * len(right)
+    return (Answer(100, (0,) * count, (0,) * count, {20: ExitFacts(confidence * times, right * times)}),)
+
+
+def test_exit_guesses_on_and_asks_about_all_at_once() -> None:
+    here = point(50, slow=1, factor=8, held=20)
+    # Half as sure twice, then hardly: three tokens a question, of which the cloud corrects the last.
+    outcome = fixed(here, "exit", unsure((0.5, 0.5, 0.1), (True, True, False)))
+    device = 99 * 2.0 * 20 / 30 + 300 * 7.25
+    cloud = 100 * 50 + here.cloud.rest(20, 102) + 99 * here.cloud.rest(20, 3)
+    assert outcome.seconds * 1e3 == pytest.approx(device + cloud, rel=1e-6)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_was_said_while_an_answer_was_awaited_counts_if_all_was_right(right: bool) -> None:
+    here = point(50, slow=1, factor=8, held=20)
+    outcome = fixed(here, "exit", unsure((0.5, 0.3), (True, right)))
+    device = 99 * 2.0 * 20 / 30 + (2 if right else 200) * 7.25
+    cloud = 100 * 50 + here.cloud.rest(20, 101) + 99 * here.cloud.rest(20, 2)
+    assert outcome.seconds * 1e3 == pytest.approx(device + cloud, rel=1e-6)
+
+
 def test_a_block_is_verified_in_one_round() -> None:
     here = point(50, slow=4, factor=1, held=20)
     for g in (1, 2, 4):
