@@ -7,7 +7,7 @@ of the answers calibrate, the others are played. Auto runs the device's own esti
 could measure. Fixed modes are all those that the wish allows, with every cut, codec and draft length that auto may
 choose; the cloud runs the device's model, more slowly.
 
-usage: python benchmarks/auto.py [--traces FOLDER] [--windows 3] [--answers 2] [--processes 2] [--record]
+usage: python benchmarks/auto.py [--traces FOLDER] [--windows 8] [--answers 2] [--processes 2] [--record]
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> int:
     """Plays the grid and writes results/auto.json, or auto-synthetic.json without traces."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", help="folder of PREFIX.up and PREFIX.down")
-    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--answers", type=int, default=2, help="in each window")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--record", action="store_true", help="record the facts of exits and n-grams first")

@@ -17,6 +17,7 @@ from isthmus.edge.figures import (
     Wish,
     between,
 )
+from isthmus.edge.pace import ROW_SHARE
 
 Way = Literal["local", "stream", "split", "exit", "verify"]
 SEGMENT_BYTES = 1500  # what a trip carries without taking longer
@@ -61,6 +62,7 @@ class Candidate:
         cut: layers on the device in split and exit mode, and of an exit that drafts; 0 otherwise.
         codec: of hidden states, empty where none travel.
         threshold: confidence from which on an exit emits.
+        asked: questions that are expected for each of its tokens.
         source: of drafts, empty where none are made.
         draft_tokens: of one block.
         depth: blocks under way at most.
@@ -75,6 +77,7 @@ class Candidate:
     cut: int = 0
     codec: str = ""
     threshold: float = 0.0
+    asked: float = 0.0
     source: str = ""
     draft_tokens: int = 0
     depth: int = 1
@@ -103,8 +106,8 @@ class Candidate:
 def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candidate]:
     """Every way that these figures know of, priced, those that may not be chosen included.
 
-    With k the cut, R the trip, q the questions for each token of an exit, a the share of drafts that is taken, E the
-    tokens of a round:
+    With k the cut, R the trip, q the questions for each token of an exit (`ExitFigures.asked`), a the share of drafts
+    that is taken, E the tokens of a round:
 
         local       t_device
         stream      max(t_cloud, bytes / downlink)
@@ -191,9 +194,11 @@ class _Priced:
         return self._priced("split", ms, rest, setup, cut, codec.name, lost=codec.disagreement)
 
     def exit(self, one: ExitFigures, codec: CodecFigures) -> Candidate:
-        asked = one.asked
+        step, trip = self._device.drafted(one.layer) + self._device.codec_ms, self._trip(codec.row_bytes)
+        once = self._cloud.rest(one.layer)
+        asked = one.asked((step + ROW_SHARE * once) / max(trip + once, 1e-3))
         rest = self._cloud.rest(one.layer, round(1.0 / max(asked, 1e-2)))
-        chain = self._device.drafted(one.layer) + self._device.codec_ms + asked * (self._trip(codec.row_bytes) + rest)
+        chain = step + asked * (trip + rest)
         on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
         setup, ms = self._hidden_ms(one.layer, codec), max(chain, on_wire)
         return self._priced(
@@ -204,6 +209,7 @@ class _Priced:
             one.layer,
             codec.name,
             threshold=one.threshold,
+            asked=asked,
             lost=one.disagreement,
             why_not="" if self._standing.greedy else "its certificate holds for greedy answers",
         )
@@ -241,6 +247,7 @@ class _Priced:
         codec: str = "",
         *,
         threshold: float = 0.0,
+        asked: float = 0.0,
         source: str = "",
         drafted: int = 0,
         depth: int = 1,
@@ -253,7 +260,8 @@ class _Priced:
         ms *= self._pace.get(mode, 1.0)
         total = setup + ms * max(1, self._standing.remaining)
         why_not = self._never or self._why_not(mode, cut, lost) or why_not
-        return Candidate(mode, cut, codec, threshold, source, drafted, depth, ms, setup, total, cloud_ms, why_not)
+        settings = (cut, codec, threshold, asked, source, drafted, depth)
+        return Candidate(mode, *settings, ms, setup, total, cloud_ms, why_not)
 
     def _why_not(self, mode: Way, cut: int, lost: float) -> str:
         device = self._device

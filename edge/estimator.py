@@ -165,7 +165,8 @@ class Estimator:
         self.link = LinkEstimator(trip_ms)
         self._device = self._cloud = 1.0
         self._queued = Window(QUEUE_SPAN_S, QUEUED)
-        self._asked = {(one.layer, one.threshold): Share(one.asked) for one in known.exits}
+        # Questions over those expected: a share of tokens would not carry over to another link.
+        self._asked = {(one.layer, one.threshold): Share(1.0, TRUST / 2) for one in known.exits}
         self._accepted = {(one.source, one.layer): Share(one.accepted) for one in known.drafts}
         self._expected = {
             (one.source, one.layer, g): tokens - 1.0 for one in known.drafts for g, tokens in one.tokens_a_round
@@ -196,9 +197,10 @@ class Estimator:
         """How long work waited in the cloud before it began."""
         self._queued.add(now_s, ms)
 
-    def exit(self, layer: int, threshold: float, asked: int) -> None:
-        """A token of exit mode has come, after so many questions."""
-        self._asked[layer, threshold].saw(asked, 1.0)
+    def exit(self, layer: int, threshold: float, asked: int, expected: float) -> None:
+        """A token of exit mode has come, after so many questions; these figures `expected` so many for a token."""
+        share = self._asked[layer, threshold]
+        share.saw(asked, expected / share.value)
 
     def block(self, source: DraftSource, layer: int, g: int, drafted: int, taken: int) -> None:
         """A block of up to g drafts was checked: so many were drafted, so many taken."""
@@ -230,7 +232,8 @@ class Estimator:
         )
 
     def _exit(self, one: ExitFigures) -> ExitFigures:
-        return replace(one, asked=min(1.0, self._asked[one.layer, one.threshold].value))
+        more = self._asked[one.layer, one.threshold].value
+        return replace(one, unsure=min(1.0, one.unsure * more), guessed=min(1.0, one.guessed * more))
 
     def _drafts(self, one: DraftFigures) -> DraftFigures:
         luck = self._luck[one.source, one.layer].value

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from isthmus.edge.events import Verified
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.local import LocalPart
-from isthmus.edge.pace import Pace
+from isthmus.edge.pace import LIKELY, Pace
 from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
 from isthmus.engine.part import Part, Rows, Want
@@ -24,7 +24,6 @@ from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 
-LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
 GAMBLE = 0.1  # probability that a question's guesses are all right below which nothing is said while it is under way
 REMEMBERED = 512  # answers of an exit
 KEPT_STATES = 256  # positions, where nobody has asked for states

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from isthmus.edge.pace import LIKELY
 from isthmus.protocol.errors import DeviceError
 
 Prefer = Literal["speed", "cloud-cost", "privacy"]
@@ -154,19 +155,30 @@ class ExitFigures:
     Attributes:
         layer: it stands before this layer.
         threshold: confidence from which on it may emit.
-        asked: questions to the cloud for each token: where it is not sure, and what it guesses is not right either.
+        unsure: share of tokens that it is not sure of.
+        guessed: share of tokens that it guesses right all the same, and goes on from, where guesses cost nothing.
         disagreement: certified bound on the share of tokens that differ from the whole model's.
         codec: how hidden states travel that the promise holds for.
     """
 
     layer: int
     threshold: float
-    asked: float
+    unsure: float
+    guessed: float
     disagreement: float
     codec: str = "coded"
 
     def __post_init__(self) -> None:
-        _check_shares(self, "asked", "disagreement")
+        _check_shares(self, "unsure", "guessed", "disagreement")
+
+    def asked(self, even: float) -> float:
+        """Questions to the cloud for each token: where it is not sure, and makes no guess that is right either.
+
+        Args:
+            even: the probability from which on a guess pays; one that it is not sure of lies below its threshold.
+        """
+        made = (self.threshold - max(even, LIKELY)) / max(self.threshold - LIKELY, 1e-3)
+        return max(0.0, self.unsure - self.guessed * max(0.0, made))
 
 
 @dataclass(frozen=True, slots=True)

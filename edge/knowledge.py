@@ -188,7 +188,7 @@ class Knowledge:
     def said(self, asked: int) -> None:
         """A token of exit mode has come, and so many questions were asked since the one before."""
         if self._estimator is not None and self.choice is not None:
-            self._estimator.exit(self.choice.cut, self.choice.threshold, asked)
+            self._estimator.exit(self.choice.cut, self.choice.threshold, asked, self.choice.asked)
 
     def paced(self, tokens: int, seconds: float) -> None:
         """A round of the way that is in use has given so many tokens."""

@@ -6,9 +6,10 @@ import math
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens that may be drafted for one question
 SEVERAL = 2  # tokens at least of a block that follows another: a message has more bytes around them than they have
+LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
 FREE_S = 2e-4  # drafting that takes less costs nothing
 _FORGET = 0.97  # of what was seen, with each answer
-_ROW = 0.2  # what a further row of a pass costs, of the first one
+ROW_SHARE = 0.2  # what a further row of a pass costs the cloud, of the first
 
 
 class Pace:
@@ -55,7 +56,7 @@ class Pace:
         self._right = _FORGET * self._right + right
         self._wrong = _FORGET * self._wrong + (guesses - right)
         self._trip_s = _mean(self._trip_s, max(0.0, took_s - engine_s))
-        self._pass_s = _mean(self._pass_s, engine_s / (1 + _ROW * (rows - 1)))
+        self._pass_s = _mean(self._pass_s, engine_s / (1 + ROW_SHARE * (rows - 1)))
 
     def length(self, idle: bool = False) -> int:
         """Tokens to draft for the next question.
@@ -95,14 +96,14 @@ class Pace:
         saves a trip and a pass. 0 until that is known.
         """
         saved_s = self.answer_s()
-        return (self.draft_s + _ROW * self._pass_s) / saved_s if saved_s else 0.0
+        return (self.draft_s + ROW_SHARE * self._pass_s) / saved_s if saved_s else 0.0
 
     def ahead(self) -> int:
         """Guesses that may be under way unchecked when more are drafted."""
         return max(1, int(math.log(self._floor) / math.log(min(max(self.acceptance, 0.05), 0.98))))
 
     def _check_s(self, rows: int) -> float:
-        return self._pass_s * (1 + _ROW * (rows - 1))
+        return self._pass_s * (1 + ROW_SHARE * (rows - 1))
 
 
 def _mean(mean: float, seen: float) -> float:

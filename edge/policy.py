@@ -12,7 +12,7 @@ from isthmus.edge.token import Mode
 from isthmus.protocol.errors import DeviceError
 
 STEADY = ("local", "stream")  # ways that a bad link delays once, not for every token
-RISK = 0.15  # share of what remains that any other way must save over these
+RISK = 0.08  # share of what remains that any other way must save over these
 VARIES = 0.03  # how much more of it on a link whose trips are twice as long at times
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
 HOPE = 4.0  # times the known uplink that the real one may be

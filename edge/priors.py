@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 from isthmus.edge import budget
 from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, round_of
+from isthmus.edge.pace import ROW_SHARE
 from isthmus.edge.stopwatch import Sizes, Stopwatch
 from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.messages import Offer
 from isthmus.split.bundle import Bundle
 
 TRIP_MS = 50.0  # of a link over which nothing was sent yet
-ROW_SHARE = 0.2  # what a further row of a pass costs the cloud, of the first
 PREFILL_SHARE = 0.15  # what one row of a prompt costs it
 CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers
 CODEC_MS = 0.1
 CODED = "coded"  # exit mode's own codec
 LENGTHS = (1, 2, 3, 4, 6)
 SMALL_ACCEPTED = 0.6  # of a small model's drafts, until some were checked
+GUESSED = 0.7  # of an exit's right guesses those that are made: the others follow a wrong one, or unlikely ones
 DRAFTING = 2  # exits that may draft: the deepest are the ones whose drafts are taken
 
 # SmolLM2's own chat answers, 10,348 tokens of 100 of them: (g, tokens of a round), (g, rows that it costs the cloud).
@@ -85,16 +86,18 @@ def drafts(
 def exits(bundle: Bundle, layers: Sequence[int]) -> tuple[ExitFigures, ...]:
     """Of the exits before those layers the ones that may emit, as their certificates say.
 
-    What is neither said for certain nor guessed right takes a question: with agreement a, emitted share c and risk r
-    that are 1 - a - r of the tokens, of c - r right ones and of a - (c - r) right guesses.
+    With agreement a, emitted share c and risk r the exit is right, and not sure of it, about a - (c - r) of the tokens.
     """
     found = []
     for one in bundle.exits:
         certificate = one.certificate
         if one.layer in layers and certificate is not None:
-            asked = min(1.0 - certificate.emitted, max(0.0, 1.0 - one.agreement.answers - certificate.risk))
+            right = one.agreement.answers - (certificate.emitted - certificate.risk)
+            unsure, guessed = 1.0 - certificate.emitted, GUESSED * max(0.0, right)
             threshold = min(1.0, certificate.threshold)
-            found.append(ExitFigures(one.layer, threshold, asked, certificate.disagreement, CODED))
+            found.append(
+                ExitFigures(one.layer, threshold, unsure, min(unsure, guessed), certificate.disagreement, CODED)
+            )
     return tuple(found)
 
 

@@ -9,10 +9,10 @@ from isthmus.apps.bench.conversation import CHUNK, Conversation
 from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Note
 from isthmus.edge.costs import ANSWER_BYTES, NEWS_BYTES, TOKEN_BYTES, Candidate
-from isthmus.edge.exit import GAMBLE, LIKELY
+from isthmus.edge.exit import GAMBLE
 from isthmus.edge.figures import Figures
 from isthmus.edge.modes import GUESSES
-from isthmus.edge.priors import ROW_SHARE
+from isthmus.edge.pace import LIKELY, ROW_SHARE
 
 
 class Player(Protocol):
@@ -121,11 +121,11 @@ class _Hidden:
     """What split and exit mode share: hidden states go up."""
 
     def __init__(self, talk: Conversation, choice: Candidate, row_bytes: float) -> None:
-        self._talk, self._choice, self._row_bytes = talk, choice, row_bytes
+        self._talk, self.choice, self._row_bytes = talk, choice, row_bytes
 
     def _compute(self, last_ms: float) -> float:
         """Computes the rows that the cloud lacks and sends all but the last chunk; bytes of that one."""
-        talk, cut = self._talk, self._choice.cut
+        talk, cut = self._talk, self.choice.cut
         sent, total = talk.sent.get(cut, 0), talk.total
         at = min(sent, talk.held(cut), total - 1)
         while total - at > CHUNK:
@@ -141,7 +141,7 @@ class _Hidden:
 
     def _ask(self, size: float, sent_before: float, guesses: int = 0) -> Note:
         """Asks for the next token, and whether so many guesses are right."""
-        talk, cut, tag = self._talk, self._choice.cut, self._talk.tag()
+        talk, cut, tag = self._talk, self.choice.cut, self._talk.tag()
         cloud, costs, total, asked = talk.cloud, talk.costs, talk.total, talk.world.now
 
         def price() -> float:
@@ -166,7 +166,7 @@ class Split(_Hidden):
 
     def round(self) -> None:
         """One token."""
-        size = self._compute(self._talk.device.through(self._choice.cut))
+        size = self._compute(self._talk.device.through(self.choice.cut))
         self._ask(40 + size, 0.0)
         self._talk.emit(1)
 
@@ -185,12 +185,12 @@ class Exit(_Hidden):
 
     def round(self) -> None:
         """A token that the exit is sure of, or all that a question brings."""
-        talk, cut = self._talk, self._choice.cut
+        talk, cut = self._talk, self.choice.cut
         at = talk.made
         facts = talk.answer.exits[cut]
         step_ms = talk.device.drafted(cut)
         size = self._compute(self._work(step_ms))
-        if facts.confidence[at] >= self._choice.threshold:
+        if facts.confidence[at] >= self.choice.threshold:
             talk.lay(size, lambda: None)
             talk.wrong += not facts.right[at]
             self._told(0)
@@ -200,14 +200,14 @@ class Exit(_Hidden):
         while end - at < GUESSES and odds >= max(LIKELY, self._even(step_ms)) and end + 1 < talk.answer.tokens:
             end += 1
             talk.world.work(self._work(step_ms) + talk.device.codec_ms)
-            sure = facts.confidence[end] >= self._choice.threshold
+            sure = facts.confidence[end] >= self.choice.threshold
             odds *= 1.0 if sure else facts.confidence[end]
         size += (end - at) * self._row_bytes
         talk.lay(size, lambda: None)
         began = talk.world.now
         self._ask(ANSWER_BYTES, size if size > 3 * self._row_bytes else 0.0, end - at)
         self._answer_ms = (talk.world.now - began) / MS
-        stands = [facts.right[i] or facts.confidence[i] >= self._choice.threshold for i in range(at, end + 1)]
+        stands = [facts.right[i] or facts.confidence[i] >= self.choice.threshold for i in range(at, end + 1)]
         count = next((i + 1 for i, stood in enumerate(stands) if not stood), len(stands))
         talk.wrong += sum(not facts.right[at + i] for i in range(count) if stands[i])
         self._ahead_ms = self._answer_ms if all(stands) and odds >= GAMBLE else 0.0
@@ -225,12 +225,12 @@ class Exit(_Hidden):
         return ms - done
 
     def _even(self, step_ms: float) -> float:
-        pass_ms = self._talk.costs.rest(self._choice.cut)
+        pass_ms = self._talk.costs.rest(self.choice.cut)
         return (step_ms + ROW_SHARE * pass_ms) / self._answer_ms if self._answer_ms else 0.0
 
     def _told(self, asked: int) -> None:
         if self._talk.sight.estimator is not None:
-            self._talk.sight.estimator.exit(self._choice.cut, self._choice.threshold, asked)
+            self._talk.sight.estimator.exit(self.choice.cut, self.choice.threshold, asked, self.choice.asked)
 
 
 class Verify:

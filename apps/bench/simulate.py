@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from isthmus.apps.bench.conversation import Conversation, GaveUp, Sight
 from isthmus.apps.bench.facts import Answer, draft_figures
-from isthmus.apps.bench.players import Pipelined, Player, Verify, player
+from isthmus.apps.bench.players import Exit, Pipelined, Player, Verify, player
 from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Engine, Way, World
 from isthmus.edge.costs import Candidate, candidates
@@ -305,8 +305,8 @@ class _Game:
             return
         if plan.choice.key == choice.key:
             self._choice = plan.choice
-            if isinstance(self._player, Verify | Pipelined):
-                self._player.choice = plan.choice  # whose drafts may be longer now
+            if isinstance(self._player, Exit | Verify | Pipelined):
+                self._player.choice = plan.choice  # whose drafts may be longer now, and whose questions fewer
         elif choice.mode != "local" or self._rest.over(talk.now_s):
             self._take(plan)
             return

@@ -12,7 +12,9 @@ from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, Draf
 DEVICE = DeviceFigures(20, 30, ((1, 0.25), (20, 5.0), (30, 7.5)), 2.0, 0.25, 1.5)
 CLOUD = CloudFigures(30, ((1, 9.5), (2, 11.0), (4, 14.0)), 2.0, 1.5)
 DRAFTS = DraftFigures("exit", 20, 7.25, 0.5, ((1, 1.5), (2, 1.75)), ((1, 2.0), (2, 3.0)))
-KNOWN = Figures(DEVICE, CLOUD, None, (ExitFigures(20, 0.8, 0.6, 0.05),), (DRAFTS,), (CodecFigures("coded", 384, 0.0),))
+KNOWN = Figures(
+    DEVICE, CLOUD, None, (ExitFigures(20, 0.8, 0.6, 0.2, 0.05),), (DRAFTS,), (CodecFigures("coded", 384, 0.0),)
+)
 
 
 def test_the_first_greeting_counts_until_there_is_more() -> None:
@@ -105,10 +107,10 @@ def test_steps_scale_the_figures() -> None:
 def test_exits_and_drafts_are_counted() -> None:
     learning = Estimator(KNOWN)
     for _ in range(500):
-        learning.exit(20, 0.8, 0)
+        learning.exit(20, 0.8, 0, learning.figures(0.0).exits[0].asked(0.0))
         learning.block("exit", 20, 2, 2, 2)
     found = learning.figures(0.0)
-    assert found.exits[0].asked < 0.25
+    assert found.exits[0].unsure < 0.25 and found.exits[0].asked(0.0) < 0.15
     assert found.drafts[0].accepted > 0.75
     once, twice = (tokens for _, tokens in found.drafts[0].tokens_a_round)
     assert once > 1.7 and twice > 2.3  # a length that was not tried gains by the one that was

@@ -20,6 +20,7 @@ from isthmus.edge.figures import (
     Wish,
     round_of,
 )
+from isthmus.edge.pace import LIKELY
 from isthmus.edge.policy import MARGIN, PATIENCE, choose, decide, explain, worth_probing
 from isthmus.protocol.errors import DeviceError
 
@@ -37,7 +38,7 @@ def figures(
 ) -> Figures:
     device = DeviceFigures(held, 30, tuple((k, slow * ms) for k, ms in LAYERS_MS), 2 * slow, 0.25 * slow, 2 * slow)
     cloud = CloudFigures(30, tuple((n, factor * ms) for n, ms in ROWS_MS), 2 * factor, 2 * factor, 0.0, same)
-    exits = (ExitFigures(20, 0.8, 0.62, 0.05), ExitFigures(20, 0.95, 0.8, 0.01))
+    exits = (ExitFigures(20, 0.8, 0.62, 0.1, 0.05), ExitFigures(20, 0.95, 0.8, 0.0, 0.01))
     drafted = device.drafted(20)
     lengths = (1, 2, 4)
     drafts = (
@@ -88,8 +89,11 @@ def test_prices_are_those_of_the_formulas() -> None:
     assert found["split 20 f16"] == pytest.approx(20 + 50 + 8 * (7.5 / 3 + 2))
     assert found["split 20 f32"] == pytest.approx(20 + 50 + 3.616 + 8 * (7.5 / 3 + 2))
     drafted = 20 + 1 + 8
-    rest_2_rows = 8 * (8.5 / 3 + 2)
-    assert found["exit 20 coded at 0.8"] == pytest.approx(drafted + 0.62 * (50 + rest_2_rows))
+    rest = 8 * (7.5 / 3 + 2)
+    even = (drafted + 0.2 * rest) / (50 + rest)  # from which on a guess pays; some of a tenth are made
+    asked = 0.62 - 0.1 * (0.8 - even) / (0.8 - LIKELY)
+    assert 0.52 < asked < 0.62
+    assert found["exit 20 coded at 0.8"] == pytest.approx(drafted + asked * (50 + 8 * (8.5 / 3 + 2)))
     assert found["exit 20 coded at 0.95"] == pytest.approx(drafted + 0.8 * (50 + 8 * (7.5 / 3 + 2)))
     assert found["verify exit 20 x2"] == pytest.approx(
         (2 * drafted + 0.53**2 * 16 / 3 + 50 + 96) / (1 + 0.53 + 0.53**2)
@@ -135,7 +139,7 @@ def test_an_uplink_is_measured_only_where_that_could_change_the_mode() -> None:
 
 
 def test_a_volatile_link_is_worth_less_than_its_median() -> None:
-    calm, wild = link(20, 20), link(20, 300)
+    calm, wild = link(20, 20), link(20, 400)
     known = replace(figures(20, factor=8, held=20), link=calm)
     assert decide(known, LOOSE, FRESH).choice.mode == "exit"
     assert decide(replace(known, link=wild), LOOSE, FRESH).choice.mode == "stream"
