@@ -36,9 +36,10 @@ from isthmus.apps.bench.facts import Answer, ExitFacts, guessed
 from isthmus.apps.bench.relay import LinkProfile, Relay
 from isthmus.apps.bench.simulate import LinkPlan, Point, Window, play_auto
 from isthmus.edge import Device, Timeouts, priors
-from isthmus.edge.exit import ExitSpeaker, Said
+from isthmus.edge.exit import ExitSpeaker
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, Wish
 from isthmus.edge.local import LocalPart
+from isthmus.edge.model_drafts import Said
 from isthmus.engine import KvConfig, Rows, Want, open_part
 from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain

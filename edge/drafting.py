@@ -22,6 +22,7 @@ from isthmus.split.bundle import Bundle
 
 NGRAMS, EXIT, MODEL = "ngrams", "exit", "model"
 Chosen = tuple[str, int, int]
+FLOOR = 0.04  # as `Pace.floor`, of drafts that say how sure they are: fewer of them go up in vain
 
 
 class Drafting:
@@ -58,7 +59,7 @@ class Drafting:
         self._by_exits: dict[int, ModelDrafts] = {}
         self.small: SmallModel | None = None
         self._exits, self._source = exits, str(source)
-        self.pace = Pace(depth, acceptance=0.3 if source == NGRAMS else 0.5)
+        self.pace = _pace(source == NGRAMS, depth)
         self._paces: dict[tuple[str, int, int], Pace] = {}
         if source not in (NGRAMS, EXIT):
             self.small = SmallModel(source, bundle, holding, kv_tokens, clock)
@@ -85,7 +86,7 @@ class Drafting:
         model = self.small.drafts if self.small is not None else None
         pace = self.pace
         if chosen is not None:
-            pace = self._paces.setdefault(chosen, Pace(chosen[2], acceptance=0.3 if chosen[0] == "ngram" else 0.5))
+            pace = self._paces.setdefault(chosen, _pace(chosen[0] == "ngram", chosen[2]))
             model = self._exit(chosen[1]) if chosen[0] == EXIT else model if chosen[0] == MODEL else None
         elif self._source == EXIT:
             model = self._exit(self._exits.layer(None))
@@ -110,3 +111,7 @@ class Drafting:
         """Frees the small model."""
         if self.small is not None:
             self.small.close()
+
+
+def _pace(ngrams: bool, depth: int) -> Pace:
+    return Pace(depth, acceptance=0.3) if ngrams else Pace(depth, acceptance=0.5, floor=FLOOR)

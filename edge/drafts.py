@@ -51,6 +51,9 @@ class NgramDrafts:
             context.append(token)
         return drafted
 
+    def odds(self, count: int) -> None:
+        """See `verify.Drafts`: that is not known."""
+
     def _keys(self, tokens: list[int]) -> list[tuple[int, ...]]:
         """The n-grams that tokens end with, the longest first."""
         return [tuple(tokens[-n:]) for n in self._lengths if n <= len(tokens)]

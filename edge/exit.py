@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from isthmus.edge.events import Verified
 from isthmus.edge.link import Link, Restart
 from isthmus.edge.local import LocalPart
+from isthmus.edge.model_drafts import Said
 from isthmus.edge.pace import LIKELY, Pace
 from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
@@ -29,17 +30,6 @@ REMEMBERED = 512  # answers of an exit
 KEPT_STATES = 256  # positions, where nobody has asked for states
 AHEAD_ROWS = 4  # whose states are sent together while nobody asks for them
 _HASH_BYTES = 4  # of a prefix on the wire: enough, since a wrong one can only be refused
-
-
-class Said(NamedTuple):
-    """What an exit says comes next.
-
-    Attributes:
-        confidence: probability of its most likely token.
-    """
-
-    token: int
-    confidence: float
 
 
 class _Question(NamedTuple):
@@ -107,11 +97,15 @@ class ExitSpeaker:
             self._said.popitem(last=False)
         return said
 
-    def sample(self, log: Chain, sampling: Sampling) -> int:
+    def draft(self, log: Chain, sampling: Sampling) -> Said:
         """See `model_drafts.Speaker`; of its states only the last are kept."""
-        token = self.say(log, sampling).token
+        said = self.say(log, sampling)
         self.sent(len(log) - KEPT_STATES)
-        return token
+        return said
+
+    def sample(self, log: Chain, sampling: Sampling) -> int:
+        """The token that it drafts."""
+        return self.draft(log, sampling).token
 
     def states(self, log: Chain, start: int, end: int) -> NDArray[np.float32]:
         """The hidden states before layer `cut` of positions [start, end), which were said before: [n, d_model] f32."""

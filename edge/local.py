@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.edge.coverage import Coverage
-from isthmus.engine.part import Part, Rows, Want
+from isthmus.edge.model_drafts import Said
+from isthmus.engine.part import Part, Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, OutOfBlocks
@@ -34,7 +36,7 @@ class LocalPart:
         self._coverage = Coverage()
         self._log = Chain()  # that the KV is for
         self._last: tuple[int, int, NDArray[np.float32]] | None = None  # cut, position, hidden [n, d_model]
-        self._sampled: tuple[bytes, Sampling, int] | None = None  # a log's head, how, and the token after it
+        self._sampled: tuple[bytes, Sampling, Said] | None = None  # a log's head, how, and what comes after it
 
     def held(self, depth: int, log: Chain) -> int:
         """Leading positions of a log whose KV of layers [0, depth) is held."""
@@ -50,17 +52,15 @@ class LocalPart:
         Raises:
             DeviceError: no room is left for KV.
         """
-        if self._sampled is not None and self.remembers(log, sampling):
-            return self._sampled[2]
-        depth, end = self.part.end, len(log)
-        self.truncate(self._log.common(log))
-        start = self._back_to(min(self._coverage.at(depth), end - 1))
-        while end - start > CHUNK:
-            self._step(log, start, start + CHUNK, depth, Want.NONE, sampling)
-            start += CHUNK
-        token = self._step(log, start, end, depth, Want.SAMPLE, sampling)[0][0]
-        self._sampled = log.head, sampling, token
-        return token
+        return self._say(log, sampling, Want.SAMPLE).token
+
+    def draft(self, log: Chain, sampling: Sampling) -> Said:
+        """See `model_drafts.Speaker`.
+
+        Raises:
+            DeviceError: no room is left for KV.
+        """
+        return self._say(log, sampling, Want.SAMPLE | Want.CONFIDENCE)
 
     def advance(self, log: Chain, rows: int) -> None:
         """Computes KV of up to `rows` more positions before the log's last.
@@ -95,7 +95,7 @@ class LocalPart:
         while at < end:
             stop = min(at + min(chunk, CHUNK), end, start if at < start else end)
             want = Want.NONE if at < start else Want.HIDDEN
-            hidden = self._step(log, at, stop, cut, want)[1]
+            hidden = self._step(log, at, stop, cut, want).hidden
             if want:
                 self._last = (cut, at, hidden)
                 yield at, hidden
@@ -110,6 +110,22 @@ class LocalPart:
         """Frees KV and weights."""
         self._sequence.close()
         self.part.close()
+
+    def _say(self, log: Chain, sampling: Sampling, want: Want) -> Said:
+        if self._sampled is not None and self.remembers(log, sampling):
+            said = self._sampled[2]
+            if not (want & Want.CONFIDENCE and math.isnan(said.confidence)):
+                return said
+        depth, end = self.part.end, len(log)
+        self.truncate(self._log.common(log))
+        start = self._back_to(min(self._coverage.at(depth), end - 1))
+        while end - start > CHUNK:
+            self._step(log, start, start + CHUNK, depth, Want.NONE, sampling)
+            start += CHUNK
+        result = self._step(log, start, end, depth, want, sampling)
+        said = Said(result.tokens[0], float(result.confidence[0]) if want & Want.CONFIDENCE else math.nan)
+        self._sampled = log.head, sampling, said
+        return said
 
     def _back_to(self, length: int) -> int:
         """Cuts the sequence back to `length`; where a window has given the needed blocks back, to nothing."""
@@ -128,7 +144,7 @@ class LocalPart:
 
     def _step(
         self, log: Chain, start: int, end: int, depth: int, want: Want, sampling: Sampling | None = None
-    ) -> tuple[list[int], NDArray[np.float32]]:
+    ) -> StepResult:
         rows = Rows().tokens(
             self._sequence,
             start,
@@ -147,4 +163,4 @@ class LocalPart:
             ) from error
         self._coverage.extend(end, depth)
         self._log.follow(log, end)
-        return result.tokens, result.hidden
+        return result

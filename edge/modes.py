@@ -103,7 +103,7 @@ class Modes:
         if welcome is None or CAN_VERIFY not in welcome.capabilities:
             return None
         drafts = Retold([*self._log.tokens, *guesses])
-        pace = Pace(depth=8, acceptance=0.95, floor=1e-9, blocks=(m.MAX_DRAFT,))
+        pace = Pace(depth=8, acceptance=0.95, blocks=(m.MAX_DRAFT,))
         return VerifyRunner(link, self._log, options.sampling, self._eos, drafts, pace)
 
     def default_cut(self) -> int:

@@ -29,7 +29,7 @@ class Pace:
     def __init__(
         self, depth: int = 1, acceptance: float = 0.5, floor: float = 0.06, blocks: tuple[int, ...] = BLOCKS
     ) -> None:
-        self.depth, self._floor, self._blocks = depth, floor, blocks
+        self.depth, self.floor, self._blocks = depth, floor, blocks
         self._right, self._wrong = 4 * acceptance, 4 * (1 - acceptance)
         self.draft_s = self._trip_s = self._pass_s = 0.0
 
@@ -98,9 +98,14 @@ class Pace:
         saved_s = self.answer_s()
         return (self.draft_s + ROW_SHARE * self._pass_s) / saved_s if saved_s else 0.0
 
-    def ahead(self) -> int:
-        """Guesses that may be under way unchecked when more are drafted."""
-        return max(1, int(math.log(self._floor) / math.log(min(max(self.acceptance, 0.05), 0.98))))
+    def odds(self, guesses: int, sure: float | None = None) -> float:
+        """Probability that so many guesses are all right, as far as acceptance tells, and who made them.
+
+        Args:
+            sure: how sure that one is, which may be too sure: the geometric mean of both counts; None for nothing.
+        """
+        told = min(self.acceptance, 0.98) ** guesses
+        return told if sure is None else math.sqrt(told * sure)
 
     def _check_s(self, rows: int) -> float:
         return self._pass_s * (1 + ROW_SHARE * (rows - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,10 @@ class Drafts(Protocol):
         """
         ...
 
+    def odds(self, count: int) -> float | None:
+        """How sure who drafts is that the next `count` drafts, made already, are all right; None if it is not told."""
+        ...
+
 
 @dataclass(slots=True)
 class _Block:
@@ -52,12 +57,14 @@ class _Block:
         position: of the first.
         end: after the last.
         guessed: from here on they are guesses.
+        odds: that all of these are right, if those before them are.
     """
 
     position: int
     end: int
     guessed: int
     sent_s: float
+    odds: float = 1.0
 
 
 class VerifyRunner:
@@ -164,7 +171,7 @@ class VerifyRunner:
         told, flight, pace = self._told, self._flight, self._pace
         room = goal - 1 - self._sent  # the last token wanted is the answer to the one before it
         known = told.tokens[self._sent :]  # the cloud's own word, which no block has carried yet
-        if flight and (len(flight) >= pace.depth or len(told) - self._sure >= pace.ahead()):
+        if flight and (len(flight) >= pace.depth or math.prod(block.odds for block in flight) < pace.floor):
             return False
         if room < len(known) or (known and known[-1] in self._eos):
             return False
@@ -178,9 +185,10 @@ class VerifyRunner:
         at, lane = self._sent, self._lane
         draft = m.Draft(lane.alias, lane.epoch, at, told.at(at)[:_HASH_BYTES], known + guesses)
         self._link.draft(lane, draft, told.at(at))
+        odds = self._drafts.odds(len(guesses))
         told.extend(guesses)
         self._drafts.extend(guesses)
-        flight.append(_Block(at, len(told), at + len(known), now))
+        flight.append(_Block(at, len(told), at + len(known), now, pace.odds(len(guesses), odds)))
         self._sent = len(told)
         return True
 

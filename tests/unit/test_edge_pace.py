@@ -51,4 +51,6 @@ def test_several_blocks_keep_the_cloud_from_falling_behind() -> None:
 
 
 def test_guesses_under_way_are_likely_enough() -> None:
-    assert paced(0.01, 0.05, 0.005, 9, 1).ahead() > paced(0.01, 0.05, 0.005, 1, 9).ahead() >= 1
+    good, bad = paced(0.01, 0.05, 0.005, 9, 1), paced(0.01, 0.05, 0.005, 1, 9)
+    assert good.odds(0) == 1.0 and good.odds(8) > good.floor > bad.odds(8)
+    assert good.odds(8) == pytest.approx(good.acceptance**8)

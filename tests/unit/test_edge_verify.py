@@ -45,6 +45,9 @@ class HalfRight:
         self.drafted += len(known)
         return [(t + 1) % 256 if self._random.random() < self._wrong else t for t in known]
 
+    def odds(self, count: int) -> float | None:
+        return None if self._wrong == 0.3 else float((1.0 - self._wrong) ** count)
+
 
 def verifying(wire: LossyWire, wrong: float, depth: int, text: list[int], seed: int = 0, **options: Any) -> Any:
     one = device(wire, "verify", draft_depth=depth, **options)
