@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from isthmus.cloud import replies
 from isthmus.cloud.admission import ServiceLimits
 from isthmus.cloud.attendant import Attendant
+from isthmus.cloud.graphs import Graph, Graphs
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer, ServerTransport
@@ -35,9 +36,11 @@ from isthmus.protocol.messages import (
     GetManifest,
     GetRange,
     Hello,
+    Infer,
     Limits,
     Manifest,
     Message,
+    Offer,
     Open,
     Ping,
     Pong,
@@ -79,6 +82,7 @@ class Service:
 
     Args:
         models: what is served; closed with the service.
+        graphs: networks that were cut, whose second parts are served, too.
         transport: where devices connect; closed with the service.
         allowed: whose keys are whose; None when the transport is in the clear.
         clock: seconds, monotonic.
@@ -96,9 +100,10 @@ class Service:
         limits: ServiceLimits | None = None,
         link_limits: LinkLimits = LIMITS,
         clock: Callable[[], float] = time.monotonic,
+        graphs: Sequence[Graph] = (),
     ) -> None:
         self.models = {model.offer.model_id: model for model in models}
-        if not models or len(self.models) < len(models):
+        if not (models or graphs) or len(self.models) < len(models):
             raise ServiceError("no model, or the same model twice", "name each bundle once")
         self.limits = limits or ServiceLimits()
         self.metrics = Metrics()
@@ -108,6 +113,8 @@ class Service:
         self._clock = clock
         self._peers: dict[bytes, Peer] = {}
         self._registry = Registry(self.models, self._peers, self.limits, self.metrics)
+        bounds = {"max_message_bytes": link_limits.max_message_bytes, "max_waiting": self.limits.max_waiting}
+        self._graphs = Graphs(graphs, self.metrics, **bounds, retry_ms=self.limits.busy_retry_ms, clock=clock)
         self._count_principals()
         self._letters: deque[Letter] = deque()  # that came during a step
         self._attendant = Attendant(self._attend, transport.stirs)
@@ -119,15 +126,13 @@ class Service:
         self._chores_at_s = self._refresh_at_s = 0.0
         self._handlers: dict[type, Callable[[Peer, Any, str, int, float], None]] = {
             Open: self._open,
-            Rows: self._rows,
-            Generate: self._rows,
-            Draft: self._rows,
-            Fill: self._rows,
+            **dict.fromkeys((Rows, Generate, Draft, Fill), self._rows),
             Cancel: self._cancel,
             Close: self._close_session,
             Truncate: self._truncate,
             GetManifest: self._get_manifest,
             GetRange: self._get_range,
+            Infer: self._infer,
         }
 
     @property
@@ -168,7 +173,7 @@ class Service:
         return {
             "status": "stopping" if self._stop_asked else "ok",
             "version": VERSION,
-            "models": [model.offer.name for model in self.models.values()],
+            "models": [one.name for one in self._offers] + [one.name for one in self._graphs.offers],
             "sessions": len(self._registry),
             "connections": len(self._peers),
         }
@@ -183,6 +188,9 @@ class Service:
             if model.ready:
                 self._runner.step(model)
                 stepped = True
+        if self._graphs.ready:
+            self._graphs.step(self._attendant)
+            stepped = True
         if self._bulk:
             self._send_ranges(1 if stepped else _RANGES_A_TURN)
         for _ in range(min(_MESSAGES_A_TURN, len(self._letters))):
@@ -250,7 +258,7 @@ class Service:
                 return Letter(peer, message, principal, size, now_s)
             else:
                 if type(message) is Ping:
-                    peer.send(Pong(message.sent_us))
+                    peer.send(Pong(message.sent_us, bytes(message.wanted)))
                 peer.done(size)
         return None
 
@@ -300,8 +308,7 @@ class Service:
         peer.heard_s = now_s
         link = self._link_limits
         limits = Limits(link.max_message_bytes, link.credit_bytes, link.heartbeat_ms, link.max_rows)
-        offers = tuple(model.offer for model in self.models.values())
-        peer.send(Welcome(version, MIN_VERSION, (CAN_VERIFY,), offers, limits))
+        peer.send(Welcome(version, MIN_VERSION, (CAN_VERIFY,), self._offers, limits, self._graphs.offers))
 
     def _open(self, peer: Peer, message: Open, principal: str, size: int, now_s: float) -> None:
         self._only_while_running()
@@ -332,6 +339,10 @@ class Service:
         if reply is not None:
             peer.send(reply)
         self._registry.settle(session, model, peer)
+
+    def _infer(self, peer: Peer, message: Infer, principal: str, size: int, now_s: float) -> None:
+        self._only_while_running()
+        self._graphs.ask(peer, message, size, now_s)
 
     def _cancel(self, peer: Peer, message: Cancel, principal: str, size: int, now_s: float) -> None:
         session, model = self._registry.find(peer, message, principal)
@@ -371,7 +382,11 @@ class Service:
     # Odds and ends
 
     def _busy(self) -> bool:
-        return any(model.ready for model in self.models.values())
+        return self._graphs.ready or any(model.ready for model in self.models.values())
+
+    @property
+    def _offers(self) -> tuple[Offer, ...]:
+        return tuple(model.offer for model in self.models.values())
 
     def _only_while_running(self) -> None:
         if self._stop_asked:
@@ -380,7 +395,7 @@ class Service:
     def _refuse(self, peer: Peer, message: Any, error: Refusal) -> None:
         alias, epoch = getattr(message, "alias", None), getattr(message, "epoch", 0)
         fault = Fault(Code(error.code), error.problem[:1000], error.remedy[:1000], error.retry_ms, alias, epoch)
-        fault.position = getattr(message, "position", 0)
+        fault.position, fault.request = getattr(message, "position", 0), getattr(message, "request", 0)
         session = peer.aliases.get(alias) if alias is not None else None
         if session is not None and session in self._registry:
             fault.committed = session.committed
@@ -460,7 +475,7 @@ class Service:
         self.metrics.gauges = {
             "sessions": len(self._registry),
             "connections": len(self._peers),
-            "waiting_requests": sum(len(session.work) for session, _ in self._registry),
+            "waiting_requests": sum(len(session.work) for session, _ in self._registry) + self._graphs.waiting,
             "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
             "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
         }

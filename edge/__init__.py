@@ -9,15 +9,29 @@ if TYPE_CHECKING:
     from isthmus.edge.aio import AsyncDevice
     from isthmus.edge.device import Device
     from isthmus.edge.events import Timeouts
+    from isthmus.edge.graph import GraphDevice, GraphStats
     from isthmus.edge.provision import fetch_part
     from isthmus.edge.token import CutOff, Rollback, Stats, Token
 
-__all__ = ["AsyncDevice", "CutOff", "Device", "Rollback", "Stats", "Timeouts", "Token", "fetch_part"]
+__all__ = [
+    "AsyncDevice",
+    "CutOff",
+    "Device",
+    "GraphDevice",
+    "GraphStats",
+    "Rollback",
+    "Stats",
+    "Timeouts",
+    "Token",
+    "fetch_part",
+]
 
 _HOMES = {
     "AsyncDevice": "aio",
     "CutOff": "token",
     "Device": "device",
+    "GraphDevice": "graph",
+    "GraphStats": "graph",
     "Rollback": "token",
     "Stats": "token",
     "Timeouts": "events",

@@ -9,12 +9,12 @@ from 0; `prefix_hash` is the chain (`protocol.chain`) over all tokens before a p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.protocol import codes, fields
+from isthmus.protocol import arrays, codes, fields
 from isthmus.protocol.errors import ProtocolError
 from isthmus.protocol.fields import (
     HASH_BYTES,
@@ -31,12 +31,15 @@ from isthmus.protocol.fields import (
     SessionId,
     Tokens32,
 )
+from isthmus.protocol.graph_messages import Infer as Infer
+from isthmus.protocol.graph_messages import Inferred as Inferred
 
 Code = codes.Code  # what stands in messages may be named as they are
 Sampler = fields.Sampler
 Tensor = fields.Tensor
 Limits = fields.Limits
 Offer = fields.Offer
+GraphOffer = arrays.GraphOffer
 GREEDY = fields.GREEDY
 
 VERSION = 1
@@ -61,13 +64,18 @@ class Hello(Struct, array_like=True, tag=1):
 
 
 class Welcome(Struct, array_like=True, tag=2):
-    """Cloud -> device: the version agreed on, what is served, and the cloud's limits."""
+    """Cloud -> device: the version agreed on, what is served, and the cloud's limits.
+
+    Attributes:
+        offers, graphs: language models, and networks that were cut in two.
+    """
 
     version: U32
     min_version: U32
     capabilities: Names
     offers: Annotated[tuple[Offer, ...], Meta(max_length=256)]
     limits: Limits
+    graphs: Annotated[tuple[GraphOffer, ...], Meta(max_length=256)] = ()
 
 
 class Open(Struct, array_like=True, tag=3):
@@ -241,16 +249,19 @@ class Ping(Struct, array_like=True, tag=12):
 
     Attributes:
         padding: bytes that say nothing, to see how long they take.
+        wanted: bytes that the answer shall have.
     """
 
     sent_us: Micros
     padding: Annotated[bytes, Meta(max_length=MAX_PADDING)] = b""
+    wanted: Annotated[int, Meta(ge=0, le=MAX_PADDING)] = 0
 
 
 class Pong(Struct, array_like=True, tag=13):
     """Answer to a Ping."""
 
     sent_us: Micros
+    padding: Annotated[bytes, Meta(max_length=MAX_PADDING)] = b""
 
 
 class Credit(Struct, array_like=True, tag=14):
@@ -266,6 +277,7 @@ class Fault(Struct, array_like=True, tag=15):
         retry_ms: when to try again, 0 for never as it stands.
         alias, epoch, position: of the request; alias is None when it concerns the whole connection.
         committed, prefix_hash: what the session holds, when it is known.
+        request: the number of an Infer; 0 when it concerns none.
     """
 
     code: Code
@@ -277,6 +289,7 @@ class Fault(Struct, array_like=True, tag=15):
     position: U32 = 0
     committed: U32 = 0
     prefix_hash: Hash = b""
+    request: U32 = 0
 
 
 class GetManifest(Struct, array_like=True, tag=16):
@@ -388,7 +401,7 @@ class Verdict(Struct, array_like=True, tag=22):
     queue_us: Micros = 0
 
 
-Message = (
+Message: TypeAlias = (
     Hello
     | Welcome
     | Open
@@ -412,6 +425,8 @@ Message = (
     | Draft
     | Verdict
     | Fill
+    | Infer
+    | Inferred
 )
 
 _DRAFT_TAG = Draft.__struct_config__.tag
@@ -426,6 +441,8 @@ def encode(message: Message) -> list[bytes]:
         if tensor is not None and len(tensor.data) > INLINE_BYTES:
             bare = Tensor(tensor.codec, tensor.shape, tensor.plain, b"", tensor.stats)
             return [_encode(msgspec.structs.replace(message, hidden=bare)), tensor.data]
+    if isinstance(message, Infer | Inferred) and len(message.data) > INLINE_BYTES:
+        return [_encode(msgspec.structs.replace(message, data=b"")), message.data]
     if type(message) is Draft:  # the smallest and most frequent one: three bytes count
         return [_encode(_shortened(message))]
     return [_encode(message)]
@@ -457,6 +474,11 @@ def decode(frames: Sequence[bytes]) -> Message:
             if tensor is None or tensor.data:
                 raise ProtocolError("a second frame without a tensor that needs it")
             tensor.data = frames[1]
+    elif isinstance(message, Infer | Inferred):
+        if len(frames) == 2:
+            if message.data:
+                raise ProtocolError("a second frame beside arrays that have their bytes already")
+            message.data = frames[1]
     elif len(frames) == 2:
         raise ProtocolError(f"a {type(message).__name__} has one frame, not two")
     return message

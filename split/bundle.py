@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,16 +62,7 @@ class Bundle:
             BundleError: no bundle, another version, kind or family, a damaged bundle.json or a truncated file.
         """
         folder = Path(path)
-        try:
-            with open_regular(folder / MANIFEST_FILE) as file:
-                data = file.read(MAX_MANIFEST_BYTES + 1)
-        except OSError as error:
-            remedy = f"write one with: isthmus split MODEL -o {folder}"
-            raise BundleError(f"{folder} holds no bundle ({error.strerror})", remedy) from error
-        if len(data) > MAX_MANIFEST_BYTES:
-            problem = f"{folder / MANIFEST_FILE} has more than {MAX_MANIFEST_BYTES} bytes"
-            raise BundleError(problem, "it is no bundle.json")
-        bundle = cls(folder, Manifest.parse(data))
+        bundle = cls(folder, Manifest.parse(read_manifest(folder)))
         for name in bundle.manifest.files:
             bundle.holds(name)
         return bundle
@@ -277,3 +269,33 @@ class Bundle:
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
     return BundleError(f"{path} cannot be read ({error.strerror})", AGAIN)
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of a bundle's bundle.json.
+
+    Raises:
+        BundleError: there is none, or it is too large to be one.
+    """
+    try:
+        with open_regular(folder / MANIFEST_FILE) as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        remedy = f"write one with: isthmus split MODEL -o {folder}"
+        raise BundleError(f"{folder} holds no bundle ({error.strerror})", remedy) from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{folder / MANIFEST_FILE} has more than {MAX_MANIFEST_BYTES} bytes", "it is no bundle.json")
+    return data
+
+
+def is_graph(path: str | Path) -> bool:
+    """Whether a folder holds a network that was cut, and no language model; both are opened by their own class.
+
+    Raises:
+        BundleError: it holds no bundle.
+    """
+    try:
+        told = json.loads(read_manifest(Path(path)))
+    except (ValueError, RecursionError):
+        return False  # who opens it says what is wrong with it
+    return isinstance(told, dict) and told.get("kind") == "graph"

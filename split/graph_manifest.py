@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
+from isthmus.protocol.arrays import DTYPES, MAX_ARRAYS, MAX_DIMS
 from isthmus.protocol.errors import BundleError
 from isthmus.split.manifest import FORMAT_VERSION, FileEntry, check_files, check_model_name
 
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
-MAX_TENSORS, MAX_DIMS = 256, 16
-DTYPES = (
-    "float32",
-    "float16",
-    "float64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "bool",
-)
 _AGAIN = "split the model again"
 
 
@@ -42,6 +28,16 @@ class Named(msgspec.Struct, frozen=True):
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+
+    @property
+    def text(self) -> str:
+        """Its type and sizes, for people."""
+        return f"{self.dtype} [{', '.join('?' if size is None else str(size) for size in self.shape)}]"
+
+    def fits(self, dtype: str, shape: Sequence[int]) -> bool:
+        """Whether an array of that type and shape is one."""
+        same = len(shape) == len(self.shape)
+        return self.dtype == dtype and same and all(a in (None, b) for a, b in zip(self.shape, shape, strict=False))
 
     def check(self, what: str) -> None:
         """Raises a BundleError if it can be no tensor."""
@@ -61,6 +57,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
         inputs, outputs: of the whole model.
         crossing: what travels, in the order in which it does; the cloud's part is given it.
         kept: outputs that the device's part makes.
+        batches: whether the cloud's part, given rows of several requests, gives the rows of each.
         files: every file but bundle.json, by its name within the bundle.
     """
 
@@ -74,6 +71,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
     files: dict[str, FileEntry]
     kind: Literal["graph"] = "graph"
     format_version: int = FORMAT_VERSION
+    batches: bool = False
 
     @classmethod
     def parse(cls, data: bytes) -> GraphManifest:
@@ -96,7 +94,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
             raise BundleError(problem, "install a newer isthmus" if self.format_version > FORMAT_VERSION else _AGAIN)
         check_model_name(self.name)
         for what, tensors in (("input", self.inputs), ("output", self.outputs), ("crossing", self.crossing)):
-            if not tensors or len(tensors) > MAX_TENSORS or len({one.name for one in tensors}) < len(tensors):
+            if not tensors or len(tensors) > MAX_ARRAYS or len({one.name for one in tensors}) < len(tensors):
                 raise BundleError(f"bundle.json has {len(tensors)} {what} tensors, or two of one name", _AGAIN)
             for one in tensors:
                 one.check(what)

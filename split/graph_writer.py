@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
-from isthmus.split.graph_manifest import CLOUD, DEVICE, DTYPES, GraphManifest, Named, graph_id
+from isthmus.split.graph_manifest import CLOUD, DEVICE, GraphManifest, Named, graph_id
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given, outputs, session
@@ -20,6 +21,7 @@ from isthmus.split.writer import BundleWriter
 
 TOLERANCE = {"float16": 4e-3}  # of the largest magnitude of an output: some roundings of its type
 _USUAL = 1e-5
+OTHERS = 2  # requests that one is run together with, to see whether each gets its own
 
 
 def write_graph(
@@ -59,8 +61,9 @@ def write_graph(
         for one, value in travels.items()
     )
     halves = graph.halves(here)
+    cloud, batches = batched(halves.cloud, file, {one: travels[one] for one in crossing})
     with BundleWriter(Path(output), force=force) as writer:
-        for part, target in ((halves.device, DEVICE), (halves.cloud, CLOUD)):
+        for part, target in ((halves.device, DEVICE), (cloud, CLOUD)):
             for written in write_part(part, file, writer.place(target)):
                 writer.take(f"{target.partition('/')[0]}/{written.name}")
         worst = _compared(writer.place(DEVICE), writer.place(CLOUD), graph, feeds, whole)
@@ -69,7 +72,7 @@ def write_graph(
         given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
         between = tuple(_named(graph, one, travels[one]) for one in crossing)
         identity, files = graph_id(writer.files, (given_to, given_by, between)), dict(writer.files)
-        found = GraphManifest(title, identity, sha256, given_to, given_by, between, halves.kept, files)
+        found = GraphManifest(title, identity, sha256, given_to, given_by, between, halves.kept, files, batches=batches)
         found.check()
         writer.commit(found.encode())
     return {
@@ -78,6 +81,7 @@ def write_graph(
         "crossing": list(crossing),
         "worst": worst,
         "nodes": [len(here), len(graph.nodes) - len(here)],
+        "travels_bytes": sum(travels[one].nbytes for one in crossing),
     }
 
 
@@ -118,6 +122,55 @@ def _compared(device: Path, cloud: Path, graph: OnnxGraph, feeds: Mapping[str, A
             raise PlanError(problem, "cut it elsewhere; a model that draws random numbers cannot be cut")
         worst = max(worst, off)
     return worst
+
+
+def batched(part: onnx.ModelProto, file: Path, given_: Mapping[str, Any]) -> tuple[onnx.ModelProto, bool]:
+    """A part that takes the rows of several requests at once, where it gives each its own; else the part as it is.
+
+    Args:
+        file: the whole model, beside which weights may lie.
+        given_: what one request gives it.
+    """
+    sizes = {value.shape[0] if value.ndim else 0 for value in given_.values()}
+    if len(sizes) != 1 or not (rows := sizes.pop()):
+        return part, False
+    open_ = onnx.ModelProto()
+    open_.CopyFrom(part)
+    del open_.graph.value_info[:]
+    for one in (*open_.graph.input, *open_.graph.output):
+        if one.type.tensor_type.shape.dim:
+            one.type.tensor_type.shape.dim[0].dim_param = "rows"
+    if any(node.op_type.startswith("Dynamic") for node in open_.graph.node):
+        return part, False  # it scales by what all rows hold
+    asked = [dict(given_), *(_others(given_, seed) for seed in range(OTHERS))]
+    if any(len({one[name].tobytes() for one in asked}) < len(asked) for name in given_):
+        return part, False  # nothing is known of what others would give it
+    try:
+        running = session(open_, file, 1)
+        apart = [outputs(running, one) for one in asked]
+        together = outputs(running, {name: np.concatenate([one[name] for one in asked]) for name in given_})
+    except PlanError:
+        return part, False
+    for at, found in enumerate(together):
+        if not isinstance(found, np.ndarray) or not found.ndim or len(found) != len(asked) * rows:
+            return part, False
+        bound = TOLERANCE.get(str(found.dtype), _USUAL)
+        for number, mine in enumerate(np.split(found, len(asked))):
+            if difference(mine, apart[number][at]) > bound:
+                return part, False
+    return open_, True
+
+
+def _others(given_: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What another request might give: numbers of another size and order; whole ones within the same range."""
+    chance, found = np.random.default_rng(seed), {}
+    for name, value in given_.items():
+        if value.dtype.kind == "f":
+            drawn = 10.0 ** (seed + 1) * chance.standard_normal(value.shape) * (np.std(value) + 1e-3) + np.mean(value)
+            found[name] = drawn.astype(value.dtype)
+        else:
+            found[name] = chance.permutation(value.ravel()).reshape(value.shape)
+    return found
 
 
 def difference(mine: Any, other: Any) -> float:

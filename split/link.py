@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.files import write_whole
 from isthmus.split.onnx_network import Rate
 from isthmus.split.profile import load
 from isthmus.split.traces import Trace, mean_rate, named_pair
@@ -65,6 +66,10 @@ class LinkFile(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.format != "isthmus-link":
             raise PlanError("the file is no link", _EXAMPLES)
+
+    def save(self, path: Path) -> None:
+        """Writes it, as JSON for people to read as well."""
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
 def read_link(text: str) -> Link:

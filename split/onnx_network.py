@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
 from isthmus.split.cut import INPUT, Cut, Flow, Network, Use
-from isthmus.split.graph_manifest import DTYPES
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.profile import Profile, TensorSize
 

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from isthmus.split.bundle import Bundle
+    from isthmus.split.graph_bundle import GraphBundle
 
 
 def command(
@@ -19,8 +20,16 @@ def command(
     """Show a bundle's family and shapes, and of each file its bytes, weight formats and hash."""
     import json
 
-    from isthmus.split.bundle import Bundle
+    from isthmus.split.bundle import Bundle, is_graph
+    from isthmus.split.graph_bundle import GraphBundle
 
+    if is_graph(bundle):
+        network = GraphBundle.open(bundle)
+        if verify:
+            network.verify()
+        shown = describe_network(network, verified=verify)
+        print(json.dumps(shown, indent=1)) if as_json else _print_network(shown)
+        return
     opened = Bundle.open(bundle)
     if verify:
         opened.verify()
@@ -67,6 +76,42 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
         "chat_template": bundle.manifest.tokenizer.chat_template is not None,
         "files": files,
     }
+
+
+def describe_network(bundle: GraphBundle, *, verified: bool = False) -> dict[str, Any]:
+    """A network that was cut, as plain JSON types."""
+    import msgspec
+
+    told: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
+    files = told.pop("files")
+    for gone in ("kind", "format_version"):
+        del told[gone]
+    return told | {
+        "verified": verified,
+        "files": [{"name": name, **entry, "here": bundle.holds(name)} for name, entry in sorted(files.items())],
+    }
+
+
+def _print_network(facts: dict[str, Any]) -> None:
+    import msgspec
+
+    from isthmus.split.graph_manifest import Named
+
+    def arrays(told: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{one.name} {one.text}" for one in msgspec.convert(told, list[Named]))
+
+    print(f"{facts['name']}, a network cut in two")
+    print(f"model    {facts['model_id']}")
+    print(f"inputs   {arrays(facts['inputs'])}")
+    print(f"travels  {arrays(facts['crossing'])}")
+    print(f"outputs  {arrays(facts['outputs'])}")
+    if facts["kept"]:
+        print(f"kept     {', '.join(facts['kept'])} (made on the device)")
+    print(f"cloud    runs {'requests of several devices as one' if facts['batches'] else 'one request at a time'}")
+    if facts["verified"]:
+        print("hashes   all files here are what the bundle says")
+    for file in facts["files"]:
+        print(f"{file['name']:<40} {file['bytes']:>14,}  {file['sha256'][:16] if file['here'] else 'not here'}")
 
 
 def _print(facts: dict[str, Any]) -> None:

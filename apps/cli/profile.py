@@ -1,4 +1,4 @@
-"""`isthmus profile`: what a network's nodes take on this machine."""
+"""`isthmus profile`: what a network's nodes take on this machine, or what a cloud and the link to it take."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ _SHOWN = 12  # operators of the table
 
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model")],
+    ctx: typer.Context,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL.onnx", help="An ONNX model")] = None,
+    remote: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Measure a cloud and the link to it, in place of a model")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The profile to be; by default MODEL.profile.json here"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The profile to be, by default MODEL.profile.json here; of a link, link.json",
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -29,19 +38,35 @@ def command(
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0 for one per core")] = 0,
     seconds: Annotated[float, typer.Option(min=0.05, max=600.0, help="That each of two rounds of runs takes")] = 3.0,
+    keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="With --remote: this device's key and the cloud's, as in isthmus run"),
+    ] = None,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="With --remote: talk in the clear, to this machine")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The profile on standard output, too")] = False,
 ) -> None:
-    """Measure what a network's nodes take on this machine, for isthmus plan.
+    """Measure what a network's nodes take on this machine, or a cloud and the link to it (--remote), for isthmus plan.
 
     The model runs in onnxruntime, in a child process with limits, warmed, as it is fused there; a fused node's time is
     shared among those that it stands for, and all together take what the model takes. The file may be copied from one
     machine to another: a plan takes one of the device and one of the cloud.
+
+    With --remote messages of some kilobytes go to a cloud and back: the round trip, the rates both ways, and what the
+    cloud says of its models are measured through the protocol that devices speak.
     """
     from isthmus.apps.bench.machine import read_machine
     from isthmus.protocol.errors import PlanError
     from isthmus.split.confined import SECONDS, confined
     from isthmus.split.profile import Profile
 
+    _check_options(ctx)
+    if remote is not None:
+        _measure_remote(remote, output or Path("link.json"), keys, no_keys, as_json)
+        return
+    if model is None:
+        raise PlanError("nothing to measure", "name a model, or a cloud with --remote HOST:PORT")
     target = output if output is not None else Path(model.stem + SUFFIX)
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
@@ -63,6 +88,55 @@ def command(
         print(target.read_text())
     else:
         _print(found, target, model)
+
+
+def _check_options(ctx: typer.Context) -> None:
+    """Refuses options that would have no effect.
+
+    Raises:
+        PlanError: there is one.
+    """
+    from isthmus.protocol.errors import PlanError
+
+    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    idle = (
+        given - {"remote", "output", "keys", "no_keys", "as_json"} if "remote" in given else given & {"keys", "no_keys"}
+    )
+    for name in sorted(idle):
+        option = {"model": "a model", "inputs": "--input"}.get(name, f"--{name.replace('_', '-')}")
+        problem = f"{option} has no effect {'with' if 'remote' in given else 'without'} --remote"
+        raise PlanError(problem, "leave one of them out" if "remote" in given else "leave it out")
+
+
+def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool, as_json: bool) -> None:
+    from isthmus.protocol.errors import PlanError
+    from isthmus.protocol.keys import default_folder, read_device
+    from isthmus.protocol.survey import survey
+    from isthmus.protocol.transport import DealerTransport
+    from isthmus.split.link import LinkFile
+
+    if not target.parent.is_dir():
+        raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
+    transport = DealerTransport(address, None if no_keys else read_device(keys or default_folder()))
+    try:
+        found = survey(transport)
+    finally:
+        transport.close()
+    link = LinkFile(round(found.trip_ms, 3), round(found.up_bps / 1e6, 6), round(found.down_bps / 1e6, 6))
+    link.save(target)
+    if as_json:
+        print(target.read_text())
+        return
+    print(
+        f"a round trip of {link.rtt_ms:.1f} ms ({found.trip_high_ms:.1f} at times), {link.up_mbps:.1f} Mbit/s up and "
+        f"{link.down_mbps:.1f} down"
+    )
+    for offer in found.welcome.offers:
+        step = f"{offer.steps[0][1] / 1e3:.2f} ms a token" if offer.steps else "not timed"
+        print(f"{offer.name}: {step}")
+    for graph in found.welcome.graphs:
+        print(f"{graph.name}, the second part: {f'{graph.step_us / 1e3:.2f} ms' if graph.step_us else 'not timed'}")
+    print(f"{target}; next: isthmus plan MODEL.onnx --link {target}")
 
 
 def shapes(texts: list[str]) -> dict[str, list[int]]:

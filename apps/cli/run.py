@@ -1,4 +1,4 @@
-"""`isthmus run`: asks a model once, or chats with it."""
+"""`isthmus run`: asks a model once, or chats with it; or runs a network that was cut."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def command(
         Path, typer.Argument(help="The bundle's folder; with --cloud, one that is not there is fetched from the cloud")
     ],
     prompt: Annotated[str | None, typer.Option(help="Ask this and end; - reads it from standard input")] = None,
+    input_: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="For a network: arrays to run it on, .npz by name or .npy"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="For a network: write its outputs there, .npz")
+    ] = None,
+    times: Annotated[int, typer.Option(min=1, help="For a network: run it so many times, and tell the medians")] = 1,
     mode: Annotated[
         str,
         typer.Option(
@@ -128,7 +136,7 @@ def command(
     ] = "replace",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text")] = False,
 ) -> None:
-    """Ask a model, or chat with it when there is no --prompt.
+    """Ask a model, or chat with it when there is no --prompt; run a network on arrays (--input).
 
     Without --cloud everything is computed on this device. With it, auto measures device, cloud and link, and works in
     the way that ends the answer first, token by token, among those that keep to the text of the cloud's model
@@ -138,6 +146,9 @@ def command(
     exit's certificate promises. With the codec f32 the text of split mode does not depend on where its tokens are
     computed; the others send less and may change it.
 
+    Of a network that was cut, the first part runs here. In auto the rest runs where it lately took less time, here or
+    in the cloud; with --mode split always in the cloud, with --mode local always here.
+
     On a terminal tokens are coloured by where they were computed: green on this device, blue in the cloud, magenta in
     both, cyan by the device and checked, yellow by an exit; guesses that the cloud has not confirmed are underlined.
     """
@@ -145,16 +156,23 @@ def command(
 
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
+    from isthmus.apps.cli.infer import infer
     from isthmus.apps.cli.tokens import Screen
     from isthmus.edge import Device
     from isthmus.engine.sampling import Sampling
     from isthmus.protocol.errors import DeviceError
 
+    check_bundle(bundle)
+    if is_network(bundle):
+        infer(ctx)
+        return
+    for name, value in (("input", input_), ("output", output), ("times", times - 1)):
+        if value:
+            raise DeviceError(f"--{name} is for networks", "ask this language model with --prompt")
     if json and prompt is None:
         raise DeviceError("--json needs a prompt", "give one with --prompt, or --prompt - for standard input")
     if on_rollback not in ("replace", "keep"):
         raise DeviceError(f"--on-rollback is {on_rollback!r}", "choose replace or keep")
-    check_bundle(bundle)
     text = _read(prompt) if prompt is not None else ""
     sampling = Sampling(temperature, top_k, top_p, seed)
     _check_effects(ctx)
@@ -226,6 +244,17 @@ def check_bundle(bundle: Path) -> None:
     if bundle.is_file():
         command = f"isthmus split {quote(str(bundle))} -o {quote(bundle.stem)}"
         raise BundleError(f"{bundle} is a file, not a bundle", f"if it is a model, run: {command}")
+
+
+def is_network(bundle: Path) -> bool:
+    """Whether a folder holds a network that was cut, and no language model; one that is not there holds none."""
+    from isthmus.split.files import is_there
+
+    if not is_there(bundle / "bundle.json"):
+        return False
+    from isthmus.split.bundle import is_graph
+
+    return is_graph(bundle)
 
 
 def _check_effects(ctx: typer.Context) -> None:

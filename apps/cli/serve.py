@@ -45,8 +45,9 @@ def command(
     import signal
     import sys
 
-    from isthmus.apps.cli.run import check_bundle
+    from isthmus.apps.cli.run import check_bundle, is_network
     from isthmus.cloud.admission import ServiceLimits
+    from isthmus.cloud.graphs import Graph, load_graph
     from isthmus.cloud.http import StatusServer, host_port
     from isthmus.cloud.models import load
     from isthmus.cloud.service import Service
@@ -73,19 +74,26 @@ def command(
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("isthmus").setLevel(logging.INFO)
     models: list[Model] = []
+    graphs: list[Graph] = []
     transport = status = None
     try:
         for bundle in bundles:
-            models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens), slow_down=slow_down))
+            if is_network(bundle):
+                graphs.append(load_graph(bundle, threads=threads, slow_down=slow_down))
+            else:
+                models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens), slow_down=slow_down))
         # Only now: a device that connects earlier would wait for a handshake that nobody answers.
         transport = RouterTransport(listen, pair, allowed)
-        service = Service(models, transport, allowed, limits=limits)
+        service = Service(models, transport, allowed, limits=limits, graphs=graphs)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: service.stop())
         if http is not None:
             status = StatusServer(http, service.metrics.text, service.health)
         for model in models:
             print(f"serving {model.offer.name}: {model.offer.n_layers} layers, KV for {kv_tokens} positions")
+        for graph in graphs:
+            together = "requests of several devices as one" if graph.offer.batches else "one request at a time"
+            print(f"serving {graph.offer.name}: a network's second part, {together}")
         print(f"on {service.address}{'' if pair else ' in the clear'}")
         if pair is not None and allowed is not None:
             print(f"on the device: isthmus keys trust '{pair.public}'")

@@ -21,7 +21,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "apps": ("isthmus",),
 }
 # What a bundle is made of counts as the bundle.
-BUNDLE = ("isthmus.split.bundle", "isthmus.split.files", "isthmus.split.manifest", "isthmus.split.tokenizer")
+BUNDLE = tuple(
+    f"isthmus.split.{name}" for name in ("bundle", "files", "graph_bundle", "graph_manifest", "manifest", "tokenizer")
+)
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 

@@ -38,7 +38,10 @@ EXPORTS: dict[str, set[str]] = {
         *("Part", "Rows", "Sampling", "Sequence", "StepResult", "Want", "WeightSource", "cpu_names", "open_part"),
     },
     "split": {"Bundle", "Checkpoint", "Tokenizer", "open_checkpoint", "write_bundle"},
-    "edge": {"AsyncDevice", "CutOff", "Device", "Rollback", "Stats", "Timeouts", "Token", "fetch_part"},
+    "edge": {
+        *("AsyncDevice", "CutOff", "Device", "GraphDevice", "GraphStats", "Rollback", "Stats", "Timeouts", "Token"),
+        "fetch_part",
+    },
     "cloud": set(),
     "apps": set(),
     "apps.cli": set(),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.protocol import messages as m
+from isthmus.protocol.arrays import Shape
 from isthmus.protocol.errors import ProtocolError
 from isthmus.protocol.fields import MAX_ROWS
 
@@ -20,7 +21,7 @@ SAMPLER = m.Sampler(0.7, 40, 0.9, 2**64 - 1, 3)
 OFFER = m.Offer("ab" * 16, "model", 30, 576, 49152, "native-1", True, ("f16",), ("f32", "f16"), 2048)
 MESSAGES: list[m.Message] = [
     m.Hello(1, 1, ("a",), "test"),
-    m.Welcome(1, 1, (), (OFFER,), m.Limits(1000, 2000, 500, 64)),
+    m.Welcome(1, 1, (), (OFFER,), m.Limits(1000, 2000, 500, 64), (m.GraphOffer("cd" * 16, "network", True, 900),)),
     m.Open(SESSION, 1, 2, "ab", 15, "f16", 100, "n", 50),
     m.Opened(1, 2, 3, HASH, "n", "f16", 600),
     m.Rows(1, 2, 3, HASH, [4, 5], m.Tensor("f16", (2, 4), 0, bytes(16)), 5, SAMPLER, 100, True),
@@ -30,8 +31,8 @@ MESSAGES: list[m.Message] = [
     m.Cancel(1, 2),
     m.Close(1, 2),
     m.Truncate(1, 3, 4),
-    m.Ping(12345),
-    m.Pong(12345),
+    m.Ping(12345, b"more", 16),
+    m.Pong(12345, bytes(16)),
     m.Credit(1000),
     m.Fault(m.Code.GAP, "problem", "remedy", 5, 1, 2, 3, 4, HASH),
     m.GetManifest("ab"),
@@ -43,6 +44,8 @@ MESSAGES: list[m.Message] = [
     m.Draft(1, 2, 3, HASH[:4], [4], m.Tensor("f16", (1, 4), 0, bytes(8)), SAMPLER),
     m.Fill(1, 2, 3, HASH[:4], [4, 5], m.Tensor("f16", (2, 4), 0, bytes(16))),
     m.Verdict(1, 2, 3, 2, 9, HASH, 10, 20),
+    m.Infer(7, "ab" * 16, (Shape("float32", (1, 2)), Shape("bool", ())), bytes(9), 100),
+    m.Inferred(7, (Shape("int64", (1,)),), bytes(8), 10, 20, 3),
 ]
 
 
@@ -66,7 +69,7 @@ def test_another_language_may_leave_trailing_defaults_out() -> None:
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    assert m.decode([msgpack.packb([13, 5, "news", {"more": 1}])]) == m.Pong(5)
+    assert m.decode([msgpack.packb([14, 5, "news", {"more": 1}])]) == m.Credit(5)
 
 
 def test_a_code_of_a_newer_version_is_unknown() -> None:

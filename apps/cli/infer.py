@@ -1,0 +1,137 @@
+"""`isthmus run` with a network that was cut: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import typer
+
+    from isthmus.edge.graph import GraphStats
+    from isthmus.protocol.arrays import Array
+
+TAKEN = {"bundle", "input_", "output", "times", "mode", "cloud", "keys", "no_keys", "threads", "json"}
+SHOWN = 6  # values of an output
+
+
+def infer(ctx: typer.Context) -> None:
+    """Runs the network that `isthmus run` was given, and prints what came of it.
+
+    Raises:
+        DeviceError: an option of language models, no input, or one that the network does not take.
+    """
+    import statistics
+    from json import dumps
+
+    from isthmus.edge.graph import GraphDevice
+    from isthmus.protocol.errors import DeviceError
+
+    options = ctx.params
+    for name in options:
+        source = ctx.get_parameter_source(name)
+        if name not in TAKEN and source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.strip("_").replace("_", "-")
+            raise DeviceError(f"{option} is for language models", "this bundle is a network: leave it out")
+    if options["input_"] is None:
+        raise DeviceError(f"{options['bundle']} is a network", "give it arrays: --input FILE.npz (or .npy)")
+    _check_writable(options["output"])
+    given = read_arrays(options["input_"])
+    with GraphDevice(
+        options["bundle"],
+        options["cloud"],
+        mode=options["mode"],
+        keys=options["keys"],
+        encrypted=not options["no_keys"],
+        threads=options["threads"],
+    ) as device:
+        runs: list[GraphStats] = []
+        for _ in range(options["times"]):
+            found = device.infer(given)
+            runs.append(device.stats)
+    if options["output"] is not None:
+        _write(options["output"], found)
+    last = runs[-1]
+    told: dict[str, Any] = last.to_dict()
+    for name in ("device_ms", "rest_ms", "cloud_ms"):
+        same = [getattr(run, name) for run in runs if run.where == last.where]
+        told[name] = round(statistics.median(same), 3)
+    told |= {"times": len(runs), "in_the_cloud": sum(run.where == "cloud" for run in runs)}
+    if options["json"]:
+        shapes = {name: {"dtype": one.dtype.name, "shape": list(one.shape)} for name, one in found.items()}
+        print(dumps(told | {"outputs": shapes}))
+        return
+    for name, one in found.items():
+        print(f"{name}  {one.dtype.name} {list(one.shape)}  {_values(one)}")
+    _print(told)
+
+
+def read_arrays(path: Path) -> Any:
+    """Inputs: of a .npz file by their names, of a .npy file one.
+
+    Raises:
+        DeviceError: it is neither.
+    """
+    import zlib
+    from zipfile import BadZipFile
+
+    import numpy as np
+
+    from isthmus.protocol.errors import DeviceError
+    from isthmus.split.files import open_regular
+
+    try:
+        with open_regular(path) as file:
+            opened = np.load(file, allow_pickle=False)
+            return {name: opened[name] for name in opened.files} if hasattr(opened, "files") else opened
+    except OSError as error:
+        raise DeviceError(f"{path} cannot be read ({error.strerror})", "name a .npz or .npy file") from error
+    except (ValueError, EOFError, BadZipFile, zlib.error, RuntimeError) as error:  # of encrypted archives, the last
+        raise DeviceError(f"{path} is no .npz or .npy file of plain arrays", "write it with numpy.savez") from error
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuses a place for outputs before anything is computed."""
+    from isthmus.protocol.errors import DeviceError
+
+    if path is not None and (path.suffix != ".npz" or not path.parent.is_dir()):
+        raise DeviceError(f"--output is {path}", "name a .npz file in a folder that is there")
+
+
+def _write(path: Path, found: Mapping[str, Array]) -> None:
+    """Writes the outputs; an array may have any name, even one that `numpy.savez` takes for an argument."""
+    import io
+    from zipfile import ZipFile
+
+    import numpy as np
+
+    from isthmus.split.files import write_whole
+
+    data = io.BytesIO()
+    with ZipFile(data, "w") as archive:
+        for name, one in found.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(one) if one.ndim else one, allow_pickle=False)
+    write_whole(path, data.getvalue())
+
+
+def _values(one: Array) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in one.ravel()[:SHOWN].tolist())
+    return f"[{shown}{', ...' if one.size > SHOWN else ''}]"
+
+
+def _print(told: Mapping[str, Any]) -> None:
+    import sys
+
+    whole = told["device_ms"] + told["rest_ms"]
+    if told["where"] == "cloud":
+        there = f"{told['rest_ms']:.1f} ms for the rest in the cloud ({told['cloud_ms']:.1f} ms of them computing)"
+        bytes_ = f", {told['bytes_up']:,} bytes up and {told['bytes_down']:,} down"
+    else:
+        there, bytes_ = f"{told['rest_ms']:.1f} ms for the rest, here, too", ""
+    times = f" (medians of {told['times']} runs)" if told["times"] > 1 else ""
+    print(f"{whole:.1f} ms: {told['device_ms']:.1f} ms here, {there}{bytes_}{times}", file=sys.stderr)
+    if told["note"]:
+        print(f"note: {told['note']}", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""A network of one's own from the command line: profiled, planned, cut, served, run, and on when the link is gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
+from tests.unit.test_split_onnx_measure import convolutions
+
+
+def isthmus(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "isthmus.apps.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def keys() -> Iterator[Path]:
+    with fresh_keys("tests") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a network, inputs, what it gives, and the bundle that it was cut into."""
+    made = tmp_path_factory.mktemp("network")
+    onnx.save_model(convolutions(), str(made / "model.onnx"))
+    x = np.random.default_rng(1).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    np.savez(made / "given.npz", x=x)
+    np.save(made / "given.npy", x)
+    whole = ort.InferenceSession(str(made / "model.onnx"), providers=["CPUExecutionProvider"])
+    np.save(made / "wanted.npy", whole.run(None, {"x": x})[0])
+    for arguments in (
+        ("profile", "model.onnx", "--shape", "x=1,3,32,32", "--seconds", "0.05", "--threads", "1"),
+        ("plan", "model.onnx", "--link", "rtt=2,up=50,down=50"),
+        ("split", "model.onnx", "--plan", "model.plan.json", "-o", "cut"),
+    ):
+        done = isthmus(*arguments, folder=made)
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def cloud(folder: Path, keys: Path) -> Iterator[CloudProcess]:
+    with CloudProcess(folder / "cut", keys, 1) as running:
+        yield running
+
+
+def right(path: Path, folder: Path) -> bool:
+    with np.load(path) as found:
+        return np.allclose(found["y"], np.load(folder / "wanted.npy"), atol=1e-5)
+
+
+def test_it_runs_across_device_and_cloud(folder: Path, keys: Path, cloud: CloudProcess, tmp_path: Path) -> None:
+    asked = ["--cloud", cloud.address, "--keys", str(keys), "--mode", "split", "-o", str(tmp_path / "out.npz")]
+    done = isthmus("run", "cut", "--input", "given.npz", *asked, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("y  float32 [1, 16]") and "for the rest in the cloud" in done.stderr
+    assert right(tmp_path / "out.npz", folder)
+
+
+def test_many_runs_as_one_object(folder: Path, keys: Path, cloud: CloudProcess) -> None:
+    asked = ["--cloud", cloud.address, "--keys", str(keys), "--times", "5", "--json"]
+    done = isthmus("run", "cut", "--input", "given.npy", *asked, folder=folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["times"] == 5 and told["outputs"] == {"y": {"dtype": "float32", "shape": [1, 16]}}
+
+
+def test_it_runs_here_when_nobody_answers(folder: Path, keys: Path, tmp_path: Path) -> None:
+    asked = ["--cloud", "127.0.0.1:9", "--keys", str(keys), "-o", str(tmp_path / "out.npz")]
+    done = isthmus("run", "cut", "--input", "given.npz", *asked, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "went on alone" in done.stderr and right(tmp_path / "out.npz", folder)
+    alone = isthmus("run", "cut", "--input", "given.npz", "-o", str(tmp_path / "alone.npz"), folder=folder)
+    assert alone.returncode == 0 and "here, too" in alone.stderr and right(tmp_path / "alone.npz", folder)
+
+
+def test_the_link_is_measured_and_planned_with(folder: Path, keys: Path, cloud: CloudProcess, tmp_path: Path) -> None:
+    link = str(tmp_path / "link.json")
+    done = isthmus("profile", "--remote", cloud.address, "--keys", str(keys), "-o", link, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "a round trip of" in done.stdout and "model, the second part:" in done.stdout
+    told = json.loads(Path(link).read_text())
+    assert 0 < told["rtt_ms"] < 500 and told["up_mbps"] > 1 and told["down_mbps"] > 1
+    planned = isthmus("plan", "model.onnx", "--link", link, "-o", str(tmp_path / "plan.json"), folder=folder)
+    assert planned.returncode == 0, planned.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "nothing to measure"),
+        (["model.onnx", "--remote", "127.0.0.1:9"], "a model has no effect with --remote"),
+        (["--remote", "127.0.0.1:9", "--threads", "1"], "--threads has no effect with --remote"),
+        (["model.onnx", "--no-keys"], "--no-keys has no effect without --remote"),
+        (["--remote", "127.0.0.1:9", "--no-keys"], "answer"),
+        (["--remote", "nowhere", "--no-keys"], "nowhere"),
+        (["--remote", "127.0.0.1:9", "--no-keys", "-o", "absent/link.json"], "there is no folder absent"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(folder: Path, arguments: list[str], problem: str) -> None:
+    done = isthmus("profile", *arguments, folder=folder)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error:") and problem in done.stderr
+
+
+def test_the_bundle_is_shown(folder: Path) -> None:
+    done = isthmus("inspect", "cut", "--verify", folder=folder)
+    assert done.returncode == 0, done.stderr
+    for told in ("model, a network cut in two", "inputs   x float32 [?, 3, ?, ?]", "outputs  y", "all files here are"):
+        assert told in done.stdout
+    assert json.loads(isthmus("inspect", "cut", "--json", folder=folder).stdout)["batches"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["cut"], "give it arrays: --input"),
+        (["cut", "--input", "absent.npz"], "absent.npz cannot be read"),
+        (["cut", "--input", "model.onnx"], "is no .npz or .npy file"),
+        (["cut", "--input", "wanted.npy"], "the input 'x' is float32 [1, 16]"),
+        (["cut", "--input", "given.npz", "--greedy"], "--greedy is for language models"),
+        (["cut", "--input", "given.npz", "--prompt", "hi"], "--prompt is for language models"),
+        (["cut", "--input", "given.npz", "--mode", "stream"], "the mode is 'stream'"),
+        (["cut", "--input", "given.npz", "--mode", "split"], "needs a cloud"),
+        (["cut", "--input", "given.npz", "-o", "absent/out.npz"], "name a .npz file in a folder"),
+        (["cut", "--input", "given.npz", "-o", "out.txt"], "name a .npz file in a folder"),
+        (["model.onnx", "--input", "given.npz"], "is a file, not a bundle"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(folder: Path, arguments: list[str], problem: str) -> None:
+    done = isthmus("run", *arguments, folder=folder)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert done.stderr.startswith("error:") and problem in done.stderr

@@ -1,0 +1,272 @@
+"""A network across a device and a cloud: outputs are the whole's wherever they come from, and silence stops nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from isthmus.cloud.graphs import load_graph
+from isthmus.edge.graph import GraphDevice
+from isthmus.edge.graph_pace import BETTER, FIRST_MS, MOST_LOOK_S, GraphPace
+from isthmus.protocol import messages as m
+from isthmus.protocol.errors import BundleError, DeviceError, EngineError, LinkError, ServiceError
+from isthmus.split.bundle import is_graph
+from isthmus.split.graph_bundle import GraphBundle
+from isthmus.split.graph_manifest import CLOUD
+from tests.edge_world import LossyWire
+from tests.graph_world import GraphService, cut_network
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cut_network(tmp_path_factory.mktemp("network"))
+
+
+@pytest.fixture(scope="module")
+def whole(bundle: Path) -> Callable[[Any], Any]:
+    session = ort.InferenceSession(str(bundle.parent / "model.onnx"), providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+@pytest.fixture
+def cloud(bundle: Path) -> GraphService:
+    return GraphService(load_graph(bundle, threads=1))
+
+
+@pytest.fixture
+def wire(cloud: GraphService) -> LossyWire:
+    return LossyWire(cloud)  # type: ignore[arg-type]
+
+
+def image(seed: int = 0, size: int = 8) -> Any:
+    return np.random.default_rng(seed).standard_normal((1, 3, size, size)).astype(np.float32)
+
+
+def device(bundle: Path | GraphBundle, wire: LossyWire | None = None, **options: Any) -> GraphDevice:
+    return GraphDevice(bundle, wire=wire, threads=1, clock=time.monotonic if wire is None else wire.clock, **options)
+
+
+def slow(one: GraphDevice, wire: LossyWire, seconds: float = 0.2) -> None:
+    """Has the rest take so long here, by the link's clock."""
+    rest = one.bundle.part(CLOUD, 1)
+
+    class Slow:
+        def run(self, known: Any) -> Any:
+            wire.now += seconds
+            return rest.run(known)
+
+    one._rest = Slow()  # type: ignore[assignment]
+
+
+def test_all_of_it_here_without_a_cloud(bundle: Path, whole: Callable[[Any], Any]) -> None:
+    with device(bundle) as one:
+        found = one.infer(image())
+        assert list(found) == ["y"] and np.allclose(found["y"], whole(image()), atol=1e-6)
+        assert one.stats.where == "device" and one.stats.bytes_up == 0 and one.stats.note == ""
+
+
+@pytest.mark.parametrize("mode", ["auto", "split"])
+def test_the_rest_in_the_cloud(bundle: Path, whole: Callable[[Any], Any], wire: LossyWire, mode: Any) -> None:
+    with device(bundle, wire, mode=mode) as one:
+        if mode == "auto":
+            slow(one, wire)
+        for seed in range(6):
+            found = one.infer({"x": image(seed, 8 + seed)})
+            assert np.allclose(found["y"], whole(image(seed, 8 + seed)), atol=1e-6)
+            assert one.stats.where == "cloud" and one.stats.bytes_up > 500 and one.stats.together == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_bad_link_changes_no_output(
+    bundle: Path, whole: Callable[[Any], Any], cloud: GraphService, seed: int
+) -> None:
+    wire = LossyWire(cloud, seed, drop=0.05, repeat=0.3, delay_s=(0.001, 0.4))  # type: ignore[arg-type]
+    wire.reconnect_every = 5
+    with device(bundle, wire) as one:
+        slow(one, wire, 1.0)
+        places = []
+        for at in range(60):
+            assert np.allclose(one.infer(image(at))["y"], whole(image(at)), atol=1e-6)
+            places.append(one.stats.where)
+        assert "cloud" in places
+
+
+def test_a_cloud_that_is_gone_or_comes_late_or_back(
+    bundle: Path, whole: Callable[[Any], Any], cloud: GraphService, wire: LossyWire
+) -> None:
+    with device(bundle, wire) as one:
+        wire.cloud = None
+        began = wire.now
+        assert np.allclose(one.infer(image())["y"], whole(image()), atol=1e-6)
+        assert one.stats.where == "device" and "went on alone" in one.stats.note
+        assert wire.now - began <= FIRST_MS * 1e-3 + 0.3
+        began = wire.now
+        one.infer(image())
+        assert wire.now - began <= 0.05  # it is not waited for again
+        wire.cloud = cloud  # type: ignore[assignment]
+        slow(one, wire)
+        for _ in range(4):
+            wire.now += 1.5 * MOST_LOOK_S
+            one.infer(image())
+        assert (one.stats.note, one.stats.where) == ("", "cloud")
+
+
+def test_split_mode_insists(bundle: Path, wire: LossyWire, cloud: GraphService) -> None:
+    with device(bundle, wire, mode="split") as one:
+        one.infer(image())
+        wire.cloud = None
+        with pytest.raises(LinkError, match=r"did not answer|does not answer"):
+            one.infer(image())
+
+
+def test_a_device_that_holds_its_part_only(bundle: Path, tmp_path: Path, wire: LossyWire) -> None:
+    part = tmp_path / "part"
+    (part / "device").mkdir(parents=True)
+    for name in ("bundle.json", "device/model.onnx"):
+        (part / name).write_bytes((bundle / name).read_bytes())
+    with pytest.raises(DeviceError, match="the device's part only"):
+        device(part)
+    with device(part, wire) as one:
+        assert one.infer(image())["y"].shape == (1, 16) and one.stats.where == "cloud"
+        wire.cloud = None
+        with pytest.raises(LinkError):
+            one.infer(image())
+
+
+def test_a_cloud_without_this_network(bundle: Path, tmp_path: Path) -> None:
+    other = GraphService(load_graph(cut_network(tmp_path, 3), threads=1))
+    with device(bundle, LossyWire(other)) as one:  # type: ignore[arg-type]
+        one.infer(image())
+        assert one.stats.where == "device" and "not this bundle" in one.stats.note
+    with device(bundle, LossyWire(other), mode="split") as one, pytest.raises(ServiceError, match="not this bundle"):  # type: ignore[arg-type]
+        one.infer(image())
+
+
+def test_a_cloud_that_answers_nonsense(bundle: Path, whole: Callable[[Any], Any], wire: LossyWire) -> None:
+    honest: Any = wire.cloud
+
+    class Liar:
+        def receive(self, message: Any) -> list[tuple[float, Any]]:
+            told = honest.receive(message)
+            return [
+                (s, m.Inferred(a.request, a.shapes, a.data[:-1], 1, 1) if isinstance(a, m.Inferred) else a)
+                for s, a in told
+            ]
+
+    wire.cloud = liar = Liar()  # type: ignore[assignment]
+    with device(bundle, wire) as one:
+        for at in range(3):
+            assert np.allclose(one.infer(image(at))["y"], whole(image(at)), atol=1e-6)
+    again = LossyWire(liar)  # type: ignore[arg-type]
+    with device(bundle, again, mode="split") as one, pytest.raises(LinkError, match="answers nonsense"):
+        one.infer(image())
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({}, "input 'x' is absent; give float32 \\[\\?, 3, \\?, \\?\\]"),
+        ({"x": np.zeros((1, 4, 8, 8), np.float32)}, "input 'x' is float32 \\[1, 4, 8, 8\\]"),
+        ({"x": np.zeros((1, 3, 8, 8), np.complex64)}, "complex64"),
+        ({"x": np.zeros((1, 3, 8, 8)), "z": 1}, "no input 'z'"),
+        (np.zeros(3), "float32 \\[3\\]"),
+    ],
+)
+def test_what_is_no_input(bundle: Path, given: Any, problem: str) -> None:
+    with device(bundle) as one, pytest.raises(DeviceError, match=problem):
+        one.infer(given)
+
+
+def test_what_cannot_be_run_is_an_error_and_the_next_one_runs(bundle: Path) -> None:
+    with device(bundle) as one:
+        with pytest.raises(EngineError, match="cannot be run on that"):
+            one.infer(np.zeros((1, 3, 0, 8), np.float32))
+        assert one.infer(image())["y"].shape == (1, 16)
+
+
+def test_refused_before_anything_is_run(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="the mode is 'fast'"):
+        device(bundle, mode="fast")
+    with pytest.raises(DeviceError, match="split mode needs a cloud"):
+        device(bundle, mode="split")
+    with pytest.raises(BundleError, match="holds no bundle"):
+        device(tmp_path)
+
+
+def test_an_altered_file_is_not_run(bundle: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    for name in ("bundle.json", "device/model.onnx", "cloud/model.onnx"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_bytes((bundle / name).read_bytes())
+    data = bytearray((copied / "device" / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / "device" / "model.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match="was altered"):
+        device(copied)
+    (copied / "device" / "model.onnx").write_bytes(bytes(data[:-1]))
+    with pytest.raises(BundleError, match="bytes, not"):
+        device(copied)
+
+
+def test_which_folders_hold_networks(bundle: Path, tmp_path: Path) -> None:
+    assert is_graph(bundle)
+    (tmp_path / "bundle.json").write_text(json.dumps({"kind": "decoder"}))
+    assert not is_graph(tmp_path)
+    (tmp_path / "bundle.json").write_text("{")
+    assert not is_graph(tmp_path)
+
+
+class Trial:
+    """Times of both places, as a device would see them."""
+
+    def __init__(self, here: float, there: float) -> None:
+        self.pace, self.here, self.there, self.now = GraphPace(True), here, there, 0.0
+
+    def play(self, runs: int) -> list[str]:
+        places: list[str] = []
+        for _ in range(runs):
+            places.append(self.pace.place(self.now))
+            if places[-1] == "there":
+                self.now += self.there * 1e-3
+                self.pace.there(self.there)
+            else:
+                self.now += self.here * 1e-3
+                self.pace.here(self.here)
+                if places[-1] == "both":
+                    self.pace.raced(self.now, self.there <= self.here)
+        return places
+
+
+def test_the_faster_place_is_found_and_followed() -> None:
+    near = Trial(here=100.0, there=20.0)
+    places = near.play(300)
+    assert places[:2] == ["both", "both"] and "here" not in places  # the first run here was a cold one
+    assert 2 < places.count("both") < 6
+    far = Trial(here=20.0, there=100.0)
+    places = far.play(600)
+    assert "there" not in places and 2 < places.count("both") < 6  # it is looked at now and then, and then less
+    far.there = 5.0
+    places = far.play(3600)
+    assert places[-1] == "there" and "here" not in places[-500:]
+    far.there = 20.0 / BETTER - 1.0
+    assert "here" not in far.play(50)  # not worth a change
+
+
+def test_a_device_that_was_cold_is_timed_again() -> None:
+    trial = Trial(here=120.0, there=60.0)
+    trial.play(1)
+    trial.here = 15.0
+    assert trial.play(40)[-1] == "here"
+
+
+def test_what_holds_one_part_only_has_no_choice() -> None:
+    pace = GraphPace(False)
+    pace.missed(1.0)
+    assert pace.place(2.0) == "there"
