@@ -163,20 +163,29 @@ def against(record: Record, rows: dict[str, Row]) -> None:
 
 
 def drafts(record: Record, source: Bundle, rows: dict[str, Row]) -> None:
-    """What verify mode sends, and how near pipelined drafts come to a*t_d + (1 - a)(R + t_v + t_d) seconds a token."""
+    """What verify mode sends, and how near pipelined drafts come to a*t_d + (1 - a)(R + t_v + t_d) seconds a token.
+
+    Drafts and passes take what they took in these answers, on a machine where both sides share processors and memory;
+    what a draft takes while nothing else runs is told as well.
+    """
     for name, row in rows.items():
         if name.startswith(VERIFY):
             up = row.up_bytes_per_token
             record.figure(f"{name}/bytes up", up, "bytes a token", target=VERIFY_BYTES, at_most=True)
     row = rows.get(PIPELINED, Row(PIPELINED))
-    if not row.acceptance or not row.requests_per_token:
+    if not row.acceptance or not row.requests_per_token or not row.draft_ms:
         record.skip("the closed form of pipelined drafts", "--only leaves them out")
         return
-    a, draft_ms, pass_ms = row.acceptance, drafting_ms(source), row.cloud_ms_per_token / row.requests_per_token
-    token_ms = a * draft_ms + (1 - a) * (TRIP_MS + pass_ms + draft_ms)
-    for what, value, unit in (("acceptance", a, "share"), ("a draft", draft_ms, "ms"), ("a pass", pass_ms, "ms")):
+    a, pass_ms, alone_ms = row.acceptance, row.cloud_ms_per_token / row.requests_per_token, drafting_ms(source)
+
+    def closed(draft_ms: float) -> float:
+        return 1e3 / (a * draft_ms + (1 - a) * (TRIP_MS + pass_ms + draft_ms))
+
+    told = {"acceptance": (a, "share"), "a draft": (row.draft_ms, "ms"), "a pass": (pass_ms, "ms")}
+    told |= {"a draft, alone": (alone_ms, "ms"), "tok_s, drafts alone": (closed(alone_ms), "tok/s")}
+    for what, (value, unit) in told.items():
         record.figure(f"closed form/{what}", value, unit)
-    record.figure("closed form/tok_s", 1e3 / token_ms, "tok/s")
+    record.figure("closed form/tok_s", closed(row.draft_ms), "tok/s")
     record.figure(f"{PIPELINED}/tok_s", row.tok_s, "tok/s", target=CLOSED_FORM, of="closed form/tok_s")
 
 

@@ -22,7 +22,7 @@ from isthmus.split.bundle import Bundle
 
 NGRAMS, EXIT, MODEL = "ngrams", "exit", "model"
 Chosen = tuple[str, int, int]
-FLOOR = 0.04  # as `Pace.floor`, of drafts that say how sure they are: fewer of them go up in vain
+FLOOR = 0.02  # as `Pace.floor`, of drafts that say how sure they are: fewer of them go up in vain
 
 
 class Drafting:

@@ -315,6 +315,10 @@ class Steering:
             self._notes.stats.drafted += runner.drafted
             self._notes.stats.accepted += runner.accepted
             runner.drafted = runner.accepted = 0
+        if isinstance(runner, VerifyRunner):
+            self._notes.stats.drafts += runner.drafts
+            self._notes.stats.drafting_ms += runner.drafting_s * 1e3
+            runner.drafts, runner.drafting_s = 0, 0.0
         if isinstance(runner, ExitRunner):
             self._notes.stats.filled += runner.filled
             runner.filled = 0

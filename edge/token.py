@@ -78,6 +78,8 @@ class Stats:
         round_trips: questions to the cloud whose answer was waited for.
         cloud_ms: time in the cloud's engine, as its answers say.
         drafted, accepted: guesses that the cloud checked, and those of them that were right.
+        drafts, drafting_ms: guesses that were made in verify mode, those that were never checked among them, and the
+            time that took.
         filled: in exit mode, layers times tokens that the cloud computed of states about which nobody asked, since
             later answers need them; the prompt's are not among them.
         unverified: tokens that were guessed while the cloud was silent, stand, and were never confirmed.
@@ -100,6 +102,8 @@ class Stats:
     cloud_ms: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    drafts: int = 0
+    drafting_ms: float = 0.0
     filled: int = 0
     unverified: int = 0
     replaced: int = 0
@@ -122,6 +126,8 @@ class Stats:
             "cloud_ms": round(self.cloud_ms, 3),
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "drafts": self.drafts,
+            "drafting_ms": round(self.drafting_ms, 3),
             "filled": self.filled,
             "unverified": self.unverified,
             "replaced": self.replaced,

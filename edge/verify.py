@@ -83,6 +83,7 @@ class VerifyRunner:
         source: of the token given last: "verified" was drafted here, "cloud" is the cloud's own.
         by_model: whether a model on this device drafts.
         drafted, accepted: guesses that were checked, and that were right.
+        drafts, drafting_s: guesses that were made, and the time that took.
     """
 
     source: Source = "cloud"
@@ -104,7 +105,8 @@ class VerifyRunner:
         self._sent = 0  # leading tokens of it that went up
         self._found: int | None = None
         self._running = False
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.drafts = 0
+        self.drafting_s = 0.0
 
     def next(self, remaining: int) -> int:
         """See `Runner`."""
@@ -180,6 +182,8 @@ class VerifyRunner:
         guesses = self._guessed(most)
         now = time.perf_counter()
         pace.drafted(len(guesses), now - began)
+        self.drafts += len(guesses)
+        self.drafting_s += now - began
         if not known and not guesses:
             return False
         at, lane = self._sent, self._lane

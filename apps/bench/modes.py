@@ -63,6 +63,7 @@ class Row:
         agreement: share of tokens that are the whole model's greedy choice after the same prefix; None where the
             device's bundle does not hold it, or nothing is greedy.
         acceptance: share of drafted tokens that were right, of those that the cloud checked.
+        draft_ms: of a drafted token on the device, in the mean; None where none was drafted.
         filled_per_token: layers times tokens about which nobody asked that the cloud computed for those that follow,
             over all tokens; None where no exit speaks.
         same: answers that are, token for token, the cloud's own; None where that was not asked.
@@ -81,6 +82,7 @@ class Row:
     down_bytes_per_token: float = 0.0
     cloud_ms_per_token: float = 0.0
     acceptance: float | None = None
+    draft_ms: float | None = None
     agreement: float | None = None
     filled_per_token: float | None = None
     same: int | None = None
@@ -241,6 +243,9 @@ def _row(
         sum(one.bytes_down for one in stats) / tokens,
         statistics.median(one.cloud_ms / max(1, len(said)) for said, one, _ in calm),
         sum(one.accepted for one in stats) / drafted if drafted else None,
+        sum(one.drafting_ms for _, one, _ in calm) / drafts
+        if (drafts := sum(one.drafts for _, one, _ in calm))
+        else None,
         None,
         sum(one.filled for one in stats) / tokens if any("exit" in one.sources for one in stats) else None,
         None if streamed is None else sum(said == text for (said, _, _), text in zip(answers, streamed, strict=True)),

@@ -64,6 +64,7 @@ def test_the_text_is_the_clouds_own(sampling: Sampling, depth: int, wrong: float
         assert ids(one.generate(PROMPT, max_tokens=60, sampling=sampling)) == text
         stats = one.stats
         assert set(stats.sources) <= {"cloud", "verified"}
+        assert stats.drafts >= stats.drafted > 0 and stats.drafting_ms > 0
         if wrong == 1.0:
             assert stats.accepted == 0 < stats.drafted
         if wrong == 0.0:
