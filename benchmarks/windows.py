@@ -3,11 +3,12 @@
 In each window a cloud is a process of its own, the link is a relay that replays a trace from a moment on, and a device
 answers questions one after the other: in every fixed mode that the wish allows, each on the same stretch of the trace,
 then in auto, which has met machine and cloud before but not the link. The simulator plays auto on the same stretch with
-times that were measured just before and just after (the mean of both counts), and with what n-grams and exits foresee
-of the answers. A device that holds 20 layers has a folder with no more in it. Slow-downs are declared; nothing else
-should run on the machine. What was played while others on the host took much of the processors is played again, at
-most twice. Each window is kept when it is done, by commit: a run that was stopped is gone on with, and `--only` plays
-some again.
+times that were measured just before and just after (the mean of both counts), corrected by how fast the steps of both
+sides were within the window, since a host that others use is another one a minute later; and with what n-grams and
+exits foresee of the answers. A device that holds 20 layers has a folder with no more in it. Slow-downs are declared;
+nothing else should run on the machine. What was played while others on the host took much of the processors is played
+again, at most twice. Each window is kept when it is done, by commit: a run that was stopped is gone on with, and
+`--only` plays some again.
 
 usage: python benchmarks/windows.py [--traces FOLDER] [--seconds 60] [--only 0,3] [--questions 16]
 """
@@ -29,6 +30,7 @@ from typing import Any
 from kept import Kept
 from models import BENCH, bundle
 from record import RUNS, Cell, Record, commit
+from window_times import TOKENS, Case, Steps, Times, calibrate
 
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
@@ -37,10 +39,10 @@ from isthmus.apps.bench.relay import LinkProfile, Relay
 from isthmus.apps.bench.simulate import LinkPlan, Point, Window, play_auto
 from isthmus.edge import Device, Timeouts, priors
 from isthmus.edge.exit import ExitSpeaker
-from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, Wish
+from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.local import LocalPart
 from isthmus.edge.model_drafts import Said
-from isthmus.engine import KvConfig, Rows, Want, open_part
+from isthmus.engine import KvConfig, open_part
 from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
 from isthmus.split.bundle import Bundle
@@ -48,27 +50,11 @@ from isthmus.split.exit_states import questions
 from isthmus.split.traces import Trace, read_pair, synthetic_pair
 
 LEAD_S = 3.0  # in which a device connects
-TOKENS = 120  # of an answer at most
 NEAR, ALIKE = 0.9, 0.1
-STEPS = (1, 2, 4, 8)
-PROMPT = 128
 MOST_TAKEN, TRIES, PATIENCE_S = 0.1, 3, 60.0  # of the processors, by others on the host; plays; waiting for calm
 SIMULATOR = ("conversation", "facts", "players", "simulate", "virtual")
 PLAYS = (*RUNS, *(f"apps/bench/{name}.py" for name in SIMULATOR))  # what a window depends on
 Play = Callable[[list[str], float], tuple[int, Counter[str]]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A window."""
-
-    link: str
-    start_s: float
-    rtt_ms: float
-    slow: float
-    cloud: float
-    held: int
-    disagreement: float
 
 
 CASES = (
@@ -81,52 +67,6 @@ CASES = (
     Case("Verizon-EVDO-driving", 20, 100, 1, 1, 30, 0.0),
     Case("Verizon-EVDO-driving", 60, 50, 4, 8, 20, 0.05),
 )
-
-
-class Times:
-    """What this machine takes, measured in this run with one thread: layers [0, k), steps of n rows, one prompt row."""
-
-    def __init__(self, source: Bundle, layers: list[int]) -> None:
-        part = open_part(source, 0, source.config.n_layers, threads=1, kv=KvConfig("f16", 4096))
-        self.n_layers = part.end
-
-        def step(count: int, leave: int | None, want: Want) -> float:
-            sequence, took = part.open(), []
-            part.step(Rows().tokens(sequence, 0, [7] * PROMPT, want=Want.NONE))
-            for turn in range(12):
-                rows = Rows().tokens(
-                    sequence,
-                    PROMPT + turn * count,
-                    [7] * count,
-                    leave=leave,
-                    want=want,
-                    want_all=want is not Want.NONE,
-                )
-                began = time.perf_counter()
-                part.step(rows)
-                took.append((time.perf_counter() - began) * 1e3)
-            sequence.close()
-            return statistics.median(took[2:])
-
-        self.layers = {k: step(1, k, Want.HIDDEN) for k in sorted({1, *layers, part.end})}
-        self.rows = {n: step(n, None, Want.SAMPLE) for n in STEPS}
-        self.head = max(0.1, self.rows[1] - self.layers[part.end])
-        self.prompt = step(64, None, Want.NONE) / 64
-        self.device_share = self.cloud_share = 1.0  # of that a token takes: with messages, text, and waits between
-        part.close()
-
-    def device(self, case: Case) -> DeviceFigures:
-        """Of the case's device."""
-        slow = case.slow * self.device_share
-        points = tuple((k, ms * slow) for k, ms in self.layers.items())
-        head, exit_ms, prompt = self.head * slow, self.layers[1] * slow, self.prompt * slow
-        return DeviceFigures(case.held, self.n_layers, points, head, exit_ms, prompt, priors.CODEC_MS)
-
-    def cloud(self, case: Case) -> CloudFigures:
-        """Of the case's cloud."""
-        slow = case.cloud * self.cloud_share
-        rows = tuple((n, ms * slow) for n, ms in self.rows.items())
-        return CloudFigures(self.n_layers, rows, self.head * slow, self.prompt * slow)
 
 
 def answers(source: Bundle, asked: list[str], layers: list[int], cut: int, keys: Path) -> list[Answer]:
@@ -304,9 +244,12 @@ class Stand:
             for name, way in fixed_ways(case, source, able).items():
                 tokens[name], _ = self._calmly(real(case, way, folder, keys, cloud.address, link))
                 print(f"window {number}: {name} {tokens[name]} tokens", file=sys.stderr, flush=True)
-            before = self._measured(case, cloud.address)
-            auto, sources = self._calmly(real(case, wish, folder, keys, cloud.address, link))
+            before, steps = self._measured(case, cloud.address), Steps()
+            with steps.seen():
+                auto, sources = self._calmly(real(case, wish, folder, keys, cloud.address, link))
             after = self._measured(case, cloud.address)
+        for times in (before, after):
+            times.corrected(case, steps)
         simulations = [self._simulated(case, times, able, up, down) for times in (before, after)]
         simulated = round(statistics.mean(tokens for tokens, _ in simulations))
         used = [ways for _, ways in simulations]
@@ -419,25 +362,6 @@ def tell(record: Record, windows: list[Played]) -> None:
     columns = ["link", "from, s", "round trip, ms", "device slow-down", "cloud step", "layers held", "disagreement"]
     columns += ["best mode", "its tokens", "auto", "simulated auto", "made by", "all modes"]
     record.table("windows", columns, rows, note="Tokens in the window; the simulator plays auto.")
-
-
-def calibrate(times: Times, case: Case, folder: Path, keys: Path, cloud: str, asked: list[str]) -> None:
-    """What tokens take of what was measured of the engine alone: messages and text come to it, and a side that waits in
-    proportion to what it computes finds its processor asleep.
-    """
-    whole = replace(case, held=times.n_layers)
-    for mode in ("local", "stream"):
-        with Device(folder, cloud, keys=keys, threads=1, slow_down=case.slow, kv_tokens=1024, mode=mode) as device:
-            speeds = []
-            for question in asked[:3]:
-                device.reset()
-                list(device.chat(question, max_tokens=TOKENS))
-                speeds.append(device.stats.tok_s)
-        ms = 1e3 / statistics.median(speeds)
-        if mode == "local":
-            times.device_share = ms / times.device(whole).token_ms
-        else:
-            times.cloud_share = ms / times.cloud(whole).step(1)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,12 @@ def _cut(
     shape: list[str],
     inputs: Path | None,
 ) -> None:
+    import sys
+
     from isthmus.apps.cli.profile import shapes
     from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import PlanError
+    from isthmus.protocol.limits import LIMITS
     from isthmus.split.confined import confined
     from isthmus.split.plan import load_plan, shown
 
@@ -150,6 +153,10 @@ def _cut(
     print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
     same = f"the parts give what the whole gives, to {told['worst']:.1g} of its largest value"
     print(f"what travels: {shown(told['crossing'])}; {same}")
+    if (size := told["travels_bytes"]) > LIMITS.max_message_bytes:
+        most = LIMITS.max_message_bytes / 1e6
+        note = f"note: {size / 1e6:.1f} MB travel for this input, and a cloud takes {most:.1f} MB at once"
+        print(f"{note}: choose another row with --way, or a smaller input", file=sys.stderr)
 
 
 def _only(what: str, given: Mapping[str, object]) -> None:
