@@ -165,8 +165,8 @@ def against(record: Record, rows: dict[str, Row]) -> None:
 def drafts(record: Record, source: Bundle, rows: dict[str, Row]) -> None:
     """What verify mode sends, and how near pipelined drafts come to a*t_d + (1 - a)(R + t_v + t_d) seconds a token.
 
-    Drafts and passes take what they took in these answers, on a machine where both sides share processors and memory;
-    what a draft takes while nothing else runs is told as well.
+    They are held to what a draft takes while nothing else runs; beside a cloud that shares processors and memory it
+    takes longer, and the form with that is told as well.
     """
     for name, row in rows.items():
         if name.startswith(VERIFY):
@@ -186,7 +186,7 @@ def drafts(record: Record, source: Bundle, rows: dict[str, Row]) -> None:
     for what, (value, unit) in told.items():
         record.figure(f"closed form/{what}", value, unit)
     record.figure("closed form/tok_s", closed(row.draft_ms), "tok/s")
-    record.figure(f"{PIPELINED}/tok_s", row.tok_s, "tok/s", target=CLOSED_FORM, of="closed form/tok_s")
+    record.figure(f"{PIPELINED}/tok_s", row.tok_s, "tok/s", target=CLOSED_FORM, of="closed form/tok_s, drafts alone")
 
 
 def drafting_ms(source: Bundle, tokens: int = 64) -> float:
