@@ -24,6 +24,7 @@ class Lane:
         sent: positions that it was ever sent or said to hold, whatever became of them.
         agreed: leading positions at which the cloud's log is known to be the device's.
         streamed: position of the first token that was asked for as a stream in this epoch, 0 for none.
+        limit: how much of the log it may keep, while it is being aligned.
         ahead: positions that it holds if all that was sent ahead has come; at least `committed`.
     """
 
@@ -36,6 +37,7 @@ class Lane:
         "enter",
         "epoch",
         "head",
+        "limit",
         "opened",
         "sent",
         "session",
@@ -45,7 +47,7 @@ class Lane:
     def __init__(self, alias: int, enter: int) -> None:
         self.alias = alias
         self.enter = enter
-        self.epoch = 0
+        self.epoch = self.limit = 0
         self.renew()
 
     def renew(self) -> None:
@@ -93,6 +95,13 @@ class Lane:
         self.epoch += 1
         self.streamed = 0
         return Truncate(self.alias, self.epoch, length)
+
+    def cut(self, length: int, log: Chain) -> None:
+        """The cloud is about to hold what of the log's first `length` positions it is known to hold or was sent."""
+        self.check(log)
+        self.agreed = min(self.agreed, length)
+        self.stands(self.agreed, log.at(self.agreed))
+        self.ahead, self._tail = length, log.at(length)
 
     def told(self, committed: int, head: bytes, log: Chain) -> bool:
         """Takes in what the cloud says that it holds; False when that is not a prefix of the log."""

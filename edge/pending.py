@@ -7,18 +7,37 @@ from typing import Any
 
 from isthmus.edge.lane import Lane
 from isthmus.protocol import messages as m
+from isthmus.protocol.chain import extend
 
 
 @dataclass(slots=True)
 class Pending:
-    """A message that waits for its answer."""
+    """A message that waits for its answer.
+
+    Attributes:
+        head: of a draft, chain over the tokens before it; of a cut after which rows were sent at once, over what it
+            leaves.
+    """
 
     message: Any
     lane: Lane | None
     asked_at: float  # or put off until then
     retry_at: float
     tries: int = 0
-    head: bytes = b""  # of a draft: chain over the tokens before it
+    head: bytes = b""
+
+    def head_after(self, accepted: int) -> bytes:
+        """Chain over the tokens up to the draft's first so many."""
+        head = self.head
+        for token in self.message.tokens[:accepted]:
+            head = extend(head, token)
+        return head
+
+    def repeated(self, now: float, retry_s: float) -> Any:
+        """The message, which is sent once more; each time later."""
+        self.tries += 1
+        self.retry_at = now + retry_s * min(2**self.tries, 8)
+        return self.message
 
 
 class Requests(dict[tuple[Any, ...], Pending]):
@@ -28,14 +47,36 @@ class Requests(dict[tuple[Any, ...], Pending]):
         """Whether something is under way on a lane."""
         return any(pending.lane is lane for pending in self.values())
 
+    def decides(self, lane: Lane) -> bool:
+        """Whether something was asked on whose answer depends where a lane's rows go on."""
+        asked = self.get(("control", lane.alias))
+        return asked is not None and not asked.head
+
     def earlier(self, lane: Lane, position: int) -> bool:
         """Whether rows of a lane from before a position are under way."""
         return any(key[0] == "rows" and pending.lane is lane and key[2] < position for key, pending in self.items())
 
-    def concerned(self, lane: Lane | None, position: int) -> list[Pending]:
-        """What a refusal of a lane's request at a position puts off; without a lane, what has none."""
+    def put_off(self, lane: Lane | None, position: int, until: float) -> float | None:
+        """Waits with what a refusal of a lane's request at a position concerns; without a lane, with what has none.
+
+        Returns:
+            When the oldest of it was asked for; None when there is nothing.
+        """
         of_lane = [(key, pending) for key, pending in self.items() if pending.lane is lane]
-        return [pending for key, pending in of_lane if key[0] != "rows" or key[2] >= position]
+        later = [pending for key, pending in of_lane if key[0] != "rows" or key[2] >= position]
+        asked_at = min((pending.asked_at for pending in later), default=None)
+        for pending in later:
+            pending.asked_at = pending.retry_at = until
+        return asked_at
+
+    def done(self, key: tuple[Any, ...]) -> None:
+        """The answer to rows has come: the lane's cut before them was heard."""
+        del self[key]
+        self.settled(key[1])
+
+    def settled(self, alias: int) -> None:
+        """Something that a lane was sent after its cut has been answered: the cut was heard."""
+        self.pop(("control", alias), None)
 
     def void(self, lane: Lane, position: int) -> None:
         """No answer to a lane's rows from a position on will come."""

@@ -22,7 +22,7 @@ from isthmus.edge.pending import Pending, Requests, bulk_key
 from isthmus.edge.stream import Stream
 from isthmus.edge.trips import Trips
 from isthmus.protocol import messages as m
-from isthmus.protocol.chain import Chain, extend
+from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
 
 _MAX_SETBACKS = 24  # realignments in a row without one token
@@ -68,7 +68,6 @@ class Session:
         self.where, self._kv_format, self._window = where, kv_format, window
         self.restore: Callable[[Lane], None] | None = None
         self._lanes: dict[int, Lane] = {}
-        self._limits: dict[int, int] = {}  # how much of the log each lane that is being aligned may keep
         self._pending = Requests()
         self._streams: dict[int, Stream] = {}
         self.patience = Patience(self._timeouts, where)
@@ -109,17 +108,15 @@ class Session:
 
     def align(self, lane: Lane, limit: int, now: float) -> None:
         """Asks for `Aligned`: the lane is open and holds a prefix of the log of at most `limit` tokens."""
-        control = self._pending.get(("control", lane.alias))
-        if control is not None and self._limits.get(lane.alias) == limit:
-            return  # asked already
-        self._limits[lane.alias] = limit
-        self._busy(now)
         if lane.check(self.log) and lane.ready(limit, self.log):
             self.events.append(Aligned(lane))
-        elif not lane.opened:
-            self._open(lane, now)
-        else:
-            self._truncate(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now)
+        elif not (lane.limit == limit and self._pending.decides(lane)):
+            lane.limit = limit
+            self._busy(now)
+            if not lane.opened:
+                self._open(lane, now)
+            elif self._truncate(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now, sure=True):
+                self.events.append(Aligned(lane))
 
     def greet(self, now: float) -> None:
         """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
@@ -225,7 +222,7 @@ class Session:
                 if isinstance(pending.message, m.Draft) and pending.tries >= _MAX_REPEATS and pending.lane:
                     self._setback(pending.lane)  # what it builds on is gone: ask where the cloud stands
                     break
-                self._overdue(pending, now)
+                self.outbox.append(pending.repeated(now, self._timeouts.retry_ms / 1e3))
 
     @property
     def wake_at(self) -> float:
@@ -239,8 +236,7 @@ class Session:
     def abandon(self) -> None:
         """Nothing that is under way is wanted any more: the cloud is told so, and the lanes are to be opened again."""
         lanes = self._lanes.values()
-        waiting = [lane for lane in lanes if lane.opened and self._pending.any_of(lane)]
-        self.outbox[:] = [m.Cancel(lane.alias, lane.epoch) for lane in waiting]
+        self.outbox[:] = [m.Cancel(one.alias, one.epoch) for one in lanes if one.opened and self._pending.any_of(one)]
         self._pending.clear()
         self._streams.clear()
         self.events.clear()
@@ -287,19 +283,16 @@ class Session:
             return
         key = ("rows", message.alias, message.position)
         pending = self._pending.get(key)
-        if pending is None:
-            cut = self._control(lane, message.epoch, m.Truncate, now)
-            if cut is not None and not self._absurd(nonsense.of_cut(message, cut.length)):
-                self._aligning(lane, message.committed, message.prefix_hash, now)
+        if not message.tokens and (pending is None or message.committed <= message.position):
+            self._was_cut(lane, message, now)
             return
-        rows = pending.message
-        if not isinstance(rows, m.Rows):
+        if pending is None or not isinstance(rows := pending.message, m.Rows):
             return
         if message.committed < rows.position + len(rows.tokens) or (rows.want & m.WANT_SAMPLE and not message.tokens):
             return  # a late repetition of Truncate's answer
         if self._absurd(nonsense.of_result(message, rows, lane)):
             return
-        del self._pending[key]
+        self._pending.done(key)
         self._tripped(pending, now, message.engine_us, message.queue_us, waited=bool(rows.want))
         self.patience.progressed(now)
         overtaken = message.committed < lane.committed  # by a later answer
@@ -319,6 +312,7 @@ class Session:
             return
         pending = self._pending[("stream", message.alias)]
         pending.asked_at = now
+        self._pending.settled(message.alias)
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us
             lane.streamed_to(taken.committed, taken.prefix_hash)
@@ -341,17 +335,15 @@ class Session:
         pending = self._pending.get(key)
         if lane is None or lane.epoch != message.epoch or self._absurd(nonsense.of_position(message.position, lane)):
             return
-        draft = pending.message if pending is not None else None
-        if pending is None or not isinstance(draft, m.Draft) or self._absurd(nonsense.of_verdict(message, draft)):
+        if pending is None or not isinstance(draft := pending.message, m.Draft):
             return
-        guesses, accepted = draft.tokens, message.accepted
-        head = pending.head
-        for token in guesses[:accepted]:
-            head = extend(head, token)
+        if self._absurd(nonsense.of_verdict(message, draft)):
+            return
+        accepted, head = message.accepted, pending.head_after(message.accepted)
         if head != message.prefix_hash:
             self._setback(lane)
             return
-        del self._pending[key]
+        self._pending.done(key)
         self._tripped(pending, now, message.engine_us, message.queue_us)
         self.patience.progressed(now)
         self._setbacks = 0
@@ -396,7 +388,8 @@ class Session:
         message = lane.opening(self._model_id, self._kv_format, self._window)
         self._post(("control", lane.alias), message, lane, now)
 
-    def _truncate(self, lane: Lane, length: int, now: float) -> None:
+    def _truncate(self, lane: Lane, length: int, now: float, *, sure: bool = False) -> bool:
+        """Asks the cloud to cut its log back; whether rows may follow at once, since what is left is known."""
         self._drop(lane)
         if self._window and lane.committed > self._window:
             # What the window has let go of cannot be gone back to: begin with an empty session.
@@ -404,11 +397,23 @@ class Session:
             lane.renew()
             if self._bears():
                 self._open(lane, now)
-            return
-        self._post(("control", lane.alias), lane.cutting(length), lane, now)
+            return False
+        self._post(("control", lane.alias), lane.cutting(length), lane, now, self.log.at(length) if sure else b"")
+        if sure:
+            lane.cut(length, self.log)
+        return sure
+
+    def _was_cut(self, lane: Lane, message: m.Result, now: float) -> None:
+        asked = self._control(lane, message.epoch, m.Truncate, now)
+        if asked is not None and asked.head:
+            length, holds = asked.message.length, message.committed  # more, if what followed was heard before
+            if holds < length or (holds == length and message.prefix_hash != asked.head):
+                self._setback(lane)
+        elif asked is not None and not self._absurd(nonsense.of_cut(message, asked.message.length)):
+            self._aligning(lane, message.committed, message.prefix_hash, now)
 
     def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
-        known, limit = lane.agreed, min(self._limits[lane.alias], len(self.log))
+        known, limit = lane.agreed, min(lane.limit, len(self.log))
         agrees = lane.told(committed, prefix_hash, self.log)
         if agrees and lane.ready(limit, self.log):
             self.round_trips += 1
@@ -448,28 +453,21 @@ class Session:
         self.patience.progressed(now)
         return True
 
-    def _control(self, lane: Lane, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Any:
-        """The request that a lane's answer is to; None when nothing like that was asked."""
+    def _control(self, lane: Lane, epoch: int, kind: type[m.Open | m.Truncate], now: float) -> Pending | None:
+        """What a lane's answer is to; None when nothing like that was asked."""
         pending = self._pending.get(("control", lane.alias))
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
         self._answered(("control", lane.alias), now)
         if not pending.tries:
             self.trips.greeted(now - pending.asked_at)
-        return pending.message
-
-    def _overdue(self, pending: Pending, now: float) -> None:
-        pending.tries += 1
-        pending.retry_at = now + self._timeouts.retry_ms / 1e3 * min(2**pending.tries, 8)
-        self.outbox.append(pending.message)
+        return pending
 
     def _later(self, lane: Lane | None, fault: m.Fault, now: float) -> None:
         retry_at = now + max(fault.retry_ms / 1e3, self._timeouts.retry_ms / 4e3)
-        later = self._pending.concerned(lane, fault.position)
-        if later and fault.code is m.Code.BUSY:
-            self.patience.put_off(fault.problem, min(pending.asked_at for pending in later), retry_at, now)
-        for pending in later:
-            pending.asked_at = pending.retry_at = retry_at
+        asked_at = self._pending.put_off(lane, fault.position, retry_at)
+        if asked_at is not None and fault.code is m.Code.BUSY:
+            self.patience.put_off(fault.problem, asked_at, retry_at, now)
 
     def _drop(self, lane: Lane) -> bool:
         dropped = self._pending.drop(lane)
