@@ -18,6 +18,7 @@ from isthmus.edge.policy import STEADY, Plan, decide, explain, worth_probing
 from isthmus.edge.priors import CODED
 from isthmus.edge.rhythm import (
     MOST_REST_S,
+    PING_S,
     PROBE_BYTES,
     REST_S,
     Pulse,
@@ -270,7 +271,7 @@ class Controller:
                 if self._pong == self._probe:
                     known.moved(now, PROBE_BYTES, rtt_ms - unheard_ms / 2)
                 else:
-                    known.trip(now, rtt_ms - unheard_ms / 2)
+                    known.trip(now, rtt_ms - unheard_ms / 2, every_s=PING_S)
             asks = self._pulse.asks(now, known.seen_s, self._curious)
             if asks is not None:
                 sent = link.ping(asks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from isthmus.edge.figures import (
@@ -20,6 +21,7 @@ from isthmus.edge.figures import (
 Direction = Literal["up", "down"]
 SPAN_S = 20.0  # how long an observation of the link counts
 TRIPS, MOVES = 48, 12  # observations kept at most
+BETWEEN_MS = 50.0  # about what work takes between an answer and its next question
 RECENT = 6  # trips that may make the link worse at once; to make it better takes the whole window
 QUEUE_SPAN_S, QUEUED = 5.0, 9
 START_BPS = 1e6  # of a link over which nothing was moved yet
@@ -39,19 +41,19 @@ class Window:
 
     def __init__(self, span_s: float, most: int) -> None:
         self._span_s = span_s
-        self._seen: deque[tuple[float, float]] = deque(maxlen=most)
+        self._seen: deque[tuple[float, float, float]] = deque(maxlen=most)
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def add(self, now_s: float, value: float) -> None:
+    def add(self, now_s: float, value: float, weight: float = 1.0) -> None:
         """Observes a value."""
-        self._seen.append((now_s, value))
+        self._seen.append((now_s, value, weight))
 
     def worse(self, now_s: float, value: float) -> None:
         """Observes the same as last time once more: the larger value counts."""
-        at, last = self._seen.pop()
-        self._seen.append((at, max(last, value)))
+        at, last, weight = self._seen.pop()
+        self._seen.append((at, max(last, value), weight))
 
     @property
     def last_s(self) -> float:
@@ -62,7 +64,12 @@ class Window:
         """What counts now, the oldest first."""
         while len(self._seen) > 1 and self._seen[0][0] < now_s - self._span_s:
             self._seen.popleft()
-        return [value for _, value in self._seen]
+        return [value for _, value, _ in self._seen]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of what `values` last gave."""
+        return [weight for _, _, weight in self._seen]
 
 
 class Share:
@@ -102,13 +109,19 @@ class LinkEstimator:
         self._trips = Window(SPAN_S, TRIPS)
         self._moved = {"up": Window(SPAN_S, MOVES), "down": Window(SPAN_S, MOVES)}
 
-    def trip(self, now_s: float, ms: float) -> None:
-        """A question of one segment was answered; `ms` without the cloud's own time."""
+    def trip(self, now_s: float, ms: float, *, every_s: float = 0.0) -> None:
+        """A question of one segment was answered; `ms` without the cloud's own time.
+
+        Args:
+            every_s: how often it is asked, where that does not depend on when the one before was answered: it then
+                stands for all those that work would have asked in that time, of which a slow link delays few.
+        """
         ms = max(0.0, ms)
+        weight = max(1.0, every_s * 1e3 / (ms + BETWEEN_MS))
         if now_s - ms * 1e-3 < self._trips.last_s - 1e-3:
             self._trips.worse(now_s, ms)  # was under way when the last one came: the same moment of the link
         else:
-            self._trips.add(now_s, ms)
+            self._trips.add(now_s, ms, weight)
 
     def moved(self, way: Direction, now_s: float, size: float, ms: float) -> None:
         """Bytes that came through in a time that no trip is part of; a few of them say nothing."""
@@ -117,12 +130,14 @@ class LinkEstimator:
 
     def figures(self, now_s: float, silent_ms: float = 0.0, up: bool = True) -> LinkFigures:
         """The link as it seems now."""
-        trips = self._trips.values(now_s) or [self._first_ms]
-        trip = max(statistics.median(trips), statistics.median(trips[-RECENT:]))
+        trips, weights = self._trips.values(now_s), self._trips.weights
+        if not trips:
+            trips, weights = [self._first_ms], [1.0]
+        trip = max(quantile(trips, 0.5, weights), quantile(trips[-RECENT:], 0.5, weights[-RECENT:]))
         rates = {way: self._rates(window.values(now_s)) for way, window in self._moved.items()}
         return LinkFigures(
             trip,
-            max(trip, quantile(trips, 0.9)),
+            max(trip, quantile(trips, 0.9, weights)),
             rates["up"][0],
             rates["down"][0],
             rates["up"][1],
@@ -246,13 +261,21 @@ class Estimator:
         )
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The value below which that share lies, linear between the two nearest."""
-    order = sorted(values)
-    at = share * (len(order) - 1)
-    low = int(at)
-    high = min(low + 1, len(order) - 1)
-    return order[low] + (order[high] - order[low]) * (at - low)
+def quantile(values: list[float], share: float, weights: list[float] | None = None) -> float:
+    """The value below which that share lies, linear between the two nearest.
+
+    Args:
+        weights: above 0; all the same by default.
+    """
+    order = sorted(zip(values, weights or [1.0] * len(values), strict=True))
+    first, last = order[0], order[-1]
+    at = share * (sum(weight for _, weight in order) - (first[1] + last[1]) / 2)  # from the middle of the first
+    for (low, before), (high, after) in pairwise(order):
+        step = (before + after) / 2
+        if at <= step:
+            return low + (high - low) * at / step
+        at -= step
+    return last[0]
 
 
 def _drawn(factor: float, expected_ms: float, ms: float) -> float:

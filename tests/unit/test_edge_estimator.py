@@ -54,6 +54,21 @@ def test_trips_that_were_under_way_together_are_one_moment_of_the_link() -> None
     assert found.trip_ms == found.trip_high_ms == 20.0
 
 
+def test_a_stall_counts_as_often_as_work_would_have_met_it() -> None:
+    """Pings come however long the last one took; work asks again only when it is answered."""
+    asked, pinged = LinkEstimator(0.0), LinkEstimator(0.0)
+    now_s = 0.0
+    while now_s < 16.0:
+        trip = 500.0 if 8.0 <= now_s % 16.0 < 10.0 else 40.0
+        now_s += (trip + 50.0) * 1e-3
+        asked.trip(now_s, trip)
+    for i in range(32):
+        pinged.trip(0.5 * i, 500.0 if 8.0 <= 0.5 * i < 10.0 else 40.0, every_s=0.5)
+    seen, told = asked.figures(16.0), pinged.figures(16.0)
+    assert seen.trip_ms == told.trip_ms == 40.0
+    assert told.expected_trip_ms == pytest.approx(seen.expected_trip_ms, rel=0.1)
+
+
 def test_what_is_old_is_forgotten_but_for_the_last() -> None:
     link = LinkEstimator(0.0)
     link.trip(0.0, 500.0)
@@ -141,3 +156,14 @@ def test_a_mode_out_of_use_is_given_another_chance() -> None:
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
 def test_a_quantile_lies_among_the_values(values: list[float], share: float) -> None:
     assert min(values) <= quantile(values, share) <= max(values) * (1 + 1e-9)
+
+
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=20), st.floats(0.0, 1.0), st.integers(1, 5))
+def test_a_quantile_does_not_care_for_the_unit_of_weights(values: list[float], share: float, weight: int) -> None:
+    assert quantile(values, share, [float(weight)] * len(values)) == pytest.approx(quantile(values, share))
+
+
+def test_a_weighted_quantile() -> None:
+    assert quantile([1.0, 2.0, 9.0], 0.5, [1.0, 1.0, 1.0]) == 2.0
+    assert quantile([1.0, 2.0, 9.0], 0.9, [10.0, 10.0, 1.0]) == pytest.approx(2.0 + 7.0 * 3.95 / 5.5)
+    assert quantile([9.0, 1.0], 1.0, [1.0, 3.0]) == 9.0
