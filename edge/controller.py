@@ -75,8 +75,13 @@ class Controller:
         self._pong = self._probe = -1  # the last ping that was answered, and the last that measured the uplink
         link.watch = Watch(knowledge, self.late, link.session.enters)
 
+    @property
+    def informed(self) -> bool:
+        """Whether enough is known to choose."""
+        return self._knowledge.enough
+
     def begin(self, options: GenerateOptions) -> Runner:
-        """Who makes the first token of an answer; the cloud is there."""
+        """Who makes the first token of an answer; the cloud is there, or enough is known to begin without it."""
         self._active, self._fresh, self._wanted = True, True, options.max_tokens
         self._greedy = not options.sampling.temperature
         self._made = self._tokens = 0
@@ -271,7 +276,7 @@ class Controller:
                 if self._pong == self._probe:
                     known.moved(now, PROBE_BYTES, rtt_ms - unheard_ms / 2)
                 else:
-                    known.trip(now, rtt_ms - unheard_ms / 2, every_s=PING_S)
+                    known.trip(now, rtt_ms - unheard_ms / 2, idle_s=PING_S)
             asks = self._pulse.asks(now, known.seen_s, self._curious)
             if asks is not None:
                 sent = link.ping(asks)

@@ -50,10 +50,10 @@ class Window:
         """Observes a value."""
         self._seen.append((now_s, value, weight))
 
-    def worse(self, now_s: float, value: float) -> None:
+    def worse(self, value: float, weight: float = 1.0) -> None:
         """Observes the same as last time once more: the larger value counts."""
-        at, last, weight = self._seen.pop()
-        self._seen.append((at, max(last, value), weight))
+        at, last, before = self._seen.pop()
+        self._seen.append((at, value, weight) if value > last else (at, last, before))
 
     @property
     def last_s(self) -> float:
@@ -109,17 +109,17 @@ class LinkEstimator:
         self._trips = Window(SPAN_S, TRIPS)
         self._moved = {"up": Window(SPAN_S, MOVES), "down": Window(SPAN_S, MOVES)}
 
-    def trip(self, now_s: float, ms: float, *, every_s: float = 0.0) -> None:
+    def trip(self, now_s: float, ms: float, *, idle_s: float = 0.0) -> None:
         """A question of one segment was answered; `ms` without the cloud's own time.
 
         Args:
-            every_s: how often it is asked, where that does not depend on when the one before was answered: it then
-                stands for all those that work would have asked in that time, of which a slow link delays few.
+            idle_s: for how long nothing was asked before it. It then stands for all the questions that work would have
+                asked in that time and its own, of which a slow link delays few.
         """
         ms = max(0.0, ms)
-        weight = max(1.0, every_s * 1e3 / (ms + BETWEEN_MS))
+        weight = max(1.0, (idle_s * 1e3 + ms) / (ms + BETWEEN_MS))
         if now_s - ms * 1e-3 < self._trips.last_s - 1e-3:
-            self._trips.worse(now_s, ms)  # was under way when the last one came: the same moment of the link
+            self._trips.worse(ms, weight)  # was under way when the last one came: the same moment of the link
         else:
             self._trips.add(now_s, ms, weight)
 
@@ -133,7 +133,7 @@ class LinkEstimator:
         trips, weights = self._trips.values(now_s), self._trips.weights
         if not trips:
             trips, weights = [self._first_ms], [1.0]
-        trip = max(quantile(trips, 0.5, weights), quantile(trips[-RECENT:], 0.5, weights[-RECENT:]))
+        trip = max(quantile(trips, 0.5, weights), statistics.median(trips[-RECENT:]))
         rates = {way: self._rates(window.values(now_s)) for way, window in self._moved.items()}
         return LinkFigures(
             trip,
@@ -265,15 +265,15 @@ def quantile(values: list[float], share: float, weights: list[float] | None = No
     """The value below which that share lies, linear between the two nearest.
 
     Args:
-        weights: above 0; all the same by default.
+        weights: of each, from 0 on; all the same by default.
     """
-    order = sorted(zip(values, weights or [1.0] * len(values), strict=True))
+    order = sorted(zip(values, [1.0] * len(values) if weights is None else weights, strict=True))
     first, last = order[0], order[-1]
     at = share * (sum(weight for _, weight in order) - (first[1] + last[1]) / 2)  # from the middle of the first
     for (low, before), (high, after) in pairwise(order):
         step = (before + after) / 2
         if at <= step:
-            return low + (high - low) * at / step
+            return low + (high - low) * at / step if step else low
         at -= step
     return last[0]
 

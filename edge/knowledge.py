@@ -155,10 +155,10 @@ class Knowledge:
 
     # -- what is seen
 
-    def trip(self, now_s: float, ms: float, *, every_s: float = 0.0) -> None:
+    def trip(self, now_s: float, ms: float, *, idle_s: float = 0.0) -> None:
         """See `watch.Told` and `LinkEstimator.trip`."""
         self.seen_s = now_s
-        self._to.link.trip(now_s, ms, every_s=every_s)
+        self._to.link.trip(now_s, ms, idle_s=idle_s)
 
     def moved(self, now_s: float, size: float, ms: float) -> None:
         """See `watch.Told`."""

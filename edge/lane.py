@@ -24,6 +24,7 @@ class Lane:
         sent: positions that it was ever sent or said to hold, whatever became of them.
         agreed: leading positions at which the cloud's log is known to be the device's.
         streamed: position of the first token that was asked for as a stream in this epoch, 0 for none.
+        expects: the length and the chain that a cut leaves which has not been answered; None for no such cut.
         limit: how much of the log it may keep, while it is being aligned.
         ahead: positions that it holds if all that was sent ahead has come; at least `committed`.
     """
@@ -36,6 +37,7 @@ class Lane:
         "committed",
         "enter",
         "epoch",
+        "expects",
         "head",
         "limit",
         "opened",
@@ -57,6 +59,7 @@ class Lane:
         self.agreed = 0
         self.sent = 0
         self.streamed = 0
+        self.expects: tuple[int, bytes] | None = None
         self.stands(0, ROOT)
 
     def stands(self, committed: int, head: bytes) -> None:
@@ -87,13 +90,13 @@ class Lane:
     def opening(self, model_id: str, kv_format: str, window: int) -> Open:
         """The message that opens the lane or takes it up again."""
         self.epoch += 1
-        self.opened, self.streamed = False, 0
+        self.opened, self.streamed, self.expects = False, 0, None
         return Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
 
     def cutting(self, length: int) -> Truncate:
         """The message that makes the cloud forget positions from `length` on."""
         self.epoch += 1
-        self.streamed = 0
+        self.streamed, self.expects = 0, None
         return Truncate(self.alias, self.epoch, length)
 
     def cut(self, length: int, log: Chain) -> None:
@@ -102,6 +105,19 @@ class Lane:
         self.agreed = min(self.agreed, length)
         self.stands(self.agreed, log.at(self.agreed))
         self.ahead, self._tail = length, log.at(length)
+        self.expects = length, self._tail
+
+    def was_cut(self, length: int, committed: int, head: bytes) -> bool:
+        """Takes in the answer to a cut; False if the cloud holds something else than the cut should have left."""
+        if self.expects is None or self.expects[0] != length:
+            return True  # of another cut: a later answer tells
+        expected, self.expects = self.expects, None
+        if (committed, head) != expected:
+            return False
+        if self.committed < length <= self.ahead:  # what was sent ahead has come
+            self.committed = self.agreed = length
+            self.head = head
+        return True
 
     def told(self, committed: int, head: bytes, log: Chain) -> bool:
         """Takes in what the cloud says that it holds; False when that is not a prefix of the log."""

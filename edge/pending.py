@@ -15,8 +15,7 @@ class Pending:
     """A message that waits for its answer.
 
     Attributes:
-        head: of a draft, chain over the tokens before it; of a cut after which rows were sent at once, over what it
-            leaves.
+        head: of a draft, chain over the tokens before it.
     """
 
     message: Any
@@ -47,11 +46,6 @@ class Requests(dict[tuple[Any, ...], Pending]):
         """Whether something is under way on a lane."""
         return any(pending.lane is lane for pending in self.values())
 
-    def decides(self, lane: Lane) -> bool:
-        """Whether something was asked on whose answer depends where a lane's rows go on."""
-        asked = self.get(("control", lane.alias))
-        return asked is not None and not asked.head
-
     def earlier(self, lane: Lane, position: int) -> bool:
         """Whether rows of a lane from before a position are under way."""
         return any(key[0] == "rows" and pending.lane is lane and key[2] < position for key, pending in self.items())
@@ -68,15 +62,6 @@ class Requests(dict[tuple[Any, ...], Pending]):
         for pending in later:
             pending.asked_at = pending.retry_at = until
         return asked_at
-
-    def done(self, key: tuple[Any, ...]) -> None:
-        """The answer to rows has come: the lane's cut before them was heard."""
-        del self[key]
-        self.settled(key[1])
-
-    def settled(self, alias: int) -> None:
-        """Something that a lane was sent after its cut has been answered: the cut was heard."""
-        self.pop(("control", alias), None)
 
     def void(self, lane: Lane, position: int) -> None:
         """No answer to a lane's rows from a position on will come."""

@@ -110,13 +110,13 @@ class Session:
         """Asks for `Aligned`: the lane is open and holds a prefix of the log of at most `limit` tokens."""
         if lane.check(self.log) and lane.ready(limit, self.log):
             self.events.append(Aligned(lane))
-        elif not (lane.limit == limit and self._pending.decides(lane)):
+        elif not (lane.limit == limit and ("control", lane.alias) in self._pending):
             lane.limit = limit
             self._busy(now)
             if not lane.opened:
                 self._open(lane, now)
-            elif self._truncate(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now, sure=True):
-                self.events.append(Aligned(lane))
+            else:
+                self._cut(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now)
 
     def greet(self, now: float) -> None:
         """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
@@ -283,8 +283,12 @@ class Session:
             return
         key = ("rows", message.alias, message.position)
         pending = self._pending.get(key)
-        if not message.tokens and (pending is None or message.committed <= message.position):
-            self._was_cut(lane, message, now)
+        if pending is None and (asked := self._control(lane, message.epoch, m.Truncate, now)) is not None:
+            if not self._absurd(nonsense.of_cut(message, asked.length)):
+                self._aligning(lane, message.committed, message.prefix_hash, now)
+        elif lane.expects and not message.tokens and message.committed <= message.position:
+            if not lane.was_cut(message.position, message.committed, message.prefix_hash):
+                self._setback(lane)
             return
         if pending is None or not isinstance(rows := pending.message, m.Rows):
             return
@@ -292,7 +296,7 @@ class Session:
             return  # a late repetition of Truncate's answer
         if self._absurd(nonsense.of_result(message, rows, lane)):
             return
-        self._pending.done(key)
+        del self._pending[key]
         self._tripped(pending, now, message.engine_us, message.queue_us, waited=bool(rows.want))
         self.patience.progressed(now)
         overtaken = message.committed < lane.committed  # by a later answer
@@ -312,7 +316,6 @@ class Session:
             return
         pending = self._pending[("stream", message.alias)]
         pending.asked_at = now
-        self._pending.settled(message.alias)
         for fresh, taken in stream.take(message):
             self.cloud_us += taken.engine_us
             lane.streamed_to(taken.committed, taken.prefix_hash)
@@ -343,7 +346,7 @@ class Session:
         if head != message.prefix_hash:
             self._setback(lane)
             return
-        self._pending.done(key)
+        del self._pending[key]
         self._tripped(pending, now, message.engine_us, message.queue_us)
         self.patience.progressed(now)
         self._setbacks = 0
@@ -388,29 +391,28 @@ class Session:
         message = lane.opening(self._model_id, self._kv_format, self._window)
         self._post(("control", lane.alias), message, lane, now)
 
-    def _truncate(self, lane: Lane, length: int, now: float, *, sure: bool = False) -> bool:
-        """Asks the cloud to cut its log back; whether rows may follow at once, since what is left is known."""
-        self._drop(lane)
-        if self._window and lane.committed > self._window:
-            # What the window has let go of cannot be gone back to: begin with an empty session.
-            self.outbox.append(m.Close(lane.alias, lane.epoch))
-            lane.renew()
-            if self._bears():
-                self._open(lane, now)
-            return False
-        self._post(("control", lane.alias), lane.cutting(length), lane, now, self.log.at(length) if sure else b"")
-        if sure:
+    def _cut(self, lane: Lane, length: int, now: float) -> None:
+        """Has the cloud cut its log back to what is known: rows may follow, which it refuses if it has not heard."""
+        if not self._renewed(lane, now):
+            self.outbox.append(lane.cutting(length))
             lane.cut(length, self.log)
-        return sure
+            self.events.append(Aligned(lane))
 
-    def _was_cut(self, lane: Lane, message: m.Result, now: float) -> None:
-        asked = self._control(lane, message.epoch, m.Truncate, now)
-        if asked is not None and asked.head:
-            length, holds = asked.message.length, message.committed  # more, if what followed was heard before
-            if holds < length or (holds == length and message.prefix_hash != asked.head):
-                self._setback(lane)
-        elif asked is not None and not self._absurd(nonsense.of_cut(message, asked.message.length)):
-            self._aligning(lane, message.committed, message.prefix_hash, now)
+    def _truncate(self, lane: Lane, length: int, now: float) -> None:
+        """Has the cloud cut its log back, and say what is left."""
+        if not self._renewed(lane, now):
+            self._post(("control", lane.alias), lane.cutting(length), lane, now)
+
+    def _renewed(self, lane: Lane, now: float) -> bool:
+        """Drops what a lane waits for; whether it is begun anew, as there is no way back to what its window let go."""
+        self._drop(lane)
+        if not (self._window and lane.committed > self._window):
+            return False
+        self.outbox.append(m.Close(lane.alias, lane.epoch))
+        lane.renew()
+        if self._bears():
+            self._open(lane, now)
+        return True
 
     def _aligning(self, lane: Lane, committed: int, prefix_hash: bytes, now: float) -> None:
         known, limit = lane.agreed, min(lane.limit, len(self.log))
@@ -453,15 +455,15 @@ class Session:
         self.patience.progressed(now)
         return True
 
-    def _control(self, lane: Lane, epoch: int, kind: type[m.Open | m.Truncate], now: float) -> Pending | None:
-        """What a lane's answer is to; None when nothing like that was asked."""
+    def _control(self, lane: Lane, epoch: int, kind: type[m.Open] | type[m.Truncate], now: float) -> Any:
+        """The request that a lane's answer is to; None when nothing like that was asked."""
         pending = self._pending.get(("control", lane.alias))
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
         self._answered(("control", lane.alias), now)
         if not pending.tries:
             self.trips.greeted(now - pending.asked_at)
-        return pending
+        return pending.message
 
     def _later(self, lane: Lane | None, fault: m.Fault, now: float) -> None:
         retry_at = now + max(fault.retry_ms / 1e3, self._timeouts.retry_ms / 4e3)

@@ -84,13 +84,14 @@ class Steering:
         if mode == "auto":
             with offering_local(whole):
                 link_up = self._link_up()
-            if self._cloud_error is not None and not whole:
+            waits = not link_up and not whole and self._bridging and self._served  # with what bridges meanwhile
+            if self._cloud_error is not None and not whole and not waits:
                 raise self._cloud_error
-            mode = policy.choose(self._link is not None, link_up, whole)
+            mode = "stream" if waits else policy.choose(self._link is not None, link_up, whole)
             if self._cloud_error is not None:
                 hint = "" if self._served else f" ({self._cloud_error.remedy})"
                 self._notes.add(f"{self._cloud_error.problem}: this device goes on by itself{hint}")
-            if self._controller is not None and link_up:
+            if self._controller is not None and (link_up or self._may_return()):
                 with offering_local(whole):
                     return self._controller.begin(options)
             if self._tell is not None:
@@ -105,6 +106,12 @@ class Steering:
         self._served = True
         with offering_local(whole):
             return self._modes.shared(replace(options, mode=mode), self._link)
+
+    def _may_return(self) -> bool:
+        """Whether an answer that this device begins alone may go on in the cloud as soon as that is back."""
+        silent = isinstance(self._cloud_error, LinkError) and not isinstance(self._cloud_error, Busy)
+        informed = self._controller is not None and self._controller.informed
+        return silent and informed and self._served and self._holding.whole and self._fallback
 
     @contextmanager
     def listening(self, runner: Runner, options: GenerateOptions, guessed: bool, ended: bool) -> Iterator[None]:

@@ -89,9 +89,13 @@ class Watch:
             case m.Opened():
                 self._answered(("control", message.alias, message.epoch), came, 0, 0)
             case m.Result():
-                if not self._answered(("control", message.alias, message.epoch), came, 0, 0):
+                control = "control", message.alias, message.epoch
+                if message.tokens or message.committed > message.position:  # of rows, whose cut was heard then, too
+                    self._asked.pop(control, None)
                     key = ("rows", message.alias, message.epoch, message.position)
                     self._answered(key, came, message.engine_us, message.queue_us)
+                else:
+                    self._answered(control, came, 0, 0)
             case m.Verdict():
                 key = ("rows", message.alias, message.epoch, message.position)
                 asked = self._answered(key, came, message.engine_us, message.queue_us)

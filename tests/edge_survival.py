@@ -114,6 +114,9 @@ class Survival(RuleBasedStateMachine):
         self.done["restarts of the device"] += 1
         self.seen = self.device.tokens[len(PROMPT) :]
         self.certain = len(self.seen)
+        self.right = self._right(
+            len(self.seen)
+        )  # an earlier answer, whose end was lost, goes on in the last one's mode
         if self.device.unfinished is not None:
             self.answer = self.device.go_on()
 

@@ -178,7 +178,7 @@ class Conversation:
                 return note
             asked, size = sent
             ms = (self.world.now - asked) / MS
-            self._tell(ms - min(ms, unheard_ms) / 2, size, every_s=PING_S)
+            self._tell(ms - min(ms, unheard_ms) / 2, size, idle_s=PING_S)
         return None
 
     def await_note(self, wanted: Callable[[Note], bool]) -> Note:
@@ -207,12 +207,12 @@ class Conversation:
             self.sight.estimator.queued(self.now_s, note.queue_ms)
             self._tell((self.world.now - asked_ns) / MS - note.took_ms, size)
 
-    def _tell(self, ms: float, size: float, every_s: float = 0.0) -> None:
+    def _tell(self, ms: float, size: float, idle_s: float = 0.0) -> None:
         estimator, self.sight.seen_s = self.sight.estimator, self.now_s
         if estimator is None:
             return
         if size < BULK_BYTES:
-            estimator.link.trip(self.now_s, ms, every_s=every_s)
+            estimator.link.trip(self.now_s, ms, idle_s=idle_s)
         else:
             trip = estimator.link.figures(self.now_s).trip_ms
             estimator.link.moved("up", self.now_s, size, max(ms - trip, 1.0))

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.edge.bridge import Bridge, Retold
+from isthmus.edge.events import Timeouts
 from isthmus.edge.token import Rollback
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import DeviceError, LinkError
+from tests.edge_exits import give_exit
 from tests.edge_toys import PROMPT, device, ids, lie, local, toy_engine  # noqa: F401
 from tests.edge_world import LossyWire, ToyBundle, ToyService
 
@@ -300,3 +302,26 @@ def test_a_device_that_is_asked_while_it_rolls_back_says_that_it_is_busy() -> No
         with pytest.raises(DeviceError, match="in the middle of an answer"):
             list(tokens)
         assert "silent" not in one.stats.note
+
+
+@pytest.mark.parametrize("exit_", [True, False])
+def test_auto_begins_an_answer_though_the_link_has_been_dark_for_long(exit_: bool) -> None:
+    """A device that holds a part of the model: with an exit it goes on, else it says why it cannot."""
+    wire, soon = wired(), Timeouts(connect_ms=2000, give_up_ms=400, retry_ms=100)
+    with device(wire, "auto", ToyBundle(held=3), timeouts=soon) as one:
+        if exit_:
+            give_exit(one)
+        assert all(token.verified for token in one.generate(PROMPT, max_tokens=20))
+        wire.dark.append((wire.now, wire.now + 60.0))
+        if not exit_:
+            for _ in range(2):
+                with pytest.raises(LinkError):
+                    list(one.generate(None, max_tokens=20))
+            return
+        for _ in range(3):
+            went = list(one.generate(None, max_tokens=60))
+            assert len(went) == 60 and went[-1].source == "exit" and not went[-1].verified
+            assert one.stats.unverified > 0
+            wire.now += 3.0  # the link knows that it is down
+        wire.dark.clear()
+        assert list(one.generate(None, max_tokens=60))[-1].verified

@@ -153,65 +153,6 @@ def test_a_late_repetition_of_an_answer_to_truncate_is_no_answer_to_rows() -> No
     assert events(session) == [Answered(lane, 2, [9])]
 
 
-def cut() -> tuple[Session, Lane]:
-    """A session whose rows followed a cut to 2 tokens at once."""
-    session, lane = opened(3)
-    session.align(lane, 2, 1.0)
-    assert events(session) == [Aligned(lane)] and lane.ahead == 2
-    assert sent(session) == [m.Truncate(1, lane.epoch, 2)]
-    rows(session, lane, 2)
-    return session, lane
-
-
-def test_rows_follow_a_cut_to_what_is_known_without_waiting_for_its_answer() -> None:
-    session, lane = cut()
-    trips = session.round_trips
-    session.receive(result(session, lane, 2, [], 2), 1.1)
-    assert events(session) == []
-    session.receive(result(session, lane, 2, [9], 4), 1.2)
-    assert events(session) == [Answered(lane, 2, [9])]
-    assert (session.wake_at, session.round_trips) == (float("inf"), trips + 1)
-
-
-def test_the_answer_to_rows_says_that_the_cut_before_them_was_heard() -> None:
-    session, lane = cut()
-    session.receive(result(session, lane, 2, [9], 4), 1.1)
-    assert events(session) == [Answered(lane, 2, [9])] and session.wake_at == float("inf")
-    session.receive(result(session, lane, 2, [], 2), 1.2)  # overtaken by what followed it
-    assert events(session) == [] and lane.committed == 4
-
-
-@pytest.mark.parametrize(("committed", "head"), [(1, None), (0, None), (2, b"y" * 16)])
-def test_a_cloud_that_holds_less_than_a_cut_left_is_asked_where_it_stands(committed: int, head: bytes | None) -> None:
-    session, lane = cut()
-    held = session.log.at(committed) if head is None else head
-    session.receive(m.Result(1, lane.epoch, 2, [], committed, held), 1.1)
-    assert events(session) == [Behind(lane)]
-    session.align(lane, 3, 1.2)
-    assert isinstance(sent(session)[0], m.Open)
-
-
-def test_a_cut_that_was_lost_has_the_lane_opened_again() -> None:
-    session, lane = cut()
-    session.receive(fault(lane, m.Code.STALE_EPOCH, 2), 1.1)
-    assert events(session) == [Behind(lane)]
-
-
-def test_a_repeated_cut_may_be_answered_after_what_followed_it() -> None:
-    session, lane = opened(3)
-    session.align(lane, 2, 1.0)
-    request = m.Generate(1, lane.epoch, 2, session.log.at(2), session.log.tokens[2:], 8)
-    session.generate(lane, request, 1.0)
-    cutting, asking = sent(session)
-    session.tick(session.wake_at)
-    assert sent(session) == [cutting, asking]
-    events(session)
-    session.receive(result(session, lane, 2, [], 4), 2.1)  # its tokens were lost: they come again
-    assert events(session) == []
-    session.receive(m.Tokens(1, lane.epoch, 4, [9], False, "", 4, session.log.at(4)), 2.2)
-    assert events(session) == [Streamed(lane, [9], False, "")]
-
-
 @pytest.mark.parametrize("code", [m.Code.UNKNOWN_SESSION, m.Code.GAP, m.Code.DIVERGED, m.Code.STALE_EPOCH])
 def test_a_lane_that_the_cloud_lost_is_opened_again_with_a_higher_epoch(code: m.Code) -> None:
     session, lane = asked()
