@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p $(FI
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMPS := $(VENV)/stamps
-NATIVE := $(wildcard engine/native/*.c engine/native/*.h engine/native/*.py)
+NATIVE := $(wildcard $(addprefix */native/*.,c h py))
 .DEFAULT_GOAL := help
 .PHONY: help demo test check setup bench clean
 
@@ -64,4 +64,4 @@ bench: setup
 	@$(BIN)/python scripts/readme_tables.py
 
 clean:
-	rm -rf $(STAMPS)/install build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis engine/*.so
+	rm -rf $(STAMPS)/install build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis engine/*.so protocol/*.so

@@ -1,4 +1,4 @@
-"""The native engine's build step; everything else stands in pyproject.toml."""
+"""The build step of what is written in C; everything else stands in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 LOST = """
-isthmus: WARNING: the native engine could NOT be built ({why}).
-isthmus: The installation goes on; ONNX Runtime computes instead, more slowly.
-isthmus: To mend it install a C compiler (Debian: apt-get install gcc libc6-dev) and install isthmus again;
-isthmus: without one, have ONNX Runtime at hand: pip install onnxruntime. `isthmus doctor` tells what is in use.
+isthmus: WARNING: {what} could NOT be built ({why}).
+isthmus: The installation goes on; {instead}.
+isthmus: To mend it install a C compiler (Debian: apt-get install gcc libc6-dev) and install isthmus again.
+isthmus: `isthmus doctor` tells what is in use.
 """
+WITHOUT = {
+    "isthmus.engine._native": (
+        "the native engine",
+        "ONNX Runtime computes instead (pip install onnxruntime), more slowly",
+    ),
+    "isthmus.protocol._rans": ("the coder of arrays", "they are coded in Python instead, far more slowly"),
+}
 
 
 def warn(text: str) -> None:
@@ -30,7 +37,7 @@ def warn(text: str) -> None:
 
 
 class BuildNative(build_ext):  # type: ignore[misc]  # setuptools has no types
-    """Builds the native engine where it can be built and says so where it cannot."""
+    """Builds what can be built and says so where it cannot."""
 
     def build_extension(self, ext: Any) -> None:
         compile_all = self.compiler.compile
@@ -48,7 +55,8 @@ class BuildNative(build_ext):  # type: ignore[misc]  # setuptools has no types
         except Exception as error:  # compilers' errors share no narrower base across setuptools versions
             ext.optional = True
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            warn(LOST.format(why=lines[-1]))
+            what, instead = WITHOUT[ext.name]
+            warn(LOST.format(what=what, why=lines[-1], instead=instead))
 
     def get_outputs(self) -> list[str]:
         """Only what was built: an engine that is missing is not to be packed."""
@@ -56,7 +64,7 @@ class BuildNative(build_ext):  # type: ignore[misc]  # setuptools has no types
 
 
 setup(
-    cffi_modules=["engine/native/ffi_build.py:ffibuilder"],
+    cffi_modules=["engine/native/ffi_build.py:ffibuilder", "protocol/native/ffi_build.py:ffibuilder"],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel serves every Python from 3.11 on
 )

@@ -17,7 +17,7 @@ from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.peers import Peer
 from isthmus.cloud.work import Refusal
 from isthmus.engine.graph_part import GraphPart
-from isthmus.protocol.arrays import Array, GraphOffer, pack, unpack
+from isthmus.protocol.arrays import Array, GraphOffer, Shape, array_bytes, pack, unpack
 from isthmus.protocol.errors import EngineError, ProtocolError, ServiceError
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred
 from isthmus.split.graph_manifest import CLOUD, GraphManifest, Named
@@ -27,25 +27,26 @@ TOGETHER = 16  # requests that are run as one, at most
 TOGETHER_BYTES = 32 << 20  # of their arrays
 MAX_WAITING = 1024  # requests of all devices
 LIMIT_S = 30.0  # of a run
+UNCODED = 8  # times the largest message that its arrays may have bytes once they are decoded
 _WARM, _TIMED = 2, 5  # runs when the service is started
 
 
 class _Asked(NamedTuple):
     peer: Peer
     message: Infer
-    arrays: list[Array]
+    whole: int  # bytes of its arrays once they are decoded
     size: int
     received_s: float
 
     @property
     def kind(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """What it has in common with those that it can be run with."""
-        return tuple((one.dtype.name, one.shape[1:]) for one in self.arrays)
+        return tuple((one.dtype, one.dims[1:]) for one in self.message.shapes)
 
     @property
     def rows(self) -> int | None:
         """Of all arrays; None where they differ."""
-        sizes = {one.shape[0] if one.ndim else -1 for one in self.arrays}
+        sizes = {one.dims[0] if one.dims else -1 for one in self.message.shapes}
         return sizes.pop() if len(sizes) == 1 and -1 not in sizes else None
 
 
@@ -116,6 +117,7 @@ class Graphs:
             raise ServiceError("the same network twice", "name each bundle once")
         self._metrics, self._clock = metrics, clock
         self._most_bytes, self._max_waiting, self._retry_ms = max_message_bytes, max_waiting, retry_ms
+        self._most_whole = UNCODED * max_message_bytes
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -150,9 +152,13 @@ class Graphs:
         mine = sum(one.peer is peer for each in self._graphs.values() for one in each.waiting)
         if mine >= self._max_waiting or self.waiting >= MAX_WAITING:
             raise Refusal(Code.BUSY, f"{max(mine, self.waiting)} requests wait already", "later", self._retry_ms)
-        arrays = unpack(message.shapes, message.data)
-        _check(arrays, graph.takes)
-        graph.waiting.append(_Asked(peer, message, arrays, size, now_s))
+        _check(message.shapes, graph.takes)
+        whole = array_bytes(message.shapes)
+        if whole > self._most_whole:
+            raise Refusal(
+                Code.UNSUPPORTED, f"arrays of {whole} bytes", f"ask for fewer rows: {self._most_whole} at most"
+            )
+        graph.waiting.append(_Asked(peer, message, whole, size, now_s))
 
     def step(self, meanwhile: AbstractContextManager[None]) -> None:
         """Runs the oldest request of each network, and what can be run with it, and answers."""
@@ -176,13 +182,13 @@ class Graphs:
                 and found[0].rows is not None
                 and one.kind == found[0].kind
                 and len(found) < TOGETHER
-                and size + one.size <= TOGETHER_BYTES
+                and size + one.whole <= TOGETHER_BYTES
             )
             if not fits:
                 kept.append(one)
                 continue
             found.append(one)
-            size += one.size
+            size += one.whole
             if not graph.offer.batches:
                 break
         graph.waiting.extendleft(reversed(kept))
@@ -200,6 +206,8 @@ class Graphs:
                 return
             if isinstance(error, EngineError):
                 refusal = Refusal(Code.ENGINE, error.problem, error.remedy)
+            elif isinstance(error, ProtocolError):
+                refusal = Refusal(Code.BAD_MESSAGE, error.problem, error.remedy)
             else:
                 _log.exception("a network failed")
                 refusal = Refusal(Code.ENGINE, "the network failed on this", "the cloud's log says why")
@@ -230,11 +238,8 @@ class Graphs:
 
 def _computed(graph: Graph, asked: Sequence[_Asked]) -> tuple[list[list[Array]], int]:
     """The outputs for each request, and the engine's microseconds for all of them."""
-    names = [one.name for one in graph.takes]
-    if len(asked) == 1:
-        given = asked[0].arrays
-    else:
-        given = [np.concatenate(arrays) for arrays in zip(*(one.arrays for one in asked), strict=True)]
+    names, all_ = [one.name for one in graph.takes], [unpack(one.message.shapes, one.message.data) for one in asked]
+    given = all_[0] if len(asked) == 1 else [np.concatenate(arrays) for arrays in zip(*all_, strict=True)]
     began = time.perf_counter()
     found = graph.part.run(dict(zip(names, given, strict=True)), graph.gives)
     engine_us = int((time.perf_counter() - began) * 1e6)
@@ -247,13 +252,13 @@ def _computed(graph: Graph, asked: Sequence[_Asked]) -> tuple[list[list[Array]],
     return [[part[at] for part in parts] for at in range(len(asked))], engine_us
 
 
-def _check(arrays: Sequence[Array], takes: Sequence[Named]) -> None:
+def _check(shapes: Sequence[Shape], takes: Sequence[Named]) -> None:
     """Raises a Refusal where arrays are not those that are taken."""
-    if len(arrays) != len(takes):
-        raise Refusal(Code.BAD_MESSAGE, f"{len(arrays)} arrays travelled, not {len(takes)}", "use the same bundle")
-    for array, one in zip(arrays, takes, strict=True):
-        if not one.fits(array.dtype.name, array.shape):
-            problem = f"{one.name[:200]!r} came as {array.dtype.name} {list(array.shape)}, not {one.text}"
+    if len(shapes) != len(takes):
+        raise Refusal(Code.BAD_MESSAGE, f"{len(shapes)} arrays travelled, not {len(takes)}", "use the same bundle")
+    for shape, one in zip(shapes, takes, strict=True):
+        if not one.fits(shape.dtype, shape.dims):
+            problem = f"{one.name[:200]!r} came as {shape.dtype} {list(shape.dims)}, not {one.text}"
             raise Refusal(Code.BAD_MESSAGE, problem, "use the same bundle on both sides")
 
 

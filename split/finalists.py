@@ -55,6 +55,11 @@ class Finalists:
                 found[nodes] = self._both(nodes)
         return found
 
+    @property
+    def faster(self) -> tuple[float, float]:
+        """How many times longer the model takes where the device, and the cloud, was profiled than it takes here."""
+        return self._scale(self._device), self._scale(self._cloud)
+
     def _both(self, nodes: Nodes) -> tuple[float, float]:
         halves = self._graph.halves(nodes)
         first = self._loaded(halves.device, self._device)

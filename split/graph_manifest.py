@@ -11,6 +11,7 @@ import msgspec
 
 from isthmus.protocol.arrays import DTYPES, MAX_ARRAYS, MAX_DIMS
 from isthmus.protocol.errors import BundleError
+from isthmus.protocol.features import FEATURE_CODECS
 from isthmus.split.manifest import FORMAT_VERSION, FileEntry, check_files, check_model_name
 
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
@@ -58,6 +59,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
         crossing: what travels, in the order in which it does; the cloud's part is given it.
         kept: outputs that the device's part makes.
         batches: whether the cloud's part, given rows of several requests, gives the rows of each.
+        codec: in which the device sends what travels, as `protocol.features` has it.
         files: every file but bundle.json, by its name within the bundle.
     """
 
@@ -72,6 +74,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
     kind: Literal["graph"] = "graph"
     format_version: int = FORMAT_VERSION
     batches: bool = False
+    codec: str = ""
 
     @classmethod
     def parse(cls, data: bytes) -> GraphManifest:
@@ -100,6 +103,8 @@ class GraphManifest(msgspec.Struct, frozen=True):
                 one.check(what)
         if not set(self.kept) < {one.name for one in self.outputs}:
             raise BundleError("bundle.json keeps outputs that the model has not, or all of them", _AGAIN)
+        if self.codec not in FEATURE_CODECS:
+            raise BundleError(f"bundle.json sends in the codec {self.codec[:40]!r}", _AGAIN)
         check_files(self.files)
         for name in (DEVICE, CLOUD):
             if name not in self.files:

@@ -33,6 +33,7 @@ def write_graph(
     force: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     arrays: str = "",
+    codec: str = "",
 ) -> Any:
     """Writes a bundle; what it says, as plain data.
 
@@ -40,6 +41,7 @@ def write_graph(
         checked: the sha256 that the model must have, "" for any.
         nodes: numbers of those on the device.
         shapes, arrays: of the inputs that it is checked on; as `onnx_measure.measure` has them.
+        codec: in which what travels will be sent.
 
     Raises:
         PlanError: it is another model, there is nothing to cut, something cannot travel, or the parts do not give what
@@ -72,7 +74,8 @@ def write_graph(
         given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
         between = tuple(_named(graph, one, travels[one]) for one in crossing)
         identity, files = graph_id(writer.files, (given_to, given_by, between)), dict(writer.files)
-        found = GraphManifest(title, identity, sha256, given_to, given_by, between, halves.kept, files, batches=batches)
+        tensors = given_to, given_by, between
+        found = GraphManifest(title, identity, sha256, *tensors, halves.kept, files, batches=batches, codec=codec)
         found.check()
         writer.commit(found.encode())
     return {
@@ -81,6 +84,7 @@ def write_graph(
         "crossing": list(crossing),
         "worst": worst,
         "nodes": [len(here), len(graph.nodes) - len(here)],
+        "codec": codec,
         "travels_bytes": sum(travels[one].nbytes for one in crossing),
     }
 

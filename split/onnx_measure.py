@@ -146,6 +146,14 @@ def sizes(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> dict[str, l
     return {name: told for name, told in (*((n, _told(feeds[n])) for n in graph.inputs), *found.items()) if told}
 
 
+def learn(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> None:
+    """Tells a graph the types and shapes of what its nodes hand on, as they are for these inputs."""
+    graph.learn(
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+        for name, (dtype, shape, _) in sizes(graph, file, feeds).items()
+    )
+
+
 def _told(value: Any) -> list[Any]:
     return [str(value.dtype), list(value.shape), int(value.nbytes)] if isinstance(value, np.ndarray) else []
 

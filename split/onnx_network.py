@@ -17,7 +17,7 @@ from isthmus.split.profile import Profile, TensorSize
 FLOATS = ("float32", "float16", "float64")
 DEVICE, CLOUD = 0, 1
 MEMORY, ENERGY = "MB", "J"  # what may be budgeted beside time
-_MESSAGE = 120  # bytes of a message beside its tensors, encryption included
+MESSAGE = 120  # bytes of a message beside its tensors, encryption included
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Sharing:
         for tensor in self.graph.tensors:
             first = tensor.producer if tensor.producer != INPUT else min(tensor.consumers, default=0)
             flows.append(Flow(tensor.producer, tensor.consumers, (share[first] * self._sent_ms(sizes, tensor.name),)))
-        trip = self.rate.trip_ms + self.rate.up_ms(_MESSAGE) + self.rate.down_ms(_MESSAGE) + self.cloud_ms
+        trip = self.rate.trip_ms + self.rate.up_ms(MESSAGE) + self.rate.down_ms(MESSAGE) + self.cloud_ms
         use: dict[str, Use] = {}
         held = np.zeros((2, nodes))
         held[DEVICE] = np.array(self.device.weights) / 1e6
@@ -146,7 +146,7 @@ class Sharing:
         if max(cut.tiers) == DEVICE:
             return 0.0
         sizes = {**self.device.tensors, **self.device.inputs}
-        return _MESSAGE + sum(self.codec.size(self._known(sizes, name)) for name in self.crossing(cut))
+        return MESSAGE + sum(self.codec.size(self._known(sizes, name)) for name in self.crossing(cut))
 
     def energy_j(self, device_ms: float, link_ms: float) -> float:
         """What the device spends on an input."""

@@ -7,7 +7,8 @@ where the link changes or others use the cloud, replayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given
 from isthmus.split.onnx_network import ENERGY, MEMORY, Sharing
 from isthmus.split.plan import Plan, Row, choose, verdict
-from isthmus.split.planner import PLAIN, Wanted, judged, remeasured, ways
+from isthmus.split.planner import PLAIN, Wanted, candidates, coded, judged, remeasured, told_apart, ways
 from isthmus.split.profile import Profile, load_profile
 from isthmus.split.replay import latencies
+from isthmus.split.trial_inputs import Inputs, read_inputs
+from isthmus.split.trials import AGREES, Agree, Trials
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Asked:
         times: how many times faster than the device the cloud is, where that is declared and no profile given.
         measure: whether the finalists are timed as fused models, on the inputs of `arrays` (a .npz file; random ones
             where there is none).
+        folder, preprocess: pictures or arrays to try codecs on, and what is done with pictures, a file; "" for none.
+        agreement: share of answers that a codec must leave as they are; `agree` says when one is.
 
     Raises:
         PlanError: a number is none, or two wishes do not go together.
@@ -57,6 +62,10 @@ class Asked:
     times: float | None = None
     measure: bool = True
     arrays: str = ""
+    folder: str = ""
+    preprocess: str = ""
+    agreement: float = 0.99
+    agree: Agree = "top1"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -70,6 +79,12 @@ class Asked:
             raise PlanError(f"the cloud is {self.times:g} times as fast as the device", "give a number above 0")
         if not 0.0 <= self.load < 1.0:
             raise PlanError(f"others take {self.load:g} of the cloud's time", "give a share from 0 to below 1")
+        if not 0.0 <= self.agreement <= 1.0:
+            raise PlanError(f"an agreement of {self.agreement:g} is wanted", "give a share from 0 to 1")
+        if self.agree not in AGREES:
+            raise PlanError(f"answers agree by {self.agree!r}", f"choose {' or '.join(AGREES)}")
+        if self.preprocess and not self.folder:
+            raise PlanError("a preprocessing is given, and no pictures", "name their folder with --inputs")
         if self.load and self.aim == "throughput":
             raise PlanError("a pipeline has its cloud for itself", "leave --load or --throughput out")
 
@@ -100,10 +115,27 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
     budgets = {MEMORY: wish.memory_mb, ENERGY: wish.energy_j}
     wanted = Wanted(wish.aim, {what: most for what, most in budgets.items() if most is not None})
     rows = ways(sharing, [PLAIN], wanted)
-    if wish.measure:
-        feeds = given(graph, {name: size.shape for name, size in here.inputs.items()}, wish.arrays)
-        rows = remeasured(rows, sharing, Finalists(graph, file, here, there, feeds).fused(row.device for row in rows))
-    rows = [judged(_replayed(row, over, wish), wanted, wish.slo_ms, wish.percentile) for row in rows]
+    inputs = read_inputs(Path(wish.folder), graph, here.inputs, wish.preprocess) if wish.folder else None
+    worth = candidates(sharing, wanted) if inputs is not None else []
+    if wish.measure or inputs is not None:
+        if inputs is None or wish.arrays:
+            feeds: Mapping[str, Any] = given(
+                graph, {name: size.shape for name, size in here.inputs.items()}, wish.arrays
+            )
+        else:
+            feeds = inputs.feeds[0]
+        finalists = Finalists(graph, file, here, there, feeds)
+        if wish.measure:
+            fused = finalists.fused(dict.fromkeys(row.device for row in (*rows, *worth)))
+            rows, worth = remeasured(rows, sharing, fused), remeasured(worth, sharing, fused)
+        if inputs is not None:
+            trials = Trials(graph, file, inputs.feeds, wish.agreement, wish.agree)
+            whole = [row for row in rows if row.kind == "cloud"]
+            rows += _coded(sharing, trials, inputs, whole, worth, finalists.faster)
+    rows = [
+        judged(_replayed(row, over, wish), wanted, wish.slo_ms, wish.percentile, wish.agreement)
+        for row in told_apart(rows)
+    ]
     best = choose(rows, wish.aim)
     said = verdict(rows, best, wish.aim)
     found = Plan(
@@ -117,8 +149,29 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         aim=wish.aim,
         percentile=wish.percentile,
         inputs=here.inputs,
+        tried=len(inputs.feeds) if inputs is not None else 0,
     )
     return msgspec.to_builtins(found)
+
+
+def _coded(
+    sharing: Sharing,
+    trials: Trials,
+    inputs: Inputs,
+    whole: Sequence[Row],
+    worth: Sequence[Row],
+    faster: tuple[float, float],
+) -> list[Row]:
+    """Pictures in place of the input, and splits, each in the smallest codec that keeps the answers."""
+    found = list[Row]()
+    if inputs.preprocess is not None:
+        tried = trials.images(inputs.pictures, inputs.preprocess, inputs.name)
+        found += [coded(row, sharing, one, faster) for row in whole for one in tried]
+    for row in worth:
+        with suppress(PlanError):  # of a way that is no cut
+            if (one := trials.smallest(row.device)).codec:
+                found.append(coded(row, sharing, one, faster))
+    return found
 
 
 def _faster(device: Profile, times: float) -> Profile:

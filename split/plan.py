@@ -80,6 +80,7 @@ class Plan(msgspec.Struct, frozen=True):
         link: in words.
         percentile: that `tail_ms` of the rows is.
         inputs: that the model was profiled with.
+        tried: inputs that codecs were chosen on, by which `agreement` of the rows is, too.
         best: which of `rows`.
         verdict: in one sentence.
     """
@@ -94,6 +95,7 @@ class Plan(msgspec.Struct, frozen=True):
     aim: Aim = "latency"
     percentile: float = 95.0
     inputs: dict[str, TensorSize] = {}
+    tried: int = 0
     format: Literal["isthmus-plan"] = "isthmus-plan"
     version: int = VERSION
 

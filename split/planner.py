@@ -12,10 +12,12 @@ import numpy as np
 from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import LATENCY, Aim, best, taken
 from isthmus.split.cut import Cut, Network, fastest, priced
-from isthmus.split.onnx_network import CLOUD, DEVICE, ENERGY, MEMORY, Codec, Sharing
+from isthmus.split.onnx_network import CLOUD, DEVICE, ENERGY, MEMORY, MESSAGE, Codec, Sharing
 from isthmus.split.plan import Kind, Row, shown
+from isthmus.split.trials import Tried
 
 PLAIN = Codec("as it is")
+WORTH_A_TRIAL = (6.0, 3.0, 1.5)  # bits a value: about what int8, int4 and int2 take
 FINALISTS = 4  # splits of a codec that are measured as really fused models
 _UNITS = {LATENCY: "ms", MEMORY: "MB on the device", ENERGY: "J"}
 
@@ -49,12 +51,53 @@ def ways(sharing: Sharing, codecs: Sequence[Codec], wanted: Wanted) -> list[Row]
     for codec in codecs:
         one = replace(sharing, codec=codec)
         found += [_row(one, cut, "split", _named(one, cut)) for cut in splits(one, wanted)]
-    counts: Counter[str] = Counter()
-    for at, row in enumerate(found):
-        counts[row.name] += 1
-        if counts[row.name] > 1:  # the first tensors of two cuts are the same
-            found[at] = msgspec.structs.replace(row, name=f"{row.name} ({counts[row.name]})")
     return [judged(row, wanted) for row in found if np.isfinite(row.ms)]
+
+
+def candidates(sharing: Sharing, wanted: Wanted) -> list[Row]:
+    """Splits that would be best if what travels were smaller, with their costs as it is: they are worth a trial."""
+    plain = replace(sharing, codec=PLAIN)
+    network = plain.network()
+    tiers = dict.fromkeys(cut.tiers for bits in WORTH_A_TRIAL for cut in splits(_coding(sharing, bits), wanted))
+    found = [priced(network, list(one)) for one in tiers]
+    return [_row(plain, cut, "split", _named(plain, cut)) for cut in found if np.isfinite(cut.ms)]
+
+
+def coded(row: Row, sharing: Sharing, tried: Tried, faster: tuple[float, float]) -> Row:
+    """A split, or a picture in place of the input, in a codec that was tried.
+
+    Args:
+        row: the same with what travels as it is.
+        faster: how many times longer things take on the device, and in the cloud, than where it was tried.
+    """
+    device_ms = row.device_ms + tried.encode_ms * faster[DEVICE]
+    cloud_ms = row.cloud_ms + tried.decode_ms * faster[CLOUD]
+    link_ms = row.link_ms + sharing.rate.up_ms(tried.bytes + MESSAGE - row.up_bytes)
+    picture = row.kind == "cloud"
+    return msgspec.structs.replace(
+        row,
+        name=f"the picture as {tried.codec}" if picture else f"split after {shown(row.crossing)}, {tried.codec}",
+        kind="image" if picture else "split",
+        codec=tried.codec,
+        device_ms=device_ms,
+        cloud_ms=cloud_ms,
+        link_ms=link_ms,
+        up_bytes=tried.bytes + MESSAGE,
+        ms=device_ms + link_ms + cloud_ms,
+        energy_j=sharing.energy_j(device_ms, link_ms),
+        agreement=tried.agreement,
+    )
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Rows of which no two have one name: the first tensors of two cuts may be the same."""
+    counts: Counter[str] = Counter()
+    found = []
+    for row in rows:
+        counts[row.name] += 1
+        again = counts[row.name] > 1
+        found.append(msgspec.structs.replace(row, name=f"{row.name} ({counts[row.name]})") if again else row)
+    return found
 
 
 def splits(sharing: Sharing, wanted: Wanted, count: int = FINALISTS) -> list[Cut]:
@@ -105,10 +148,11 @@ def remeasured(
     return found
 
 
-def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: float = 0.0) -> Row:
+def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: float = 0.0, least: float = 0.0) -> Row:
     """A row that says what it does not keep to.
 
     Args:
+        least: agreement with the unsplit model, where that was tried.
         slo_ms: that it may take at most: at that percentile where it varies, else what is expected.
     """
     has = {MEMORY: row.device_mb, ENERGY: row.energy_j, LATENCY: row.expected_ms}
@@ -121,6 +165,8 @@ def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: fl
     if slo_ms is not None and late > slo_ms:
         where = "" if row.tail_ms is None else f" at the {percentile:g}th percentile"
         over.append(f"{late:.4g} ms{where}, {slo_ms:.4g} wanted")
+    if row.agreement is not None and row.agreement < least:
+        over.append(f"{row.agreement:.1%} of answers stay, {least:.1%} wanted")
     return msgspec.structs.replace(row, fails="; ".join(over))
 
 
@@ -155,6 +201,10 @@ def _row(sharing: Sharing, cut: Cut, kind: Kind, name: str) -> Row:
 
 def _named(sharing: Sharing, cut: Cut) -> str:
     return f"split after {shown(sharing.crossing(cut))}, {sharing.codec.name}"
+
+
+def _coding(sharing: Sharing, bits: float) -> Sharing:
+    return replace(sharing, codec=Codec(f"{bits:g} bits", bits))
 
 
 def _over(cut: Cut, wanted: Wanted) -> bool:

@@ -107,6 +107,18 @@ def mean_rate(trace: Trace) -> float:
     return len(trace.times_ms) * SEGMENT * 8 * 1000 / trace.period_ms
 
 
+def per_second(trace: Trace) -> list[float]:
+    """What it delivers in each of its seconds, in bit/s; of a shorter one, its mean rate."""
+    seconds = trace.period_ms // 1000
+    if not seconds:
+        return [mean_rate(trace)]
+    counts = [0] * seconds
+    for time_ms in trace.times_ms:  # each up to and with its end, as the last time of a period is
+        if time_ms <= 1000 * seconds:
+            counts[(max(time_ms, 1) - 1) // 1000] += 1
+    return [8.0 * SEGMENT * count for count in counts]
+
+
 def synthetic(
     seed: int, seconds: int, mean_bps: int, *, outage_every_s: float = 20.0, outage_s: float = 1.5, name: str = ""
 ) -> Trace:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from isthmus.edge.graph import GraphStats
     from isthmus.protocol.arrays import Array
 
-TAKEN = {"bundle", "input_", "output", "times", "mode", "cloud", "keys", "no_keys", "threads", "json"}
+TAKEN = {"bundle", "input_", "output", "times", "mode", "cloud", "keys", "no_keys", "threads", "json", "codec"}
 SHOWN = 6  # values of an output
 
 
@@ -46,6 +46,7 @@ def infer(ctx: typer.Context) -> None:
         keys=options["keys"],
         encrypted=not options["no_keys"],
         threads=options["threads"],
+        codec=_codec(ctx),
     ) as device:
         runs: list[GraphStats] = []
         for _ in range(options["times"]):
@@ -66,6 +67,14 @@ def infer(ctx: typer.Context) -> None:
     for name, one in found.items():
         print(f"{name}  {one.dtype.name} {list(one.shape)}  {_values(one)}")
     _print(told)
+
+
+def _codec(ctx: typer.Context) -> str | None:
+    """What was asked for on the command line; None for the bundle's own."""
+    source = ctx.get_parameter_source("codec")
+    if source is None or source.name != "COMMANDLINE":
+        return None
+    return str(ctx.params["codec"])
 
 
 def read_arrays(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`isthmus plan`: how to share a network between a device and a cloud, or that sharing does not pay."""
+"""`isthmus plan`: how to share a model between a device and a cloud, or that sharing does not pay."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from isthmus.split.plan import Plan, Row
 
 SUFFIX = ".plan.json"
+TRIES = 20  # times the processor's seconds that a plan may take where codecs are tried
+
+
+OF_DECODERS = {"prompt", "tokens", "max_disagreement"}
+OF_BOTH = {"ctx", "model", "link", "device", "cloud", "output", "slo_ms", "memory_mb", "as_json"}
 
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model")],
+    ctx: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx model, or the bundle of a language model")],
     link: Annotated[
         str,
         typer.Option(
@@ -49,16 +55,45 @@ def command(
         Path | None,
         typer.Option("--input", metavar="FILE.npz", help="Inputs by name to time the finalists on; else random ones"),
     ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--inputs", metavar="FOLDER", help="Pictures, or .npz files, to try codecs on (64 at most)"),
+    ] = None,
+    preprocess: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="What is done with pictures before the network; see above")
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option(help="Share of answers that a codec must leave as they are without it")
+    ] = 0.99,
+    agree: Annotated[
+        str, typer.Option(help="When an answer is the same: top1 (where it is largest) or values (each to within 1 %)")
+    ] = "top1",
+    prompt: Annotated[int, typer.Option(min=1, help="Of a language model: tokens of a prompt")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a language model: tokens of an answer")] = 120,
+    max_disagreement: Annotated[
+        float, typer.Option(help="Of a language model: share of tokens that may differ from the cloud's, as in run")
+    ] = 0.0,
     measure: Annotated[bool, typer.Option(help="Time the finalists as fused models, here")] = True,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it, too")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it, too: .png, or .html with the table")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan on standard output")] = False,
 ) -> None:
-    """Say how to share a network: where to cut it, or that it is best left in one piece.
+    """Say how to share a model: where to cut it, or that it is best left in one piece.
 
     All on the device, the input to the cloud, and the best of all cuts of the graph are compared on measured times;
     every row is printed, the losing ones too. The best cut is exact: all ways to give nodes to the two sides are
     searched, with budgets as a mixed-integer program. Over a trace, or with others in the cloud (--load), what each
     row takes is replayed 4,000 times.
+
+    With --inputs codecs are tried on them: the smallest that leaves --min-agreement of the answers as they are stands
+    in the row. Pictures need --preprocess, and are sent as JPEG and as WebP in two more rows. It is a JSON file as
+    {"size": [224, 224], "resize": 256, "mean": [127, 127, 127], "std": [128, 128, 128]}: the shorter side is brought
+    to 256 pixels, 224 x 224 are cut from the middle, and a value is (pixel - mean) / std. "layout": "NHWC",
+    "channels": "BGR", "dtype": "uint8" and "input": NAME are understood, too.
+
+    Of a language model (a bundle) every mode is priced at every cut, for an answer of --tokens to a prompt of --prompt:
+    local, stream, split, exit and verify, by the formulas by which auto decides.
 
     Profiles come from isthmus profile, on each machine. A cloud without one is declared: --cloud 8 is eight times as
     fast as the device.
@@ -68,10 +103,16 @@ def command(
     from isthmus.apps.bench.plot import check_drawing
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
     from isthmus.protocol.errors import PlanError
-    from isthmus.split.confined import confined
+    from isthmus.split.confined import SECONDS, confined
     from isthmus.split.files import is_there
     from isthmus.split.plan import Plan
 
+    if model.is_dir():
+        from isthmus.apps.cli.plan_decoder import plan_decoder
+
+        plan_decoder(ctx)
+        return
+    only(ctx, set(ctx.params) - OF_DECODERS, f"{model.name} is no bundle of a language model")
     target = output if output is not None else Path(model.stem + SUFFIX)
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
@@ -86,7 +127,7 @@ def command(
         raise PlanError(
             "--cloud is empty", "name the cloud's profile, or say how many times as fast as the device it is"
         )
-    times = _number(cloud)
+    times = number(cloud)
     asked = {
         "aim": "throughput" if throughput else "latency",
         "slo_ms": slo_ms,
@@ -99,10 +140,15 @@ def command(
         "times": times,
         "measure": measure,
         "arrays": str(inputs) if inputs is not None else "",
+        "folder": str(folder) if folder is not None else "",
+        "preprocess": str(preprocess) if preprocess is not None else "",
+        "agreement": min_agreement,
+        "agree": agree,
     }
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
-    told = confined(call, str(model), str(here), there, link, asked, what=f"planning {model.name}")
+    limit_s = SECONDS * (TRIES if folder is not None else 1)
+    told = confined(call, str(model), str(here), there, link, asked, what=f"planning {model.name}", seconds=limit_s)
     found = msgspec.convert(told, Plan)
     found.save(target)
     if plot is not None:
@@ -115,9 +161,27 @@ def command(
         print(target.read_text())
     else:
         _print(found, target)
+        if folder is None:
+            print("codecs, JPEG and WebP are tried on inputs: --inputs FOLDER, with --preprocess for pictures")
 
 
-def _number(text: str) -> float | None:
+def only(ctx: typer.Context, known: set[str], why: str) -> None:
+    """Refuses options that would have no effect.
+
+    Raises:
+        PlanError: there is one.
+    """
+    from isthmus.protocol.errors import PlanError
+
+    names = {"inputs": "--input", "folder": "--inputs", "percentile": "--p"}
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if name not in known and source is not None and source.name == "COMMANDLINE":
+            option = names.get(name, f"--{name.replace('_', '-')}")
+            raise PlanError(f"{option} has no effect: {why}", "leave it out")
+
+
+def number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
@@ -133,8 +197,10 @@ def _print(plan: Plan, target: Path) -> None:
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     tail = any(row.tail_ms is not None for row in plan.rows)
+    tried = any(row.agreement is not None for row in plan.rows)
     table = Table("way", box=None, pad_edge=False)
     titles = ["ms", *([f"p{plan.percentile:g}, ms"] if tail else []), "device", "link", "cloud", "kB up", "kB down"]
+    titles += ["agree"] if tried else []
     for title in titles:
         table.add_column(title, justify="right")
     failing = any(row.fails for row in plan.rows)
@@ -142,15 +208,21 @@ def _print(plan: Plan, target: Path) -> None:
         table.add_column("fails")
     for at, row in enumerate(plan.rows):
         style = "bold" if at == plan.best else ""
-        table.add_row(escape(row.name), *_cells(row, tail), *([escape(row.fails)] if failing else []), style=style)
+        table.add_row(
+            escape(row.name), *_cells(row, tail, tried), *([escape(row.fails)] if failing else []), style=style
+        )
     console.print(table)
     console.print(f"over {plan.link}", markup=False)
+    if plan.tried:
+        console.print(f"agree: on {plan.tried} inputs, on which the codecs were chosen as well", markup=False)
     console.print(plan.verdict, style="bold", markup=False)
     console.print(f"{target}", markup=False)
 
 
-def _cells(row: Row, tail: bool) -> list[str]:
+def _cells(row: Row, tail: bool, tried: bool) -> list[str]:
     late = [] if not tail else ["" if row.tail_ms is None else f"{row.tail_ms:.2f}"]
     times = (row.device_ms, row.link_ms, row.cloud_ms)
     sizes = (row.up_bytes / 1e3, row.down_bytes / 1e3)
-    return [f"{row.expected_ms:.2f}", *late, *(f"{ms:.2f}" for ms in times), *(f"{size:.1f}" for size in sizes)]
+    same = [] if not tried else ["" if row.agreement is None else f"{row.agreement:.1%}"]
+    cells = [f"{row.expected_ms:.2f}", *late, *(f"{ms:.2f}" for ms in times), *(f"{size:.1f}" for size in sizes)]
+    return cells + same

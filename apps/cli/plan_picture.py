@@ -1,7 +1,11 @@
-"""A plan as a picture: latency against the uplink's rate, device time against bytes, and which nodes run where."""
+"""A plan as a picture: latency against the uplink's rate, device time against bytes, and which nodes run where.
+
+As a PNG, or as one page of HTML that also has the table and the verdict, and asks nothing of any other place.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.protocol.errors import EngineError
+from isthmus.split.files import write_whole
 from isthmus.split.link import Link
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
@@ -16,10 +21,33 @@ from isthmus.split.profile import Profile
 RATES_BPS = np.geomspace(1e4, 1e9, 400)
 _DEVICE, _CLOUD = "C0", "C1"
 _SHOWN = 10  # ways with a line of their own
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ plan.name }}</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .2em .6em; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+tr.best { font-weight: bold; background: #eef6ee }
+svg { width: 100%; height: auto }
+</style></head><body>
+<h1>{{ plan.name }}</h1>
+<p><strong>{{ plan.verdict }}</strong></p>
+<p>Over {{ plan.link }}.</p>
+<table><tr><th>way</th><th>ms</th><th>p{{ "%g" % plan.percentile }}, ms</th><th>device</th><th>link</th><th>cloud</th>
+<th>kB up</th><th>kB down</th><th>answers that stay</th><th>fails</th></tr>
+{% for row in plan.rows %}<tr{% if loop.index0 == plan.best %} class="best"{% endif %}><td>{{ row.name }}</td>
+<td>{{ "%.2f" % row.expected_ms }}</td><td>{{ "" if row.tail_ms is none else "%.2f" % row.tail_ms }}</td>
+<td>{{ "%.2f" % row.device_ms }}</td><td>{{ "%.2f" % row.link_ms }}</td><td>{{ "%.2f" % row.cloud_ms }}</td>
+<td>{{ "%.1f" % (row.up_bytes / 1e3) }}</td><td>{{ "%.1f" % (row.down_bytes / 1e3) }}</td>
+<td>{{ "" if row.agreement is none else "%.1f %%" % (100 * row.agreement) }}</td><td>{{ row.fails }}</td></tr>
+{% endfor %}</table>
+{{ picture | safe }}
+</body></html>
+"""
 
 
 def draw(path: Path, plan: Plan, device: Profile, link: Link) -> None:
-    """Writes a PNG.
+    """Writes a PNG, or a page where the file's name ends in .html.
 
     Args:
         device: the device's profile.
@@ -28,21 +56,39 @@ def draw(path: Path, plan: Plan, device: Profile, link: Link) -> None:
     Raises:
         EngineError: the file cannot be written.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    page = path.suffix.lower() in (".html", ".htm")
     figure = Figure(figsize=(8, 11), dpi=120)
     FigureCanvasAgg(figure)
     latency, pareto, nodes = figure.subplots(3)
     _latency(latency, plan, link)
     _pareto(pareto, plan)
     _nodes(nodes, plan.rows[plan.best], device)
-    figure.suptitle(_plain(f"{plan.name}: {plan.verdict}"), fontsize="small", wrap=True)
+    if not page:
+        figure.suptitle(_plain(f"{plan.name}: {plan.verdict}"), fontsize="small", wrap=True)
     figure.tight_layout()
+    drawn = io.BytesIO()
+    if page:
+        with rc_context({"svg.hashsalt": "isthmus"}):
+            figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+        data = _page(plan, drawn.getvalue().decode()).encode()
+    else:
+        figure.savefig(drawn, format="png", metadata={"Software": None})
+        data = drawn.getvalue()
     try:
-        figure.savefig(path, format="png", metadata={"Software": None})
+        write_whole(path, data)
     except OSError as error:
         raise EngineError(f"cannot write {path}: {error.strerror}", "choose another file") from error
+
+
+def _page(plan: Plan, svg: str) -> str:
+    """The picture with the table and the verdict."""
+    from jinja2 import Environment
+
+    return Environment(autoescape=True).from_string(PAGE).render(plan=plan, picture=svg[svg.index("<svg") :])
 
 
 def over_rates(rows: Sequence[Row], link: Link) -> Any:

@@ -1,4 +1,4 @@
-"""`isthmus profile`: what a network's nodes take on this machine, or what a cloud and the link to it take."""
+"""`isthmus profile`: what a model takes on this machine, or what a cloud and the link to it take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 12  # operators of the table
 
 def command(
     ctx: typer.Context,
-    model: Annotated[Path | None, typer.Argument(metavar="MODEL.onnx", help="An ONNX model")] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="An .onnx model, or a bundle")] = None,
     remote: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure a cloud and the link to it, in place of a model")
     ] = None,
@@ -47,11 +47,13 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The profile on standard output, too")] = False,
 ) -> None:
-    """Measure what a network's nodes take on this machine, or a cloud and the link to it (--remote), for isthmus plan.
+    """Measure what a model takes on this machine, or a cloud and the link to it (--remote), for isthmus plan.
 
-    The model runs in onnxruntime, in a child process with limits, warmed, as it is fused there; a fused node's time is
-    shared among those that it stands for, and all together take what the model takes. The file may be copied from one
-    machine to another: a plan takes one of the device and one of the cloud.
+    Of a language model (a bundle) layers, steps of several rows and a prompt's rows are timed.
+
+    An ONNX model runs in onnxruntime, in a child process with limits, warmed, as it is fused there; a fused node's time
+    is shared among those that it stands for, and all together take what the model takes. The file may be copied from
+    one machine to another: a plan takes one of the device and one of the cloud.
 
     With --remote messages of some kilobytes go to a cloud and back: the round trip, the rates both ways, and what the
     cloud says of its models are measured through the protocol that devices speak.
@@ -67,11 +69,17 @@ def command(
         return
     if model is None:
         raise PlanError("nothing to measure", "name a model, or a cloud with --remote HOST:PORT")
-    target = output if output is not None else Path(model.stem + SUFFIX)
+    target = output if output is not None else Path((model.resolve().name if model.is_dir() else model.stem) + SUFFIX)
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
     machine = read_machine()
     threads = threads or machine.physical
+    if model.is_dir():
+        if shape or inputs is not None:
+            option = "--shape" if shape else "--input"
+            raise PlanError(f"{option} has no effect: {model} is a bundle of a language model", "leave it out")
+        _measure_decoder(model, target, threads, seconds, as_json)
+        return
     told = confined(
         "isthmus.split.onnx_measure:measure",
         str(model),
@@ -137,6 +145,27 @@ def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool
     for graph in found.welcome.graphs:
         print(f"{graph.name}, the second part: {f'{graph.step_us / 1e3:.2f} ms' if graph.step_us else 'not timed'}")
     print(f"{target}; next: isthmus plan MODEL.onnx --link {target}")
+
+
+def _measure_decoder(folder: Path, target: Path, threads: int, seconds: float, as_json: bool) -> None:
+    from isthmus.apps.bench.machine import read_machine
+    from isthmus.apps.cli.decoder_profile import measure
+    from isthmus.protocol.errors import PlanError
+    from isthmus.split.bundle import Bundle, is_graph
+
+    if is_graph(folder):
+        raise PlanError(f"{folder} is a network that was cut", "measure the .onnx model that it was made from")
+    machine = read_machine()
+    found = measure(Bundle.open(folder), threads, machine.system, machine.processor, 2 * seconds)
+    found.save(target)
+    if as_json:
+        print(target.read_text())
+        return
+    layers, token_ms = found.layers_ms[-1][1] / found.n_layers, found.rows_ms[0][1]
+    print(f"{found.name}: {token_ms:.2f} ms a token ({layers:.3f} a layer, {found.head_ms:.2f} the output head), "
+          f"{found.prefill_row_ms:.3f} ms a token of a prompt, {found.threads} threads")  # fmt: skip
+    device = "" if target == Path(folder.resolve().name + SUFFIX) else f" --device {target}"
+    print(f"{target}; next: isthmus plan {folder}{device} --link rtt=20,up=5,down=20")
 
 
 def shapes(texts: list[str]) -> dict[str, list[int]]:

@@ -125,6 +125,7 @@ def _cut(
     from isthmus.apps.cli.profile import shapes
     from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import PlanError
+    from isthmus.protocol.features import FEATURE_CODECS
     from isthmus.protocol.limits import LIMITS
     from isthmus.split.confined import confined
     from isthmus.split.plan import load_plan, shown
@@ -147,13 +148,14 @@ def _cut(
             force,
             sizes,
             str(inputs) if inputs is not None else "",
+            row.codec if row.codec in FEATURE_CODECS else "",
             what=f"cutting {model.name}",
         )
     here, there = told["nodes"]
     print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
     same = f"the parts give what the whole gives, to {told['worst']:.1g} of its largest value"
     print(f"what travels: {shown(told['crossing'])}; {same}")
-    if (size := told["travels_bytes"]) > LIMITS.max_message_bytes:
+    if not told["codec"] and (size := told["travels_bytes"]) > LIMITS.max_message_bytes:
         most = LIMITS.max_message_bytes / 1e6
         note = f"note: {size / 1e6:.1f} MB travel for this input, and a cloud takes {most:.1f} MB at once"
         print(f"{note}: choose another row with --way, or a smaller input", file=sys.stderr)

@@ -15,8 +15,15 @@ from isthmus.split.onnx_graph import OnnxGraph
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
+from isthmus.split.graph_writer import difference  # noqa: E402
+from isthmus.split.onnx_file import read_model  # noqa: E402
+from isthmus.split.onnx_measure import given, outputs  # noqa: E402
+from isthmus.split.onnx_measure import session as fused  # noqa: E402
+
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 MODELS = sorted(DATA.glob("simple/*/model.onnx")) + sorted(DATA.glob("pytorch-converted/*/model.onnx"))
+LIGHT = sorted(DATA.glob("light/light_*.onnx"))
+PLACES, WORST = 2, 1e-5
 TYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -88,3 +95,22 @@ def test_parts_give_what_the_whole_gives() -> None:
                 np.testing.assert_array_equal(value, whole[name], err_msg=f"{path.parent.name} after {count} nodes")
             cuts += 1
     assert models >= LEAST and cuts > 2 * models
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)
+def test_parts_of_a_whole_convolutional_network(path: Path) -> None:
+    """At some places, fused as they would run; `benchmarks/cuts.py` tries all."""
+    model = read_model(path)
+    graph = OnnxGraph(model)
+    feeds = given(graph, {}, "")
+    whole = dict(zip(graph.outputs, outputs(fused(model, path, 1), feeds), strict=True))
+    graph.learn(onnx.shape_inference.infer_shapes(model).graph.value_info)
+    places = np.random.default_rng(len(graph.nodes)).permutation(np.arange(1, len(graph.nodes)))
+    for count in places[:PLACES].tolist():
+        halves, known = graph.halves(range(count)), dict(feeds)
+        for part in (halves.device, halves.cloud):
+            running = fused(part, path, 1)
+            takes = {one.name: known[one.name] for one in running.get_inputs()}
+            known |= dict(zip([one.name for one in running.get_outputs()], outputs(running, takes), strict=True))
+        for name, value in whole.items():
+            assert difference(known[name], value) <= WORST, f"{name}, after {count} nodes"

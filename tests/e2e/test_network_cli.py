@@ -141,3 +141,34 @@ def test_what_cannot_be_run_is_one_line(folder: Path, arguments: list[str], prob
     done = isthmus("run", *arguments, folder=folder)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert done.stderr.startswith("error:") and problem in done.stderr
+
+
+def test_a_codec_is_planned_on_inputs_written_into_the_bundle_and_used(folder: Path, keys: Path) -> None:
+    (folder / "inputs").mkdir()
+    chance = np.random.default_rng(2)
+    for at in range(4):
+        np.savez(folder / "inputs" / f"{at}.npz", x=chance.standard_normal((1, 3, 32, 32)).astype(np.float32))
+    asked = ["--link", "rtt=2,up=5,down=50", "--inputs", "inputs", "--min-agreement", "0.5", "--json", "--cloud", "1"]
+    done = isthmus("plan", "model.onnx", *asked, "-o", "coded.json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    row = max((row for row in rows if row["agreement"] is not None), key=lambda row: row["up_bytes"])
+    assert row["codec"].startswith("int") and row["agreement"] >= 0.5
+    done = isthmus("split", "model.onnx", "--plan", "coded.json", "--way", row["name"], "-o", "coded", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "coded" / "bundle.json").read_text())["codec"] == row["codec"]
+    with CloudProcess(folder / "coded", keys, 1) as running:
+        asked = ["--cloud", running.address, "--keys", str(keys), "--mode", "split", "--json"]
+        sizes = []
+        for codec in ([], ["--codec", "raw"]):
+            done = isthmus("run", "coded", "--input", "given.npz", *asked, *codec, folder=folder)
+            assert done.returncode == 0, done.stderr
+            sizes.append(json.loads(done.stdout)["bytes_up"])
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_a_codec_that_is_none_is_refused(folder: Path) -> None:
+    done = isthmus("run", "cut", "--input", "given.npz", "--codec", "int9", folder=folder)
+    assert done.returncode == 2 and "the codec is 'int9'" in done.stderr
+    done = isthmus("plan", "model.onnx", "--link", "rtt=2,up=5,down=50", "--preprocess", "x.json", folder=folder)
+    assert done.returncode == 2 and "no pictures" in done.stderr

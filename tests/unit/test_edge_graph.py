@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -81,6 +82,30 @@ def test_the_rest_in_the_cloud(bundle: Path, whole: Callable[[Any], Any], wire: 
             found = one.infer({"x": image(seed, 8 + seed)})
             assert np.allclose(found["y"], whole(image(seed, 8 + seed)), atol=1e-6)
             assert one.stats.where == "cloud" and one.stats.bytes_up > 500 and one.stats.together == 1
+
+
+@pytest.mark.parametrize(("codec", "least"), [("f16", 1.9), ("int8", 4.0), ("int4", 7.0)])
+def test_what_travels_coded_takes_fewer_bytes(
+    bundle: Path, whole: Callable[[Any], Any], cloud: GraphService, codec: str, least: float
+) -> None:
+    x, sizes, found = image(size=32), list[int](), None
+    for one in ("", codec):
+        wire = LossyWire(cloud)  # type: ignore[arg-type]
+        with device(bundle, wire, mode="split", codec=one) as running:
+            found = running.infer(x)["y"]
+            assert running.stats.where == "cloud"
+            sizes.append(running.stats.bytes_up)
+    assert sizes[0] > least * sizes[1]
+    assert found is not None and np.abs(found - whole(x)).max() < 0.1 * np.abs(whole(x)).max()
+    assert not np.array_equal(found, whole(x))
+
+
+def test_a_codec_that_is_none(bundle: Path) -> None:
+    with pytest.raises(DeviceError, match="the codec is 'int9'"):
+        device(bundle, codec="int9")
+    found = msgspec.structs.replace(GraphBundle.open(bundle).manifest, codec="ecsq4")
+    with pytest.raises(BundleError, match="sends in the codec 'ecsq4'"):
+        found.check()
 
 
 @pytest.mark.parametrize("seed", range(8))

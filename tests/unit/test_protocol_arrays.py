@@ -66,3 +66,36 @@ def test_what_cannot_travel() -> None:
         pack([np.zeros(1, np.complex64)])
     with pytest.raises(ProtocolError, match="arrays"):
         pack([np.zeros(1)] * (MAX_ARRAYS + 1))
+
+
+def test_a_codec_is_for_real_numbers_and_what_comes_back_is_near() -> None:
+    arrays: list[Array] = [drawn("float32", (4, 50), 1), drawn("int64", (3,), 2), drawn("float64", (2, 9), 3)]
+    shapes, data = pack(arrays, "int8")
+    assert [one.codec for one in shapes] == ["int8", "", "int8"] and shapes[1].size == 0
+    message = m.decode(m.encode(m.Infer(1, "ab", shapes, data)))
+    assert isinstance(message, m.Infer)
+    found = unpack(message.shapes, message.data)
+    assert np.array_equal(found[1], arrays[1])
+    for mine, came in ((arrays[0], found[0]), (arrays[2], found[2])):
+        assert mine.dtype == came.dtype and np.allclose(mine, came, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "data", "problem"),
+    [
+        ([Shape("float32", (2,), "int4", 3)], b"12", "2 bytes for arrays that need 3"),
+        ([Shape("float32", (1 << 25,), "int4", 3)], b"123", "134217728 bytes, coded in 3"),
+        ([Shape("int32", (2,), "int4", 2)], b"12", "int32 in the codec 'int4'"),
+        ([Shape("float32", (2,), "mp3", 2)], b"12", "in the codec 'mp3'"),
+        ([Shape("float32", (2,), "int4", 2)], b"12", "2 bytes for 2 coded values"),
+    ],
+)
+def test_what_no_codec_wrote(shapes: list[Shape], data: bytes, problem: str) -> None:
+    with pytest.raises(ProtocolError, match=problem):
+        unpack(shapes, data)
+
+
+def test_bools_that_travelled_in_a_frame_are_looked_at() -> None:
+    shapes, data = pack([np.array([2, 1], np.uint8)], "zstd")
+    with pytest.raises(ProtocolError, match="another byte than 0 and 1"):
+        unpack([Shape("bool", (2,), "zstd", shapes[0].size)], data)

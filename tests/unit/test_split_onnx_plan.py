@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split import onnx_measure, onnx_plan
+from isthmus.protocol.features import FEATURE_CODECS
+from isthmus.split import onnx_measure, onnx_plan, trials
 from isthmus.split.finalists import Finalists
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
@@ -159,3 +162,69 @@ def test_what_is_no_tensor_is_planned_around(tmp_path: Path) -> None:
     found = planned(path, FAST, times=1000.0)
     assert [row.kind for row in found.rows] == ["device", "split"]  # the cloud cannot send a sequence back
     assert all(1 in row.device for row in found.rows) and "s" not in found.rows[1].crossing
+
+
+@pytest.fixture(scope="module")
+def pictures(model: Path) -> dict[str, str]:
+    """Pictures to try codecs on, and what is done with them: fields of `Asked`."""
+    folder = model.parent / "pictures"
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for at in range(4):
+        small = chance.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((40, 30), Image.Resampling.BICUBIC).save(folder / f"{at}.png")
+    how = model.parent / "how.json"
+    how.write_text('{"size": [32, 32], "mean": [127, 127, 127], "std": [64, 64, 64]}')
+    return {"folder": str(folder), "preprocess": str(how)}
+
+
+def test_codecs_and_pictures_are_rows_with_their_agreement(model: Path, pictures: dict[str, str]) -> None:
+    found = planned(model, "rtt=0,up=1,down=1000", times=1.0, agreement=1.0, **pictures)
+    coded = [row for row in found.rows if row.kind == "split" and row.agreement is not None]
+    images = [row for row in found.rows if row.kind == "image"]
+    whole = next(row for row in found.rows if row.kind == "cloud")
+    assert coded and [row.codec.split()[0] for row in images] == ["JPEG", "WebP"]
+    for row in coded:
+        assert row.codec in FEATURE_CODECS and row.agreement == 1.0
+        plain = [one for one in found.rows if one.device == row.device and one.codec == "as it is"]
+        assert all(row.up_bytes < one.up_bytes for one in plain)
+        assert row.ms == pytest.approx(row.device_ms + row.link_ms + row.cloud_ms)
+        assert row.link_ms == pytest.approx(8e-3 * (row.up_bytes + 120) - 8e-3 * 120 + row.down_ms, rel=0.02)
+    for row in images:
+        assert row.up_bytes < whole.up_bytes and row.device_ms > 0 and row.cloud_ms > whole.cloud_ms
+        assert not row.device and row.crossing == whole.crossing
+    assert len({row.name for row in found.rows}) == len(found.rows)
+
+
+def test_a_codec_makes_another_cut_worth_it(model: Path, pictures: dict[str, str]) -> None:
+    """All blocks hold the same number of values: as they are, none travels faster than the input."""
+    link = "rtt=0,up=3,down=1000"
+    wish = {"times": 20.0, "memory_mb": 0.02, **pictures}  # the last block does not fit
+    plain, coded = planned(model, link, times=20.0, memory_mb=0.02), planned(model, link, agreement=0.0, **wish)
+    best = {row.kind: row.ms for row in plain.rows if not row.fails}
+    row = min((row for row in coded.rows if row.codec in FEATURE_CODECS[1:]), key=lambda row: row.ms)
+    assert row.ms < best.get("split", float("inf"))
+
+
+def test_a_picture_that_changes_answers_fails(
+    model: Path, pictures: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "NEAR", 1e-9)
+    found = planned(model, FAST, agree="values", agreement=1.0, **pictures)
+    image = next(row for row in found.rows if row.kind == "image")
+    assert image.agreement is not None and image.agreement < 1.0
+    assert image.fails.endswith("of answers stay, 100.0% wanted") and found.rows[found.best] != image
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"agreement": 1.5}, "an agreement of 1.5"),
+        ({"agree": "vibes"}, "agree by 'vibes'"),
+        ({"preprocess": "how.json"}, "no pictures"),
+        ({"folder": "/none"}, "there is no folder"),
+    ],
+)
+def test_trials_that_cannot_be(model: Path, asked: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        planned(model, FAST, **asked)

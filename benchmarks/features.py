@@ -1,0 +1,104 @@
+"""What coding features costs and saves: time of an encoding, and bytes at the same answers, against a WebP.
+
+EfficientNet-Lite0 is cut behind each of its blocks. On crops of photographs the smallest codec is taken that leaves
+99 % of the answers (top-1) as they are without it; beside it stand the smallest JPEG and WebP of the network's input
+that do. Codecs are chosen on the photographs that they are judged by.
+
+usage: python benchmarks/features.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+from networks import PREPROCESS, efficientnet, photographs
+from record import Cell, Record
+
+from isthmus.apps.bench.calm import Calm
+from isthmus.protocol import features
+from isthmus.split.onnx_file import read_model
+from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.pictures import Preprocess
+from isthmus.split.trials import Trials
+
+VALUES, TURNS = 100_000, 41
+LEAST, SMALLER, ENCODE_MS = 0.99, 10.0, 1.0
+
+
+def main() -> int:
+    """Measures and writes results/features.json."""
+    how = msgspec.convert(PREPROCESS, Preprocess)
+    pictures = photographs()
+    record = Record("features", {"photographs": len(pictures), "agreement": LEAST, "threads": 1})
+    _times(record)
+    path = efficientnet().path
+    graph = OnnxGraph(read_model(path))
+    trials = Trials(graph, path, [{"x": how.array(one)} for one in pictures], LEAST)
+    rows: list[list[Cell]] = []
+    images = trials.images(pictures, how, "x")
+    for one in images:
+        record.figure(f"{one.codec.split()[0]}/bytes", one.bytes, "bytes")
+        rows.append([one.codec, "the picture", pictures[0].size, one.bytes, None, one.agreement])
+    ratios = []
+    for name, nodes in _blocks(graph):
+        tried = trials.smallest(nodes)
+        ratio = tried.plain_bytes / tried.bytes
+        ratios.append(ratio)
+        rows.append([tried.codec, name, tried.plain_bytes / 4, tried.bytes, ratio, tried.agreement])
+        print(name, tried, f"{ratio:.1f}", file=sys.stderr, flush=True)
+    record.figure("blocks/smaller than float32, worst", min(ratios), "times", target=SMALLER)
+    record.figure("blocks/smaller than float32, median", statistics.median(ratios), "times")
+    best = min((row for row in rows if row[1] != "the picture"), key=lambda row: float(row[3] or 0))
+    webp = next(one for one in images if one.codec.startswith("WebP"))
+    record.figure("the smallest block's bytes of WebP's", float(best[3] or 0) / webp.bytes, "ratio")
+    columns = ["codec", "what travels", "values", "bytes", "times smaller than float32", "answers that stay"]
+    record.table("features", columns, rows, note="The smallest codec that leaves 99 % of the answers as they are.")
+    record.write()
+    return 0
+
+
+def _blocks(graph: OnnxGraph) -> list[tuple[str, tuple[int, ...]]]:
+    """Cuts behind each block: the tensor's name, and the nodes on the device."""
+    found = []
+    for at in range(1, len(graph.nodes)):
+        crossing = graph.crossing(range(at))
+        if len(crossing) == 1 and (crossing[0].endswith(".sum") or "_bn2." in crossing[0]):
+            found.append((crossing[0].split("._")[0].strip("_").removesuffix(".sum"), tuple(range(at))))
+    return found
+
+
+def _times(record: Record) -> None:
+    """Of a tensor of 100,000 values, by codec."""
+    chance = np.random.default_rng(0)
+    values = np.maximum(chance.standard_normal(VALUES), 0).astype(np.float32)
+    calm = Calm()
+    for codec in ("int8", "int4", "int2", "f16", "zstd"):
+        data = features.encode(values, codec)
+        there = _ms(calm, lambda codec=codec: features.encode(values, codec))  # type: ignore[misc]
+        back = _ms(
+            calm,
+            lambda codec=codec, data=data: features.decode(memoryview(data), codec, values.dtype, values.shape),  # type: ignore[misc]
+        )
+        target = ENCODE_MS if codec.startswith("int") else None
+        record.figure(f"encode/{codec}", there, "ms", target=target, at_most=target is not None)
+        record.figure(f"decode/{codec}", back, "ms")
+        record.figure(f"bits a value/{codec}", 8 * len(data) / VALUES, "bits")
+
+
+def _ms(calm: Calm, call: Callable[[], object]) -> float:
+    calm.wait(10.0)
+    took = []
+    for _ in range(TURNS):
+        began = time.perf_counter()
+        call()
+        took.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(took)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

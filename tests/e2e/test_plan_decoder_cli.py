@@ -1,0 +1,70 @@
+"""`isthmus profile` and `isthmus plan` with a language model, as a person would type them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.edge_bundle import write_tiny
+
+
+def isthmus(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "isthmus.apps.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("decoder")
+    write_tiny(made / "tiny")
+    done = isthmus("profile", "tiny", "--seconds", "0.1", "--threads", "1", folder=made)
+    assert done.returncode == 0, done.stderr
+    assert "ms a token" in done.stdout and "next: isthmus plan tiny" in done.stdout
+    return made
+
+
+def test_every_mode_is_a_row_and_the_verdict_is_a_sentence(folder: Path) -> None:
+    done = isthmus("plan", "tiny", "--link", "rtt=20,up=5,down=20", folder=folder)
+    assert done.returncode == 0, done.stderr
+    for word in ("local", "stream", "split", "verify", "s in all", "120 tokens to a prompt of 64", "against"):
+        assert word in done.stdout
+    told = json.loads((folder / "tiny.plan.json").read_text())
+    assert told["ways"][told["best"]]["fails"] == "" and told["verdict"] in done.stdout
+
+
+def test_as_one_object_over_a_trace_with_a_budget(folder: Path) -> None:
+    asked = ["--link", "rtt=20,trace=synthetic", "--memory-mb", "200", "--tokens", "10", "--cloud", "tiny.profile.json"]
+    done = isthmus("plan", "tiny", *asked, "--json", "-o", "other.json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["tokens"] == 10 and all(way["device_mb"] <= 200 for way in told["ways"] if not way["fails"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        (["--throughput"], "--throughput has no effect: tiny is a bundle"),
+        (["--p", "90"], "--p has no effect"),
+        (["--inputs", "x"], "--inputs has no effect"),
+        (["--cloud", "none.json"], "none.json"),
+        (["--cloud", ""], "--cloud is empty"),
+        (["--device", "none.json"], "there is no profile none.json"),
+        (["-o", "none/x.json"], "there is no folder none"),
+        (["--link", "rtt=20,up=0,down=1"], "carries 0 bit/s up"),
+        (["--slo-ms", "0.0001"], "no way keeps"),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder: Path, asked: list[str], problem: str) -> None:
+    link = [] if "--link" in asked else ["--link", "rtt=20,up=5,down=20"]
+    done = isthmus("plan", "tiny", *link, *asked, folder=folder)
+    assert done.returncode == 2 and problem in done.stderr and len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_options_of_language_models_are_refused_with_a_network(folder: Path) -> None:
+    (folder / "model.onnx").touch()
+    done = isthmus("plan", "model.onnx", "--link", "rtt=20,up=5,down=20", "--tokens", "5", folder=folder)
+    assert done.returncode == 2 and "--tokens has no effect" in done.stderr

@@ -1,0 +1,156 @@
+"""Plans for a language model: prices are those of `auto`, every cut is a way, and what was asked for is kept to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, link_figures, plan
+from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile, measure
+from isthmus.protocol.errors import PlanError
+from isthmus.split.bundle import Bundle
+from isthmus.split.link import Link, read_link
+from isthmus.split.traces import Trace, per_second
+from tests.edge_bundle import CONFIG, write_tiny
+
+LAYERS = CONFIG.n_layers
+NEAR, FAR, SLOW = "rtt=0.1,rate=1000", "rtt=200,up=1,down=10", "rtt=20,rate=0.01"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(write_tiny(tmp_path_factory.mktemp("plan") / "tiny"))
+
+
+@pytest.fixture
+def profile(bundle: Bundle) -> DecoderProfile:
+    """Ten ms a layer, five the head."""
+    layers = tuple((k, 10.0 * k) for k in range(1, LAYERS + 1))
+    rows = ((1, 10.0 * LAYERS + 5.0), (4, 10.0 * LAYERS + 25.0))
+    return DecoderProfile(bundle.manifest.model_id, "tiny", "toy", "toy", "toy", 1, layers, rows, 8.0)
+
+
+def planned(bundle: Bundle, profile: DecoderProfile, link: str, times: float = 8.0, **asked: Any) -> DecoderPlan:
+    return plan(bundle, profile, profile, times, read_link(link), Answer(**asked))
+
+
+def test_the_far_cloud_answers_alone_and_a_slow_one_is_not_asked(bundle: Bundle, profile: DecoderProfile) -> None:
+    far = planned(bundle, profile, FAR)
+    assert far.ways[far.best].mode == "stream" and far.verdict.startswith("Do not split it, but let the cloud answer")
+    alone = planned(bundle, profile, SLOW, times=0.5)
+    assert alone.ways[alone.best].mode == "local" and alone.verdict.startswith("Do not share it")
+    local = alone.ways[alone.best]
+    assert local.token_ms == pytest.approx(10.0 * LAYERS + 5.0) and local.up_bytes == 0.0
+    assert local.total_ms == pytest.approx(8.0 * 63 + 120 * local.token_ms)
+
+
+def test_every_cut_is_a_way(bundle: Bundle, profile: DecoderProfile) -> None:
+    found = planned(bundle, profile, NEAR, disagreement=1.0)
+    for codec, size in ((EXACT, 4), ("f16", 2), ("int8", 1)):
+        splits = {way.cut: way for way in found.ways if way.mode == "split" and way.codec == codec}
+        assert sorted(splits) == list(range(1, LAYERS))
+        assert all(way.up_bytes == size * CONFIG.d_model + 100 for way in splits.values())
+        # The cloud is eight times as fast: a layer more on the device costs seven eighths of its time.
+        steps = [splits[k + 1].token_ms - splits[k].token_ms for k in range(1, LAYERS - 1)]
+        assert steps == pytest.approx([8.75] * len(steps), rel=0.01)
+        assert all(way.exact == (codec == EXACT) for way in splits.values())
+
+
+def test_what_rounds_is_no_exact_way(bundle: Bundle, profile: DecoderProfile) -> None:
+    found = planned(bundle, profile, NEAR)
+    rounded = [way for way in found.ways if way.mode == "split" and way.codec != EXACT]
+    assert rounded and all(way.fails == "rounding turns some tokens" for way in rounded)
+
+
+def test_the_best_of_each_mode_comes_first_and_what_fails_last(bundle: Bundle, profile: DecoderProfile) -> None:
+    found = planned(bundle, profile, FAR)
+    modes = list(dict.fromkeys(way.mode for way in found.ways))
+    for way, mode in zip(found.ways, modes, strict=False):
+        same = [one for one in found.ways if one.mode == mode and bool(one.fails) == bool(way.fails)]
+        assert way.mode == mode and way.total_ms == min(one.total_ms for one in same)
+    assert {"local", "stream", "split", "verify"} <= set(modes)
+
+
+def test_memory_bounds_what_the_device_holds(bundle: Bundle, profile: DecoderProfile) -> None:
+    free = planned(bundle, profile, SLOW, times=0.5)
+    whole = next(way for way in free.ways if way.mode == "local")
+    tight = planned(bundle, profile, SLOW, times=0.5, memory_mb=whole.device_mb - 1e-3)
+    local = next(way for way in tight.ways if way.mode == "local")
+    assert "of 4 layers" in local.fails or "MB on the device" in local.fails
+    assert all(way.fails for way in tight.ways if way.device_mb > whole.device_mb - 1e-3)
+    assert not tight.ways[tight.best].fails
+
+
+def test_what_no_way_keeps_to(bundle: Bundle, profile: DecoderProfile) -> None:
+    with pytest.raises(PlanError, match=r"no way keeps to what was asked for: .* ms a token, 0.001 wanted"):
+        planned(bundle, profile, FAR, slo_ms=0.001)
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"prompt": 0}, "0"),
+        ({"tokens": 0}, "0 tokens"),
+        ({"disagreement": 1.5}, "1.5 of tokens"),
+        ({"memory_mb": -1.0}, "--memory-mb is -1"),
+        ({"slo_ms": float("nan")}, "--slo-ms is nan"),
+    ],
+)
+def test_wishes_that_cannot_be(asked: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        Answer(**asked)
+
+
+def test_a_profile_of_another_model_is_refused(bundle: Bundle, profile: DecoderProfile) -> None:
+    other = msgspec.structs.replace(profile, model="ab" * 16)
+    with pytest.raises(PlanError, match="the cloud's profile is of tiny"):
+        plan(bundle, profile, other, 1.0, read_link(NEAR), Answer())
+    with pytest.raises(PlanError, match="0 times as fast"):
+        planned(bundle, profile, NEAR, times=0.0)
+
+
+def test_a_trace_is_known_as_questions_meet_it() -> None:
+    steady = link_figures(Link(20.0, 5e6, 2e7))
+    assert steady.trip_ms == steady.trip_high_ms == 20.0 and steady.up_low_bps == steady.up_bps == 5e6
+    stalls = Trace((*range(1, 8_001), 10_000))  # two seconds of silence in ten
+    changing = link_figures(Link(20.0, stalls, stalls))
+    assert 20.0 <= changing.trip_ms < 24.0
+    assert changing.up_bps == pytest.approx(8 * 1500 * 800, rel=0.01) and changing.up_low_bps < changing.up_bps
+    assert changing.trip_high_ms < 500.0  # a stall delays few of the questions that are asked
+
+
+def test_rates_by_the_second() -> None:
+    assert per_second(Trace((1, 500, 999, 1000, 2000))) == [48_000.0, 12_000.0]
+    assert per_second(Trace((10, 20))) == [pytest.approx(2 * 1500 * 8 * 50)]
+
+
+def test_a_model_is_measured_here_and_its_profile_comes_back_from_its_file(bundle: Bundle, tmp_path: Path) -> None:
+    found = measure(bundle, 1, "here", "this", 0.05)
+    assert found.model == bundle.manifest.model_id and found.n_layers == LAYERS
+    assert [n for n, _ in found.rows_ms] == [1, 2, 4, 8] and found.prefill_row_ms > 0
+    assert found.device(2).held == 2 and found.cloud(2.0).step(1) == pytest.approx(found.rows_ms[0][1] / 2)
+    found.save(tmp_path / "tiny.json")
+    assert load_decoder_profile(tmp_path / "tiny.json") == found
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": 2},
+        {"layers_ms": ()},
+        {"layers_ms": ((2, 1.0), (1, 2.0))},
+        {"rows_ms": ((1, -1.0),)},
+        {"rows_ms": ((2, 1.0),)},
+        {"prefill_row_ms": float("nan")},
+        {"threads": 0},
+        {"format": "isthmus-profile"},
+    ],
+)
+def test_a_profile_that_cannot_be(profile: DecoderProfile, tmp_path: Path, changed: dict[str, Any]) -> None:
+    told = msgspec.to_builtins(profile) | changed
+    (tmp_path / "x.json").write_bytes(msgspec.json.encode(told))
+    with pytest.raises(PlanError):
+        load_decoder_profile(tmp_path / "x.json")
