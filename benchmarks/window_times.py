@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ TOKENS = 120  # of an answer at most
 STEPS = (1, 2, 4, 8)
 PROMPT = 128
 ENOUGH = 20  # steps in a window that tell how fast a side is
+Step = tuple[int, int, int, float]  # rows that were wanted, other rows, cut, ms
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        self.device, self.cloud = list[float](), list[tuple[int, int, int, float]]()
+        self.device, self.cloud = list[float](), list[Step]()
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -66,6 +67,17 @@ class Steps:
 
         with patch.object(Stopwatch, "saw", saw_too), patch.object(Knowledge, "stepped", stepped_too):
             yield
+
+
+@dataclass(frozen=True)
+class Measured(CloudFigures):
+    """A cloud whose steps from hidden states take another share of what the formula says than those of tokens."""
+
+    rest_share: float = 1.0
+
+    def rest(self, layer: int, rows: int = 1) -> float:
+        """See `CloudFigures`."""
+        return self.rest_share * CloudFigures.rest(self, layer, rows)
 
 
 class Times:
@@ -98,6 +110,7 @@ class Times:
         self.head = max(0.1, self.rows[1] - self.layers[part.end])
         self.prompt = step(64, None, Want.NONE) / 64
         self.device_share = self.cloud_share = 1.0  # of that a token takes: with messages, text, and waits between
+        self.rest_share = 1.0  # of what the formula says of steps from hidden states, beside tokens'
         self.steps = Steps()  # by which the shares were found
         part.close()
 
@@ -105,15 +118,18 @@ class Times:
         """Both sides as fast as in a window, by the steps that they made in it."""
         if len(steps.device) >= ENOUGH and self.steps.device:
             self.device_share *= statistics.median(steps.device) / statistics.median(self.steps.device)
-        if len(steps.cloud) >= ENOUGH and self.steps.cloud:
-            self.cloud_share *= self._pace(case, steps) / self._pace(case, self.steps)
+        tokens, rests = ([one for one in steps.cloud if bool(one[2]) == hidden] for hidden in (False, True))
+        if len(tokens) >= ENOUGH and self.steps.cloud:
+            self.cloud_share *= self._pace(case, tokens) / self._pace(case, self.steps.cloud)
+        if len(rests) >= ENOUGH:
+            self.rest_share = self._pace(case, rests) / self.cloud_share
 
-    def _pace(self, case: Case, steps: Steps) -> float:
+    def _pace(self, case: Case, steps: Sequence[Step]) -> float:
         """How long the cloud's steps took, of what they are put at."""
-        known = self.cloud(replace(case, cloud=case.cloud / self.cloud_share))
+        known = self.believed(replace(case, cloud=case.cloud / self.cloud_share))
         return statistics.median(
             ms / ((known.rest(cut, max(1, rows)) if cut else known.step(max(1, rows))) + known.prefill(prompt, cut))
-            for rows, prompt, cut, ms in steps.cloud
+            for rows, prompt, cut, ms in steps
         )
 
     def device(self, case: Case) -> DeviceFigures:
@@ -124,7 +140,12 @@ class Times:
         return DeviceFigures(case.held, self.n_layers, points, head, exit_ms, prompt, priors.CODEC_MS)
 
     def cloud(self, case: Case) -> CloudFigures:
-        """Of the case's cloud."""
+        """Of the case's cloud, as it is."""
+        known = self.believed(case)
+        return Measured(known.n_layers, known.rows_ms, known.head_ms, known.prefill_row_ms, rest_share=self.rest_share)
+
+    def believed(self, case: Case) -> CloudFigures:
+        """Of the case's cloud, as a device takes it to be that knows how long its tokens take."""
         slow = case.cloud * self.cloud_share
         rows = tuple((n, ms * slow) for n, ms in self.rows.items())
         return CloudFigures(self.n_layers, rows, self.head * slow, self.prompt * slow)
@@ -151,4 +172,4 @@ def calibrate(times: Times, case: Case, folder: Path, keys: Path, cloud: str, as
         if mode == "local":
             times.device_share = ms / times.device(whole).token_ms
         else:
-            times.cloud_share = ms / times.cloud(whole).step(1)
+            times.cloud_share = ms / times.believed(whole).step(1)

@@ -162,7 +162,10 @@ def fixed_ways(case: Case, source: Bundle, layers: list[int]) -> dict[str, dict[
 
 
 def play(device: Device, asked: list[str], begin_s: float, seconds: float) -> tuple[int, Counter[str]]:
-    """Tokens that came in time and stood, and where they were made."""
+    """Tokens that came in time and stood, and where they were made.
+
+    What an exit guessed while the link was silent counts once the cloud has confirmed it.
+    """
     time.sleep(max(0.0, begin_s - time.monotonic()))
     sources: Counter[str] = Counter()
     end = time.monotonic() + seconds
@@ -170,11 +173,18 @@ def play(device: Device, asked: list[str], begin_s: float, seconds: float) -> tu
         for question in asked:
             device.reset()
             made: dict[int, str] = {}  # by position: a guess that was wrong is said anew
+            guesses: list[int] = []
             for token in device.chat(question, max_tokens=TOKENS):
                 if time.monotonic() >= end:
-                    return sources.total() + len(made), sources + Counter(made.values())
+                    break
                 made[token.position] = token.source
+                guesses = [] if token.verified else [*guesses, token.position]
+            for position in guesses:
+                if made[position] == "exit":
+                    del made[position]
             sources.update(made.values())
+            if time.monotonic() >= end:
+                return sources.total(), sources
 
 
 def real(case: Case, options: Mapping[str, Any], folder: Path, keys: Path, cloud: str, link: LinkProfile) -> Play:
@@ -288,7 +298,7 @@ class Stand:
         source, device = self._source, times.device(case)
         figures = Figures(
             device,
-            times.cloud(case),
+            times.believed(case),
             None,
             priors.exits(source, able),
             priors.drafts(source, able, device),

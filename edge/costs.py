@@ -114,7 +114,7 @@ def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candida
         split       t(k) + codec + R + t_rest(k)
         exit        max(t(k) + t_exit + codec + q (R + t_rest(k, 1 / q rows)), bytes / uplink)
         verify      (g t_d + a^g t_row + R + t_v(rows)) / E
-        pipelined   a t_d + (1 - a) (R + t_v(g) + t_d (g + 2) / 2), where t_v(g) <= g t_d
+        pipelined   a max(t_d, t_v(g) / g) + (1 - a) (R + t_v(g) + t_d (g + 2) / 2)
 
     The first three and the synchronous round are those of CE-CoLLM (2411.02829) and speculative decoding (2211.17192);
     where all drafts are taken, the device has a row t_row more to compute. In a pipe a mismatch lies in the middle of
@@ -223,8 +223,8 @@ class _Priced:
 
     def pipelined(self, drafts: DraftFigures, g: int, setup: float) -> Candidate:
         a, draft, check = drafts.accepted, drafts.draft_ms, self._check(g)
-        ms = a * draft + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 2) / 2)
-        slow = "the cloud checks more slowly than drafts are made" if check > g * draft else ""
+        each = max(draft, check / g)  # of a pipe that never stands still: the slower side's
+        ms = a * each + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 2) / 2)
         return self._priced(
             "verify",
             ms,
@@ -234,7 +234,6 @@ class _Priced:
             source=drafts.source,
             drafted=g,
             depth=DEPTH,
-            why_not=slow,
         )
 
     def _priced(

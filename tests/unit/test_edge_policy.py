@@ -98,7 +98,7 @@ def test_prices_are_those_of_the_formulas() -> None:
     assert found["verify exit 20 x2"] == pytest.approx(
         (2 * drafted + 0.53**2 * 16 / 3 + 50 + 96) / (1 + 0.53 + 0.53**2)
     )
-    assert found["verify exit 20 x2 pipelined"] == pytest.approx(0.53 * drafted + 0.47 * (50 + 84 + drafted * 2))
+    assert found["verify exit 20 x2 pipelined"] == pytest.approx(0.53 * 84 / 2 + 0.47 * (50 + 84 + drafted * 2))
 
 
 def test_a_stall_sends_a_device_with_the_whole_model_on_its_way() -> None:
