@@ -56,8 +56,7 @@ check: $(STAMPS)/tools $(STAMPS)/install
 test: $(STAMPS)/tools setup
 	@PYTHON=$(BIN)/python scripts/check
 
-bench: setup
-	@$(PIP) --group bench
+bench: $(STAMPS)/tools setup
 	@for script in $$(grep -l '^if __name__ ==' benchmarks/*.py); do \
 	    case $$script in */auto.py|*/windows.py) traces="$(if $(TRACES),--traces $(TRACES))";; *) traces=;; esac; \
 	    echo "== $$script"; $(BIN)/python $$script $$traces || exit 1; done

@@ -26,6 +26,10 @@ from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.pictures import Preprocess
 from isthmus.split.trials import Trials
 
+NOTE = (
+    "The smallest that leaves 99 % of the answers as they are, of JPEG the best where none does; on 200 crops of 20 "
+    "photographs, by which they were chosen as well."
+)
 VALUES, TURNS = 100_000, 41
 LEAST, SMALLER, ENCODE_MS = 0.99, 10.0, 1.0
 
@@ -43,6 +47,7 @@ def main() -> int:
     images = trials.images(pictures, how, "x")
     for one in images:
         record.figure(f"{one.codec.split()[0]}/bytes", one.bytes, "bytes")
+        record.figure(f"{one.codec.split()[0]}/answers that stay", one.agreement, "share")
         rows.append([one.codec, "the picture", pictures[0].size, one.bytes, None, one.agreement])
     ratios = []
     for name, nodes in _blocks(graph):
@@ -57,7 +62,7 @@ def main() -> int:
     webp = next(one for one in images if one.codec.startswith("WebP"))
     record.figure("the smallest block's bytes of WebP's", float(best[3] or 0) / webp.bytes, "ratio")
     columns = ["codec", "what travels", "values", "bytes", "times smaller than float32", "answers that stay"]
-    record.table("features", columns, rows, note="The smallest codec that leaves 99 % of the answers as they are.")
+    record.table("features", columns, rows, note=NOTE)
     record.write()
     return 0
 

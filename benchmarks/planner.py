@@ -3,7 +3,7 @@
 A device that is declared to be four times as slow as this machine and a cloud on it share each network in every way
 that its plan lists as a split, over a relay; the link is measured first, as a user would (`isthmus profile --remote`),
 or replays a trace. Held against each other are the plan's milliseconds for an input and the median (over a trace: the
-mean) of inferences from a device process to a cloud process.
+mean from random moments of it on) of inferences from a device process to a cloud process.
 
 usage: python benchmarks/planner.py [--only NAME,...] [--runs 21]
 """
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,8 +39,10 @@ from isthmus.split.graph_writer import write_graph
 from isthmus.split.link import LinkFile
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_measure import PAUSE_S
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
+from isthmus.split.traces import turned
 
 SLOW = 4.0  # times that the device is slower than this machine, declared
 WARM = 3
@@ -156,19 +159,35 @@ class Stand:
     def _took(self, row: Row, profile: LinkProfile) -> float:
         bundle = self._bundle(row.device)
         self._calm.wait(30.0)
+        with CloudProcess(bundle, self._keys, 1) as cloud:
+            if profile.trace_up is None:
+                return statistics.median(self._inferred(bundle, cloud, profile, self._runs))
+            chance = np.random.default_rng(0)
+            starts_s = chance.uniform(0.0, profile.trace_up.period_ms / 1e3, self._runs)
+            return statistics.fmean(
+                ms for start_s in starts_s for ms in self._inferred(bundle, cloud, _from(profile, start_s), 1)
+            )
+
+    def _inferred(self, bundle: Path, cloud: CloudProcess, profile: LinkProfile, runs: int) -> list[float]:
+        """Milliseconds of so many inferences, after some that are not counted."""
         with (
-            CloudProcess(bundle, self._keys, 1) as cloud,
             Relay(cloud.address, profile) as relay,
             GraphDevice(bundle, relay.address, mode="split", keys=self._keys, threads=1, slow_down=SLOW) as device,
         ):
             took = []
-            for run in range(WARM + self._runs):
+            for run in range(WARM + runs):
                 began = time.perf_counter()
                 device.infer(self._feeds)
                 if run >= WARM:
                     took.append((time.perf_counter() - began) * 1e3)
-                time.sleep(0.01)
-        return statistics.fmean(took) if profile.trace_up is not None else statistics.median(took)
+                time.sleep(PAUSE_S)
+        return took
+
+
+def _from(profile: LinkProfile, start_s: float) -> LinkProfile:
+    """A link whose traces begin where they are after some seconds."""
+    assert profile.trace_up is not None and profile.trace_down is not None
+    return replace(profile, trace_up=turned(profile.trace_up, start_s), trace_down=turned(profile.trace_down, start_s))
 
 
 if __name__ == "__main__":

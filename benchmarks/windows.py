@@ -47,7 +47,7 @@ from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_states import questions
-from isthmus.split.traces import Trace, read_pair, synthetic_pair
+from isthmus.split.traces import Trace, read_pair, synthetic_pair, turned
 
 LEAD_S = 3.0  # in which a device connects
 NEAR, ALIKE = 0.9, 0.1
@@ -121,13 +121,6 @@ def along(log: list[int], first: int, shared: int, speakers: Mapping[int, ExitSp
 def links(folder: Path | None, name: str) -> tuple[Trace, Trace]:
     """A link's two ways; without a folder the synthetic one's, whatever its name."""
     return read_pair(folder / name) if folder else synthetic_pair()
-
-
-def turned(trace: Trace, start_s: float) -> Trace:
-    """A trace that begins where another is after some seconds."""
-    start = round(start_s * 1e3) % trace.period_ms
-    times = [time_ms - start for time_ms in trace.times_ms if time_ms > start]
-    return Trace((*times, *(t + trace.period_ms - start for t in trace.times_ms if t <= start)), trace.name)
 
 
 def part_of(source: Bundle, held: int, folder: Path) -> Path:

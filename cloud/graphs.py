@@ -38,6 +38,10 @@ class _Asked(NamedTuple):
     size: int
     received_s: float
 
+    def arrays(self) -> list[Array]:
+        """What it asks with."""
+        return unpack(self.message.shapes, self.message.data, self.whole)
+
     @property
     def kind(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """What it has in common with those that it can be run with."""
@@ -238,7 +242,7 @@ class Graphs:
 
 def _computed(graph: Graph, asked: Sequence[_Asked]) -> tuple[list[list[Array]], int]:
     """The outputs for each request, and the engine's microseconds for all of them."""
-    names, all_ = [one.name for one in graph.takes], [unpack(one.message.shapes, one.message.data) for one in asked]
+    names, all_ = [one.name for one in graph.takes], [one.arrays() for one in asked]
     given = all_[0] if len(asked) == 1 else [np.concatenate(arrays) for arrays in zip(*all_, strict=True)]
     began = time.perf_counter()
     found = graph.part.run(dict(zip(names, given, strict=True)), graph.gives)

@@ -84,7 +84,7 @@ class Steering:
         if mode == "auto":
             with offering_local(whole):
                 link_up = self._link_up()
-            waits = not link_up and not whole and self._bridging and self._served  # with what bridges meanwhile
+            waits = not (link_up or whole) and self._bridging and self._silent  # with what bridges meanwhile
             if self._cloud_error is not None and not whole and not waits:
                 raise self._cloud_error
             mode = "stream" if waits else policy.choose(self._link is not None, link_up, whole)
@@ -109,9 +109,14 @@ class Steering:
 
     def _may_return(self) -> bool:
         """Whether an answer that this device begins alone may go on in the cloud as soon as that is back."""
-        silent = isinstance(self._cloud_error, LinkError) and not isinstance(self._cloud_error, Busy)
         informed = self._controller is not None and self._controller.informed
-        return silent and informed and self._served and self._holding.whole and self._fallback
+        return informed and self._silent and self._holding.whole and self._fallback
+
+    @property
+    def _silent(self) -> bool:
+        """Whether a cloud that has served this device does not answer now, and did not refuse either."""
+        error = self._cloud_error
+        return self._served and isinstance(error, LinkError) and not isinstance(error, Busy)
 
     @contextmanager
     def listening(self, runner: Runner, options: GenerateOptions, guessed: bool, ended: bool) -> Iterator[None]:

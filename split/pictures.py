@@ -18,8 +18,9 @@ from isthmus.protocol.errors import PlanError
 from isthmus.split.files import open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-FORMATS = ("JPEG", "WebP")
-QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+LOSSLESS = 101  # the quality after the highest, of formats that have it
+QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 100)
+OF_FORMAT = {"JPEG": QUALITIES, "WebP": (*QUALITIES, LOSSLESS)}
 MAX_PIXELS = 100_000_000
 Picture = NDArray[np.uint8]  # [height, width, 3]
 
@@ -119,21 +120,23 @@ class Sent:
 
 
 def coded(pictures: list[Picture], format: str, quality: int) -> Sent:
-    """Pictures sent as JPEG or WebP of a quality."""
+    """Pictures sent as JPEG or WebP of a quality, or `LOSSLESS`."""
     from PIL import Image
 
+    how: dict[str, Any] = {"lossless": True} if quality == LOSSLESS else {"quality": quality}
     back, sizes, encode_s, decode_s = list[Picture](), list[int](), list[float](), list[float]()
     for one in pictures:
         data = io.BytesIO()
         began = time.perf_counter()
-        Image.fromarray(one).save(data, format, quality=quality)
+        Image.fromarray(one).save(data, format, **how)
         encode_s.append(time.perf_counter() - began)
         sizes.append(data.tell())
         began = time.perf_counter()
         back.append(np.asarray(Image.open(data).convert("RGB")))
         decode_s.append(time.perf_counter() - began)
     ms = (statistics.median(took) * 1e3 for took in (encode_s, decode_s))
-    return Sent(f"{format} {quality}", back, sizes, *ms)
+    name = f"{format} {'lossless' if quality == LOSSLESS else quality}"
+    return Sent(name, back, sizes, *ms)
 
 
 def smallest(pictures: list[Picture], format: str, agrees: Callable[[list[Picture]], float], least: float) -> Sent:
@@ -142,14 +145,15 @@ def smallest(pictures: list[Picture], format: str, agrees: Callable[[list[Pictur
     Args:
         agrees: the share of pictures, as they came out, that are answered as before.
     """
-    low, high = 0, len(QUALITIES) - 1  # the agreement rises with the quality
+    qualities = OF_FORMAT[format]
+    low, high = 0, len(qualities) - 1  # the agreement rises with the quality
     while low < high:
         middle = (low + high) // 2
-        if agrees(coded(pictures, format, QUALITIES[middle]).pictures) >= least:
+        if agrees(coded(pictures, format, qualities[middle]).pictures) >= least:
             high = middle
         else:
             low = middle + 1
-    return coded(pictures, format, QUALITIES[high])
+    return coded(pictures, format, qualities[high])
 
 
 def found_in(folder: Path, most: int) -> list[Path]:

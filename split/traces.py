@@ -119,6 +119,13 @@ def per_second(trace: Trace) -> list[float]:
     return [8.0 * SEGMENT * count for count in counts]
 
 
+def turned(trace: Trace, start_s: float) -> Trace:
+    """A trace that begins where another is after some seconds."""
+    start = round(start_s * 1e3) % trace.period_ms
+    times = [time_ms - start for time_ms in trace.times_ms if time_ms > start]
+    return Trace((*times, *(t + trace.period_ms - start for t in trace.times_ms if t <= start)), trace.name)
+
+
 def synthetic(
     seed: int, seconds: int, mean_bps: int, *, outage_every_s: float = 20.0, outage_s: float = 1.5, name: str = ""
 ) -> Trace:

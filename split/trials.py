@@ -15,7 +15,7 @@ from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError, ProtocolError
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import learn, outputs, session
-from isthmus.split.pictures import FORMATS, Picture, Preprocess, smallest
+from isthmus.split.pictures import OF_FORMAT, Picture, Preprocess, smallest
 
 Agree = Literal["top1", "values"]
 AGREES: tuple[Agree, ...] = ("top1", "values")
@@ -95,7 +95,7 @@ class Trials:
         return best
 
     def images(self, pictures: list[Picture], preprocess: Preprocess, name: str) -> list[Tried]:
-        """The smallest JPEG and WebP that keep the answers of the whole network.
+        """The smallest JPEG and WebP that keep the answers of the whole network; the best of each where none does.
 
         Args:
             pictures: those that the inputs were made of.
@@ -110,7 +110,7 @@ class Trials:
             return float(np.mean(shares))
 
         found = []
-        for format in FORMATS:
+        for format in OF_FORMAT:
             sent = smallest(pictures, format, agrees, self.least)
             rest = sum(np.asarray(value).nbytes for other, value in self._inputs[0].items() if other != name)
             size, plain = rest + float(np.mean(sent.sizes)), rest + float(np.mean([one.nbytes for one in pictures]))

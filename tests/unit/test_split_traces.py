@@ -17,6 +17,7 @@ from isthmus.split.traces import (
     read_pair,
     synthetic,
     synthetic_pair,
+    turned,
     write,
 )
 
@@ -114,3 +115,10 @@ def test_a_synthetic_link_needs_no_file() -> None:
     for name in ("synthetic:", "synthetic:-1", "synthetic:x"):
         with pytest.raises(TraceError, match="seed"):
             named_pair(name)
+
+
+def test_a_trace_from_a_later_moment_on() -> None:
+    trace = Trace((100, 400, 1000))
+    assert turned(trace, 0.4).times_ms == (600, 700, 1000)
+    assert turned(trace, 0.0).times_ms == turned(trace, 3.0).times_ms == trace.times_ms
+    assert turned(turned(trace, 0.3), 0.7) == trace
