@@ -120,7 +120,7 @@ def per_second(trace: Trace) -> list[float]:
 
 
 def turned(trace: Trace, start_s: float) -> Trace:
-    """A trace that begins where another is after some seconds."""
+    """A trace that begins where another is after some seconds; it repeats from the last opportunity before that."""
     start = round(start_s * 1e3) % trace.period_ms
     times = [time_ms - start for time_ms in trace.times_ms if time_ms > start]
     return Trace((*times, *(t + trace.period_ms - start for t in trace.times_ms if t <= start)), trace.name)

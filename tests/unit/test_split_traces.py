@@ -121,4 +121,5 @@ def test_a_trace_from_a_later_moment_on() -> None:
     trace = Trace((100, 400, 1000))
     assert turned(trace, 0.4).times_ms == (600, 700, 1000)
     assert turned(trace, 0.0).times_ms == turned(trace, 3.0).times_ms == trace.times_ms
-    assert turned(turned(trace, 0.3), 0.7) == trace
+    assert turned(turned(trace, 0.4), 0.6) == trace
+    assert turned(trace, 0.3).times_ms == (100, 700, 800)  # repeats from the opportunity before, which is sooner
