@@ -1,14 +1,14 @@
 """Is "auto" as near to the best mode on real links as in the simulator? Eight windows of 60 seconds, played for real.
 
 In each window a cloud is a process of its own, the link is a relay that replays a trace from a moment on, and a device
-answers questions one after the other: in every fixed mode that the wish allows, each on the same stretch of the trace,
-then in auto, which has met machine and cloud before but not the link. The simulator plays auto on the same stretch with
-times that were measured just before and just after (the mean of both counts), corrected by how fast the steps of both
-sides were within the window, since a host that others use is another one a minute later; and with what n-grams and
-exits foresee of the answers. A device that holds 20 layers has a folder with no more in it. Slow-downs are declared;
-nothing else should run on the machine. What was played while others on the host took much of the processors is played
-again, at most twice. Each window is kept when it is done, by commit: a run that was stopped is gone on with, and
-`--only` plays some again.
+answers questions, about topics that no exit was trained on, one after the other: in every fixed mode that the wish
+allows, each on the same stretch of the trace, then in auto, which has met machine and cloud before but not the link.
+The simulator plays auto on the same stretch with times that were measured just before and just after (the mean of both
+counts), corrected by how fast the steps of both sides were within the window, since a host that others use is another
+one a minute later; and with what n-grams and exits foresee of the answers. A device that holds 20 layers has a folder
+with no more in it. Slow-downs are declared; nothing else should run on the machine. What was played while others on the
+host took much of the processors is played again, at most twice. Each window is kept when it is done, by commit: a run
+that was stopped is gone on with, and `--only` plays some again.
 
 usage: python benchmarks/windows.py [--traces FOLDER] [--seconds 60] [--only 0,3] [--questions 16]
 """
@@ -46,7 +46,7 @@ from isthmus.engine import KvConfig, open_part
 from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
 from isthmus.split.bundle import Bundle
-from isthmus.split.exit_states import questions
+from isthmus.split.exit_samples import check_questions
 from isthmus.split.traces import Trace, read_pair, synthetic_pair, turned
 
 LEAD_S = 3.0  # in which a device connects
@@ -228,7 +228,7 @@ class Stand:
     def __init__(self, source: Bundle, traces: Path | None, keys: Path, questions_: int, seconds: float) -> None:
         self._source, self._traces, self._keys, self._seconds = source, traces, keys, seconds
         self._layers = [entry.layer for entry in source.exits]
-        self._asked = questions([], questions_)
+        self._asked = check_questions([], questions_)
         self._said: dict[int, list[Answer]] = {}  # by the exit that speaks, 0 for none
         self._calm, self._taken = Calm(), 0.0
 
