@@ -14,7 +14,7 @@ from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link
 from isthmus.edge.modes import Modes
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.policy import STEADY, Plan, decide, explain, worth_probing
+from isthmus.edge.policy import STEADY, Plan, decide, explain, unseen, worth_probing
 from isthmus.edge.priors import CODED
 from isthmus.edge.rhythm import (
     MOST_REST_S,
@@ -25,6 +25,7 @@ from isthmus.edge.rhythm import (
     Rhythm,
     expected,
     next_look_s,
+    probe_s,
     usual_ms,
 )
 from isthmus.edge.runners import Runner
@@ -80,11 +81,13 @@ class Controller:
         """Whether enough is known to choose."""
         return self._knowledge.enough
 
-    def begin(self, options: GenerateOptions) -> Runner:
-        """Who makes the first token of an answer; the cloud is there, or enough is known to begin without it."""
-        self._active, self._fresh, self._wanted = True, True, options.max_tokens
+    def begin(self, options: GenerateOptions, made: int = 0) -> Runner:
+        """Who makes the next token of an answer, of which so many were made before; the cloud is there, or enough is
+        known to go on without it.
+        """
+        self._active, self._fresh, self._wanted = True, True, max(1, options.max_tokens - made)
         self._greedy = not options.sampling.temperature
-        self._made = self._tokens = 0
+        self._made, self._tokens = made, 0
         self._tried = self._waits = False
         self._knowledge.choice = None
         why = "too little is known yet to choose"
@@ -92,6 +95,8 @@ class Controller:
             name = "what was chosen"
             try:
                 plan = self._decide(0.0)
+                if self._curious and self._measured():
+                    plan = self._decide(0.0)
                 name = plan.choice.name
                 runner = self._runner(options, plan.choice)
                 self._take(plan)
@@ -259,7 +264,8 @@ class Controller:
         figures = known.figures(now, silent_ms)
         plan = decide(figures, self._wish, standing)
         if self._pulse.probes(now) and not plan.choice.codec:
-            self._curious = worth_probing(figures, self._wish, replace(standing, current=plan.choice))
+            begun = standing if standing.current is None else replace(standing, current=plan.choice)
+            self._curious = worth_probing(figures, self._wish, begun)
         return plan
 
     def _listen(self, runner: Runner, now: float) -> None:
@@ -281,6 +287,20 @@ class Controller:
             if asks is not None:
                 sent = link.ping(asks)
                 self._probe = sent if asks else self._probe
+
+    def _measured(self) -> bool:
+        """Whether the uplink, of which nothing was known, was measured now: it is waited for once in a connection."""
+        link, known, now = self._link, self._knowledge, self._clock()
+        figures = known.figures(now)
+        if not unseen(figures.link) or not (asks := self._pulse.asks(now, known.seen_s, True)):
+            return False
+        with suppress(IsthmusError):
+            self._probe = link.echo(asks, probe_s(figures))
+            if link.rtt is not None and link.rtt[0] == self._probe:
+                self._pong = self._probe
+                known.moved(self._clock(), PROBE_BYTES, link.rtt[1])
+                return True
+        return False
 
     def _silence(self) -> float:
         """For how many ms more than is usual a ping has not been answered."""

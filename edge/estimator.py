@@ -290,6 +290,7 @@ def _slower_device(known: DeviceFigures, factor: float) -> DeviceFigures:
         layers_ms=tuple((k, ms * factor) for k, ms in known.layers_ms),
         head_ms=known.head_ms * factor,
         exit_ms=known.exit_ms * factor,
+        exits_ms=tuple((layer, ms * factor) for layer, ms in known.exits_ms),
         prefill_row_ms=known.prefill_row_ms * factor,
         codec_ms=known.codec_ms * factor,
     )

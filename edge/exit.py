@@ -137,6 +137,9 @@ class ExitSpeaker:
         if not self._states:
             self._first = at
         end = self._first + sum(map(len, self._states))
+        if at > end:  # what lies between was let go
+            self._states.clear()
+            self._first = end = at
         if at < end:
             states = states[end - at :]
         if len(states):

@@ -29,6 +29,7 @@ class DeviceFigures:
         exit_ms: of an exit's own layer for one row, without the output head.
         prefill_row_ms: of one of many rows through the whole model.
         codec_ms: of coding one row of hidden states.
+        exits_ms: (layer, ms) of the exit before it for one row, its output head included, where it is known.
     """
 
     held: int
@@ -38,6 +39,7 @@ class DeviceFigures:
     exit_ms: float
     prefill_row_ms: float
     codec_ms: float = 0.0
+    exits_ms: Points = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.held <= self.n_layers:
@@ -61,7 +63,7 @@ class DeviceFigures:
 
     def drafted(self, layer: int) -> float:
         """One token through layers [0, layer) and the exit there, in ms."""
-        return self.through(layer) + self.exit_ms + self.head_ms
+        return self.through(layer) + dict(self.exits_ms).get(layer, self.exit_ms + self.head_ms)
 
     def prefill(self, rows: float, layer: int) -> float:
         """Many rows through layers [0, layer), without logits, in ms."""

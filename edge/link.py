@@ -19,6 +19,7 @@ from isthmus.protocol.errors import IsthmusError, LinkError, ProtocolError
 
 _AGAIN_S = 0.005  # until what makes this device ready is asked once more, when it is late
 LATE_S = 0.1  # what was here already came so long ago at most, as far as is assumed
+_ECHO_S = 0.001  # between two looks for a ping's answer that is waited for
 _CHECK_S = 0.25  # how often a waiting device looks whether the link is still up
 
 
@@ -262,6 +263,15 @@ class Link:
         ping = m.Ping(int(self._clock() * 1e6), bytes(size))
         self._wire.send(ping)
         return ping.sent_us
+
+    def echo(self, size: int, wait_s: float) -> int:
+        """As `ping`, and waits for its answer, so long at most."""
+        name, until = self.ping(size), self._clock() + wait_s
+        while (self.rtt is None or self.rtt[0] != name) and (left_s := until - self._clock()) > 0:
+            message, now = self._listen(min(left_s, _ECHO_S))
+            if message is not None:
+                self.session.receive(message, now)
+        return name
 
     @property
     def up(self) -> bool:

@@ -32,6 +32,10 @@ class Pending:
             head = extend(head, token)
         return head
 
+    def timed(self, now: float) -> bool:
+        """Whether its answer tells how long a trip takes: it was asked once, and was not put off."""
+        return not self.tries and now >= self.asked_at
+
     def repeated(self, now: float, retry_s: float) -> Any:
         """The message, which is sent once more; each time later."""
         self.tries += 1

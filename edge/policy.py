@@ -15,7 +15,7 @@ STEADY = ("local", "stream")  # ways that a bad link delays once, not for every 
 RISK = 0.08  # share of what remains that any other way must save over these
 VARIES = 0.03  # how much more of it on a link whose trips are twice as long at times
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
-HOPE = 4.0  # times the known uplink that the real one may be
+HOPE, UNSEEN_HOPE, UNSEEN_S = 4.0, 50.0, 1e5  # times the known uplink that the real one may be; of one never seen
 PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
 
 
@@ -86,12 +86,18 @@ def choose(has_cloud: bool, link_up: bool, whole_model: bool) -> Mode:
     raise _unable(has_cloud)
 
 
+def unseen(link: LinkFigures | None) -> bool:
+    """Whether nothing is known of an uplink's rate."""
+    return link is not None and link.up_age_s >= UNSEEN_S
+
+
 def worth_probing(figures: Figures, wish: Wish, standing: Standing) -> bool:
-    """Whether it pays to measure the uplink: hidden states would travel if it were `HOPE` times as fast."""
+    """Whether it pays to measure the uplink: hidden states would travel if it were so much faster than is known."""
     link, current = figures.link, standing.current
     if link is None or not link.up or wish.prefer == "privacy" or (current is not None and current.codec):
         return False
-    hoped = replace(link, up_bps=HOPE * link.up_bps, up_low_bps=HOPE * link.up_low_bps, up_age_s=0.0)
+    hope = UNSEEN_HOPE if unseen(link) else HOPE
+    hoped = replace(link, up_bps=hope * link.up_bps, up_low_bps=hope * link.up_low_bps, up_age_s=0.0)
     fast = replace(figures, link=hoped)
     try:
         return bool(decide(fast, wish, standing).choice.codec)

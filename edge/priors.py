@@ -34,7 +34,11 @@ def sizes(bundle: Bundle) -> Sizes:
     parts = budget.PartSizes.from_files(bundle.config.n_layers, files)
     layer = sum(parts.layers) / len(parts.layers)
     head = parts.head if parts.head > parts.embed else parts.embed  # tied: the head is the embedding
-    return Sizes(bundle.config.n_layers, max(1.0, layer), head, max(1.0, layer))
+    exits = tuple(
+        (one.layer, float(bundle.manifest.exit_bytes(one.layer) - sum(parts.layers[: one.layer])))
+        for one in bundle.exits
+    )
+    return Sizes(bundle.config.n_layers, max(1.0, layer), head, max(1.0, layer), exits)
 
 
 def device(watch: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
@@ -49,7 +53,8 @@ def device(watch: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
     depths = sorted({1, known.n_layers, *layers})
     times = tuple((depth, ms * known.of(depth, False)) for depth in depths)
     row_ms = watch.row_ms if watch.knows else 0.0
-    return DeviceFigures(held, known.n_layers, times, ms * known.head, ms * known.exit, row_ms, CODEC_MS)
+    exits_ms = tuple((layer, ms * size) for layer, size in known.exits)
+    return DeviceFigures(held, known.n_layers, times, ms * known.head, ms * known.exit, row_ms, CODEC_MS, exits_ms)
 
 
 def cloud(offer: Offer, step_ms: float, known: Sizes, same_model: bool) -> CloudFigures:

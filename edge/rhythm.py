@@ -99,6 +99,12 @@ def usual_ms(choice: Candidate, known: Figures, fresh: bool) -> float:
     return max(LATE_MS, ms + (choice.setup_ms + 3 * link.trip_high_ms if fresh else 0.0))
 
 
+def probe_s(known: Figures) -> float:
+    """How long the first measurement of an uplink is waited for before anything is chosen."""
+    assert known.link is not None
+    return (known.link.trip_high_ms + PROBE_BYTES * 8e3 / known.link.up_bps) * 1e-3
+
+
 def next_look_s(now_s: float, waited_ms: float) -> float:
     """When to look again at what has been awaited for so long."""
     return now_s + max(LOOK_S, LOOK_SHARE * waited_ms * 1e-3)

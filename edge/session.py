@@ -461,7 +461,7 @@ class Session:
         if pending is None or not isinstance(pending.message, kind) or pending.message.epoch != epoch:
             return None
         self._answered(("control", lane.alias), now)
-        if not pending.tries:
+        if pending.timed(now):
             self.trips.greeted(now - pending.asked_at)
         return pending.message
 
@@ -481,7 +481,7 @@ class Session:
     def _tripped(self, pending: Pending, now: float, engine_us: int, queue_us: int, *, waited: bool = True) -> None:
         self.round_trips += waited
         self.cloud_us += engine_us
-        if not pending.tries:
+        if pending.timed(now):
             self.trips.answered(now - pending.asked_at, (engine_us + queue_us) * 1e-6)
 
     def _busy(self, now: float) -> None:

@@ -298,7 +298,7 @@ class Steering:
         assert self._link is not None
         self._link.welcome()
         if options.mode == "auto" and self._controller is not None:
-            return self._controller.begin(options)
+            return self._controller.begin(options, len(self._notes.stats.tokens))
         mode = "stream" if options.mode == "auto" else options.mode
         return self._modes.shared(replace(options, mode=mode), self._link)
 

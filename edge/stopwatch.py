@@ -25,12 +25,14 @@ class Sizes:
         layer: of a layer, in the mean.
         head: of the output head.
         exit: of an exit's own layer.
+        exits: (layer, bytes) of the exit before it, its rows of the output head included.
     """
 
     n_layers: int
     layer: float
     head: float
     exit: float = 0.0
+    exits: tuple[tuple[int, float], ...] = ()
 
     def of(self, layers: int, head: bool) -> float:
         """Of one row through so many layers, and the head if it is sampled."""

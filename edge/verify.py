@@ -200,7 +200,7 @@ class VerifyRunner:
         block = self._flight.popleft()
         told, token = self._told, news.tokens[0] if isinstance(news, Answered) else news.token
         right = block.end if isinstance(news, Answered) else news.position + news.accepted
-        goes_on = token in told.tokens[right : right + 1]
+        goes_on = right >= block.end and token in told.tokens[right : right + 1]  # else the rest was not judged
         if isinstance(news, Verified):
             self._count(block, news, right, goes_on)
         self._ready.extend((known, "verified") for known in told.tokens[self._sure : right])

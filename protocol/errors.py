@@ -63,3 +63,8 @@ class ServiceError(IsthmusError):
 
 class PlanError(IsthmusError):
     """A network, profile or budget for which there is no plan."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

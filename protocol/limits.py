@@ -20,6 +20,8 @@ class LinkLimits:
         connect_ms: a device waits that long for Welcome.
         heartbeat_ms: silence after which a Ping is sent.
         silent_intervals: heartbeats without any sign of life after which a fresh connection is tried.
+        dead_ms: silence after which a cloud closes a connection: cellular links stall for ten seconds, and then bring
+            all that was on its way.
         linger_ms: how long closing waits for messages under way.
         max_held_bytes: bytes that a connection may have sent without a whole message of them; beyond it is cut off.
             Credit and one message stay well below it.
@@ -35,6 +37,7 @@ class LinkLimits:
     connect_ms: int = 5000
     heartbeat_ms: int = 1000
     silent_intervals: int = 3
+    dead_ms: int = 30_000
     linger_ms: int = 200
     spin_us: int = 0
     max_held_bytes: int = 32 * 1024 * 1024

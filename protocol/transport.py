@@ -214,7 +214,7 @@ class RouterTransport:
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
         # ZeroMQ's own thread answers these on a device that is idle, and nobody on one that is gone.
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, limits.heartbeat_ms)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, limits.heartbeat_ms * limits.silent_intervals)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, limits.dead_ms)
         if keys is not None:
             self._socket.curve_server = True
             self._socket.curve_secretkey = keys.secret.encode()

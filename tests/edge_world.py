@@ -155,22 +155,22 @@ class ToyBundle:
         self.config, self.model_id, self.name, self.held_layers = CONFIG, model_id, "toy", held
         self.exits: tuple[Any, ...] = ()
         files = {f"weights/layer-{i:03d}.safetensors": SimpleNamespace(bytes=10_000_000) for i in range(N_LAYERS)}
-        files |= {"weights/embed.safetensors": SimpleNamespace(bytes=5_000_000)}
-        files |= {"weights/norm.safetensors": SimpleNamespace(bytes=1_000)}
+        rest = (("embed", 5_000_000), ("norm", 1_000))
+        files |= {f"weights/{name}.safetensors": SimpleNamespace(bytes=size) for name, size in rest}
         self.manifest = SimpleNamespace(
-            tokenizer=SimpleNamespace(eos=(EOS,), file="tokenizer.json"),
             files=files,
+            exit_bytes=lambda layer: 10_000_000 * (layer + 1) + 5_000_000,
+            tokenizer=SimpleNamespace(eos=(EOS,), file="tokenizer.json"),
             part_files=lambda start, end: list(files),
         )
 
     def holds(self, name: str) -> bool:
         return self.held_layers == N_LAYERS or "norm" not in name
 
+    tokenizer = ToyTokenizer
+
     def prefetch(self, start: int, end: int) -> Callable[[], bool]:
         return lambda: True
-
-    def tokenizer(self) -> ToyTokenizer:
-        return ToyTokenizer()
 
 
 class ToyCloud:

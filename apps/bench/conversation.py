@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from isthmus.apps.bench.facts import Answer
 from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Engine, Note, Way, World
-from isthmus.edge.costs import MESSAGE_BYTES, Candidate, Standing
+from isthmus.edge.costs import Candidate, Standing
 from isthmus.edge.estimator import BULK_BYTES, Estimator
 from isthmus.edge.figures import CloudFigures, DeviceFigures
 from isthmus.edge.rhythm import PING_S, Pulse
 from isthmus.protocol.limits import LinkLimits
 
-PING_BYTES = 20
+PING_BYTES = 14
+FRAME_BYTES = 35  # that encryption and framing add to a message; headers of TCP and IP do not count, as in the relay
 HEARTBEAT_S = LinkLimits().heartbeat_ms * 1e-3  # of silence, after which the link asks for a sign of life
 DOWN_S = HEARTBEAT_S * LinkLimits().silent_intervals  # and after which the cloud does not answer
 CHUNK = 128  # rows of a prompt that a device computes and sends at once
@@ -132,11 +133,11 @@ class Conversation:
 
     def lay(self, size: float, arrived: Callable[[], None]) -> None:
         """Sends a message to the cloud."""
-        self.world.at(self.up.send(self.world.now, round(size + MESSAGE_BYTES)), arrived)
+        self.world.at(self.up.send(self.world.now, round(size + FRAME_BYTES)), arrived)
 
     def reply(self, tag: int, count: int, size: float, took_ms: float = 0.0, queue_ms: float = 0.0) -> None:
         """The cloud sends a message to the device."""
-        whole = round(size + MESSAGE_BYTES)
+        whole = round(size + FRAME_BYTES)
         note = Note(tag, count, took_ms, queue_ms, whole)
 
         def arrived() -> None:
@@ -162,7 +163,7 @@ class Conversation:
         def arrived() -> None:
             self.sight.heard_s = self.now_s
 
-        self.world.at(self.down.send(self.world.now, PING_BYTES + MESSAGE_BYTES), arrived)
+        self.world.at(self.down.send(self.world.now, PING_BYTES + FRAME_BYTES), arrived)
 
     def take(self, unheard_ms: float = 0.0) -> Note | None:
         """The next message that was not a ping's answer, if one has arrived.

@@ -86,10 +86,15 @@ def guessed(tokens: Sequence[int], answer: int) -> Answer:
 
 
 class Facts(NamedTuple):
-    """Exits as they are certified, and what they and n-grams foresaw along answers."""
+    """Exits as they are certified, and what they and n-grams foresaw along answers.
+
+    Attributes:
+        heads: by layer, the share of the output head's rows that an exit has.
+    """
 
     exits: tuple[ExitFigures, ...]
     answers: tuple[Answer, ...]
+    heads: Mapping[int, float]
 
 
 def read(path: str | Path) -> Facts:
@@ -101,8 +106,9 @@ def read(path: str | Path) -> Facts:
     try:
         told = json.loads(Path(path).read_text())
         exits = tuple(ExitFigures(**one) for one in told["exits"])
-        return Facts(exits, tuple(_answer(one) for one in told["answers"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        heads = {int(layer): float(share) for layer, share in told["heads"].items()}
+        return Facts(exits, tuple(_answer(one) for one in told["answers"]), heads)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchError(f"{path} holds no facts: {error}", "record them again") from error
 
 
@@ -110,7 +116,8 @@ def write(facts: Facts, path: str | Path) -> None:
     """Writes facts, one answer on a line."""
     exits = json.dumps([asdict(one) for one in facts.exits])
     lines = [json.dumps(_told(answer), separators=(",", ":")) for answer in facts.answers]
-    Path(path).write_text(f'{{"exits": {exits}, "answers": [\n' + ",\n".join(lines) + "\n]}\n")
+    heads = json.dumps(facts.heads)
+    Path(path).write_text(f'{{"exits": {exits}, "heads": {heads}, "answers": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def draft_figures(answers: Sequence[Answer], layer: int, draft_ms: float, lengths: Sequence[int]) -> DraftFigures:

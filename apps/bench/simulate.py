@@ -31,9 +31,9 @@ from isthmus.edge.figures import (
     Wish,
 )
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.policy import Plan, decide, worth_probing
+from isthmus.edge.policy import Plan, decide, unseen, worth_probing
 from isthmus.edge.priors import CODED, CODED_BYTES, LENGTHS
-from isthmus.edge.rhythm import MOST_REST_S, PROBE_BYTES, REST_S, Rhythm, expected, next_look_s, usual_ms
+from isthmus.edge.rhythm import MOST_REST_S, REST_S, Rhythm, expected, next_look_s, probe_s, usual_ms
 from isthmus.edge.shadow import DRAFTED
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.traces import Trace
@@ -121,13 +121,25 @@ class Outcome:
 
 
 def device_figures(
-    layers_ms: Mapping[int, float], head_ms: float, prefill_row_ms: float, *, slow: float, held: int
+    layers_ms: Mapping[int, float],
+    head_ms: float,
+    prefill_row_ms: float,
+    *,
+    slow: float,
+    held: int,
+    heads: Mapping[int, float] | None = None,
 ) -> DeviceFigures:
-    """A device out of this machine's times, by a slow-down."""
+    """A device out of this machine's times, by a slow-down.
+
+    Args:
+        heads: by layer, the share of the output head's rows that the exit there has; all by default.
+    """
     n_layers = max(layers_ms)
     points = tuple((k, ms * slow) for k, ms in sorted(layers_ms.items()))
     per_layer = min(layers_ms[k] for k in layers_ms)
-    return DeviceFigures(held, n_layers, points, head_ms * slow, per_layer * slow, prefill_row_ms * slow)
+    exits_ms = tuple((layer, (per_layer + share * head_ms) * slow) for layer, share in sorted((heads or {}).items()))
+    times = (head_ms * slow, per_layer * slow, prefill_row_ms * slow)
+    return DeviceFigures(held, n_layers, points, *times, exits_ms=exits_ms)
 
 
 def cloud_figures(
@@ -233,18 +245,15 @@ class _Game:
             there = down.send(up.send(at, 150), 150)
             estimator.link.trip(there / 1e9, (there - at) / MS)
             at = there
-        for size_up, size_down, way in ((PROBE_BYTES, 150, "up"), (150, PROBE_BYTES, "down")):
-            there = down.send(up.send(at, size_up), size_down)
-            trip = estimator.link.figures(there / 1e9).trip_ms
-            ms = max((there - at) / MS - trip, 1.0)
-            estimator.link.moved("up" if way == "up" else "down", there / 1e9, PROBE_BYTES, ms)
-            at = there
         self._world.now = at
 
     def _answer_auto(self) -> None:
         talk, world = self._talk, self._world
         try:
-            self._take(self._decide(0.0))
+            plan = self._decide(0.0)
+            if self._curious and self._measured():
+                plan = self._decide(0.0)
+            self._take(plan)
         except DeviceError:  # then as when little is known
             self._take(Plan(Candidate("stream"), (), ""))
         while talk.left and world.now < self._end:
@@ -258,6 +267,20 @@ class _Game:
                 assert self._better is not None
                 self._rest.begin(talk.now_s)
                 self._take(self._better)
+
+    def _measured(self) -> bool:
+        """As the controller: the uplink is measured before anything is chosen, once."""
+        talk, estimator = self._talk, self._estimator
+        assert estimator is not None
+        figures = estimator.figures(talk.now_s)
+        if not unseen(figures.link):
+            return False
+        until = self._world.now + round(probe_s(figures) * 1e9)
+        talk.listen(True)
+        while unseen(estimator.link.figures(talk.now_s)) and self._world.now < until:
+            self._world.wait(until)
+            talk.take()
+        return not unseen(estimator.link.figures(talk.now_s))
 
     def _round(self, player: Player, choice: Candidate) -> None:
         talk = self._talk
@@ -322,7 +345,8 @@ class _Game:
         )
         plan = decide(figures, wish, standing)
         if talk.sight.pulse.probes(talk.now_s) and not plan.choice.codec:
-            self._curious = worth_probing(figures, wish, replace(standing, current=plan.choice))
+            begun = standing if standing.current is None else replace(standing, current=plan.choice)
+            self._curious = worth_probing(figures, wish, begun)
         return plan
 
     def _take(self, plan: Plan) -> None:

@@ -294,7 +294,8 @@ def _check_effects(ctx: typer.Context) -> None:
         if name in given and mode != "auto" and not ("cloud" in given and "prompt" not in given):
             refuse(name.replace("_", "-"), "has no effect without --mode auto", "leave one of them out")
     if mode != "verify" and not ("cloud" in given and "prompt" not in given):
-        for name in ("draft", "draft_depth"):
+        small = mode == "auto" and ctx.params["draft"] not in ("ngrams", "exit")  # which auto weighs, too
+        for name in ("draft_depth",) if small else ("draft", "draft_depth"):
             if name in given:
                 refuse(name.replace("_", "-"), "has no effect without --mode verify", "add that, or leave it out")
 

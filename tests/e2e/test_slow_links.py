@@ -20,6 +20,7 @@ from isthmus.protocol.transport import DealerTransport, RouterTransport
 
 WELCOME = m.Welcome(1, 1, (), (), m.Limits(1 << 20, 1 << 20, 1000, 64))
 Linked = tuple[Link, Relay]
+heard: list[bytes] = []  # routes of pings, in the order in which they came
 
 
 @pytest.fixture
@@ -33,8 +34,12 @@ def linked(tmp_path: Path) -> Iterator[Callable[[LinkProfile, LinkLimits], Linke
         while not over.is_set():
             router.poll(10.0)
             while (incoming := router.recv()) is not None:
-                if isinstance(m.decode(incoming.frames), m.Hello):
-                    router.send(incoming.route, m.encode(WELCOME))
+                match m.decode(incoming.frames):
+                    case m.Hello():
+                        router.send(incoming.route, m.encode(WELCOME))
+                    case m.Ping(sent_us):
+                        heard.append(incoming.route)
+                        router.send(incoming.route, m.encode(m.Pong(sent_us)))
         router.close()
 
     with ExitStack() as opened:
@@ -73,3 +78,16 @@ def test_a_link_that_stands_still_is_called_slow_and_connects_when_it_goes_on(li
     assert isinstance(link.failure, SlowLinkError)
     relay.resume()
     wait(link, lambda: link.welcome is not None)
+
+
+def test_a_connection_outlives_a_stall(linked: Callable[..., Linked]) -> None:
+    heard.clear()
+    link, relay = linked(LinkProfile(), LinkLimits(heartbeat_ms=100, silent_intervals=3))
+    wait(link, lambda: link.welcome is not None and bool(heard))
+    first, since = heard[0], time.monotonic()
+    relay.stall()
+    wait(link, lambda: time.monotonic() - since > 1.5)  # fifteen heartbeats
+    assert not link.up
+    before = len(heard)
+    relay.resume()
+    wait(link, lambda: first in heard[before:] and link.up)

@@ -6,12 +6,15 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.edge.drafts import NgramDrafts
 from isthmus.engine.sampling import Sampling
+from isthmus.protocol import messages as m
+from isthmus.protocol.chain import Chain
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
 from tests.edge_world import LossyWire, ToyService
 
@@ -135,3 +138,51 @@ def test_guesses_learned_from_the_conversation() -> None:
     drafts = NgramDrafts()
     drafts.extend([1, 2, 3, 4, 1, 2])
     assert drafts.draft(2) == [3, 4]
+
+
+class Terse(ToyService):
+    """Says of drafts that are all right that the last is not among them, and then that very token.
+
+    Attributes:
+        short: how often.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = 0
+        self._log = Chain()
+        self._log.extend([*PROMPT.encode(), *local(max_tokens=40)])
+
+    def receive(self, message: Any) -> list[tuple[float, Any]]:
+        answers = super().receive(message)
+        return [(delay, self._terse(message, answer)) for delay, answer in answers]
+
+    def _terse(self, message: Any, answer: Any) -> Any:
+        if not (isinstance(answer, m.Verdict) and isinstance(message, m.Draft) and answer.accepted > 1):
+            return answer
+        if answer.accepted < len(message.tokens) or answer.position != message.position:
+            return answer
+        self.short += 1
+        kept = answer.accepted - 1
+        return msgspec.structs.replace(
+            answer, accepted=kept, token=message.tokens[kept], prefix_hash=self._log.at(answer.position + kept)
+        )
+
+
+class Seldom(HalfRight):
+    """Has no draft every other time."""
+
+    asked = 0
+
+    def draft(self, count: int) -> list[int]:
+        self.asked += 1
+        return super().draft(count) if self.asked % 2 else []
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_drafts_that_were_not_judged_are_not_waited_for(depth: int) -> None:
+    text, cloud = local(max_tokens=40), Terse()
+    with verifying(LossyWire(cloud), 0.0, depth, text) as one:
+        one._drafting._ngrams = Seldom([*PROMPT.encode(), *text], 0.0, 0)
+        assert ids(one.generate(PROMPT, max_tokens=40)) == text
+        assert cloud.short and one.stats.note == ""
