@@ -39,9 +39,9 @@ from isthmus.split.graph_writer import write_graph
 from isthmus.split.link import LinkFile
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.onnx_measure import PAUSE_S
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
+from isthmus.split.timing import PAUSE_S
 from isthmus.split.traces import turned
 
 SLOW = 4.0  # times that the device is slower than this machine, declared

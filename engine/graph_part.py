@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.onnx_session import onnxruntime
 from isthmus.engine.slow import check_slow_down
-from isthmus.protocol.errors import EngineError
+from isthmus.protocol.errors import EngineError, first_line
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -46,9 +46,7 @@ class GraphPart:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's errors share no public class
-            raise EngineError(
-                f"onnxruntime cannot run {path}: {_first_line(error)}", "split the model again"
-            ) from error
+            raise EngineError(f"onnxruntime cannot run {path}: {first_line(error)}", "split the model again") from error
         self.inputs: tuple[str, ...] = tuple(one.name for one in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(one.name for one in self._session.get_outputs())
 
@@ -73,7 +71,7 @@ class GraphPart:
             if self._limit_s and time.perf_counter() - began >= self._limit_s:
                 problem = f"{self._path.name} was given up after {self._limit_s:g} s"
                 raise EngineError(problem, "give it less to compute") from error
-            raise EngineError(f"{self._path.name} cannot be run on that: {_first_line(error)}", _SHAPES) from error
+            raise EngineError(f"{self._path.name} cannot be run on that: {first_line(error)}", _SHAPES) from error
         finally:
             if watchdog is not None:
                 watchdog.cancel()
@@ -83,7 +81,3 @@ class GraphPart:
 
 
 _SHAPES = "give arrays of the types and shapes that `isthmus inspect` shows"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -43,6 +44,19 @@ def read_regular(path: Path) -> bytes:
     """
     with open_regular(path) as file:
         return file.read()
+
+
+def digest_of(*paths: Path) -> str:
+    """The sha256 of the sha256s of regular files: 64 hex digits.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        with open_regular(path) as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def regular_size(path: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import onnxruntime as ort
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.onnx_measure import outputs, session, timed
+from isthmus.split.onnx_measure import outputs, session
 from isthmus.split.profile import Profile, TensorSize
+from isthmus.split.timing import timed
 
 SECONDS = 0.4  # for each side of each finalist
 Nodes = tuple[int, ...]
@@ -64,11 +66,12 @@ class Finalists:
         halves = self._graph.halves(nodes)
         first = self._loaded(halves.device, self._device)
         feeds = {one.name: self._feeds[one.name] for one in first.get_inputs()}
-        device_ms, _ = timed(first, feeds, self._seconds)
+        device_ms, _ = timed(partial(outputs, first, feeds), self._seconds)
         values = dict(zip([one.name for one in first.get_outputs()], outputs(first, feeds), strict=True))
         second = self._loaded(halves.cloud, self._cloud)
         values = {**self._feeds, **values}
-        cloud_ms, _ = timed(second, {one.name: values[one.name] for one in second.get_inputs()}, self._seconds)
+        feeds = {one.name: values[one.name] for one in second.get_inputs()}
+        cloud_ms, _ = timed(partial(outputs, second, feeds), self._seconds)
         return device_ms * self._scale(self._device), cloud_ms * self._scale(self._cloud)
 
     def _loaded(self, part: onnx.ModelProto, profile: Profile) -> ort.InferenceSession:
@@ -79,7 +82,7 @@ class Finalists:
         threads = _threads(profile)
         if threads not in self._here:
             whole = session(self._graph.model, self._file, threads)
-            self._here[threads], _ = timed(whole, self._feeds, self._seconds)
+            self._here[threads], _ = timed(partial(outputs, whole, self._feeds), self._seconds)
         return profile.whole_ms / self._here[threads]
 
 

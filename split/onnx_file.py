@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import stat
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split.files import open_regular
+from isthmus.split.files import digest_of, open_regular
 
 MOST_BYTES = 2**31 - 1  # of a protobuf message; weights beside the file may be larger
 MAX_DEPTH = 32  # of subgraphs in subgraphs
@@ -61,14 +60,10 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 def digest(path: Path, model: onnx.ModelProto) -> str:
     """The sha256 of a model's file and of the weights beside it: 64 hex digits."""
-    found = hashlib.sha256()
     beside = {
         external(one, path.parent).file for one in tensors_of(model) if one.data_location == onnx.TensorProto.EXTERNAL
     }
-    for file in (path, *sorted(beside)):
-        with open_regular(file) as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()
+    return digest_of(path, *sorted(beside))
 
 
 def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -14,22 +14,21 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
-from isthmus.protocol.errors import PlanError
-from isthmus.split.files import open_regular
+from isthmus.protocol.errors import PlanError, first_line
+from isthmus.split.feeds import closed, drawn, read_feeds, size_of
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.timing import MOST, WARM, timed
 
-WARM, LEAST, MOST = 3, 8, 60  # runs that are not counted, and that are
 PLAIN_RUNS = 5
-PAUSE_S = 0.01  # between two runs
 _BLOCKED, _BACK = re.compile(r"(.+)_nchwc(?:_\d+)?\Z"), "ReorderOutput"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -49,7 +48,7 @@ def measure(path: str, threads: int, shapes: Mapping[str, Sequence[int]], second
         node.name = f"node{at}"
     feeds = given(graph, shapes, arrays)
     tensors = sizes(graph, file, feeds)
-    whole_ms, first_ms = timed(session(model, file, threads), feeds, seconds)
+    whole_ms, first_ms = timed(partial(outputs, session(model, file, threads), feeds), seconds)
     node_ms = nodes_ms(graph, model, file, threads, feeds, seconds)
     scale = whole_ms / max(1e-9, sum(node_ms))
     return {
@@ -61,7 +60,7 @@ def measure(path: str, threads: int, shapes: Mapping[str, Sequence[int]], second
         "first_ms": first_ms,
         "nodes_ms": [ms * scale for ms in node_ms],
         "ops": [node.op_type for node in graph.nodes],
-        "inputs": {name: _told(feeds[name]) for name in graph.inputs},
+        "inputs": {name: size_of(feeds[name]) for name in graph.inputs},
         "tensors": tensors,
         "weights": [sum(graph.constant_bytes(name) for name in graph.constants_of(at)) for at in range(len(node_ms))],
     }
@@ -82,7 +81,7 @@ def session(
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors share no public class
-        raise PlanError(f"onnxruntime cannot run {file.name}: {_first_line(error)}", "export it again") from error
+        raise PlanError(f"onnxruntime cannot run {file.name}: {first_line(error)}", "export it again") from error
 
 
 def given(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]], arrays: str) -> dict[str, Any]:
@@ -91,16 +90,7 @@ def given(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]], arrays: str) ->
     Raises:
         PlanError: an input's shape is open, or the file does not fit.
     """
-    loaded: dict[str, Any] = {}
-    if arrays:
-        try:
-            with open_regular(Path(arrays)) as file, np.load(file, allow_pickle=False) as opened:
-                loaded = {name: opened[name] for name in opened.files}
-        except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
-            raise PlanError(f"{arrays} is no .npz file of plain arrays", "write it with numpy.savez") from error
-    for name in (*loaded, *shapes):
-        if name not in graph.inputs:
-            raise PlanError(f"the model has no input {name!r}", f"it has: {', '.join(graph.inputs)}")
+    loaded = read_feeds(arrays, graph.inputs, shapes)
     generator, feeds = np.random.default_rng(0), {}
     for name in graph.inputs:
         if name in loaded:
@@ -115,23 +105,11 @@ def given(graph: OnnxGraph, shapes: Mapping[str, Sequence[int]], arrays: str) ->
     return feeds
 
 
-def drawn(dtype: Any, shape: Sequence[int], generator: np.random.Generator) -> Any:
-    """An array of random values; of whole numbers, ones."""
-    found = generator.standard_normal(shape) if np.dtype(dtype).kind == "f" else np.ones(shape)
-    return found.astype(dtype)
-
-
 def _closed(name: str, kind: Any) -> list[int]:
     """The dimensions of an input; a first one that is open is one."""
     if not kind.HasField("shape"):
         raise PlanError(f"the shape of input {name!r} is not known", f"give it: --shape {name}=1,3,224,224")
-    dims = [one.dim_value if one.HasField("dim_value") and one.dim_value > 0 else 0 for one in kind.shape.dim]
-    if dims and not dims[0]:
-        dims[0] = 1
-    if not all(dims):
-        shown = ",".join(str(one) if one else "?" for one in dims)
-        raise PlanError(f"input {name!r} has the open shape {shown}", f"give it: --shape {name}={shown}")
-    return dims
+    return closed(name, [one.dim_value if one.HasField("dim_value") else 0 for one in kind.shape.dim])
 
 
 def sizes(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -143,8 +121,8 @@ def sizes(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> dict[str, l
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     whole = graph.part(range(len(graph.nodes)), graph.inputs, names)
     values = outputs(session(whole, file, 1, options), feeds, names)
-    found = {name: _told(value) for name, value in zip(names, values, strict=True)}
-    return {name: told for name, told in (*((n, _told(feeds[n])) for n in graph.inputs), *found.items()) if told}
+    known = {**{name: feeds[name] for name in graph.inputs}, **dict(zip(names, values, strict=True))}
+    return {name: size for name, value in known.items() if (size := size_of(value))}
 
 
 def learn(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> None:
@@ -153,25 +131,6 @@ def learn(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any]) -> None:
         onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
         for name, (dtype, shape, _) in sizes(graph, file, feeds).items()
     )
-
-
-def _told(value: Any) -> list[Any]:
-    return [str(value.dtype), list(value.shape), int(value.nbytes)] if isinstance(value, np.ndarray) else []
-
-
-def timed(running: ort.InferenceSession, feeds: Mapping[str, Any], seconds: float) -> tuple[float, float]:
-    """The median of later runs and the time of the first one, in milliseconds.
-
-    They pause in between, as inputs do that come one by one: the processor that is never left alone is faster.
-    """
-    took = list[float]()
-    began = time.perf_counter()
-    while len(took) < WARM + LEAST or (time.perf_counter() - began < seconds and len(took) < WARM + MOST):
-        start = time.perf_counter()
-        outputs(running, feeds, None)
-        took.append((time.perf_counter() - start) * 1e3)
-        time.sleep(PAUSE_S)
-    return statistics.median(took[WARM:]), took[0]
 
 
 def nodes_ms(
@@ -259,8 +218,4 @@ def outputs(running: ort.InferenceSession, feeds: Mapping[str, Any], names: list
         return list(running.run(names, dict(feeds)))
     except Exception as error:  # the runtime's errors share no public class
         remedy = "give inputs that fit: --shape NAME=1,3,224,224 or --input FILE.npz"
-        raise PlanError(f"the model refuses its inputs: {_first_line(error)}", remedy) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlanError(f"the model refuses its inputs: {first_line(error)}", remedy) from error

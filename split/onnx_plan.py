@@ -1,4 +1,4 @@
-"""A plan for an ONNX model out of two profiles and a link, from its file to the verdict.
+"""A plan for a network out of two profiles and a link, from its file to the verdict.
 
 Cuts are searched with the times of nodes and the link's mean rate. The finalists are then timed as fused models, and,
 where the link changes or others use the cloud, replayed.
@@ -23,11 +23,13 @@ from isthmus.split.link import Link, read_link
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given
-from isthmus.split.onnx_network import ENERGY, MEMORY, Sharing
+from isthmus.split.onnx_network import ENERGY, MEMORY, Graph, Sharing
 from isthmus.split.plan import Plan, Row, choose, verdict
 from isthmus.split.planner import PLAIN, Wanted, candidates, coded, judged, remeasured, told_apart, ways
 from isthmus.split.profile import Profile, load_profile
 from isthmus.split.replay import latencies
+from isthmus.split.tflite import TfliteGraph, is_tflite
+from isthmus.split.tflite import digest as tflite_digest
 from isthmus.split.trial_inputs import Inputs, read_inputs
 from isthmus.split.trials import AGREES, Agree, Trials
 
@@ -100,10 +102,9 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
     Raises:
         PlanError: a profile is another model's, the link carries nothing, or no way keeps to what was asked for.
     """
-    wish, file = Asked(**asked), Path(model)
-    proto, over = read_model(file), read_link(link)
-    graph, name = OnnxGraph(proto), digest(file, proto)
+    wish, file, over = Asked(**asked), Path(model), read_link(link)
     here = load_profile(Path(device))
+    graph, name = _read(file, here)
     there = load_profile(Path(cloud)) if cloud else _faster(here, 1.0 if wish.times is None else wish.times)
     here.check(name, len(graph.nodes), "device")
     there.check(name, len(graph.nodes), "cloud")
@@ -115,9 +116,13 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
     budgets = {MEMORY: wish.memory_mb, ENERGY: wish.energy_j}
     wanted = Wanted(wish.aim, {what: most for what, most in budgets.items() if most is not None})
     rows = ways(sharing, [PLAIN], wanted)
-    inputs = read_inputs(Path(wish.folder), graph, here.inputs, wish.preprocess) if wish.folder else None
-    worth = candidates(sharing, wanted) if inputs is not None else []
-    if wish.measure or inputs is not None:
+    inputs, worth = None, list[Row]()
+    if wish.folder:
+        if not isinstance(graph, OnnxGraph):
+            raise PlanError("codecs are tried on the cuts of ONNX models", "leave the folder of inputs out")
+        inputs = read_inputs(Path(wish.folder), graph, here.inputs, wish.preprocess)
+        worth = candidates(sharing, wanted)
+    if isinstance(graph, OnnxGraph) and (wish.measure or inputs is not None):
         if inputs is None or wish.arrays:
             feeds: Mapping[str, Any] = given(
                 graph, {name: size.shape for name, size in here.inputs.items()}, wish.arrays
@@ -172,6 +177,14 @@ def _coded(
             if (one := trials.smallest(row.device)).codec:
                 found.append(coded(row, sharing, one, faster))
     return found
+
+
+def _read(file: Path, profile: Profile) -> tuple[Graph, str]:
+    """A model's graph, and its digest; of a .tflite file, its profile knows what it takes and gives."""
+    if is_tflite(file):
+        return TfliteGraph(profile), tflite_digest(file)
+    model = read_model(file)
+    return OnnxGraph(model), digest(file, model)
 
 
 def _faster(device: Profile, times: float) -> Profile:

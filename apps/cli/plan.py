@@ -20,7 +20,9 @@ OF_BOTH = {"ctx", "model", "link", "device", "cloud", "output", "slo_ms", "memor
 
 def command(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx model, or the bundle of a language model")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="An .onnx or .tflite model, or the bundle of a language model")
+    ],
     link: Annotated[
         str,
         typer.Option(
@@ -161,7 +163,7 @@ def command(
         print(target.read_text())
     else:
         _print(found, target)
-        if folder is None:
+        if folder is None and model.suffix.lower() != ".tflite":
             print("codecs, JPEG and WebP are tried on inputs: --inputs FOLDER, with --preprocess for pictures")
 
 

@@ -16,7 +16,9 @@ _SHOWN = 12  # operators of the table
 
 def command(
     ctx: typer.Context,
-    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="An .onnx model, or a bundle")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="An .onnx or .tflite model, or a bundle")
+    ] = None,
     remote: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure a cloud and the link to it, in place of a model")
     ] = None,
@@ -53,7 +55,8 @@ def command(
 
     An ONNX model runs in onnxruntime, in a child process with limits, warmed, as it is fused there; a fused node's time
     is shared among those that it stands for, and all together take what the model takes. The file may be copied from
-    one machine to another: a plan takes one of the device and one of the cloud.
+    one machine to another: a plan takes one of the device and one of the cloud. A .tflite model runs in LiteRT, and is
+    measured in one piece.
 
     With --remote messages of some kilobytes go to a cloud and back: the round trip, the rates both ways, and what the
     cloud says of its models are measured through the protocol that devices speak.
@@ -81,7 +84,7 @@ def command(
         _measure_decoder(model, target, threads, seconds, as_json)
         return
     told = confined(
-        "isthmus.split.onnx_measure:measure",
+        f"isthmus.split.{'tflite' if model.suffix.lower() == '.tflite' else 'onnx_measure'}:measure",
         str(model),
         threads,
         shapes(shape or []),
