@@ -1,11 +1,12 @@
 """How near does "auto" come to the best fixed mode? Every mode and auto itself, simulated at every point of a grid.
 
 Points are round trip x device slow-down x cloud step x layers held x link x allowed disagreement. The simulator replays
-measured times (feasibility.json, decode.json), recorded facts about the exits that ship and n-grams (facts.json) and
-links: those of --traces, and a seeded synthetic one that needs no file. Exits are believed as they are certified. Half
-of the answers calibrate, the others are played. Auto runs the device's own estimator and policy and sees what a device
-could measure. Fixed modes are all those that the wish allows, with every cut, codec and draft length that auto may
-choose; the cloud runs the device's model, more slowly.
+measured times (feasibility.json, decode.json), recorded facts about all exits that ship and n-grams (facts.json, along
+answers to prompts that no exit was trained or certified with) and links: those of --traces, and a seeded synthetic one
+that needs no file. Exits are believed as they are certified. Half of the answers calibrate drafts, the others are
+played. Auto runs the device's own estimator and policy and sees what a device could measure. Fixed modes are all those
+that the wish allows, with every cut, codec and draft length that auto may choose; the cloud runs the device's model,
+more slowly.
 
 usage: python benchmarks/auto.py [--traces FOLDER] [--windows 8] [--answers 2] [--processes 2] [--record]
 """
@@ -31,7 +32,6 @@ from isthmus.edge.figures import Wish
 from isthmus.split.traces import SYNTHETIC, Trace, read_pair, synthetic_pair
 
 FACTS = Path(__file__).parent / "facts.json"
-EXITS = (20, 24)
 ROUND_TRIPS_MS, SLOW_DOWNS, CLOUD_STEPS, HOLDS = (5, 20, 50, 100, 200), (1, 4), (1, 8), (30, 20)
 DISAGREEMENTS = (0.0, 0.05)
 START_S = 30.0  # from one window's begin in the trace to the next one's
@@ -92,7 +92,7 @@ def recorded() -> facts.Facts:
 
 
 def answers() -> tuple[tuple[facts.Answer, ...], tuple[facts.Answer, ...]]:
-    """To calibrate on, and to play."""
+    """To calibrate drafts on, and to play."""
     found = recorded().answers
     return found[: len(found) // 2], found[len(found) // 2 :]
 
@@ -108,7 +108,8 @@ def traces(link: str, folder: str | None) -> tuple[Trace, Trace]:
 def point(case: Case) -> Point:
     """What the case says, out of measured times."""
     layers, rows, head, prefill = measured()
-    device = simulate.device_figures(layers, head, prefill, slow=case.slow, held=case.held)
+    heads = recorded().heads
+    device = simulate.device_figures(layers, head, prefill, slow=case.slow, held=case.held, heads=heads)
     cloud = simulate.cloud_figures(rows, head, prefill, max(layers), factor=case.cloud)
     link = LinkPlan(case.rtt_ms, *traces(case.link, case.traces))
     return simulate.point(device, cloud, link, answers()[0], recorded().exits)
@@ -147,7 +148,7 @@ def main() -> int:
     if options.record:
         from record_facts import record as record_facts
 
-        record_facts(FACTS, EXITS)
+        record_facts(FACTS)
     links = [SYNTHETIC]
     if options.traces:
         links += sorted(path.stem for path in Path(options.traces).glob("*.up"))

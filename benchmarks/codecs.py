@@ -300,7 +300,7 @@ def main() -> int:
             print(f"layer {layer}, {ENGINES[engine]}: done", file=sys.stderr, flush=True)
             part.close()
         report(record, layer, found)
-        record.write()
+    record.write()  # all layers or none: a run that was stopped does not pass for a whole one
     return 0
 
 

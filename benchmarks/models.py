@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def bundle(format: str) -> Bundle:
         put_exits(folder, found.model_id, exits)  # made before they came, or with others
         found = Bundle.open(folder)
     return found
+
+
+def part_of(source: Bundle, held: int, folder: Path) -> Path:
+    """A folder with the first layers of a bundle and the exits before them."""
+    if held == source.config.n_layers:
+        return source.path
+    files = source.manifest.part_files(0, held)
+    names = ["bundle.json", source.manifest.tokenizer.file, *files]
+    names += [entry.file for entry in source.exits if entry.layer <= held]
+    for name in dict.fromkeys(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(source.path / name, folder / name)
+    return folder
 
 
 def peer_python(name: str) -> Path:

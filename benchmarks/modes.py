@@ -4,9 +4,16 @@ At a round trip of 50 ms: against CE-CoLLM's policy as published (f16 states, th
 prompt from nothing) with the same exit, and the pipelined drafts against their closed form. Then the same with a cloud
 whose model is a declared number of times larger; then other round trips, with fewer prompts, for the plot.
 
+Theirs and the naive split are played with every prompt anew, the others in a session that keeps the chat template's
+beginning. Exit mode is held to the same targets in both ways; the one "every prompt anew" compares like with like.
+
 Exit mode's threshold is taken from exits.py's table, whose questions are others: at 0.9 the exit before layer 24 says
-wrong words at 0.42 % of tokens, at theirs of 0.8 at 1.17 %. An earlier run at 0.95 (0.14 %) had reached 1.196 of the
-1.2 times their tokens per second that are wanted.
+wrong words at 0.42 % of tokens, at theirs of 0.8 at 1.17 %. It was taken after a run of this benchmark at 0.95 (0.14 %)
+had missed one target, with 1.196 of the 1.2 times their tokens per second that are wanted. The threshold as certified,
+which is lower still, agrees with the whole model less often than theirs does: see its row.
+
+Devices hold the whole model, but of the larger one only the layers before the deepest exit, so that none answers alone
+with another model than the cloud's.
 
 Before each prompt it waits, for a minute at most, until others on the host leave this machine its processors.
 
@@ -19,8 +26,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from models import bundle
+from models import BENCH, bundle, part_of
 from record import Cell, Record
 
 from isthmus.apps.bench.modes import (
@@ -100,9 +110,10 @@ def main() -> int:
     against(record, {row.way: row for row in rows})
     drafts(record, source, {row.way: row for row in rows})
     if options.fewer:
-        others = [way for way in contenders if way.name != LOCAL]  # a device does not hold the larger model
-        larger = measured(source, others, TRIP_MS, options.fewer, options.tokens, options.larger)
-        note = f"Steps of the cloud take {options.larger:g} times as long; {TRIP_MS} ms, {options.fewer} prompts."
+        others, held = [way for way in contenders if way.name != LOCAL], max(options.cut, source.exits[-1].layer)
+        larger = measured(source, others, TRIP_MS, options.fewer, options.tokens, options.larger, held)
+        note = f"Steps of the cloud take {options.larger:g} times as long; {TRIP_MS} ms, {options.fewer} prompts; "
+        note += f"devices hold {held} of {source.config.n_layers} layers."
         tell(record, "larger", larger, note)
         speeds = {TRIP_MS: rows}
         for trip in map(int, options.trips.split(",")):
@@ -118,17 +129,46 @@ def main() -> int:
 
 
 def measured(
-    source: Bundle, contenders: Sequence[Way], trip_ms: int, prompts: int, tokens: int, cloud_step: float = 1.0
+    source: Bundle,
+    contenders: Sequence[Way],
+    trip_ms: int,
+    prompts: int,
+    tokens: int,
+    cloud_step: float = 1.0,
+    held: int | None = None,
 ) -> list[Row]:
-    """A row for each way, printed as well."""
-    asked = questions([], prompts, topics=CHECK_TOPICS)
-    with Stage(source, LinkProfile.of_rtt(trip_ms), cloud_step=cloud_step) as stage, whole(source) as teacher:
+    """A row for each way, printed as well.
+
+    Args:
+        held: layers that the devices hold; None for all.
+    """
+    asked, link = questions([], prompts, topics=CHECK_TOPICS), LinkProfile.of_rtt(trip_ms)
+    with ExitStack() as opened:
+        part = source
+        if held is not None:
+            folder = opened.enter_context(TemporaryDirectory(dir=BENCH))
+            part = Bundle.open(part_of(source, held, Path(folder)))
+        stage = opened.enter_context(Parted(source, part, link, cloud_step))
+        teacher = opened.enter_context(whole(source))
         rows = compare(
             contenders, lambda way: stage.device(**way.options), asked, tokens, GREEDY, teacher, None, PATIENCE_S
         )
     larger = f", steps of the cloud take {cloud_step:g} times as long" if cloud_step > 1 else ""
     print(table(f"round trip {trip_ms} ms{larger}", rows), flush=True)
     return rows
+
+
+class Parted(Stage):
+    """A stage whose devices hold a part of the cloud's bundle."""
+
+    def __init__(self, source: Bundle, part: Bundle, link: LinkProfile, cloud_step: float) -> None:
+        super().__init__(source, link, cloud_step=cloud_step)
+        self._part = part
+
+    def __enter__(self) -> Parted:
+        super().__enter__()
+        self._bundle = self._part  # of devices: the cloud has begun
+        return self
 
 
 def tell(record: Record, name: str, rows: Sequence[Row], note: str) -> None:
@@ -147,19 +187,24 @@ def tell(record: Record, name: str, rows: Sequence[Row], note: str) -> None:
 
 
 def against(record: Record, rows: dict[str, Row]) -> None:
-    """Exit mode beside CE-CoLLM's policy: the same exit, at equal or better agreement with the whole model."""
+    """Exit mode beside CE-CoLLM's policy: the same exit, at equal or better agreement with the whole model.
+
+    In a session, and with every prompt anew, as theirs is.
+    """
     if EXIT not in rows or CE_COLLM not in rows:
         record.skip("exit mode against CE-CoLLM's policy", "--only leaves one of them out")
         return
-    for key, unit, ratio, at_most in AGAINST:
-        peer, value = f"modes/{CE_COLLM}/{key}", getattr(rows[EXIT], key)
-        record.figure(f"against CE-CoLLM/{key}", value, unit, target=ratio, of=peer, at_most=at_most)
-        theirs_too = getattr(rows[CE_COLLM], key)
-        if ANEW in rows and theirs_too:
-            record.figure(f"against CE-CoLLM, every prompt anew/{key}", getattr(rows[ANEW], key) / theirs_too, "ratio")
-    ours, theirs = rows[EXIT].agreement, rows[CE_COLLM].agreement
-    if ours is not None and theirs is not None:
-        record.figure("against CE-CoLLM/agreement above theirs", ours - theirs, "share", target=0.0)
+    told = {"against CE-CoLLM": EXIT, "against CE-CoLLM, every prompt anew": ANEW}
+    for name, way in told.items():
+        if way not in rows:
+            record.skip(name, "--only leaves it out")
+            continue
+        for key, unit, ratio, at_most in AGAINST:
+            peer, value = f"modes/{CE_COLLM}/{key}", getattr(rows[way], key)
+            record.figure(f"{name}/{key}", value, unit, target=ratio, of=peer, at_most=at_most)
+        ours, theirs = rows[way].agreement, rows[CE_COLLM].agreement
+        if ours is not None and theirs is not None:
+            record.figure(f"{name}/agreement above theirs", ours - theirs, "share", target=0.0)
 
 
 def drafts(record: Record, source: Bundle, rows: dict[str, Row]) -> None:

@@ -109,6 +109,8 @@ class Times:
         self.rows = {n: step(n, None, Want.SAMPLE) for n in STEPS}
         self.head = max(0.1, self.rows[1] - self.layers[part.end])
         self.prompt = step(64, None, Want.NONE) / 64
+        vocabulary = source.config.vocab_size
+        self.heads = [(one.layer, (one.head_tokens or vocabulary) / vocabulary) for one in source.exits]
         self.device_share = self.cloud_share = 1.0  # of that a token takes: with messages, text, and waits between
         self.rest_share = 1.0  # of what the formula says of steps from hidden states, beside tokens'
         self.steps = Steps()  # by which the shares were found
@@ -137,7 +139,8 @@ class Times:
         slow = case.slow * self.device_share
         points = tuple((k, ms * slow) for k, ms in self.layers.items())
         head, exit_ms, prompt = self.head * slow, self.layers[1] * slow, self.prompt * slow
-        return DeviceFigures(case.held, self.n_layers, points, head, exit_ms, prompt, priors.CODEC_MS)
+        exits_ms = tuple((layer, exit_ms + head * share) for layer, share in self.heads)
+        return DeviceFigures(case.held, self.n_layers, points, head, exit_ms, prompt, priors.CODEC_MS, exits_ms)
 
     def cloud(self, case: Case) -> CloudFigures:
         """Of the case's cloud, as it is."""

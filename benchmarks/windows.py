@@ -1,7 +1,7 @@
 """Is "auto" as near to the best mode on real links as in the simulator? Eight windows of 60 seconds, played for real.
 
 In each window a cloud is a process of its own, the link is a relay that replays a trace from a moment on, and a device
-answers questions, about topics that no exit was trained on, one after the other: in every fixed mode that the wish
+answers questions, which no exit was trained or certified with, one after the other: in every fixed mode that the wish
 allows, each on the same stretch of the trace, then in auto, which has met machine and cloud before but not the link.
 The simulator plays auto on the same stretch with times that were measured just before and just after (the mean of both
 counts), corrected by how fast the steps of both sides were within the window, since a host that others use is another
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from kept import Kept
-from models import BENCH, bundle
+from models import BENCH, bundle, part_of
+from prompts import prompts
 from record import RUNS, Cell, Record, commit
 from window_times import TOKENS, Case, Steps, Times, calibrate
 
@@ -46,7 +47,6 @@ from isthmus.engine import KvConfig, open_part
 from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
 from isthmus.split.bundle import Bundle
-from isthmus.split.exit_samples import check_questions
 from isthmus.split.traces import Trace, read_pair, synthetic_pair, turned
 
 LEAD_S = 3.0  # in which a device connects
@@ -74,7 +74,7 @@ def answers(source: Bundle, asked: list[str], layers: list[int], cut: int, keys:
     whose states travel rounded, so that the text soon is another.
     """
     kv = KvConfig("f16", 4096)
-    found, before = [], list[int]()
+    found = []
     with ExitStack() as opened:
         options: dict[str, Any] = {"mode": "local"}
         if cut:
@@ -91,14 +91,12 @@ def answers(source: Bundle, asked: list[str], layers: list[int], cut: int, keys:
             device.reset()
             list(device.chat(question, max_tokens=TOKENS))
             log, first = device.tokens, device.stats.prompt_tokens
-            shared = next((i for i, (a, b) in enumerate(zip(log, before, strict=False)) if a != b), len(before))
-            found.append(along(log, first, min(shared, first - 1), speakers))
-            before = log
+            found.append(along(log, first, speakers))
     return found
 
 
-def along(log: list[int], first: int, shared: int, speakers: Mapping[int, ExitSpeaker]) -> Answer:
-    """One answer; of its prompt, both sides still hold what it shares with the one before."""
+def along(log: list[int], first: int, speakers: Mapping[int, ExitSpeaker]) -> Answer:
+    """One answer; `device.reset` has forgotten all that was before its prompt."""
     said: dict[int, list[Said]] = {layer: [] for layer in speakers}
     chain = Chain()
     chain.extend(log[:first])
@@ -115,25 +113,12 @@ def along(log: list[int], first: int, shared: int, speakers: Mapping[int, ExitSp
         )
         for layer, words in said.items()
     }
-    return replace(guessed(log, first), prompt=first - shared, exits=exits)
+    return replace(guessed(log, first), exits=exits)
 
 
 def links(folder: Path | None, name: str) -> tuple[Trace, Trace]:
     """A link's two ways; without a folder the synthetic one's, whatever its name."""
     return read_pair(folder / name) if folder else synthetic_pair()
-
-
-def part_of(source: Bundle, held: int, folder: Path) -> Path:
-    """A folder with the first layers of a bundle and the exits before them."""
-    if held == source.config.n_layers:
-        return source.path
-    files = source.manifest.part_files(0, held)
-    names = ["bundle.json", source.manifest.tokenizer.file, *files]
-    names += [entry.file for entry in source.exits if entry.layer <= held]
-    for name in dict.fromkeys(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(source.path / name, folder / name)
-    return folder
 
 
 def fixed_ways(case: Case, source: Bundle, layers: list[int]) -> dict[str, dict[str, Any]]:
@@ -228,7 +213,7 @@ class Stand:
     def __init__(self, source: Bundle, traces: Path | None, keys: Path, questions_: int, seconds: float) -> None:
         self._source, self._traces, self._keys, self._seconds = source, traces, keys, seconds
         self._layers = [entry.layer for entry in source.exits]
-        self._asked = check_questions([], questions_)
+        self._asked = prompts().others[: 2 * questions_ : 2]  # those about topics
         self._said: dict[int, list[Answer]] = {}  # by the exit that speaks, 0 for none
         self._calm, self._taken = Calm(), 0.0
 

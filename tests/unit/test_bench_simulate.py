@@ -270,7 +270,7 @@ def test_a_device_that_waits_for_nothing_is_an_error() -> None:
 
 def test_facts_there_and_back(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
-    told = facts.Facts((ExitFigures(20, 0.9, 0.4, 0.0, 0.05),), ANSWERS)
+    told = facts.Facts((ExitFigures(20, 0.9, 0.4, 0.0, 0.05),), ANSWERS, {20: 1.0})
     facts.write(told, path)
     assert facts.read(path) == told
     path.write_text(json.dumps({"exits": [], "answers": [{"prompt": 1}]}))
