@@ -26,6 +26,7 @@ class Lane:
         streamed: position of the first token that was asked for as a stream in this epoch, 0 for none.
         expects: the length and the chain that a cut leaves which has not been answered; None for no such cut.
         limit: how much of the log it may keep, while it is being aligned.
+        loose: whether it may hold more than was told, as something was given up: it is cut back before its next use.
         ahead: positions that it holds if all that was sent ahead has come; at least `committed`.
     """
 
@@ -40,6 +41,7 @@ class Lane:
         "expects",
         "head",
         "limit",
+        "loose",
         "opened",
         "sent",
         "session",
@@ -55,7 +57,7 @@ class Lane:
     def renew(self) -> None:
         """Takes a fresh, empty session."""
         self.session = os.urandom(16)
-        self.opened = False
+        self.opened = self.loose = False
         self.agreed = 0
         self.sent = 0
         self.streamed = 0
@@ -76,9 +78,21 @@ class Lane:
         """Whether rows were sent ahead that are not the log's."""
         return self.ahead > len(log) or log.at(self.ahead) != self._tail
 
+    def unsure(self, log: Chain) -> bool:
+        """Whether it may hold what is not the log's."""
+        return self.loose or self.strays(log)
+
+    def given_up(self) -> None:
+        """Nothing that is under way is wanted any more, but the cloud may have gone on with it.
+
+        Rows that were sent ahead may have come, and are worth asking for.
+        """
+        self.loose = self.ahead <= self.committed
+        self.opened = self.opened and self.loose
+
     def ready(self, limit: int, log: Chain) -> bool:
         """Whether rows may be sent from `ahead` on, which is at most `limit`."""
-        return self.opened and self.committed == self.agreed <= self.ahead <= limit and not self.strays(log)
+        return self.opened and self.committed == self.agreed <= self.ahead <= limit and not self.unsure(log)
 
     def check(self, log: Chain) -> bool:
         """Compares what the cloud holds with the log, which may have grown; False when it is not a prefix of it."""
@@ -90,7 +104,8 @@ class Lane:
     def opening(self, model_id: str, kv_format: str, window: int) -> Open:
         """The message that opens the lane or takes it up again."""
         self.epoch += 1
-        self.opened, self.streamed, self.expects = False, 0, None
+        self.opened = self.loose = False
+        self.streamed, self.expects = 0, None
         return Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
 
     def cutting(self, length: int) -> Truncate:
@@ -105,7 +120,7 @@ class Lane:
         self.agreed = min(self.agreed, length)
         self.stands(self.agreed, log.at(self.agreed))
         self.ahead, self._tail = length, log.at(length)
-        self.expects = length, self._tail
+        self.expects, self.loose = (length, self._tail), False
 
     def was_cut(self, length: int, committed: int, head: bytes) -> bool:
         """Takes in the answer to a cut; False if the cloud holds something else than the cut should have left."""
@@ -138,5 +153,5 @@ class Lane:
 
     def moved(self, enter: int) -> None:
         """Rows enter elsewhere from now on, which empties the session at the next Open."""
-        self.enter, self.opened, self.agreed = enter, False, 0
+        self.enter, self.opened, self.loose, self.agreed = enter, False, False, 0
         self.stands(0, ROOT)

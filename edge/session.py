@@ -116,7 +116,7 @@ class Session:
             if not lane.opened:
                 self._open(lane, now)
             else:
-                self._cut(lane, min(limit, lane.agreed if lane.strays(self.log) else lane.ahead), now)
+                self._cut(lane, min(limit, lane.agreed if lane.unsure(self.log) else lane.ahead), now)
 
     def greet(self, now: float) -> None:
         """Waits for the first Welcome: `Up`, or `Refused` when none comes in time."""
@@ -154,7 +154,7 @@ class Session:
         """Gives up what is under way on a lane."""
         if self._drop(lane):
             self.outbox.append(m.Cancel(lane.alias, lane.epoch))
-            lane.opened = False  # the cloud may have gone on: the next use asks where it stands
+            lane.given_up()
 
     def ask(self, request: m.GetManifest | m.GetRange, now: float) -> None:
         """Asks for bulk data; `Served` follows."""

@@ -98,3 +98,54 @@ def test_a_cut_is_not_repeated_and_a_doubled_one_may_be_answered_after_what_foll
     assert events(session) == []
     session.receive(m.Tokens(1, lane.epoch, 4, [9], False, "", 4, session.log.at(4)), 2.2)
     assert events(session) == [Streamed(lane, [9], False, "")]
+
+
+def test_what_was_given_up_is_cut_away_and_nobody_waits() -> None:
+    session, lane = opened(2)
+    rows(session, lane, 2)
+    session.cancel(lane)
+    session.align(lane, 3, 2.0)
+    assert events(session) == [Aligned(lane)] and lane.ahead == 2
+    assert sent(session) == [m.Cancel(1, 1), m.Truncate(1, 2, 2)]
+    asked = rows(session, lane, 2)
+    session.receive(m.Result(1, 1, 2, [8], 4, session.log.at(4)), 2.1)  # of what was given up
+    session.receive(result(session, lane, 2, [], 2), 2.2)
+    assert events(session) == []
+    session.receive(result(session, lane, asked.position, [9], 4), 2.3)
+    assert events(session) == [Answered(lane, 2, [9])]
+    session.align(lane, 4, 3.0)
+    assert events(session) == [Aligned(lane)] and sent(session) == []  # nothing was given up since
+
+
+def test_it_is_cut_away_as_often_as_something_is_given_up() -> None:
+    session, lane = opened(2)
+    for epoch in (2, 3, 4):
+        rows(session, lane, 2)
+        session.cancel(lane)
+        session.align(lane, 3, 2.0)
+        assert events(session) == [Aligned(lane)]
+        assert sent(session) == [m.Cancel(1, epoch - 1), m.Truncate(1, epoch, 2)]
+
+
+def test_rows_that_were_sent_ahead_are_asked_for() -> None:
+    session, lane = opened(0)
+    lane.filled(3, session.log.at(3))
+    rows(session, lane, 3)
+    session.cancel(lane)
+    session.align(lane, 3, 2.0)
+    assert events(session) == []
+    cancelled, ask = sent(session)
+    assert isinstance(cancelled, m.Cancel) and isinstance(ask, m.Open)
+    session.receive(m.Opened(1, ask.epoch, 3, session.log.at(3), "toy", "f16"), 2.1)
+    assert events(session) == [Aligned(lane)] and lane.ahead == 3
+
+
+def test_a_session_that_the_cloud_has_lost_meanwhile_is_opened_again() -> None:
+    session, lane = opened(2)
+    rows(session, lane, 2)
+    session.cancel(lane)
+    session.align(lane, 3, 2.0)
+    events(session), sent(session)
+    rows(session, lane, 2)
+    session.receive(fault(lane, m.Code.UNKNOWN_SESSION), 2.1)
+    assert events(session) == [Behind(lane)] and not lane.opened
