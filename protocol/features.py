@@ -5,7 +5,7 @@ All numbers are little-endian. A codec's name:
     ""       the array's bytes
     zstd     the first bytes of all values, then the second ones and so on, as one Zstandard frame
     f16      values as float16
-    intN     N in 2..8: values are the nearest of up to 2^N equal steps, entropy-coded
+    intN     N from 2 to 8 by halves, as int4.5: values are the nearest of up to 2^N equal steps (rounded), entropy-coded
 
 intN is a u8 (the number of levels - 1), the value of level 0 and the step as f32, the frequency of each level, and a
 stream of `protocol.rans`. A frequency is written as LEB128; a 0 is followed by a byte that says how many further
@@ -30,7 +30,7 @@ from isthmus.protocol import rans
 from isthmus.protocol.errors import ProtocolError
 
 LOSSLESS: Final = ("", "zstd")
-STEPS: Final = tuple(f"int{bits}" for bits in range(8, 1, -1))
+STEPS: Final = tuple(f"int{half / 2:g}" for half in range(16, 3, -1))
 FEATURE_CODECS: Final = (*LOSSLESS, "f16", *STEPS)
 TINY: Final = 1e-30  # smaller steps are none
 WIDTH: Final = 4.0  # standard deviations on each side of the mean
@@ -68,7 +68,7 @@ def encode(array: Array, codec: str) -> bytes:
         if not np.isfinite(halves).all():
             raise ProtocolError("a value is not finite in float16", "use another codec")
         return halves.tobytes()
-    return _encode_steps(array, 1 << int(codec[3:]))
+    return _encode_steps(array, round(2 ** float(codec[3:])))
 
 
 def decode(data: memoryview, codec: str, dtype: np.dtype[Any], dims: Sequence[int]) -> Array:
