@@ -75,7 +75,7 @@ class Measured(CloudFigures):
 
     rest_share: float = 1.0
 
-    def rest(self, layer: int, rows: int = 1) -> float:
+    def rest(self, layer: int, rows: float = 1) -> float:
         """See `CloudFigures`."""
         return self.rest_share * CloudFigures.rest(self, layer, rows)
 

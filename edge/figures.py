@@ -101,7 +101,7 @@ class CloudFigures:
             return ms + (rows - last) * (self.prefill_row_ms + self.head_ms)
         return between(self.rows_ms, rows)
 
-    def rest(self, layer: int, rows: int = 1) -> float:
+    def rest(self, layer: int, rows: float = 1) -> float:
         """Layers [layer, n_layers) for rows of which the last wants logits, without the queue, in ms."""
         share = 1.0 - layer / self.n_layers
         last, ms = self.rows_ms[-1]
@@ -270,7 +270,7 @@ class Figures:
     pace: tuple[tuple[str, float], ...] = ()
 
 
-def between(points: Points, count: int) -> float:
+def between(points: Points, count: float) -> float:
     """The value at a count, linear between points, on through the last two beyond them and through 0 below them."""
     if len(points) == 1 or count <= points[0][0]:
         first, value = points[0]

@@ -5,7 +5,7 @@ All numbers are little-endian. A codec's name:
     ""       the array's bytes
     zstd     the first bytes of all values, then the second ones and so on, as one Zstandard frame
     f16      values as float16
-    intN     N from 2 to 8 by halves, as int4.5: values are the nearest of up to 2^N equal steps (rounded), entropy-coded
+    intN     N from 2 to 8 by halves, as int4.5: values are the nearest of up to 2^N equal steps, entropy-coded
 
 intN is a u8 (the number of levels - 1), the value of level 0 and the step as f32, the frequency of each level, and a
 stream of `protocol.rans`. A frequency is written as LEB128; a 0 is followed by a byte that says how many further

@@ -93,8 +93,10 @@ def test_prices_are_those_of_the_formulas() -> None:
     even = (drafted + 0.2 * rest) / (50 + rest)  # from which on a guess pays; some of a tenth are made
     asked = 0.62 - 0.1 * (0.8 - even) / (0.8 - LIKELY)
     assert 0.52 < asked < 0.62
-    assert found["exit 20 coded at 0.8"] == pytest.approx(drafted + asked * (50 + 8 * (8.5 / 3 + 2)))
-    assert found["exit 20 coded at 0.95"] == pytest.approx(drafted + 0.8 * (50 + 8 * (7.5 / 3 + 2)))
+    in_vain = 2.0 * (0.62 - asked) * drafted
+    checked = 8 * ((7.5 + (1 / asked - 1)) / 3 + 2)  # of 1.7 rows
+    assert found["exit 20 coded at 0.8"] == pytest.approx(drafted + in_vain + asked * (50 + checked))
+    assert found["exit 20 coded at 0.95"] == pytest.approx(drafted + 0.8 * (50 + 8 * (7.75 / 3 + 2)))
     assert found["verify exit 20 x2"] == pytest.approx(
         (2 * drafted + 0.53**2 * 16 / 3 + 50 + 96) / (1 + 0.53 + 0.53**2)
     )
