@@ -127,7 +127,7 @@ class Answer:
                 self._runner = steering.given_up(self._options, self._runner)
                 continue
             except IsthmusError as error:
-                if not steering.lost(self._options, self._runner, error):
+                if not steering.lost(self._options, self._runner, error, len(guesses)):
                     if self._keep() and stats.finish:
                         return None
                     self._runner = steering.alone(self._options, self._runner, error)

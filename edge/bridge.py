@@ -9,6 +9,7 @@ from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
 
 Speak = Callable[[Chain, Sampling], int]
+SOON = 8  # tokens, which are wanted soon: a link that is back by then has not lost much
 
 
 class Bridge:
@@ -18,12 +19,16 @@ class Bridge:
         speak: gives the token after a whole log.
         source: what it is.
         log: the conversation's, which holds confirmed tokens only.
+        deeper: speaks after the first `SOON` tokens, more slowly to begin with and better; None for nobody.
     """
 
-    def __init__(self, speak: Speak, source: Source, log: Chain, sampling: Sampling) -> None:
+    def __init__(
+        self, speak: Speak, source: Source, log: Chain, sampling: Sampling, deeper: Speak | None = None
+    ) -> None:
         self.source: Source = source
-        self._speak, self._log, self._sampling = speak, log, sampling
+        self._speak, self._log, self._sampling, self._deeper = speak, log, sampling, deeper
         self._told = Chain()
+        self._said = 0
 
     def say(self) -> int:
         """One more token.
@@ -33,6 +38,10 @@ class Bridge:
         """
         if self._told.common(self._log) < len(self._log):
             self._told.follow(self._log, len(self._log))
+            self._said = 0
+        if self._deeper is not None and self._said >= SOON:
+            self._speak, self.source, self._deeper = self._deeper, "device", None
+        self._said += 1
         token = self._speak(self._told, self._sampling)
         self._told.extend((token,))
         return token

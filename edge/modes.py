@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from isthmus.edge.bridge import Bridge, Retold
+from isthmus.edge.bridge import Bridge, Retold, Speak
 from isthmus.edge.drafting import Chosen, Drafting
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.exits import Exits
@@ -14,6 +14,7 @@ from isthmus.edge.options import GenerateOptions, middle_cut
 from isthmus.edge.pace import Pace
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
 from isthmus.edge.verify import VerifyRunner
+from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
@@ -78,14 +79,14 @@ class Modes:
         return self._holding.whole or self._exits.any or self._drafting.speaker is not None
 
     def bridge(self, options: GenerateOptions) -> Bridge:
-        """What goes on without the cloud; as its exit does in exit mode, else as near to the cloud as this device gets.
+        """What goes on without the cloud: as near to it as this device gets, in exit mode after an exit's first words.
 
         Raises:
             DeviceError: this device cannot.
         """
         if options.mode == "exit":
             speaker = self._exits.speaker(self._exits.layer(options.cut))
-            return Bridge(speaker.sample, "exit", self._log, options.sampling)
+            return Bridge(speaker.sample, "exit", self._log, options.sampling, self._whole_sample())
         if self._holding.whole:
             part = self._holding.open(self._bundle.config.n_layers)
             return Bridge(part.sample, "device", self._log, options.sampling)
@@ -96,6 +97,16 @@ class Modes:
         if small is None:
             raise DeviceError("this device holds nothing to go on with", "give it all layers, or a model that drafts")
         return Bridge(small.sample, "device", self._log, options.sampling)
+
+    def _whole_sample(self) -> Speak | None:
+        """The whole model's word, where this device holds it: opened when it is first asked for."""
+        if not self._holding.whole:
+            return None
+
+        def sample(log: Chain, sampling: Sampling) -> int:
+            return self._holding.open(self._bundle.config.n_layers).sample(log, sampling)
+
+        return sample
 
     def retold(self, options: GenerateOptions, link: Link, guesses: Sequence[int]) -> Runner | None:
         """Has the cloud confirm guesses in few passes; None where it cannot."""

@@ -1,7 +1,8 @@
 """How fast this device was the last time, kept in the user's cache folder: a beginning, which its own steps correct.
 
-A profile is another one for another model, host, kind or number of processors, number of layers, or setting of the
-device; so there is nothing to invalidate by hand. It is written again when the device has changed by a tenth.
+A profile is another one for another model, host, kind or number of processors, kernels that were asked for, number of
+layers, or setting of the device; so there is nothing to invalidate by hand. It is written again when the device has
+changed by a tenth.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def folder() -> Path | None:
 
 def name(model_id: str, *settings: object) -> str:
     """A profile's file name."""
-    machine = (platform.node(), platform.machine(), os.cpu_count())
+    machine = (platform.node(), platform.machine(), os.cpu_count(), os.environ.get("ISTHMUS_CPU", ""))
     told = json.dumps([model_id, *map(str, (*machine, *settings))]).encode()
     return f"{hashlib.blake2b(told, digest_size=12).hexdigest()}.json"
 

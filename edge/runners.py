@@ -62,9 +62,11 @@ class LocalRunner:
 
     def __init__(self, part: LocalPart, log: Chain, sampling: Sampling) -> None:
         self._part, self._log, self._sampling = part, log, sampling
+        self._found: int | None = None  # positions that were held before the first token
 
     def next(self, remaining: int) -> int:
         """See `Runner`."""
+        self._found = self.reused()
         return self._part.sample(self._log, self._sampling)
 
     def ready(self) -> bool:
@@ -73,6 +75,8 @@ class LocalRunner:
 
     def reused(self) -> int:
         """See `Runner`."""
+        if self._found is not None:
+            return self._found
         return min(self._part.held(self._part.part.end, self._log), len(self._log) - 1)
 
     def stop(self) -> None:

@@ -207,8 +207,12 @@ class Steering:
         self._retelling = None
         return self._shared(options) if self._link is not None else self._modes.local(options)
 
-    def lost(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> bool:
-        """The cloud failed; whether this device goes on with guesses until it is `back`."""
+    def lost(self, options: GenerateOptions, runner: Runner, error: IsthmusError, guessed: int) -> bool:
+        """The cloud failed; whether this device goes on with guesses until it is `back`.
+
+        Args:
+            guessed: tokens that it has said by itself already.
+        """
         link = self._link
         if link is None or not isinstance(error, LinkError) or isinstance(error, Busy):
             return False
@@ -221,7 +225,7 @@ class Steering:
         self._left(runner)
         with suppress(IsthmusError):
             runner.stop()
-        self._gone(error)
+        self._gone(error, guessed)
         return True
 
     def back(self, options: GenerateOptions, guesses: Sequence[int], ended: bool) -> Runner | None:

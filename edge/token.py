@@ -17,10 +17,11 @@ class Token:
     Attributes:
         id: the token's id; the end-of-sequence token is yielded too, as the last one.
         text: what this token adds to the text. It may be empty while a character or a stop word is incomplete, and
-            the joined texts of all tokens are the whole answer.
+            the joined texts of all tokens are the whole answer, if no guesses were taken back (see `position`).
         source: where it was computed: "device" and "cloud" ran the whole model, "split" is both, "verified" was
             drafted on the device and is what the cloud's model says, and "exit" is an exit's word alone.
-        position: index in the conversation's token log.
+        position: index in the conversation's token log. Where it is not the next one after the token before, guesses
+            were taken back from there on (a `Rollback`), and this token takes their place.
         finish: on the last token why it is the last: "eos", "stop" (a stop word), or "length"; else empty.
         verified: off for a guess that was made while the cloud was silent. It stands once a token that is not a guess
             follows, or the answer ends without a `Rollback`.

@@ -135,7 +135,8 @@ def read_device(folder: Path, name: str = "device", cloud: str = "server") -> De
     if not (folder / f"{cloud}.pub").exists():
         raise ProtocolError(
             f"there is no key of the cloud in {folder}",
-            f"`isthmus serve` prints it; run: isthmus keys trust 'KEY'{keys_option(folder)}",
+            "start `isthmus serve` first, if it is to run on this machine; else it prints its key there: "
+            f"isthmus keys trust 'KEY'{keys_option(folder)}",
         )
     return DeviceKeys(pair, read_public(folder / f"{cloud}.pub"))
 

@@ -125,16 +125,23 @@ def ways(cut: int | None, threshold: float | None, whole: bool, exits: bool = Tr
 
 
 def select(contenders: Sequence[Way], only: str) -> list[Way]:
-    """Those whose names hold one of the words, separated by commas; all without any.
+    """Those of one of these names, or whose names hold one of the words, separated by semicolons, or by commas where
+    there are no semicolons; all without any.
 
     Raises:
         EngineError: there is none.
     """
-    words = [word.strip().lower() for word in only.split(",") if word.strip()]
-    found = [way for way in contenders if not words or any(word in way.name.lower() for word in words)]
+    names = {way.name.lower() for way in contenders}
+    apart = ";" if ";" in only or only.strip().lower() in names else ","
+    words = [word.strip().lower() for word in only.split(apart) if word.strip()]
+    found = [
+        way
+        for way in contenders
+        if not words or any(word == way.name.lower() if word in names else word in way.name.lower() for word in words)
+    ]
     if not found:
-        names = ", ".join(way.name for way in contenders)
-        raise EngineError(f"--only {only!r} names no way", f"use words of: {names}")
+        shown = "; ".join(way.name for way in contenders)
+        raise EngineError(f"--only {only!r} names no way", f"use words of: {shown}")
     return found
 
 

@@ -31,9 +31,14 @@ def command(
         float | None, typer.Option(help="Confidence from which on exit mode believes; by default its certificate's.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Questions to ask, out of a fixed list.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer at most.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", "--max-tokens", min=2, help="Tokens of each answer at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.0,
-    only: Annotated[str, typer.Option(help="Only ways whose names hold one of these words, as verify,exit.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Only ways whose names hold one of these words, as verify,exit; whole names apart by semicolons."
+        ),
+    ] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw tokens per second against round trip into this PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:

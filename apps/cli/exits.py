@@ -88,11 +88,6 @@ def train(
     from isthmus.split.exit_states import questions
     from isthmus.split.exit_writer import put_exits
 
-    try:
-        from isthmus.split.exit_training import Recipe
-    except ModuleNotFoundError as error:
-        raise ModelError("training exits needs PyTorch", _get_torch()) from error
-
     opened = Bundle.open(bundle)
     n_layers = opened.config.n_layers
     chosen = _numbers(layers, n_layers) if layers is not None else usual_layers(n_layers)
@@ -103,6 +98,10 @@ def train(
     if min(passes) < 1 or len(passes) not in (1, len(chosen)):
         raise ModelError(f"--epochs is {epochs}", f"give one number from 1 on, or {len(chosen)} of them")
     passes = passes * len(chosen) if len(passes) == 1 else passes
+    try:
+        from isthmus.split.exit_training import Recipe
+    except ModuleNotFoundError as error:
+        raise ModelError("training exits needs PyTorch", _get_torch()) from error
     rows, stays = [], []
     with _run(opened, work, threads) as run:
         tokenizer, room = opened.tokenizer(), opened.config.context_length

@@ -81,7 +81,13 @@ def test_one_process_works_in_a_folder(bundle: Path, tmp_path: Path, capsys: Cap
         pass
 
 
-def test_pytorch_is_named_without_its_gigabytes(bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_is_named_without_its_gigabytes(
+    bundle: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "texts.jsonl"
+    text.write_text(
+        "".join(f'{{"text": "A fox went to the sea {i} times. And the sea was wide."}}\n' for i in range(30))
+    )
     monkeypatch.delitem(sys.modules, "isthmus.split.exit_training", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     for machine, says in (
@@ -89,7 +95,7 @@ def test_pytorch_is_named_without_its_gigabytes(bundle: Path, capsys: Capture, m
         ("riscv64", "pip install 'isthmus[train]'"),
     ):
         monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
-        assert main(["exits", "train", str(bundle)]) == 2
+        assert main(["exits", "train", str(bundle), "--text", str(text)]) == 2
         assert capsys.readouterr().err == f"error: training exits needs PyTorch; {says}\n"
 
 
