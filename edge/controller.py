@@ -17,9 +17,9 @@ from isthmus.edge.options import GenerateOptions
 from isthmus.edge.policy import STEADY, Plan, decide, explain, unseen, worth_probing
 from isthmus.edge.priors import CODED
 from isthmus.edge.rhythm import (
+    FIRST_BYTES,
     MOST_REST_S,
     PING_S,
-    PROBE_BYTES,
     REST_S,
     Pulse,
     Rhythm,
@@ -74,6 +74,7 @@ class Controller:
         self._waits = self._fresh = self._tried = False
         self._greedy = True
         self._pong = self._probe = -1  # the last ping that was answered, and the last that measured the uplink
+        self._asked_bytes = FIRST_BYTES  # of that one
         link.watch = Watch(knowledge, self.late, link.session.enters)
 
     @property
@@ -247,7 +248,9 @@ class Controller:
         self._rhythm.changed()
         if self._tell is not None:
             after = f"after {self._made} tokens: " if self._made else ""
-            self._tell(after + explain(plan))
+            known = self._knowledge.figures(self._clock()).link
+            guessed = "\n(the uplink was not measured yet: 1 Mbit/s is assumed)" if unseen(known) else ""
+            self._tell(after + explain(plan) + guessed)
 
     def _runner(self, options: GenerateOptions, choice: Candidate) -> Runner:
         if choice.mode == "local":
@@ -263,9 +266,10 @@ class Controller:
         standing = replace(known.standing(expected(self._made, self._wanted)), greedy=self._greedy)
         figures = known.figures(now, silent_ms)
         plan = decide(figures, self._wish, standing)
-        if self._pulse.probes(now) and not plan.choice.codec:
+        if self._pulse.probes(now):
             begun = standing if standing.current is None else replace(standing, current=plan.choice)
-            self._curious = worth_probing(figures, self._wish, begun)
+            blind = bool(plan.choice.codec) and unseen(figures.link)
+            self._curious = blind or (not plan.choice.codec and worth_probing(figures, self._wish, begun))
         return plan
 
     def _listen(self, runner: Runner, now: float) -> None:
@@ -280,26 +284,29 @@ class Controller:
                 self._pong, rtt_ms = link.rtt
                 unheard_ms = min(rtt_ms, (now - before) * 1e3) if alone else 0.0
                 if self._pong == self._probe:
-                    known.moved(now, PROBE_BYTES, rtt_ms - unheard_ms / 2)
+                    known.moved(now, self._asked_bytes, rtt_ms - unheard_ms / 2)
                 else:
                     known.trip(now, rtt_ms - unheard_ms / 2, idle_s=PING_S)
             asks = self._pulse.asks(now, known.seen_s, self._curious)
             if asks is not None:
                 sent = link.ping(asks)
-                self._probe = sent if asks else self._probe
+                if asks:
+                    self._probe, self._asked_bytes = sent, asks
 
     def _measured(self) -> bool:
         """Whether the uplink, of which nothing was known, was measured now: it is waited for once in a connection."""
         link, known, now = self._link, self._knowledge, self._clock()
         figures = known.figures(now)
-        if not unseen(figures.link) or not (asks := self._pulse.asks(now, known.seen_s, True)):
+        if not unseen(figures.link) or not self._pulse.asks(now, known.seen_s, True):
             return False
         with suppress(IsthmusError):
-            self._probe = link.echo(asks, probe_s(figures))
-            if link.rtt is not None and link.rtt[0] == self._probe:
+            self._probe = link.echo(FIRST_BYTES, probe_s(figures))
+            answered = link.rtt is not None and link.rtt[0] == self._probe
+            if answered:
                 self._pong = self._probe
-                known.moved(self._clock(), PROBE_BYTES, link.rtt[1])
-                return True
+            took_ms = link.rtt[1] if answered and link.rtt else (self._clock() - now) * 1e3  # or longer
+            known.moved(self._clock(), FIRST_BYTES, took_ms)
+            return True
         return False
 
     def _silence(self) -> float:

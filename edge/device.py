@@ -90,8 +90,8 @@ class Device:
             certificates promise for greedy answers; 0 keeps to the model's very text. (Where exits speak, states
             travel rounded, which turns some near-ties beside that.)
         explain: called with why "auto" works as it does, when an answer begins and when that changes.
-        fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also when
-            it refuses (key, KV, model) or stays busy. It does so after two round trips of silence with tokens that
+        fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also if it
+            refuses what it granted before or stays busy. It does so after two round trips of silence with tokens that
             count as guesses until the cloud, back again, confirms them.
         standby: whether a device that holds the whole model keeps itself ready for that while the cloud computes: the
             model open, and KV for the conversation. Off it gets ready once the cloud is silent. None for on, unless
@@ -426,9 +426,8 @@ class Device:
         chosen = self._mode if mode is None else as_mode(mode)
         as_wish(self._wish.prefer, self._wish.max_disagreement, chosen)
         codec = codec or self._codec
-        return GenerateOptions(
-            max_tokens, sampling, stop_words(stop), chosen, cut, codec, self._threshold, self._guesses
-        )
+        asked = (max_tokens, sampling, stop_words(stop), chosen)
+        return GenerateOptions(*asked, cut, codec, self._threshold, self._guesses)
 
     def _begin(
         self,
@@ -450,7 +449,8 @@ class Device:
             if asked is not None:
                 self._chat.answered(asked, text, self._log.tokens)
             if journal is not None:
-                journal.ended([one.to_dict() for one in self._chat.messages], self.stats.finish)
+                unsure = self.stats.unverified if self._on_rollback == "replace" else 0
+                journal.ended([one.to_dict() for one in self._chat.messages], self.stats.finish, unsure)
 
         def text() -> Text:
             return Text(self._tokenizer.stream(), options.stop)

@@ -21,7 +21,7 @@ class Timeouts:
     Attributes:
         connect_ms: until the first Welcome.
         retry_ms: until an unanswered message is repeated the first time; the wait doubles up to eightfold.
-        give_up_ms: how long the link may be down in the middle of an answer.
+        give_up_ms: how long the link may be down in the middle of an answer; cellular links stall for ten seconds.
         progress_ms: until a request fails although the cloud is there.
         confirm_ms: how long a complete answer waits for a silent cloud that has guesses of this device to confirm.
         busy_note_ms: until a device that a busy cloud puts off says so.
@@ -30,7 +30,7 @@ class Timeouts:
 
     connect_ms: int = 5_000
     retry_ms: int = 1_000
-    give_up_ms: int = 3_000
+    give_up_ms: int = 12_000
     progress_ms: int = 120_000
     confirm_ms: int = 1_000
     busy_note_ms: int = 2_000

@@ -80,6 +80,7 @@ class Journal:
         self._path, self._model_id, self._name = Path(path), model_id, name
         self.kept = Kept()
         self._known: dict[int, tuple[int, bytes, int, int]] = {}
+        self._unsure = 0  # tokens at the log's end that nobody confirmed
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
             self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
@@ -108,9 +109,16 @@ class Journal:
         """An answer begins; as in `Unfinished`."""
         self._write("asked", base, options, asked)
 
-    def ended(self, messages: list[dict[str, str]], finish: str) -> None:
-        """An answer has come to its end, or its reader has gone, and the chat is this now."""
-        self._write("ended", messages, finish)
+    def ended(self, messages: list[dict[str, str]], finish: str, unsure: int = 0) -> None:
+        """An answer has come to its end, or its reader has gone, and the chat is this now.
+
+        Args:
+            unsure: its last tokens, which nobody confirmed: who opens the file goes on before them, if nothing was said
+                since.
+        """
+        self._write("ended", messages, "cancelled" if unsure else finish)
+        if unsure:
+            self._write("unsure", unsure)
         with suppress(OSError):
             os.fsync(self._file.fileno())
 
@@ -158,6 +166,10 @@ class Journal:
             sound = end
         self._file.seek(sound)
         self._file.truncate()
+        if self._unsure:
+            length = len(self.kept.tokens) - self._unsure
+            self._replay("cut", length)
+            self.cut(length)
         if not sound:
             self._write("isthmus", VERSION, self._model_id, self._name)
 
@@ -193,6 +205,8 @@ class Journal:
 
     def _replay(self, kind: str, *told: Any) -> None:
         kept = self.kept
+        if kind in ("tokens", "cut", "asked"):
+            self._unsure = 0
         if kind == "tokens":
             ids, source = told
             kept.tokens += [_number(token, MOST) for token in ids]
@@ -221,6 +235,9 @@ class Journal:
             kept.messages, kept.told, kept.finish = _messages(messages), True, str(finish)
             if finish != "cancelled":
                 kept.unfinished = None
+        elif kind == "unsure":
+            (count,) = told
+            self._unsure = _number(count, len(kept.sources))
         elif kind == "lane":
             alias, session, enter, epoch = told
             name = bytes.fromhex(session)

@@ -82,12 +82,18 @@ class Lane:
         """Whether it may hold what is not the log's."""
         return self.loose or self.strays(log)
 
-    def given_up(self) -> None:
+    def given_up(self, told: int, log: Chain, slides: bool) -> None:
         """Nothing that is under way is wanted any more, but the cloud may have gone on with it.
 
         Rows that were sent ahead may have come, and are worth asking for.
+
+        Args:
+            told: positions up to the last token that a stream gave, 0 for no stream; the log has the first of them.
+            slides: whether the cloud may have let go of where it would be cut.
         """
-        self.loose = self.ahead <= self.committed
+        self.check(log)
+        self.agreed = max(self.agreed, min(told, self.committed, len(log)))
+        self.loose = self.ahead <= self.committed and not slides
         self.opened = self.opened and self.loose
 
     def ready(self, limit: int, log: Chain) -> bool:

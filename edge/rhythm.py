@@ -10,6 +10,7 @@ from isthmus.edge.figures import Figures
 
 DECIDE_S, SELDOM_S, SELDOMER = 0.05, 0.2, 1.5  # between two decisions: at least, at most, each time so much more
 PROBE_S, PROBE_BYTES = 2.0, 9000  # between two measurements of an uplink whose rate might change the way
+FIRST_BYTES, FIRST_S = 3000, 0.15  # of the first, which an answer waits for so long, at most, beyond a trip
 PING_S, LOST_S = 0.5, 5.0  # of a link that shows nothing else; until an unanswered ping is repeated
 LOOK_S, LOOK_SHARE = 0.02, 0.2  # between two looks at what is late: at least, and of how long it has been awaited
 REST_S, MOST_REST_S = 1.0, 60.0  # a cloud that was given up is not asked again for so long: at first, and at most
@@ -102,7 +103,7 @@ def usual_ms(choice: Candidate, known: Figures, fresh: bool) -> float:
 def probe_s(known: Figures) -> float:
     """How long the first measurement of an uplink is waited for before anything is chosen."""
     assert known.link is not None
-    return (known.link.trip_high_ms + PROBE_BYTES * 8e3 / known.link.up_bps) * 1e-3
+    return known.link.trip_high_ms * 1e-3 + FIRST_S
 
 
 def next_look_s(now_s: float, waited_ms: float) -> float:

@@ -70,8 +70,7 @@ class Session:
         self._lanes: dict[int, Lane] = {}
         self._pending = Requests()
         self._streams: dict[int, Stream] = {}
-        self.patience = Patience(self._timeouts, where)
-        self.trips = Trips()
+        self.patience, self.trips = Patience(self._timeouts, where), Trips()
         self.closing, self._setbacks = False, 0
         self._room = self._vocab = 0  # positions that a session has, and tokens of the model; 0 for no bound
 
@@ -152,9 +151,10 @@ class Session:
 
     def cancel(self, lane: Lane) -> None:
         """Gives up what is under way on a lane."""
+        told = self._streams[lane.alias].told if lane.alias in self._streams else 0
         if self._drop(lane):
             self.outbox.append(m.Cancel(lane.alias, lane.epoch))
-            lane.given_up()
+            lane.given_up(told, self.log, bool(self._window))
 
     def ask(self, request: m.GetManifest | m.GetRange, now: float) -> None:
         """Asks for bulk data; `Served` follows."""

@@ -24,6 +24,11 @@ class Stream:
         self._early: dict[int, m.Tokens] = {}
 
     @property
+    def told(self) -> int:
+        """Positions up to the last token that was taken."""
+        return self._position
+
+    @property
     def wants(self) -> bool:
         """Whether there are tokens to come."""
         return self._position < self._end and not self._stopped

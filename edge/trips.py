@@ -9,7 +9,7 @@ _KEPT, _RECENT = 16, 3
 _FIRST_S = 1.0  # patience, until a round trip was measured
 _LEAST_S, _TRIPS = 0.034, 1.6  # less than 50 ms and two trips by what a token may take
 _SLOWER, _CLOUD_S, _SOONEST = 1.4, 0.012, 0.1  # than usual a trip may be; until a cloud answers; of the silence
-_BULK_BYTES, _BULK_BPS, _BULK_S = 32_768, 1e6, 2.0  # what is more than usual is under way so long, at most
+_BULK_BYTES, _BULK_BPS, _BULK_S = 4096, 1e5, 4.0  # what is more than usual is under way so long, at most
 
 
 class Trips:

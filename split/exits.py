@@ -66,6 +66,10 @@ class ExitSource:
         assert isinstance(mean, np.ndarray) and isinstance(spread, np.ndarray)
         if (spread < 0).any():
             raise BundleError(f"{where} has a negative channel_spread", AGAIN)
+        for name, weight in weights.items():
+            arrays = weight.arrays.values() if isinstance(weight, PackedMatrix) else (weight,)
+            if not all(np.isfinite(one).all() for one in arrays if one.dtype.kind == "f"):
+                raise BundleError(f"{where} has a {name} that is not finite", AGAIN)
         self._norm, self.channel_mean, self.channel_spread = norm, mean, spread
         if head_tokens is not None and not (
             head_tokens.ndim == 1

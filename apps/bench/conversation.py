@@ -194,11 +194,13 @@ class Conversation:
                     return note
             self.world.wait(None if self.sight.patience is None else self.sight.patience())
 
-    def listen(self, curious: bool) -> None:
-        """Asks the cloud for a sign of life where the link shows none otherwise, or for the uplink's rate."""
+    def listen(self, curious: bool, most: int = 1 << 20) -> None:
+        """Asks the cloud for a sign of life where the link shows none otherwise, or for the uplink's rate, by `most`
+        bytes.
+        """
         asks = self.sight.pulse.asks(self.now_s, self.sight.seen_s, curious)
         if asks is not None:
-            tag, size = self.tag(), asks or PING_BYTES
+            tag, size = self.tag(), min(asks, most) or PING_BYTES
             self.sight.pings[tag] = (self.world.now, size)
             self.lay(size, lambda: self.reply(tag, 0, PING_BYTES))
 

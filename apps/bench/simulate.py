@@ -33,7 +33,7 @@ from isthmus.edge.figures import (
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.policy import Plan, decide, unseen, worth_probing
 from isthmus.edge.priors import CODED, CODED_BYTES, LENGTHS
-from isthmus.edge.rhythm import MOST_REST_S, REST_S, Rhythm, expected, next_look_s, probe_s, usual_ms
+from isthmus.edge.rhythm import FIRST_BYTES, MOST_REST_S, REST_S, Rhythm, expected, next_look_s, probe_s, usual_ms
 from isthmus.edge.shadow import DRAFTED
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.traces import Trace
@@ -275,12 +275,17 @@ class _Game:
         figures = estimator.figures(talk.now_s)
         if not unseen(figures.link):
             return False
-        until = self._world.now + round(probe_s(figures) * 1e9)
-        talk.listen(True)
+        began = self._world.now
+        until = began + round(probe_s(figures) * 1e9)
+        talk.listen(True, FIRST_BYTES)
         while unseen(estimator.link.figures(talk.now_s)) and self._world.now < until:
             self._world.wait(until)
             talk.take()
-        return not unseen(estimator.link.figures(talk.now_s))
+        if unseen(estimator.link.figures(talk.now_s)):
+            assert figures.link is not None
+            waited_ms = (self._world.now - began) / MS - figures.link.trip_ms
+            estimator.link.moved("up", talk.now_s, FIRST_BYTES, max(waited_ms, 1.0))  # or longer
+        return True
 
     def _round(self, player: Player, choice: Candidate) -> None:
         talk = self._talk
@@ -344,9 +349,10 @@ class _Game:
             self._choice, self._cuts, expected(talk.made, max(1, self._window.max_tokens - talk.made))
         )
         plan = decide(figures, wish, standing)
-        if talk.sight.pulse.probes(talk.now_s) and not plan.choice.codec:
+        if talk.sight.pulse.probes(talk.now_s):
             begun = standing if standing.current is None else replace(standing, current=plan.choice)
-            self._curious = worth_probing(figures, wish, begun)
+            blind = bool(plan.choice.codec) and unseen(figures.link)
+            self._curious = blind or (not plan.choice.codec and worth_probing(figures, wish, begun))
         return plan
 
     def _take(self, plan: Plan) -> None:

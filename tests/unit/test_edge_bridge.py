@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.edge.bridge import Bridge, Retold
+from isthmus.edge.bridge import SOON, Bridge, Retold
 from isthmus.edge.events import Timeouts
 from isthmus.edge.token import Rollback
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, LinkError
-from tests.edge_exits import give_exit
+from tests.edge_exits import exiting, give_exit
 from tests.edge_toys import PROMPT, device, ids, lie, local, toy_engine  # noqa: F401
 from tests.edge_world import LossyWire, ToyBundle, ToyService
 
@@ -325,3 +325,44 @@ def test_auto_begins_an_answer_though_the_link_has_been_dark_for_long(exit_: boo
             wire.now += 3.0  # the link knows that it is down
         wire.dark.clear()
         assert list(one.generate(None, max_tokens=60))[-1].verified
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_in_exit_mode_the_exit_begins_and_the_whole_model_goes_on_where_it_is_here(whole: bool) -> None:
+    wire = wired()
+    with exiting(wire, 1.0, bundle=ToyBundle() if whole else ToyBundle(held=4)) as one:
+        tokens = one.generate(PROMPT, max_tokens=60)
+        head = cut_after(wire, tokens, 5, 1e9)
+        after = list(tokens)
+        sure = next(at for at, token in enumerate(after) if not token.verified)
+        guesses = after[sure:]
+        sources = [token.source for token in guesses]
+        assert sources == ["exit"] * SOON + ["device" if whole else "exit"] * (len(guesses) - SOON)
+        assert len(guesses) > 2 * SOON
+        if whole:  # it says what it would have said after those first words
+            said = [*PROMPT.encode(), *ids(head + after[: sure + SOON])]
+            rest = ids(guesses[SOON:])
+            assert rest == local(said, max_tokens=len(rest))
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_guesses_that_nobody_confirmed_are_not_what_a_file_keeps(tmp_path: Path, later: bool) -> None:
+    path, wire = tmp_path / "talk", wired()
+    with device(wire, "stream", resume=path) as one:
+        lie(one)
+        tokens = one.generate(PROMPT, max_tokens=30)
+        head = cut_after(wire, tokens, 5, 1e9)
+        said = ids(head + list(tokens))
+        sure = len(said) - one.stats.unverified
+        assert one.stats.unverified > 20 and said != local(max_tokens=30)
+        if later:  # the conversation goes on with them
+            list(one.generate(list(b" and "), max_tokens=3))
+        log = one.tokens
+    with device(wired(), "stream", resume=path) as two:
+        if later:
+            assert two.tokens[: len(log) - 3] == log[: len(log) - 3]
+            return
+        assert two.unfinished is not None and two.tokens == [*PROMPT.encode(), *said[:sure]]
+        assert said[:sure] + ids(two.go_on()) == local(max_tokens=30)
+    with device(wired(), "stream", resume=path) as three:
+        assert three.unfinished is None and three.tokens == [*PROMPT.encode(), *local(max_tokens=30)]

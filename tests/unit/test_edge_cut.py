@@ -149,3 +149,26 @@ def test_a_session_that_the_cloud_has_lost_meanwhile_is_opened_again() -> None:
     rows(session, lane, 2)
     session.receive(fault(lane, m.Code.UNKNOWN_SESSION), 2.1)
     assert events(session) == [Behind(lane)] and not lane.opened
+
+
+def test_a_session_that_slides_is_asked_where_it_stands() -> None:
+    """The cloud may have streamed on past its window, and there is no way back from there."""
+    session, lane = opened(2, window=8)
+    rows(session, lane, 2)
+    session.cancel(lane)
+    session.align(lane, 3, 2.0)
+    assert events(session) == [] and isinstance(sent(session)[-1], m.Open)
+
+
+def test_what_a_stream_has_said_need_not_be_computed_again() -> None:
+    session, lane = opened(2)
+    session.generate(lane, m.Generate(1, 1, 2, session.log.at(2), session.log.tokens[2:], 8), 1.0)
+    ahead = session.log.copy()
+    ahead.extend((7, 8, 9))
+    session.receive(m.Tokens(1, 1, 4, [7, 8, 9], False, "", 6, ahead.at(6)), 1.1)
+    session.log.extend((7,))  # of three tokens the reader took one
+    events(session), sent(session)
+    session.cancel(lane)
+    session.align(lane, 5, 2.0)
+    assert events(session) == [Aligned(lane)] and lane.ahead == 5
+    assert sent(session) == [m.Cancel(1, 1), m.Truncate(1, 2, 5)]

@@ -63,5 +63,5 @@ def test_what_may_have_waited_counts_until_there_is_something_better() -> None:
 
 def test_pings_queue_up_behind_what_was_sent() -> None:
     assert Trips.bulk_s(2_000) == 0.0
-    assert Trips.bulk_s(132_768) == pytest.approx(0.8)
-    assert Trips.bulk_s(1 << 30) == 2.0
+    assert Trips.bulk_s(14_096) == pytest.approx(0.8)
+    assert Trips.bulk_s(1 << 30) == 4.0

@@ -257,3 +257,13 @@ def test_altered_heads_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny" / heads.LIST).write_text("{")
     with pytest.raises(BundleError, match="install isthmus again"):
         heads.shipped("aa", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["final_norm", "down"])
+def test_weights_that_are_not_finite_are_refused(name: str, folder: Path) -> None:
+    broken = weights()
+    weight: Any = broken[name]
+    arrays = weight.arrays.values() if name == "down" else [weight]
+    next(one for one in arrays if one.dtype.kind == "f").reshape(-1)[3] = np.nan
+    with pytest.raises(BundleError, match=f"has a {name} that is not finite"):
+        ExitSource(Bundle.open(folder), 2, broken)
