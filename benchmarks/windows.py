@@ -5,10 +5,11 @@ answers questions, which no exit was trained or certified with, one after the ot
 allows, each on the same stretch of the trace, then in auto, which has met machine and cloud before but not the link.
 The simulator plays auto on the same stretch with times that were measured just before and just after (the mean of both
 counts), corrected by how fast the steps of both sides were within the window, since a host that others use is another
-one a minute later; and with what n-grams and exits foresee of the answers. A device that holds 20 layers has a folder
-with no more in it. Slow-downs are declared; nothing else should run on the machine. What was played while others on the
-host took much of the processors is played again, at most twice. Each window is kept when it is done, by commit: a run
-that was stopped is gone on with, and `--only` plays some again.
+one a minute later; and with what n-grams and exits foresee of the answers. Fixed modes wait for a link that is silent,
+and auto goes on by itself. A device that holds 20 layers has a folder with no more in it. Slow-downs are declared;
+nothing else should run on the machine. What was played while others on the host took much of the processors is played
+again, at most twice. Each window is kept when it is done, by commit: a run that was stopped is gone on with, and
+`--only` plays some again.
 
 usage: python benchmarks/windows.py [--traces FOLDER] [--seconds 60] [--only 0,3] [--questions 16]
 """

@@ -15,23 +15,10 @@ from typing import Any
 import onnx
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.graph import Crossing
 from isthmus.split.onnx_file import MAX_DEPTH, tensor_bytes
 
 _CONSTANT = "Constant"
-
-
-@dataclass(frozen=True, slots=True)
-class Crossing:
-    """A tensor between nodes.
-
-    Attributes:
-        producer: number of the node that makes it, -1 for an input of the model.
-        consumers: numbers of the nodes that use it; `last` also asks for it where it is an output of the model.
-    """
-
-    name: str
-    producer: int
-    consumers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

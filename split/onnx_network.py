@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
 from isthmus.split.cut import INPUT, Cut, Flow, Network, Use
-from isthmus.split.onnx_graph import Crossing
+from isthmus.split.graph import Graph
 from isthmus.split.profile import Profile, TensorSize
 
 FLOATS = ("float32", "float16", "float64")
 DEVICE, CLOUD = 0, 1
 MEMORY, ENERGY = "MB", "J"  # what may be budgeted beside time
 MESSAGE = 120  # bytes of a message beside its tensors, encryption included
-
-
-class Graph(Protocol):
-    """What is known of a network's nodes: an `OnnxGraph`, or a `TfliteGraph`, which has one."""
-
-    inputs: list[str]
-    outputs: list[str]
-
-    @property
-    def nodes(self) -> Sequence[object]:
-        """In an order in which they can run."""
-        ...
-
-    @property
-    def tensors(self) -> list[Crossing]:
-        """All that nodes hand on to each other, and the inputs."""
-        ...
-
-    def made_by(self, name: str) -> int:
-        """Number of the node that makes a tensor, -1 for an input."""
-        ...
-
-    def crossing(self, device: Collection[int]) -> list[str]:
-        """Names that travel when these nodes run on the device."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,12 @@ import numpy as np
 from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import Aim
 from isthmus.split.finalists import Finalists
+from isthmus.split.graph import Graph
 from isthmus.split.link import Link, read_link
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given
-from isthmus.split.onnx_network import ENERGY, MEMORY, Graph, Sharing
+from isthmus.split.onnx_network import ENERGY, MEMORY, Sharing
 from isthmus.split.plan import Plan, Row, choose, verdict
 from isthmus.split.planner import PLAIN, Wanted, candidates, coded, judged, remeasured, told_apart, ways
 from isthmus.split.profile import Profile, load_profile

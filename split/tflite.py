@@ -13,7 +13,7 @@ from isthmus.engine.litert import LitertNetwork, Signature
 from isthmus.protocol.errors import PlanError
 from isthmus.split.feeds import closed, drawn, read_feeds, size_of
 from isthmus.split.files import digest_of, open_regular
-from isthmus.split.onnx_graph import Crossing
+from isthmus.split.graph import Crossing
 from isthmus.split.profile import Profile
 from isthmus.split.timing import timed
 

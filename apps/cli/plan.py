@@ -108,6 +108,7 @@ def command(
     from isthmus.split.confined import SECONDS, confined
     from isthmus.split.files import is_there
     from isthmus.split.plan import Plan
+    from isthmus.split.tflite import is_tflite
 
     if model.is_dir():
         from isthmus.apps.cli.plan_decoder import plan_decoder
@@ -163,7 +164,7 @@ def command(
         print(target.read_text())
     else:
         _print(found, target)
-        if folder is None and model.suffix.lower() != ".tflite":
+        if folder is None and not is_tflite(model):
             print("codecs, JPEG and WebP are tried on inputs: --inputs FOLDER, with --preprocess for pictures")
 
 

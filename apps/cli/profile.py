@@ -65,6 +65,7 @@ def command(
     from isthmus.protocol.errors import PlanError
     from isthmus.split.confined import SECONDS, confined
     from isthmus.split.profile import Profile
+    from isthmus.split.tflite import is_tflite
 
     _check_options(ctx)
     if remote is not None:
@@ -84,7 +85,7 @@ def command(
         _measure_decoder(model, target, threads, seconds, as_json)
         return
     told = confined(
-        f"isthmus.split.{'tflite' if model.suffix.lower() == '.tflite' else 'onnx_measure'}:measure",
+        f"isthmus.split.{'tflite' if is_tflite(model) else 'onnx_measure'}:measure",
         str(model),
         threads,
         shapes(shape or []),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,15 @@ def test_a_plan_leaves_it_in_one_piece(adder: Path) -> None:
     assert plan.rows[1].crossing == ("x",) and plan.rows[1].down_bytes == 128
     with pytest.raises(PlanError, match="codecs are tried on the cuts of ONNX models"):
         onnx_plan.plan(str(adder), here, there, FAST, {"folder": str(adder.parent)})
+
+
+def test_it_is_measured_where_there_is_no_onnx(adder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("isthmus.split.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("onnx", "onnxruntime", "scipy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    alone = import_module("isthmus.split.tflite")
+    assert alone.measure(str(adder), 1, {}, 0.05)["ops"] == [alone.WHOLE]
 
 
 def test_what_is_none_is_refused(adder: Path, tmp_path: Path) -> None:
