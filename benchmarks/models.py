@@ -41,7 +41,8 @@ def bundle(format: str) -> Bundle:
     found = Bundle.open(folder)
     exits = shipped(found.model_id)
     listed = {name: entry.sha256 for name, entry in found.manifest.files.items()}
-    if any(listed.get(one.file) != hashlib.sha256(data).hexdigest() for one, data in exits):
+    known = {one.layer: one for one in found.exits}
+    if any(known.get(one.layer) != one or listed[one.file] != hashlib.sha256(data).hexdigest() for one, data in exits):
         put_exits(folder, found.model_id, exits)  # made before they came, or with others
         found = Bundle.open(folder)
     return found

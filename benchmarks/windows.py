@@ -281,7 +281,7 @@ class Stand:
             None,
             priors.exits(source, able),
             priors.drafts(source, able, device),
-            priors.codecs(source.config, ("f32",)),
+            priors.codecs(source, ("f32",)),
         )
         point = Point(device, times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
         said = self._answered(max(able, default=0) if case.disagreement else 0)

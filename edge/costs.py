@@ -72,6 +72,7 @@ class Candidate:
         total_ms: for all tokens that remain.
         cloud_ms: of the cloud's engine for each token.
         why_not: why it may not be chosen, empty when it may.
+        pace: the factor in `ms_per_token` by which this mode lately took longer than its formula says.
     """
 
     mode: Way
@@ -87,6 +88,12 @@ class Candidate:
     total_ms: float = 0.0
     cloud_ms: float = 0.0
     why_not: str = ""
+    pace: float = 1.0
+
+    @property
+    def formula_ms(self) -> float:
+        """What a token takes by the formula alone."""
+        return self.ms_per_token / self.pace
 
     @property
     def key(self) -> tuple[str, int, str, str, bool]:
@@ -141,7 +148,7 @@ def _local(figures: Figures, wish: Wish, standing: Standing, pace: float) -> Can
     elif wish.prefer != "privacy" and cloud is not None and link is not None and link.up:
         why_not = "" if cloud.same_model or wish.max_disagreement >= 1 else "the cloud's model is another one"
     total = setup + ms * max(1, standing.remaining)
-    return Candidate("local", ms_per_token=ms, setup_ms=setup, total_ms=total, why_not=why_not)
+    return Candidate("local", ms_per_token=ms, setup_ms=setup, total_ms=total, why_not=why_not, pace=pace)
 
 
 class _Priced:
@@ -258,11 +265,12 @@ class _Priced:
         if self._current == (mode, cut, codec, source, depth > 1):
             setup = 0.0
         setup += self._link.silent_ms  # what has lasted so long lasts as long again
-        ms *= self._pace.get(mode, 1.0)
+        pace = self._pace.get(mode, 1.0)
+        ms *= pace
         total = setup + ms * max(1, self._standing.remaining)
         why_not = self._never or self._why_not(mode, cut, lost) or why_not
         settings = (cut, codec, threshold, asked, source, drafted, depth)
-        return Candidate(mode, *settings, ms, setup, total, cloud_ms, why_not)
+        return Candidate(mode, *settings, ms, setup, total, cloud_ms, why_not, pace)
 
     def _why_not(self, mode: Way, cut: int, lost: float) -> str:
         device = self._device

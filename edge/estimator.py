@@ -224,10 +224,10 @@ class Estimator:
         if expected > 0:
             self._luck[source, layer].saw(taken, expected)
 
-    def paced(self, mode: str, now_s: float, predicted_ms: float, ms: float) -> None:
-        """Tokens of a mode that these figures, its pace among them, put at `predicted_ms` together."""
+    def paced(self, mode: str, now_s: float, formula_ms: float, ms: float) -> None:
+        """Tokens of a mode came, which its formula, without a pace, puts at `formula_ms` together."""
         pace = self._pace.setdefault(mode, _Pace(seen_s=now_s))
-        ratio = min(PACE_BOUND, max(1 / PACE_BOUND, pace.at(now_s) * ms / max(predicted_ms, 1e-3)))
+        ratio = min(PACE_BOUND, max(1 / PACE_BOUND, ms / max(formula_ms, 1e-3)))
         pace.factor = pace.at(now_s) ** (1 - PACE_WEIGHT) * ratio**PACE_WEIGHT
         pace.seen_s = now_s
 

@@ -8,6 +8,8 @@ from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
+UNMEASURED = "ecsq6"  # how states travel where nobody has tried codecs, or the cloud lacks the statistics
+
 
 class Exits:
     """The exits that this device can speak through, on the layers that it holds.
@@ -74,6 +76,15 @@ class Exits:
         if layer not in self._stats:
             self._stats[layer] = self._bundle.exit(layer).channels
         return self._stats[layer]
+
+    def codec(self, layer: int, known: bool) -> str:
+        """How states before a layer travel unless somebody says so.
+
+        Args:
+            known: whether the cloud has the exit's statistics of the channels.
+        """
+        measured = self._bundle.manifest.exit(layer).codec
+        return measured.name if measured is not None and known else UNMEASURED
 
     def _layers(self) -> list[int]:
         held = self._holding.layers

@@ -194,7 +194,7 @@ class Knowledge:
         """A round of the way that is in use has given so many tokens."""
         choice = self.choice
         if self._estimator is not None and choice is not None and choice.mode != "stream":
-            self._estimator.paced(choice.mode, self._clock(), tokens * choice.ms_per_token, seconds * 1e3)
+            self._estimator.paced(choice.mode, self._clock(), tokens * choice.formula_ms, seconds * 1e3)
 
     # -- inside
 
@@ -220,7 +220,7 @@ class Knowledge:
             small.try_out()
         small_ms = small.times_ms if small is not None else None
         drafts = priors.drafts(bundle, layers, times, small_ms) if can_verify and not self._slides else ()
-        codecs = () if self._slides else priors.codecs(bundle.config, offer.codecs)
+        codecs = () if self._slides else priors.codecs(bundle, offer.codecs)
         cloud = priors.cloud(offer, self._cloud_ms, self._watch.sizes, same)
         seen, self._offer = self._to.link, offer
         self._estimator = Estimator(Figures(times, cloud, None, priors.exits(bundle, layers), drafts, codecs))

@@ -125,12 +125,12 @@ class Modes:
         layer = self._exits.layer(options.cut)
         threshold = self._exits.threshold(layer, options.threshold)
         speaker = self._exits.speaker(layer)
-        stats, codec = self._exits.stats(layer), options.codec or "ecsq6"
-        welcome = link.welcome()
+        stats, welcome = self._exits.stats(layer), link.welcome()
         if welcome is None or CAN_VERIFY not in welcome.capabilities:
             raise DeviceError("this cloud does not answer exits", "update isthmus there, or use stream mode")
-        self._check_offer(link, codec, self._holding.open(layer).part.numerics.id)
         known = any(stats.digest in offer.channels for offer in welcome.offers)
+        codec = options.codec or self._exits.codec(layer, known)
+        self._check_offer(link, codec, self._holding.open(layer).part.numerics.id)
         pace = self._pace if options.guesses is None else Pace(acceptance=0.3, blocks=(options.guesses,))
         return ExitRunner(
             link,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from isthmus.edge import budget
 from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, round_of
 from isthmus.edge.pace import ROW_SHARE
 from isthmus.edge.stopwatch import Sizes, Stopwatch
-from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.messages import Offer
 from isthmus.split.bundle import Bundle
 
 TRIP_MS = 50.0  # of a link over which nothing was sent yet
 PREFILL_SHARE = 0.15  # what one row of a prompt costs it
-CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers
+CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers, until that is measured
 CODEC_MS = 0.1
 CODED = "coded"  # exit mode's own codec
 LENGTHS = (1, 2, 3, 4, 6)
@@ -106,7 +106,12 @@ def exits(bundle: Bundle, layers: Sequence[int]) -> tuple[ExitFigures, ...]:
     return tuple(found)
 
 
-def codecs(config: DecoderConfig, taken: Sequence[str]) -> tuple[CodecFigures, ...]:
-    """How hidden states may travel without a promise being broken: as they are, and in exit mode as was certified."""
-    found = [CodecFigures("f32", 4.0 * config.d_model, 0.0)] if "f32" in taken else []
-    return (*found, CodecFigures(CODED, CODED_BYTES * config.d_model, 0.0))
+def codecs(bundle: Bundle, taken: Sequence[str]) -> tuple[CodecFigures, ...]:
+    """How hidden states may travel without a promise being broken: as they are, and in exit mode as was calibrated.
+
+    Args:
+        taken: codecs that the cloud takes.
+    """
+    width, measured = bundle.config.d_model, [one.codec.row_bytes for one in bundle.exits if one.codec is not None]
+    found = [CodecFigures("f32", 4.0 * width, 0.0)] if "f32" in taken else []
+    return (*found, CodecFigures(CODED, fmean(measured) if measured else CODED_BYTES * width, 0.0))

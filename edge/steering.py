@@ -18,7 +18,7 @@ from isthmus.edge.link import Link, Silent
 from isthmus.edge.modes import Modes
 from isthmus.edge.notes import Notes
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.runners import Runner, StreamRunner
+from isthmus.edge.runners import Runner, SplitRunner, StreamRunner
 from isthmus.edge.standby import Standby
 from isthmus.edge.token import Stats
 from isthmus.edge.verify import VerifyRunner
@@ -132,7 +132,9 @@ class Steering:
             yield
             return
         silent = guessed and link.heard_s <= self._silent_at
-        rests = isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
+        rests = isinstance(runner, StreamRunner | SplitRunner) or (
+            isinstance(runner, VerifyRunner) and not runner.by_model
+        )
         if self._standby is not None and rests and not guessed:
             link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
         due_s = link.session.trips.due_s

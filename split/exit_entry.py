@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from isthmus.protocol.errors import BundleError
+from isthmus.protocol.tensors import CODECS, ENTROPY_CODECS
 from isthmus.split.certificate import Certificate
 
 MAX_HEAD_TOKENS = 8192
+MAX_ROW_BYTES = 1 << 20
 
 
 def exit_file(layer: int) -> str:
@@ -27,6 +29,42 @@ class Agreement(msgspec.Struct, frozen=True):
     answers: float
 
 
+class CodecChoice(msgspec.Struct, frozen=True):
+    """How states travel from an exit to the cloud, picked by what it changes in the model's choices.
+
+    Attributes:
+        name: the codec, one of `CODECS` or `ENTROPY_CODECS`.
+        exit: sha256 of the exit's file, whose statistics of the channels it takes.
+        data: hash of the answers on which it was tried.
+        tokens: of them.
+        loss: share of tokens that it was allowed to change beyond what f16 does.
+        agreement: share of tokens at which the model chooses behind it as it did.
+        exact: the same behind f16.
+        row_bytes: mean of a row's.
+    """
+
+    name: str
+    exit: str
+    data: str
+    tokens: int
+    loss: float
+    agreement: float
+    exact: float
+    row_bytes: float
+
+    def check(self, where: str) -> None:
+        """Compares with what can be.
+
+        Raises:
+            BundleError: an unknown codec, or a value that cannot be.
+        """
+        shares = (self.loss, self.agreement, self.exact)
+        if self.name not in CODECS + ENTROPY_CODECS:
+            raise BundleError(f"{where} has a codec {self.name[:16]!r} that is not known", "calibrate it again")
+        if self.tokens < 1 or not all(0 <= share <= 1 for share in shares) or not 0 < self.row_bytes < MAX_ROW_BYTES:
+            raise BundleError(f"{where} has a codec with values that cannot be", "calibrate it again")
+
+
 class ExitEntry(msgspec.Struct, frozen=True):
     """An exit: which states it takes and how far it is to be trusted.
 
@@ -36,6 +74,7 @@ class ExitEntry(msgspec.Struct, frozen=True):
         d_ff: width of its feed-forward network.
         head_tokens: tokens that its output head can name, 0 for all.
         certificate: None until it is calibrated: then it may draft, but not emit.
+        codec: how states before it travel to the cloud; None until that is measured.
     """
 
     layer: int
@@ -44,6 +83,7 @@ class ExitEntry(msgspec.Struct, frozen=True):
     head_tokens: int
     agreement: Agreement
     certificate: Certificate | None = None
+    codec: CodecChoice | None = None
 
     def check(self, n_layers: int, sha256: str | None) -> None:
         """Compares an entry with the model and its file's listed hash, None if it is not listed.
@@ -63,6 +103,10 @@ class ExitEntry(msgspec.Struct, frozen=True):
             self.certificate.check(where)
             if self.certificate.exit != sha256:
                 raise BundleError(f"{where} has a certificate of other weights", "calibrate it again")
+        if self.codec is not None:
+            self.codec.check(where)
+            if self.codec.exit != sha256:
+                raise BundleError(f"{where} has a codec that was measured with other weights", "calibrate it again")
 
 
 def check_exits(exits: tuple[ExitEntry, ...], n_layers: int, hashes: dict[str, str]) -> None:

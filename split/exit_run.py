@@ -20,7 +20,8 @@ from isthmus.engine.part import KV_BLOCK, Part
 from isthmus.protocol.errors import BundleError, ModelError
 from isthmus.split.bundle import Bundle
 from isthmus.split.certificate import Said
-from isthmus.split.exit_entry import MAX_HEAD_TOKENS, Agreement, ExitEntry, exit_file
+from isthmus.split.exit_codec import CodecTrials
+from isthmus.split.exit_entry import MAX_HEAD_TOKENS, Agreement, CodecChoice, ExitEntry, exit_file
 from isthmus.split.exit_samples import ANSWER_TOKENS, kept_answers
 from isthmus.split.exit_scores import ExitScores, agreement
 from isthmus.split.exit_states import BATCH, NO_ROOM, Progress, Sample, States, read_texts
@@ -201,6 +202,19 @@ class ExitRun:
             np.savez(out, lengths=[len(one.right) for one in found], confidence=confidence, right=right)
         partial.replace(file)
         return found
+
+    def codec(self, exit: ExitSource, sha256: str, layer: int, states: States, data: str, loss: float) -> CodecChoice:
+        """How states before an exit are to travel.
+
+        Args:
+            sha256: of the exit's file.
+            states: of answers.
+            data: hash of the answers.
+            loss: see `CodecTrials.smallest`.
+        """
+        tell = self._say(f"codecs before layer {layer}")
+        with CodecTrials(self.bundle, layer, states, exit.channels, self._threads) as trials:
+            return trials.smallest(loss, exit=sha256, data=data, progress=tell)
 
     def _whole(self, kv_tokens: int) -> closing[Part]:
         kv = KvConfig("f16", (-(-kv_tokens // KV_BLOCK) + BATCH) * KV_BLOCK)

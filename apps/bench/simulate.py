@@ -295,7 +295,7 @@ class _Game:
         self._used[choice.mode] = self._used.get(choice.mode, 0) + tokens
         if self._estimator is not None and not self._fresh and choice.mode != "stream":
             took = (self._world.now - self._began) / MS
-            self._estimator.paced(choice.mode, talk.now_s, tokens * choice.ms_per_token, took)
+            self._estimator.paced(choice.mode, talk.now_s, tokens * choice.formula_ms, took)
         self._fresh = False
         if choice.mode != "local":
             self._rest.end()

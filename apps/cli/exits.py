@@ -12,10 +12,10 @@ import typer
 if TYPE_CHECKING:
     from isthmus.split.bundle import Bundle
     from isthmus.split.certificate import Certificate, Said
-    from isthmus.split.exit_entry import ExitEntry
+    from isthmus.split.exit_entry import CodecChoice, ExitEntry
     from isthmus.split.exit_run import ExitRun, Say
     from isthmus.split.exit_states import Progress as Tell
-    from isthmus.split.exit_states import Sample
+    from isthmus.split.exit_states import Sample, States
 
 app = typer.Typer(
     add_completion=False,
@@ -150,6 +150,9 @@ def calibrate(
     text: Text = None,
     prompts: Prompts = None,
     count: Count = 320,
+    codec_loss: Annotated[
+        float, typer.Option(help="Share of the model's choices that the codec of hidden states may change, beyond f16")
+    ] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Take away the certificate if none is found anew")] = False,
     work: Work = None,
     threads: Threads = 0,
@@ -163,6 +166,9 @@ def calibrate(
 
     A certificate that an exit has is replaced by one that is found. If none is found it stays, unless these very
     prompts gave it; --force takes it away.
+
+    It also picks how the hidden states before each exit travel to the cloud: in the smallest codec behind which the
+    model still makes its choices along these answers, but for --codec-loss of them.
     """
     from rich.console import Console
 
@@ -170,9 +176,9 @@ def calibrate(
     from isthmus.split.bundle import Bundle
     from isthmus.split.certificate import calibrate as certified
     from isthmus.split.certificate import data_hash, fewest_prompts
-    from isthmus.split.exit_writer import put_certificates
+    from isthmus.split.exit_writer import put_certificates, put_codecs
 
-    for name, value in (("--disagreement", disagreement), ("--confidence", confidence)):
+    for name, value in (("--disagreement", disagreement), ("--confidence", confidence), ("--codec-loss", codec_loss)):
         if not 0 < value < 1:
             raise ModelError(f"{name} {value:g} is impossible", "choose one between 0 and 1, as 0.05 and 0.95")
     opened = Bundle.open(bundle)
@@ -180,15 +186,17 @@ def calibrate(
     console = Console(highlight=False, soft_wrap=True)
     with _run(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
-        for entry, said in _said(run, entries, samples):
+        states, data = _states(run, samples), data_hash(samples)
+        for entry, said in _said(run, entries, states):
             sha256 = opened.manifest.files[entry.file].sha256
-            data = data_hash(samples)
             found = certified(said, disagreement=disagreement, confidence=confidence, exit=sha256, data=data)
             kept = None if force or found else entry.certificate
             if kept and (kept.data, kept.disagreement, kept.confidence) == (data, disagreement, confidence):
                 kept = None  # it does not follow from its own data
             if kept is None:
                 put_certificates(bundle, {entry.layer: found})
+            travels = run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss)
+            put_codecs(bundle, {entry.layer: travels})
             where = f"exit before layer {entry.layer}"
             if found is None:
                 asked = f"{disagreement:.1%} with confidence {confidence:.0%}"
@@ -196,11 +204,13 @@ def calibrate(
                 least = fewest_prompts(disagreement, confidence)
                 if len(said) < least:
                     console.print(f"  that takes at least {least} prompts, even if none of them has an error")
+                console.print(f"  {codec_text(travels)}")
                 continue
             megabytes = opened.manifest.exit_bytes(entry.layer) / 1e6
             console.print(f"{where}: {certificate_text(found)}")
             if found.emitted:
                 console.print(f"  {megabytes:.1f} MB read a token, {megabytes / found.emitted:.1f} an emitted one")
+            console.print(f"  {codec_text(travels)}")
 
 
 @app.command()
@@ -234,7 +244,7 @@ def measure(
         samples = _asked(run, text, prompts, count)
         for entry in entries if check else []:
             _check_data(entry, samples)
-        for entry, said in _said(run, entries, samples):
+        for entry, said in _said(run, entries, _states(run, samples)):
             if check:
                 _check(entry, said)
             threshold = entry.certificate.threshold if entry.certificate else NEVER
@@ -301,6 +311,15 @@ def certificate_text(found: Certificate) -> str:
     )
 
 
+def codec_text(found: CodecChoice) -> str:
+    """How hidden states travel, in one line."""
+    behind = f", {found.exact:.1%} behind f16" if found.name != "f16" else ""
+    return (
+        f"hidden states travel as {found.name}, {found.row_bytes:.0f} bytes a token; the model keeps "
+        f"{found.agreement:.1%} of its choices{behind} ({found.tokens} tokens)"
+    )
+
+
 def _check_data(entry: ExitEntry, samples: list[Sample]) -> None:
     """Raises a ModelError if a certificate is missing or of other samples."""
     from isthmus.protocol.errors import ModelError
@@ -338,8 +357,11 @@ def _run(bundle: Bundle, work: Path | None, threads: int) -> Iterator[ExitRun]:
         yield ExitRun(bundle, folder, say, threads)
 
 
-def _said(run: ExitRun, entries: list[ExitEntry], samples: list[Sample]) -> Iterator[tuple[ExitEntry, list[Said]]]:
-    states = run.states("answers", samples, [entry.layer for entry in run.bundle.exits])
+def _states(run: ExitRun, samples: list[Sample]) -> States:
+    return run.states("answers", samples, [entry.layer for entry in run.bundle.exits])
+
+
+def _said(run: ExitRun, entries: list[ExitEntry], states: States) -> Iterator[tuple[ExitEntry, list[Said]]]:
     for entry in entries:
         sha256 = run.bundle.manifest.files[entry.file].sha256
         yield entry, run.said(run.bundle.exit(entry.layer), sha256, entry.layer, states)

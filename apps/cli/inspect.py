@@ -156,8 +156,9 @@ def _exit(entry: dict[str, Any]) -> str:
     """An exit and its certificate."""
     import msgspec
 
-    from isthmus.apps.cli.exits import certificate_text
+    from isthmus.apps.cli.exits import certificate_text, codec_text
     from isthmus.split.certificate import Certificate
+    from isthmus.split.exit_entry import CodecChoice
 
     agrees, names = entry["agreement"], f"{entry['head_tokens']} tokens" if entry["head_tokens"] else "all tokens"
     certificate = entry["certificate"]
@@ -168,4 +169,8 @@ def _exit(entry: dict[str, Any]) -> str:
     )
     agreed = f"{agrees['documents']:.1%} of documents, {agrees['answers']:.1%} of own answers"
     reads = f"reads {entry['read_bytes'] / 1e6:.1f} MB a token"
-    return f"exit     before layer {entry['layer']}, names {names}, {reads}; agrees on {agreed}\n         {promise}"
+    codec = entry["codec"]
+    lines = [f"exit     before layer {entry['layer']}, names {names}, {reads}; agrees on {agreed}", promise]
+    if codec:
+        lines.append(codec_text(msgspec.convert(codec, CodecChoice)))
+    return "\n         ".join(lines)

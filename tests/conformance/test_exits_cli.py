@@ -96,6 +96,9 @@ def test_calibrate_measure_inspect_export(folder: Path, tmp_path: Path, capsys: 
     assert "exit before layer 1: emits" in shown and "with confidence 95%" in shown and "12 prompts" in shown
     entry = Bundle.open(folder / "b").manifest.exit(1)
     assert entry.certificate is not None and entry.certificate.prompts == 12 and entry.certificate.emitted > 0
+    assert entry.codec is not None and entry.codec.agreement >= entry.codec.exact - 0.01
+    travels = f"hidden states travel as {entry.codec.name}, {entry.codec.row_bytes:.0f} bytes a token"
+    assert travels in shown
     assert main(asked(folder, "measure", "--check")) == 0
     assert "the certificates follow from these prompts" in capsys.readouterr().out
     assert main(["inspect", str(folder / "b"), "--json", "--verify"]) == 0
@@ -103,13 +106,25 @@ def test_calibrate_measure_inspect_export(folder: Path, tmp_path: Path, capsys: 
     assert [one["layer"] for one in facts["exits"]] == [1, 2] and facts["exits"][0]["read_bytes"] > 0
     assert main(["inspect", str(folder / "b")]) == 0
     shown = capsys.readouterr().out
+    assert travels in " ".join(shown.split())
     assert "before layer 2, names" in shown and f"data {entry.certificate.data[:12]}" in " ".join(shown.split())
     assert main(["exits", "export", str(folder / "b"), "-o", str(tmp_path / "h" / "tiny"), "--made-by", "x y"]) == 0
     found = shipped(facts["model_id"], tmp_path / "h")
     assert [one for one, _ in found] == list(Bundle.open(folder / "b").exits)
     assert json.loads((tmp_path / "h" / "tiny" / "heads.json").read_text())["commands"] == ["x y"]
     assert main([*train(folder), "--layers", "1,2"]) == 0  # the same exits again: their certificates stay
-    assert Bundle.open(folder / "b").manifest.exit(1).certificate == entry.certificate
+    assert Bundle.open(folder / "b").manifest.exit(1) == entry
+
+
+def test_a_codec_may_lose_as_much_as_is_said(folder: Path, capsys: Capture) -> None:
+    def chosen(loss: str) -> tuple[str, float]:
+        assert main(asked(folder, "calibrate", *LOOSE, "--layers", "1", "--codec-loss", loss)) == 0
+        found = Bundle.open(folder / "b").manifest.exit(1).codec
+        assert found is not None and found.loss == float(loss)
+        return found.name, found.row_bytes
+
+    (coarse, small), (_, large) = chosen("0.99"), chosen("0.0001")
+    assert coarse == "ecsq2" and small < large
 
 
 def test_a_certificate_stays_until_one_is_found_or_it_is_taken_away(folder: Path, capsys: Capture) -> None:
@@ -217,6 +232,7 @@ def test_exits_of_another_model_are_refused(folder: Path, tmp_path: Path, capsys
         (["calibrate", "b", "--layers", "3"], "has no exit before layer 3; choose one of 1, 2"),
         (["calibrate", "b", "--disagreement", "0"], "--disagreement 0 is impossible"),
         (["calibrate", "b", "--disagreement", "1.2"], "--disagreement 1.2 is impossible"),
+        (["calibrate", "b", "--codec-loss", "1"], "--codec-loss 1 is impossible"),
         (["calibrate", "b", "--confidence", "nan"], "--confidence nan is impossible"),
         (["calibrate", "b", "--prompts", "none.txt"], "cannot be read as text"),
         (["measure", "plain"], "has no exits"),

@@ -77,7 +77,7 @@ def decider(
     patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: TimedPart(end, wire, row_ms))
     bundle: Any = ToyBundle(held)
     agreement = SimpleNamespace(documents=0.6, answers=0.6)
-    bundle.exits = (SimpleNamespace(layer=CUT, file="norm", agreement=agreement, certificate=None),)
+    bundle.exits = (SimpleNamespace(layer=CUT, file="norm", agreement=agreement, certificate=None, codec=None),)
     bundle.holds = lambda name: held == N_LAYERS or name == "norm"
     one: Any = device(wire, bundle=bundle, **options)
     give_exit(one)

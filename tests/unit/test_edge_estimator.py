@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.edge.costs import Standing, candidates
 from isthmus.edge.estimator import PACE_BOUND, SPAN_S, Estimator, LinkEstimator, Share, quantile
-from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, Figures
+from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, Figures, Wish
 
 DEVICE = DeviceFigures(20, 30, ((1, 0.25), (20, 5.0), (30, 7.5)), 2.0, 0.25, 1.5)
 CLOUD = CloudFigures(30, ((1, 9.5), (2, 11.0), (4, 14.0)), 2.0, 1.5)
@@ -154,6 +155,18 @@ def test_a_mode_out_of_use_is_given_another_chance() -> None:
     assert bad[0] == "exit" and 0.9 * PACE_BOUND < bad[1] <= PACE_BOUND
     (later,) = learning.figures(300.0).pace
     assert later[1] == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("times", [0.8, 1.0, 1.1, 2.0])
+def test_a_pace_does_not_grow_with_the_tokens_between_two_decisions(times: float) -> None:
+    learning, now_s = Estimator(KNOWN), 0.0
+    for _ in range(4):  # decisions: what was learned so far is in the price
+        choice = candidates(learning.figures(now_s), Wish(), Standing(100))[0]
+        assert choice.mode == "local" and choice.formula_ms == pytest.approx(DEVICE.token_ms)
+        for _ in range(200):
+            now_s += 0.01
+            learning.paced("local", now_s, choice.formula_ms, times * DEVICE.token_ms)
+        assert dict(learning.figures(now_s).pace)["local"] == pytest.approx(times, rel=0.01)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))

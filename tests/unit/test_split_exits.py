@@ -17,8 +17,8 @@ from isthmus.quant.packed import PackedMatrix
 from isthmus.split import shipped as heads
 from isthmus.split.bundle import Bundle
 from isthmus.split.certificate import Certificate
-from isthmus.split.exit_entry import ExitEntry, exit_file
-from isthmus.split.exit_writer import put_certificates, put_exits
+from isthmus.split.exit_entry import CodecChoice, ExitEntry, exit_file
+from isthmus.split.exit_writer import put_certificates, put_codecs, put_exits
 from isthmus.split.exits import ExitSource, head_rows
 from isthmus.split.files import locked
 from isthmus.split.manifest import Manifest
@@ -33,6 +33,10 @@ TOKENS = np.array([0, 3, 17, 40, 257], np.int32)
 
 def certificate(data: bytes) -> Certificate:
     return Certificate(hashlib.sha256(data).hexdigest(), "cd" * 32, 400, 9000, 0.05, 0.95, 0.8, 0.03, 0.04, 0.4)
+
+
+def codec(data: bytes, name: str = "ecsq4", row_bytes: float = 30.0) -> CodecChoice:
+    return CodecChoice(name, hashlib.sha256(data).hexdigest(), "cd" * 32, 9000, 0.02, 0.96, 0.97, row_bytes)
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Manifest:
@@ -112,6 +116,30 @@ def test_an_exit_is_replaced_and_its_certificate_goes(folder: Path) -> None:
     put_certificates(folder, {2: certificate(second[1])})
     put_certificates(folder, {2: None})
     assert Bundle.open(folder).manifest.exit(2).certificate is None
+
+
+def test_a_codec_stays_as_long_as_its_exit(folder: Path) -> None:
+    model_id = Bundle.open(folder).model_id
+    first, second = an_exit(model_id), an_exit(model_id, seed=1)
+    put_exits(folder, model_id, [first, an_exit(model_id, 3)])
+    put_certificates(folder, {2: certificate(first[1])})
+    put_codecs(folder, {2: codec(first[1])})
+    kept = Bundle.open(folder).manifest.exit(2)
+    assert (kept.codec, kept.certificate) == (codec(first[1]), certificate(first[1]))
+    put_exits(folder, model_id, [first])  # the same weights again
+    assert Bundle.open(folder).manifest.exit(2) == kept
+    put_exits(folder, model_id, [second])
+    assert Bundle.open(folder).manifest.exit(2).codec is None
+    with pytest.raises(BundleError, match="a codec that was measured with other weights; calibrate it again"):
+        put_codecs(folder, {2: codec(first[1])})
+    with pytest.raises(BundleError, match="a codec 'ecsq9' that is not known; calibrate it again"):
+        put_codecs(folder, {2: codec(second[1], "ecsq9")})
+    for row_bytes in (0.0, -1.0, 2.0**20):
+        with pytest.raises(BundleError, match="values that cannot be; calibrate it again"):
+            put_codecs(folder, {2: codec(second[1], row_bytes=row_bytes)})
+    put_codecs(folder, {2: codec(second[1])})
+    put_codecs(folder, {2: None})
+    assert Bundle.open(folder).manifest.exit(2).codec is None
 
 
 def test_who_is_killed_while_an_exit_is_replaced_leaves_a_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,4 +68,6 @@ def test_those_of_smollm2_reach_their_aims() -> None:
         assert entry.agreement.documents >= AIMS[entry.layer]
         assert isinstance(entry.certificate, Certificate)
         assert entry.certificate.disagreement <= 0.05 and entry.certificate.confidence >= 0.95
+        assert entry.codec is not None and entry.codec.agreement >= entry.codec.exact - 0.01
+        assert entry.codec.row_bytes < 576  # half of f16
     assert sum(path.stat().st_size for path in (FOLDER / "smollm2").iterdir()) <= 8_000_000
