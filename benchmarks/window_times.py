@@ -42,16 +42,17 @@ class Steps:
 
     Attributes:
         device: ms for each megabyte of weights, of their steps of one row.
+        trips: ms of questions, without what the cloud says that it took.
         cloud: (rows that were wanted, other rows, cut, ms) of the cloud's steps, as it says itself.
     """
 
     def __init__(self) -> None:
-        self.device, self.cloud = list[float](), list[Step]()
+        self.device, self.cloud, self.trips = list[float](), list[Step](), list[float]()
 
     @contextmanager
     def seen(self) -> Iterator[None]:
         """From here on all devices of this process are watched."""
-        saw, stepped, steps = Stopwatch.saw, Knowledge.stepped, self
+        saw, stepped, trip, steps = Stopwatch.saw, Knowledge.stepped, Knowledge.trip, self
 
         def saw_too(watch: Stopwatch, rows: Rows, part: Part, seconds: float) -> None:
             alone = Stopwatch(watch.sizes, time.perf_counter)
@@ -65,7 +66,16 @@ class Steps:
             steps.cloud.append((rows, prompt, cut, ms))
             stepped(knowledge, now_s, rows, prompt, ms, queue_ms, cut)
 
-        with patch.object(Stopwatch, "saw", saw_too), patch.object(Knowledge, "stepped", stepped_too):
+        def trip_too(knowledge: Knowledge, now_s: float, ms: float, *, idle_s: float = 0.0) -> None:
+            if not idle_s:
+                steps.trips.append(ms)
+            trip(knowledge, now_s, ms, idle_s=idle_s)
+
+        with (
+            patch.object(Stopwatch, "saw", saw_too),
+            patch.object(Knowledge, "stepped", stepped_too),
+            patch.object(Knowledge, "trip", trip_too),
+        ):
             yield
 
 
@@ -113,6 +123,7 @@ class Times:
         self.heads = [(one.layer, (one.head_tokens or vocabulary) / vocabulary) for one in source.exits]
         self.device_share = self.cloud_share = 1.0  # of that a token takes: with messages, text, and waits between
         self.rest_share = 1.0  # of what the formula says of steps from hidden states, beside tokens'
+        self.trip_ms = 0.0  # of a question, see `trip_over`
         self.steps = Steps()  # by which the shares were found
         part.close()
 
@@ -129,10 +140,11 @@ class Times:
     def _pace(self, case: Case, steps: Sequence[Step]) -> float:
         """How long the cloud's steps took, of what they are put at."""
         known = self.believed(replace(case, cloud=case.cloud / self.cloud_share))
-        return statistics.median(
-            ms / ((known.rest(cut, max(1, rows)) if cut else known.step(max(1, rows))) + known.prefill(prompt, cut))
-            for rows, prompt, cut, ms in steps
+        expected = (
+            (known.rest(cut, max(1, rows)) if cut else known.step(max(1, rows))) + known.prefill(prompt, cut)
+            for rows, prompt, cut, _ in steps
         )
+        return sum(one[3] for one in steps) / sum(expected)  # the slow ones take their time, too
 
     def device(self, case: Case) -> DeviceFigures:
         """Of the case's device."""
@@ -176,3 +188,18 @@ def calibrate(times: Times, case: Case, folder: Path, keys: Path, cloud: str, as
             times.device_share = ms / times.device(whole).token_ms
         else:
             times.cloud_share = ms / times.believed(whole).step(1)
+
+
+def trip_over(case: Case, folder: Path, keys: Path, cloud: str, asked: list[str]) -> float:
+    """What a question takes beyond the cloud's work over a link that only delays: the delay, and what wakes both sides
+    and passes messages on.
+    """
+    steps = Steps()
+    with (
+        steps.seen(),
+        Device(
+            folder, cloud, keys=keys, threads=1, slow_down=case.slow, kv_tokens=1024, mode="verify", draft_depth=1
+        ) as device,
+    ):
+        list(device.chat(asked[0], max_tokens=TOKENS))
+    return statistics.median(steps.trips)

@@ -4,12 +4,12 @@ In each window a cloud is a process of its own, the link is a relay that replays
 answers questions, which no exit was trained or certified with, one after the other: in every fixed mode that the wish
 allows, each on the same stretch of the trace, then in auto, which has met machine and cloud before but not the link.
 The simulator plays auto on the same stretch with times that were measured just before and just after (the mean of both
-counts), corrected by how fast the steps of both sides were within the window, since a host that others use is another
-one a minute later; and with what n-grams and exits foresee of the answers. Fixed modes wait for a link that is silent,
-and auto goes on by itself. A device that holds 20 layers has a folder with no more in it. Slow-downs are declared;
-nothing else should run on the machine. What was played while others on the host took much of the processors is played
-again, at most twice. Each window is kept when it is done, by commit: a run that was stopped is gone on with, and
-`--only` plays some again.
+counts), what a question takes over a link that only delays among them, corrected by how fast the steps of both sides
+were within the window, since a host that others use is another one a minute later; and with what n-grams and exits
+foresee of the answers. Fixed modes wait for a link that is silent, and auto goes on by itself. A device that holds 20
+layers has a folder with no more in it. Slow-downs are declared; nothing else should run on the machine. What was played
+while others on the host took much of the processors is played again, at most twice. Each window is kept when it is
+done, by commit: a run that was stopped is gone on with, and `--only` plays some again.
 
 usage: python benchmarks/windows.py [--traces FOLDER] [--seconds 60] [--only 0,3] [--questions 16]
 """
@@ -32,7 +32,7 @@ from kept import Kept
 from models import BENCH, bundle, part_of
 from prompts import prompts
 from record import RUNS, Cell, Record, commit
-from window_times import TOKENS, Case, Steps, Times, calibrate
+from window_times import TOKENS, Case, Steps, Times, calibrate, trip_over
 
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
@@ -268,6 +268,8 @@ class Stand:
         times = Times(self._source, [*self._layers, 20])
         with Relay(cloud, LinkProfile()) as relay:  # which takes its part of the time, too
             calibrate(times, case, self._source.path, self._keys, relay.address, self._asked)
+        with Relay(cloud, LinkProfile.of_rtt(case.rtt_ms)) as relay:
+            times.trip_ms = trip_over(case, self._source.path, self._keys, relay.address, self._asked)
         return times
 
     def _simulated(
@@ -283,7 +285,7 @@ class Stand:
             priors.drafts(source, able, device),
             priors.codecs(source, ("f32",)),
         )
-        point = Point(device, times.cloud(case), LinkPlan(case.rtt_ms, up, down), figures)
+        point = Point(device, times.cloud(case), LinkPlan(times.trip_ms, up, down), figures)
         said = self._answered(max(able, default=0) if case.disagreement else 0)
         turns = int(self._seconds * 1e3 / (len(said) * TOKENS)) + 2
         window = Window(0.0, tuple(said) * turns, LEAD_S, self._seconds, TOKENS)
