@@ -87,10 +87,8 @@ class CodecTrials:
         """What the model makes of the answers behind a codec."""
         agreed = judged = size = rows = 0
         for index in self._answers:
-            sample, hidden = (
-                self._states.samples[index],
-                np.asarray(self._states.before(self._layer, index), np.float32),
-            )
+            sample = self._states.samples[index]
+            hidden = np.asarray(self._states.before(self._layer, index), np.float32)
             tensor = tensors.encode(hidden, codec, plain=1, stats=self._stats)
             size, rows = size + len(tensor.data) - 2 * hidden.shape[1], rows + len(hidden) - 1
             begin = max(0, sample.answer - 1)
