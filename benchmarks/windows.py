@@ -54,7 +54,11 @@ LEAD_S = 3.0  # in which a device connects
 NEAR, ALIKE = 0.9, 0.1
 MOST_TAKEN, TRIES, PATIENCE_S = 0.1, 3, 60.0  # of the processors, by others on the host; plays; waiting for calm
 SIMULATOR = ("conversation", "facts", "players", "simulate", "virtual")
-PLAYS = (*RUNS, *(f"apps/bench/{name}.py" for name in SIMULATOR))  # what a window depends on
+PLAYS = (
+    *RUNS,
+    "benchmarks/window_times.py",
+    *(f"apps/bench/{name}.py" for name in SIMULATOR),
+)  # what a window depends on
 Play = Callable[[list[str], float], tuple[int, Counter[str]]]
 
 
@@ -283,7 +287,7 @@ class Stand:
             None,
             priors.exits(source, able),
             priors.drafts(source, able, device),
-            priors.codecs(source, ("f32",)),
+            priors.codecs(source, able, ("f32",)),
         )
         point = Point(device, times.cloud(case), LinkPlan(times.trip_ms, up, down), figures)
         said = self._answered(max(able, default=0) if case.disagreement else 0)

@@ -36,6 +36,10 @@ class Coverage:
         else:
             self._runs.append((end, depth))
 
+    def deepen(self, end: int, depth: int) -> None:
+        """Positions up to `end`, of those that are there, have KV in layers [0, depth) now; none has more."""
+        self._runs = [(end, depth), *(run for run in self._runs if run[0] > end)]
+
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on."""
         runs = self._runs

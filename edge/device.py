@@ -72,7 +72,7 @@ class Device:
             here and checked in the cloud: the cloud model's own text), or "exit" (an exit's word where it is sure).
         cut: layer before which hidden states leave the device in split mode; None for the middle.
         codec: how hidden states travel: "f32", "f16", "int8" or "ecsqN" (entropy-coded, coarser with a smaller N);
-            empty for f16 in split, and in exit mode for what the exit was calibrated with.
+            empty for f16 in split, and in exit mode for what the exit was calibrated with, else ecsq6.
         threshold: confidence from which on exit mode believes the exit; None for what its certificate says.
         guesses: tokens that exit mode goes on for, unsure, before it asks, at most; 0 asks about each.
         draft: what verify mode drafts with: the conversation's "ngrams", the bundle's "exit", or the folder of a small

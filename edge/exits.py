@@ -6,6 +6,7 @@ from isthmus.edge.exit import ExitSpeaker
 from isthmus.edge.holding import Holding
 from isthmus.protocol.channels import ChannelStats
 from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.tensors import ENTROPY_CODECS
 from isthmus.split.bundle import Bundle
 
 UNMEASURED = "ecsq6"  # how states travel where nobody has tried codecs, or the cloud lacks the statistics
@@ -84,7 +85,8 @@ class Exits:
             known: whether the cloud has the exit's statistics of the channels.
         """
         measured = self._bundle.manifest.exit(layer).codec
-        return measured.name if measured is not None and known else UNMEASURED
+        usable = measured is not None and (known or measured.name not in ENTROPY_CODECS)
+        return measured.name if measured is not None and usable else UNMEASURED
 
     def _layers(self) -> list[int]:
         held = self._holding.layers

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from isthmus.edge.coverage import Coverage
 from isthmus.edge.model_drafts import Said
+from isthmus.edge.shallow import ShallowStates
 from isthmus.engine.part import Part, Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
@@ -21,9 +22,9 @@ CHUNK = 128  # rows of prefill in one step: short enough to be interrupted, long
 class LocalPart:
     """Layers [0, part.end) and the KV of one conversation.
 
-    What was computed with a cut has no KV in the layers after it; asking for a deeper result computes those positions
-    again from the token log. KV is held for the tokens that it was computed from: a log that goes on otherwise begins
-    where the two part.
+    What was computed with a cut has no KV in the layers after it; asking for a deeper result fills those from the
+    states at the cut, where they are still held, or computes the positions again from the token log. KV is held for the
+    tokens that it was computed from: a log that goes on otherwise begins where the two part.
 
     Args:
         window: attention window in positions, 0 for all.
@@ -36,6 +37,7 @@ class LocalPart:
         self._coverage = Coverage()
         self._log = Chain()  # that the KV is for
         self._last: tuple[int, int, NDArray[np.float32]] | None = None  # cut, position, hidden [n, d_model]
+        self._shallow = ShallowStates()
         self._sampled: tuple[bytes, Sampling, Said] | None = None  # a log's head, how, and what comes after it
 
     def held(self, depth: int, log: Chain) -> int:
@@ -62,18 +64,24 @@ class LocalPart:
         """
         return self._say(log, sampling, Want.SAMPLE | Want.CONFIDENCE)
 
-    def advance(self, log: Chain, rows: int) -> None:
-        """Computes KV of up to `rows` more positions before the log's last.
+    def advance(self, log: Chain, rows: int) -> bool:
+        """Computes KV of up to `rows` more positions before the log's last; whether there were any.
+
+        What was computed with a cut is only filled from the states there: to compute it anew would take it from those
+        who work with the cut.
 
         Raises:
             DeviceError: no room is left for KV.
         """
         depth = self.part.end
         self.truncate(self._log.common(log))
-        start = self._back_to(min(self._coverage.at(depth), len(log) - 1))
+        start = self._coverage.at(depth)
         end = min(start + rows, len(log) - 1)
+        if start < self._coverage.length:
+            return self._filled(end)
         if end > start:
             self._step(log, start, end, depth, Want.NONE)
+        return end > start
 
     def hidden(self, log: Chain, start: int, cut: int, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """The hidden states before layer `cut` of positions [start, len(log)), in chunks of at most `chunk`.
@@ -94,9 +102,10 @@ class LocalPart:
         at = self._back_to(min(self._coverage.at(cut), start))
         while at < end:
             stop = min(at + min(chunk, CHUNK), end, start if at < start else end)
-            want = Want.NONE if at < start else Want.HIDDEN
-            hidden = self._step(log, at, stop, cut, want).hidden
-            if want:
+            hidden = self._step(log, at, stop, cut, Want.HIDDEN).hidden
+            if cut < self.part.end:
+                self._shallow.add(cut, at, hidden)
+            if at >= start:
                 self._last = (cut, at, hidden)
                 yield at, hidden
             at = stop
@@ -118,6 +127,8 @@ class LocalPart:
                 return said
         depth, end = self.part.end, len(log)
         self.truncate(self._log.common(log))
+        while self._filled(end - 1):
+            pass
         start = self._back_to(min(self._coverage.at(depth), end - 1))
         while end - start > CHUNK:
             self._step(log, start, start + CHUNK, depth, Want.NONE, sampling)
@@ -127,13 +138,26 @@ class LocalPart:
         self._sampled = log.head, sampling, said
         return said
 
+    def _filled(self, end: int) -> bool:
+        """Fills the last layers of some positions before `end` from states that are held; whether there were any."""
+        depth, start = self.part.end, self._coverage.at(self.part.end)
+        end = min(end, start + CHUNK, self._coverage.length)
+        if self._window or end <= start or (states := self._shallow.at(start, end - start)) is None:
+            return False
+        rows = Rows().hidden(self._sequence, start, states, enter=self._shallow.cut, leave=depth, want=Want.NONE)
+        self._stepped(rows, start + len(states))
+        self._coverage.deepen(start + len(states), depth)
+        return True
+
     def _back_to(self, length: int) -> int:
         """Cuts the sequence back to `length`; where a window has given the needed blocks back, to nothing."""
         if length == self._coverage.length:
             return length
         self._last = None
+        self._shallow.truncate(length)
         if self._window and self._coverage.length > self._window:
             length = 0
+            self._shallow.truncate(0)
             self._sequence.close()
             self._sequence = self.part.open(window=self._window)
         else:
@@ -154,13 +178,16 @@ class LocalPart:
             want_all=want is Want.HIDDEN,
             sampling=sampling or Sampling(),
         )
+        result = self._stepped(rows, end)
+        self._coverage.extend(end, depth)
+        self._log.follow(log, end)
+        return result
+
+    def _stepped(self, rows: Rows, end: int) -> StepResult:
         try:
-            result = self.part.step(rows)
+            return self.part.step(rows)
         except OutOfBlocks as error:
             raise DeviceError(
                 f"no room is left for the KV of position {end - 1}",
                 "begin a new conversation, raise kv_tokens, or choose overflow='slide'",
             ) from error
-        self._coverage.extend(end, depth)
-        self._log.follow(log, end)
-        return result

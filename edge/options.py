@@ -35,7 +35,7 @@ class GenerateOptions:
         mode: "auto", "local", "stream", "split", "verify" or "exit".
         cut: layer before which the hidden states leave the device in split mode; None for the middle.
         codec: how hidden states travel: one of `CODECS`; empty for the mode's own (f16 in split; in exit mode
-            what the exit was calibrated with).
+            what the exit was calibrated with, else ecsq6).
         threshold: confidence from which on exit mode believes the exit; 1 for never, None for what its
             certificate says.
         guesses: tokens that exit mode goes on for before it asks, at most; 0 asks about each that it is not sure of.

@@ -106,12 +106,14 @@ def exits(bundle: Bundle, layers: Sequence[int]) -> tuple[ExitFigures, ...]:
     return tuple(found)
 
 
-def codecs(bundle: Bundle, taken: Sequence[str]) -> tuple[CodecFigures, ...]:
+def codecs(bundle: Bundle, layers: Sequence[int], taken: Sequence[str]) -> tuple[CodecFigures, ...]:
     """How hidden states may travel without a promise being broken: as they are, and in exit mode as was calibrated.
 
     Args:
+        layers: of exits that the device can use.
         taken: codecs that the cloud takes.
     """
-    width, measured = bundle.config.d_model, [one.codec.row_bytes for one in bundle.exits if one.codec is not None]
+    width, able = bundle.config.d_model, [one for one in bundle.exits if one.layer in layers]
+    measured = [one.codec.row_bytes for one in able if one.codec is not None]
     found = [CodecFigures("f32", 4.0 * width, 0.0)] if "f32" in taken else []
     return (*found, CodecFigures(CODED, fmean(measured) if measured else CODED_BYTES * width, 0.0))

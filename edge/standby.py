@@ -51,9 +51,10 @@ class Standby:
     def _work(self, sampling: Sampling, left_s: float) -> float:
         part = self._holding.open(self._depth)
         began, missing = time.perf_counter(), len(self._log) - 1 - part.held(self._depth, self._log)
-        if missing > MOST or (missing >= LEAST and left_s > self._pass_s):
-            part.advance(self._log, min(missing, MOST))
-        elif part.remembers(self._log, sampling):
+        worth = missing > MOST or (missing >= LEAST and left_s > self._pass_s)
+        if worth and part.advance(self._log, min(missing, MOST)):
+            pass
+        elif missing > MOST or part.remembers(self._log, sampling):
             return math.inf
         elif left_s <= self._pass_s:
             part.sample(self._log, sampling)

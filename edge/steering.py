@@ -131,9 +131,9 @@ class Steering:
         if link is None or not self._bridging:
             yield
             return
-        silent = guessed and link.heard_s <= self._silent_at
-        rests = isinstance(runner, StreamRunner | SplitRunner) or (
-            isinstance(runner, VerifyRunner) and not runner.by_model
+        silent, slides = guessed and link.heard_s <= self._silent_at, self._holding.slides
+        rests = isinstance(runner, StreamRunner) or (
+            not runner.by_model if isinstance(runner, VerifyRunner) else isinstance(runner, SplitRunner) and not slides
         )
         if self._standby is not None and rests and not guessed:
             link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)

@@ -92,7 +92,7 @@ class CodecTrials:
             tensor = tensors.encode(hidden, codec, plain=1, stats=self._stats)
             size, rows = size + len(tensor.data) - 2 * hidden.shape[1], rows + len(hidden) - 1
             begin = max(0, sample.answer - 1)
-            given = tensors.decode(tensor, hidden.shape[1], stats=self._stats)
+            given = tensors.decode(tensor, hidden.shape[1], stats=self._stats, max_rows=len(hidden))
             sequence = self._part.open()
             chosen = self._part.step(Rows().hidden(sequence, 0, given, enter=self._layer, want_all=True)).tokens
             sequence.close()

@@ -88,8 +88,8 @@ class ToyPart:
         for span in rows.spans:
             sequence = span.sequence
             assert isinstance(sequence, ToySequence)
-            assert span.position == sequence.length, "positions must follow each other"
             leave = self.end if span.leave is None else span.leave
+            assert span.position == len(sequence.kv[span.enter]), "positions must follow each other"
             if not sequence.window and sequence.length + len(span) > self.max_tokens:
                 raise OutOfBlocks("full")
             for i in range(len(span)):
@@ -102,7 +102,7 @@ class ToyPart:
                 self.rows += 1
                 for layer in range(span.enter, leave):
                     row = self._layer(sequence, layer, position, row)
-                sequence.length = position + 1
+                sequence.length = max(sequence.length, position + 1)
                 if i == len(span) - 1 or span.want_all:
                     if span.want & Want.HIDDEN:
                         hidden.append(row)

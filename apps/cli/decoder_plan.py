@@ -191,7 +191,7 @@ class _Ways:
         self._exits = [one.layer for one in bundle.exits if one.layer <= self._most]
         width = self._config.d_model
         codecs = [CodecFigures(name, size * width, 0.0) for name, size in CODECS.items()]
-        codecs += [one for one in priors.codecs(bundle, ()) if one.name == priors.CODED]
+        codecs += [one for one in priors.codecs(bundle, self._exits, ()) if one.name == priors.CODED]
         here = device.device(self._most)
         self._figures = Figures(
             here,

@@ -167,8 +167,8 @@ def calibrate(
     A certificate that an exit has is replaced by one that is found. If none is found it stays, unless these very
     prompts gave it; --force takes it away.
 
-    It also picks how the hidden states before each exit travel to the cloud: in the smallest codec behind which the
-    model still makes its choices along these answers, but for --codec-loss of them.
+    It also picks how the hidden states before each exit travel to the cloud: in the smallest codec that changes no more
+    of the model's choices along these answers than f16 does, but for --codec-loss of them.
     """
     from rich.console import Console
 
@@ -193,9 +193,9 @@ def calibrate(
             kept = None if force or found else entry.certificate
             if kept and (kept.data, kept.disagreement, kept.confidence) == (data, disagreement, confidence):
                 kept = None  # it does not follow from its own data
+            travels = run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss)
             if kept is None:
                 put_certificates(bundle, {entry.layer: found})
-            travels = run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss)
             put_codecs(bundle, {entry.layer: travels})
             where = f"exit before layer {entry.layer}"
             if found is None:

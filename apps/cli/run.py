@@ -44,8 +44,8 @@ def command(
         str,
         typer.Option(
             help="How hidden states travel: f32, f16, int8, or ecsqN (N 2 to 8, 12, 16, 32: the lower, the coarser and "
-            "smaller); by default f16 in split, and in exit mode what the exit was calibrated with. Of a network that "
-            "was cut: raw, zstd, f16 or intN (2 to 8 by halves, as int4.5), by default as it was planned",
+            "smaller); by default f16 in split, and in exit mode what the exit was calibrated with, else ecsq6. Of a "
+            "network that was cut: raw, zstd, f16 or intN (2 to 8 by halves, as int4.5), by default as it was planned",
             show_default=False,
         ),
     ] = "",

@@ -268,6 +268,23 @@ def busy_for(one: Any, wire: LossyWire, ready_s: float) -> None:
     one._steering._standby.work = work
 
 
+@pytest.mark.parametrize("mode", ["stream", "verify", "split"])
+@pytest.mark.parametrize("slides", [False, True])
+def test_a_device_makes_itself_ready_while_it_waits(mode: str, slides: bool) -> None:
+    wire, slices = wired(), list[float]()
+    options: dict[str, Any] = {"kv_tokens": 512, "overflow": "slide"} if slides else {}
+
+    def work(sampling: Sampling, begins: bool, left_s: float) -> float:
+        slices.append(left_s)
+        return math.inf
+
+    with device(wire, mode, **options) as one:
+        standby: Any = one._steering._standby
+        standby.work = work
+        list(one.generate(PROMPT, max_tokens=6))
+    assert bool(slices) == (not slides or mode != "split")
+
+
 def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() -> None:
     wire = wired()
     with device(wire, "stream") as one:

@@ -10,6 +10,20 @@ from isthmus.edge.coverage import Coverage
 MOVES = st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 6)), max_size=20)
 
 
+@given(st.integers(0, 20), st.integers(1, 20), st.data())
+def test_positions_go_deeper(deep: int, more: int, data: st.DataObject) -> None:
+    coverage = Coverage()
+    if deep:
+        coverage.extend(deep, 6)
+    coverage.extend(deep + more, 3)
+    end = data.draw(st.integers(deep + 1, deep + more))
+    coverage.deepen(end, 6)
+    assert (coverage.at(6), coverage.at(3), coverage.length) == (end, deep + more, deep + more)
+    coverage.truncate(end)
+    coverage.extend(end + 1, 6)
+    assert coverage.at(6) == coverage.length == end + 1
+
+
 @given(MOVES)
 def test_coverage_is_what_a_list_of_depths_says(moves: list[tuple[bool, int, int]]) -> None:
     coverage = Coverage()

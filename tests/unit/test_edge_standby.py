@@ -20,6 +20,7 @@ class Part:
 
     def __init__(self) -> None:
         self.kv, self.sampled, self.passes = 0, -1, list[int]()
+        self.stuck = False  # nothing more can be computed without taking from others
 
     def held(self, depth: int, log: Chain) -> int:
         return self.kv
@@ -27,9 +28,12 @@ class Part:
     def remembers(self, log: Chain, sampling: Any) -> bool:
         return self.sampled == len(log)
 
-    def advance(self, log: Chain, rows: int) -> None:
+    def advance(self, log: Chain, rows: int) -> bool:
+        if self.stuck:
+            return False
         self.passes.append(rows)
         self.kv += rows
+        return True
 
     def sample(self, log: Chain, sampling: Any) -> int:
         self.kv = self.sampled = len(log)
@@ -86,6 +90,16 @@ def test_a_device_that_is_far_behind_catches_up_before_it_guesses() -> None:
     standby, holding, _ = ready(200)
     assert standby.work(GREEDY, False, -1.0) == 0.0
     assert holding.part.sampled < 0 and holding.part.passes == [MOST]
+
+
+def test_what_cannot_be_caught_up_is_left() -> None:
+    standby, holding, log = ready(40)
+    holding.part.stuck = True
+    for left_s in (AGES, 0.0):
+        assert standby.work(GREEDY, False, left_s) == math.inf
+    holding.part.kv = len(log) - 3
+    assert standby.work(GREEDY, False, 0.5) == 0.5 and holding.part.sampled < 0
+    assert standby.work(GREEDY, False, 0.0) == 0.0 and holding.part.sampled == len(log)
 
 
 def test_weights_are_looked_over_first_and_nothing_is_opened_meanwhile() -> None:
