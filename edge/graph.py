@@ -19,7 +19,7 @@ from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
 from isthmus.protocol.arrays import Array, pack, unpack
 from isthmus.protocol.errors import DeviceError, LinkError, ProtocolError, ServiceError
-from isthmus.protocol.features import FEATURE_CODECS
+from isthmus.protocol.features import FEATURE_CODECS, UNIT
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
 from isthmus.split.graph_bundle import GraphBundle
 from isthmus.split.graph_manifest import CLOUD, DEVICE, Named
@@ -79,6 +79,7 @@ class GraphDevice:
 
     Attributes:
         stats: of the last inference.
+        codec: in which what travels is sent, "" for as it is.
 
     Raises:
         BundleError: no such bundle, or one that was altered or lacks a part.
@@ -108,9 +109,11 @@ class GraphDevice:
         self.bundle = bundle if isinstance(bundle, GraphBundle) else GraphBundle.open(bundle)
         self.stats = GraphStats()
         self._manifest, self._mode, self._clock = self.bundle.manifest, mode, clock
-        self._codec = self._manifest.codec if codec is None else "" if codec == "raw" else codec
-        if self._codec not in FEATURE_CODECS:
-            raise DeviceError(f"the codec is {self._codec!r}", f"choose one of raw, {', '.join(FEATURE_CODECS[1:])}")
+        self.codec = self._manifest.codec if codec is None else "" if codec == "raw" else codec
+        if self.codec not in FEATURE_CODECS:
+            raise DeviceError(f"the codec is {self.codec!r}", f"choose one of raw, {', '.join(FEATURE_CODECS[1:-1])}")
+        if self.codec == UNIT != self._manifest.codec:
+            raise DeviceError("the codec is 'unit', and this bundle has no transform for it", "leave --codec out")
         self._threads, self._slow_down = threads, slow_down
         self._timeouts = timeouts or Timeouts()
         self._first = self.bundle.part(DEVICE, threads, slow_down)
@@ -262,7 +265,7 @@ class GraphDevice:
 
     def _ask(self, wire: Wire, known: Mapping[str, Array]) -> int:
         self._asked += 1
-        shapes, data = pack([known[one.name] for one in self._manifest.crossing], self._codec)
+        shapes, data = pack([known[one.name] for one in self._manifest.crossing], self.codec)
         assert self._welcome is not None
         most = self._welcome.limits.max_message_bytes
         if len(data) > most:

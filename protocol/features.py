@@ -6,14 +6,16 @@ All numbers are little-endian. A codec's name:
     zstd     the first bytes of all values, then the second ones and so on, as one Zstandard frame
     f16      values as float16
     intN     N from 2 to 8 by halves, as int4.5: values are the nearest of up to 2^N equal steps, entropy-coded
+    unit     values are the nearest whole numbers, entropy-coded: of what was scaled so that a step of 1 is right
 
-intN is a u8 (the number of levels - 1), the value of level 0 and the step as f32, the frequency of each level, and a
-stream of `protocol.rans`. A frequency is written as LEB128; a 0 is followed by a byte that says how many further
-levels have none. value = level 0's value + level * step, two roundings in f32. Where 0 lies within the scale, it is
-one of its levels, exactly. An array without values has no bytes.
+intN and unit are a u8 (the number of levels - 1), the value of level 0 and the step as f32, the frequency of each
+level, and a stream of `protocol.rans`. A frequency is written as LEB128; a 0 is followed by a byte that says how many
+further levels have none. value = level 0's value + level * step, two roundings in f32. Where 0 lies within the scale,
+it is one of its levels, exactly. An array without values has no bytes.
 
 The sender chooses the scale: here, what lies within four standard deviations of the mean; what lies outside becomes
-the scale's end. Rare levels cost bits only where they occur, so that a wide scale is cheap.
+the scale's end. Rare levels cost bits only where they occur, so that a wide scale is cheap. That of unit is made of
+whole numbers: of all between the least and the most, or of every second, third, ... where those would be more than 256.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from isthmus.protocol.errors import ProtocolError
 
 LOSSLESS: Final = ("", "zstd")
 STEPS: Final = tuple(f"int{half / 2:g}" for half in range(16, 3, -1))
-FEATURE_CODECS: Final = (*LOSSLESS, "f16", *STEPS)
+UNIT: Final = "unit"
+FEATURE_CODECS: Final = (*LOSSLESS, "f16", *STEPS, UNIT)
 TINY: Final = 1e-30  # smaller steps are none
 WIDTH: Final = 4.0  # standard deviations on each side of the mean
 _HEAD: Final = struct.Struct("<Bff")
@@ -68,7 +71,7 @@ def encode(array: Array, codec: str) -> bytes:
         if not np.isfinite(halves).all():
             raise ProtocolError("a value is not finite in float16", "use another codec")
         return halves.tobytes()
-    return _encode_steps(array, round(2 ** float(codec[3:])))
+    return _encode_steps(array, codec)
 
 
 def decode(data: memoryview, codec: str, dtype: np.dtype[Any], dims: Sequence[int]) -> Array:
@@ -84,7 +87,7 @@ def decode(data: memoryview, codec: str, dtype: np.dtype[Any], dims: Sequence[in
         data = _plain(data, count * dtype.itemsize)
         planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, count)
         found: Array = np.frombuffer(planes.T.tobytes(), dtype.newbyteorder("<"))
-    elif codec in STEPS:
+    elif codec in STEPS or codec == UNIT:
         found = _decode_steps(data, count)
         if dtype.itemsize < found.itemsize and found.size and np.abs(found).max() > float(np.finfo(dtype).max):
             raise ProtocolError(f"a value does not fit into {dtype}", _BROKEN)
@@ -103,12 +106,12 @@ def decode(data: memoryview, codec: str, dtype: np.dtype[Any], dims: Sequence[in
     return found.reshape(dims)
 
 
-def _encode_steps(array: Array, levels: int) -> bytes:
+def _encode_steps(array: Array, codec: str) -> bytes:
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array, np.float32).reshape(-1)
     if not values.size:
         return b""
-    low, step, levels = _scale(values, levels)
+    low, step, levels = _whole_numbers(values) if codec == UNIT else _scale(values, round(2 ** float(codec[3:])))
     codes, counts = _quantized(values, low, step, levels)
     table = rans.frequencies(counts)
     return _HEAD.pack(levels - 1, low, step) + _written(table) + rans.encode(codes, table)
@@ -159,6 +162,16 @@ def _scale(values: NDArray[np.float32], levels: int) -> tuple[float, float, int]
         begin = -step * round(-begin / step)
     low = float(np.float32(begin))
     return low, step, min(levels, math.floor((end - low) / step + 0.5) + 1)
+
+
+def _whole_numbers(values: NDArray[np.float32]) -> tuple[float, float, int]:
+    """See `_scale`; 0 is a level wherever it lies within."""
+    least, most = float(values.min()), float(values.max())
+    if not math.isfinite(most - least):
+        raise ProtocolError("a value is not finite", "only finite values can be coded in steps")
+    step = max(1.0, math.ceil((most - least) / (rans.MAX_SYMBOLS - 2)))
+    low = step * math.floor(least / step + 0.5)
+    return low, step, min(rans.MAX_SYMBOLS, math.floor((most - low) / step + 0.5) + 1)
 
 
 def _quantized(

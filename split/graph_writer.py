@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 
 from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
+from isthmus.protocol.features import UNIT
 from isthmus.split.graph_manifest import CLOUD, DEVICE, GraphManifest, Named, graph_id
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given, outputs, session
+from isthmus.split.onnx_transform import transformed, undoing
 from isthmus.split.onnx_writer import write_part
+from isthmus.split.transform import Transform, axis_of, patches_of
 from isthmus.split.writer import BundleWriter
 
+UNDONE = 1e-4  # of its largest magnitude, that a tensor may be off when its transform is undone
+_AGAIN = "plan again: isthmus plan"
 TOLERANCE = {"float16": 4e-3}  # of the largest magnitude of an output: some roundings of its type
 _USUAL = 1e-5
 OTHERS = 2  # requests that one is run together with, to see whether each gets its own
@@ -34,6 +40,7 @@ def write_graph(
     shapes: Mapping[str, Sequence[int]] | None = None,
     arrays: str = "",
     codec: str = "",
+    transforms: Sequence[Any] = (),
 ) -> Any:
     """Writes a bundle; what it says, as plain data.
 
@@ -42,6 +49,7 @@ def write_graph(
         nodes: numbers of those on the device.
         shapes, arrays: of the inputs that it is checked on; as `onnx_measure.measure` has them.
         codec: in which what travels will be sent.
+        transforms: of what travels, each as plain data.
 
     Raises:
         PlanError: it is another model, there is nothing to cut, something cannot travel, or the parts do not give what
@@ -52,7 +60,7 @@ def write_graph(
     proto = read_model(file)
     graph, sha256 = OnnxGraph(proto), digest(file, proto)
     if checked and checked != sha256:
-        raise PlanError(f"the plan is of another model, or another version of {file.name}", "plan again: isthmus plan")
+        raise PlanError(f"the plan is of another model, or another version of {file.name}", _AGAIN)
     here = set(nodes)
     feeds = given(graph, shapes or {}, arrays)
     crossing = graph.halves(here).crossing  # refused now, if it is no cut
@@ -62,19 +70,31 @@ def write_graph(
         onnx.helper.make_tensor_value_info(one, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), None)
         for one, value in travels.items()
     )
-    halves = graph.halves(here)
+    between = [_named(graph, one, travels[one]) for one in crossing]
+    plain = halves = graph.halves(here)
+    shaped = _agreed(msgspec.convert(list(transforms), list[Transform]), codec, travels)
+    features = {one.tensor: travels[one.tensor] for one in shaped}
+    if shaped:
+        for one in shaped:
+            travels |= dict(zip(one.names, one.split(travels[one.tensor]), strict=True))
+        halves, between = transformed(halves, shaped), _transformed(between, shaped)
+        crossing = halves.crossing
     cloud, batches = batched(halves.cloud, file, {one: travels[one] for one in crossing})
     with BundleWriter(Path(output), force=force) as writer:
         for part, target in ((halves.device, DEVICE), (cloud, CLOUD)):
             for written in write_part(part, file, writer.place(target)):
                 writer.take(f"{target.partition('/')[0]}/{written.name}")
-        worst = _compared(writer.place(DEVICE), writer.place(CLOUD), graph, feeds, whole)
+        first, second = _loaded(writer.place(DEVICE)), _loaded(writer.place(CLOUD))
+        if shaped:  # what they round may decide between two answers that are alike: it is not counted
+            worst = _compared(session(plain.device, file, 1), session(plain.cloud, file, 1), graph, feeds, whole)
+            _undone(first, session(undoing(cloud, shaped), file, 1), features, feeds)
+        else:
+            worst = _compared(first, second, graph, feeds, whole)
         title = name or file.stem
         given_to = tuple(_named(graph, one, feeds[one]) for one in graph.inputs)
         given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
-        between = tuple(_named(graph, one, travels[one]) for one in crossing)
-        identity, files = graph_id(writer.files, (given_to, given_by, between)), dict(writer.files)
-        tensors = given_to, given_by, between
+        tensors = given_to, given_by, tuple(between)
+        identity, files = graph_id(writer.files, tensors), dict(writer.files)
         found = GraphManifest(title, identity, sha256, *tensors, halves.kept, files, batches=batches, codec=codec)
         found.check()
         writer.commit(found.encode())
@@ -87,6 +107,41 @@ def write_graph(
         "codec": codec,
         "travels_bytes": sum(travels[one].nbytes for one in crossing),
     }
+
+
+def _transformed(between: Sequence[Named], transforms: Sequence[Transform]) -> list[Named]:
+    """What travels of tensors, some of them transformed."""
+    known, found = {one.tensor: one for one in transforms}, list[Named]()
+    for tensor in between:
+        if tensor.name not in known:
+            found.append(tensor)
+            continue
+        one = known[tensor.name]
+        found += [Named(name, tensor.dtype, one.dims(tensor.shape, at)) for at, name in enumerate(one.names)]
+    return found
+
+
+def _agreed(transforms: Sequence[Transform], codec: str, travels: Mapping[str, Any]) -> Sequence[Transform]:
+    """Transforms that are what they have to be for what travels.
+
+    Raises:
+        PlanError: one is not.
+    """
+    known = {one.tensor for one in transforms}
+    if len(known) < len(transforms):
+        raise PlanError("the plan transforms a tensor twice", _AGAIN)
+    floats = {name for name, value in travels.items() if value.dtype.kind == "f"}
+    if bool(known) != (codec == UNIT) or (known and floats - known):
+        raise PlanError(f"the plan's codec {codec!r} does not go with its transforms", _AGAIN)
+    for one in transforms:
+        if one.tensor not in travels:
+            raise PlanError(f"the plan has a transform of {one.tensor[:60]!r}, which does not travel", _AGAIN)
+        one.check()
+        tensor = travels[one.tensor]
+        fits = axis_of(tensor) == one.axis and tensor.shape[one.axis] == one.channels
+        if not fits or one.patch not in patches_of(tensor.shape):
+            raise PlanError(f"the plan's transform of {one.tensor[:60]!r} is of another shape", _AGAIN)
+    return transforms
 
 
 def _travelling(graph: OnnxGraph, file: Path, crossing: Sequence[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,11 +160,30 @@ def _travelling(graph: OnnxGraph, file: Path, crossing: Sequence[str], feeds: Ma
     return found
 
 
-def _compared(device: Path, cloud: Path, graph: OnnxGraph, feeds: Mapping[str, Any], whole: Mapping[str, Any]) -> float:
-    """Runs the two files after each other; the largest difference, of the largest magnitude of its output."""
-    first = _loaded(device)
+def _undone(
+    first: ort.InferenceSession, back: ort.InferenceSession, features: Mapping[str, Any], feeds: Mapping[str, Any]
+) -> None:
+    """Has tensors transformed on the device and undone in the cloud.
+
+    Raises:
+        PlanError: they come out as others.
+    """
+    parts = dict(zip([one.name for one in first.get_outputs()], outputs(first, _wanted(first, feeds)), strict=True))
+    found = outputs(back, _wanted(back, {**feeds, **parts}), list(features))
+    for (name, value), mine in zip(features.items(), found, strict=True):
+        if (off := difference(mine, value)) > UNDONE:
+            raise PlanError(f"the transform of {name[:60]!r} is undone to {off:.2g} of its largest value only", _AGAIN)
+
+
+def _compared(
+    first: ort.InferenceSession,
+    second: ort.InferenceSession,
+    graph: OnnxGraph,
+    feeds: Mapping[str, Any],
+    whole: Mapping[str, Any],
+) -> float:
+    """Runs the two parts after each other; the largest difference, of the largest magnitude of its output."""
     told = dict(zip([one.name for one in first.get_outputs()], outputs(first, _wanted(first, feeds)), strict=True))
-    second = _loaded(cloud)
     travels = {**{name: feeds[name] for name in graph.inputs}, **told}
     told |= dict(
         zip([one.name for one in second.get_outputs()], outputs(second, _wanted(second, travels)), strict=True)

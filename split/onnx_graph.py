@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import onnx
+import onnx.shape_inference
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.graph import Crossing
@@ -220,6 +221,16 @@ class OnnxGraph:
 
     def _called(self, at: int) -> str:
         return _called(self.nodes[at])
+
+
+def declared(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Sizes of tensors as a model says them itself, and what follows from that; 0 for one that it leaves open."""
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # what is damaged is said by who runs it
+        graph = model.graph
+    infos = (one for some in (graph.value_info, graph.input, graph.output) for one in some)
+    return {one.name: [dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in infos}
 
 
 def used_names(node: onnx.NodeProto) -> list[str]:

@@ -9,9 +9,11 @@ from typing import Literal
 import msgspec
 
 from isthmus.protocol.errors import PlanError
+from isthmus.protocol.features import UNIT
 from isthmus.split.budget import Aim
 from isthmus.split.files import write_whole
 from isthmus.split.profile import TensorSize, load
+from isthmus.split.transform import Transform
 
 VERSION = 1
 _AGAIN = "plan again: isthmus plan"
@@ -38,6 +40,7 @@ class Row(msgspec.Struct, frozen=True):
         measured_ms: the same when it was really run, None where it was not.
         agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
         fails: what it does not keep to, "" if nothing.
+        transforms: of tensors that travel, before they are coded.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Row(msgspec.Struct, frozen=True):
     measured_ms: float | None = None
     agreement: float | None = None
     fails: str = ""
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def expected_ms(self) -> float:
@@ -107,6 +111,8 @@ class Plan(msgspec.Struct, frozen=True):
         for row in self.rows:
             if any(not 0 <= node < self.nodes for node in row.device):
                 raise PlanError(f"the plan's way {row.name!r} has a node that the model has not", _AGAIN)
+            if (row.codec == UNIT) != bool(row.transforms):
+                raise PlanError(f"the plan's way {row.name!r} lacks its codec or its transforms", _AGAIN)
 
     def split(self, name: str = "") -> Row:
         """A way that cuts the model: of that name, else the best.

@@ -86,6 +86,7 @@ def coded(row: Row, sharing: Sharing, tried: Tried, faster: tuple[float, float])
         ms=device_ms + link_ms + cloud_ms,
         energy_j=sharing.energy_j(device_ms, link_ms),
         agreement=tried.agreement,
+        transforms=tried.transforms,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +11,20 @@ from typing import Any, Literal
 import numpy as np
 
 from isthmus.protocol import features
-from isthmus.protocol.arrays import DTYPES
+from isthmus.protocol.arrays import DTYPES, MAX_ARRAYS, pack, unpack
 from isthmus.protocol.errors import PlanError, ProtocolError
-from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_graph import OnnxGraph, declared
 from isthmus.split.onnx_measure import learn, outputs, session
 from isthmus.split.pictures import OF_FORMAT, Picture, Preprocess, smallest
+from isthmus.split.transform import SEGMENTS, Components, Transform, axis_of, patches_of
 
 Agree = Literal["top1", "values"]
 AGREES: tuple[Agree, ...] = ("top1", "values")
 NEAR = 0.01  # of an output's largest magnitude, within which a value counts as the same
 CODECS = (*reversed(features.STEPS), "f16", "zstd")  # the smallest first
+STEPS_AN_OCTAVE, STEP_RANGE = 4, (-17, 6)  # of a component, against the spread of all: nothing finer, nothing coarser
+TINY = 1e-20
+PART_BYTES = 25  # in the message, of one more tensor
 Nodes = tuple[int, ...]
 Feeds = Mapping[str, Any]
 
@@ -34,6 +38,7 @@ class Tried:
         bytes: of an input on the wire, on average.
         plain_bytes: of the same as it is.
         encode_ms, decode_ms: of an input, on this machine.
+        transforms: what is done with tensors before they are coded, and undone behind.
     """
 
     codec: str
@@ -42,6 +47,7 @@ class Tried:
     plain_bytes: float
     encode_ms: float
     decode_ms: float
+    transforms: tuple[Transform, ...] = ()
 
 
 class Trials:
@@ -60,6 +66,7 @@ class Trials:
     ) -> None:
         self._graph, self._file, self._inputs = graph, file, inputs
         self.least, self._agree = least, agree
+        self._declared = declared(graph.model)
         learn(graph, file, inputs[0])
         self._whole = session(graph.model, file, 0)
         self._answers = [outputs(self._whole, one) for one in inputs]
@@ -88,11 +95,75 @@ class Trials:
             found = self._tried(codec, travels)
             if found is None or found[0][0] >= best.bytes:
                 continue
-            (size, *coding_ms), came = found
+            (size, encode_ms, decode_ms), came = found
             agreement = self._agreement(second, takes, gives, came, kept)
             if agreement >= self.least:
-                best = Tried(codec, agreement, size, plain, *coding_ms)
+                best = Tried(codec, agreement, size, plain, encode_ms, decode_ms)
+        patches = [self._patches(name, [arrays[at] for arrays in travels]) for at, name in enumerate(takes)]
+        for patch in sorted({patch for some in patches for patch in some}):
+            coarsest = self._coarsest(
+                travels, takes, patches, patch, lambda came: self._agreement(second, takes, gives, came, kept)
+            )
+            if coarsest is not None and coarsest.bytes < best.bytes:
+                best = coarsest
         return best
+
+    def _coarsest(
+        self,
+        travels: Sequence[Sequence[Any]],
+        takes: Sequence[str],
+        patches: Sequence[Sequence[int]],
+        patch: int,
+        agreement: Callable[[list[list[Any]]], float],
+    ) -> Tried | None:
+        """The largest step of components that keeps the answers; None where some of what travels has none.
+
+        Args:
+            patches: sizes of patches that each tensor can be made of, none where it has no components.
+            patch: of components; where a tensor cannot be made of such, the next smaller one.
+        """
+        floats = [at for at, array in enumerate(travels[0]) if array.dtype.kind == "f"]
+        if not floats or not all(patches[at] for at in floats):
+            return None
+        found = dict[int, Components]()
+        for at in floats:
+            side, axis = max(one for one in patches[at] if one <= patch), axis_of(travels[0][at])
+            assert axis is not None
+            some = SEGMENTS if len(floats) * SEGMENTS < MAX_ARRAYS else max(1, (MAX_ARRAYS - len(takes)) // len(floats))
+            found[at] = Components(takes[at], axis, [arrays[at] for arrays in travels], side, some)
+        plain = float(np.mean([sum(one.nbytes for one in arrays) for arrays in travels]))
+        best: Tried | None = None
+        fine, coarse = STEP_RANGE
+        while coarse - fine > 1:
+            middle = (fine + coarse) // 2
+            width = 2.0 ** (middle / STEPS_AN_OCTAVE)
+            steps = {at: one.coded(max(TINY, one.spread * width)) for at, one in found.items()}
+            try:
+                (size, encode_ms, decode_ms), came = self._units(steps, travels)
+            except ProtocolError:  # more than a message takes
+                return best
+            same = agreement(came)
+            if same >= self.least:
+                best, fine = (
+                    Tried(features.UNIT, same, size, plain, encode_ms, decode_ms, tuple(steps.values())),
+                    middle,
+                )
+            else:
+                coarse = middle
+        return best
+
+    def _patches(self, name: str, arrays: Sequence[Any]) -> list[int]:
+        """Sizes of patches that a tensor's components may have; none where the next input's may be of other channels.
+
+        Args:
+            arrays: it, for each input.
+        """
+        axis, dims = axis_of(arrays[0]), self._declared.get(name, [])
+        if name in self._graph.inputs or axis is None or len(dims) != arrays[0].ndim or not dims[axis]:
+            return []
+        if any(one.shape[1:] != arrays[0].shape[1:] or not one.size or not np.isfinite(one).all() for one in arrays):
+            return []
+        return patches_of(arrays[0].shape) if all(dims[1:]) else [1]
 
     def images(self, pictures: list[Picture], preprocess: Preprocess, name: str) -> list[Tried]:
         """The smallest JPEG and WebP that keep the answers of the whole network; the best of each where none does.
@@ -156,6 +227,24 @@ class Trials:
             decode_s.append(time.perf_counter() - encoded)
             encode_s.append(encoded - began)
             sizes.append(sum(map(len, parts)))
+        return (float(np.mean(sizes)), float(np.median(encode_s)) * 1e3, float(np.median(decode_s)) * 1e3), came
+
+    def _units(
+        self, transforms: Mapping[int, Transform], travels: Sequence[Sequence[Any]]
+    ) -> tuple[tuple[float, float, float], list[list[Any]]]:
+        """See `_tried`; for tensors by their place, transformed."""
+        sizes, encode_s, decode_s, came = list[int](), list[float](), list[float](), list[list[Any]]()
+        for arrays in travels:
+            began = time.perf_counter()
+            split = [transforms[at].split(one) if at in transforms else [one] for at, one in enumerate(arrays)]
+            shapes, data = pack([part for parts in split for part in parts], features.UNIT)
+            encoded = time.perf_counter()
+            back: Iterator[Any] = iter(unpack(shapes, data))
+            parts = [[next(back) for _ in one] for one in split]
+            came.append([transforms[at].joined(one) if at in transforms else one[0] for at, one in enumerate(parts)])
+            decode_s.append(time.perf_counter() - encoded)
+            encode_s.append(encoded - began)
+            sizes.append(len(data) + PART_BYTES * (len(shapes) - len(arrays)))
         return (float(np.mean(sizes)), float(np.median(encode_s)) * 1e3, float(np.median(decode_s)) * 1e3), came
 
     def _same(self, mine: Sequence[Any], whole: Sequence[Any]) -> float:

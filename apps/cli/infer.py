@@ -60,6 +60,7 @@ def infer(ctx: typer.Context) -> None:
         same = [getattr(run, name) for run in runs if run.where == last.where]
         told[name] = round(statistics.median(same), 3)
     told |= {"times": len(runs), "in_the_cloud": sum(run.where == "cloud" for run in runs)}
+    told["codec"] = device.codec or "raw"
     if options["json"]:
         shapes = {name: {"dtype": one.dtype.name, "shape": list(one.shape)} for name, one in found.items()}
         print(dumps(told | {"outputs": shapes}))
@@ -137,7 +138,7 @@ def _print(told: Mapping[str, Any]) -> None:
     whole = told["device_ms"] + told["rest_ms"]
     if told["where"] == "cloud":
         there = f"{told['rest_ms']:.1f} ms for the rest in the cloud ({told['cloud_ms']:.1f} ms of them computing)"
-        bytes_ = f", {told['bytes_up']:,} bytes up and {told['bytes_down']:,} down"
+        bytes_ = f", {told['bytes_up']:,} bytes up ({told['codec']}) and {told['bytes_down']:,} down"
     else:
         there, bytes_ = f"{told['rest_ms']:.1f} ms for the rest, here, too", ""
     times = f" (medians of {told['times']} runs)" if told["times"] > 1 else ""

@@ -104,6 +104,7 @@ def _print_network(facts: dict[str, Any]) -> None:
     print(f"model    {facts['model_id']}")
     print(f"inputs   {arrays(facts['inputs'])}")
     print(f"travels  {arrays(facts['crossing'])}")
+    print(f"sent     {facts['codec'] or 'as it is'}")
     print(f"outputs  {arrays(facts['outputs'])}")
     if facts["kept"]:
         print(f"kept     {', '.join(facts['kept'])} (made on the device)")

@@ -122,6 +122,8 @@ def _cut(
 ) -> None:
     import sys
 
+    import msgspec
+
     from isthmus.apps.cli.profile import shapes
     from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import PlanError
@@ -149,6 +151,7 @@ def _cut(
             sizes,
             str(inputs) if inputs is not None else "",
             row.codec if row.codec in FEATURE_CODECS else "",
+            msgspec.to_builtins(row.transforms),
             what=f"cutting {model.name}",
         )
     here, there = told["nodes"]

@@ -72,7 +72,11 @@ def test_many_runs_as_one_object(folder: Path, keys: Path, cloud: CloudProcess) 
     done = isthmus("run", "cut", "--input", "given.npy", *asked, folder=folder)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["times"] == 5 and told["outputs"] == {"y": {"dtype": "float32", "shape": [1, 16]}}
+    assert (
+        told["codec"] == "raw"
+        and told["times"] == 5
+        and told["outputs"] == {"y": {"dtype": "float32", "shape": [1, 16]}}
+    )
 
 
 def test_it_runs_here_when_nobody_answers(folder: Path, keys: Path, tmp_path: Path) -> None:
@@ -116,7 +120,13 @@ def test_what_cannot_be_measured_is_one_line(folder: Path, arguments: list[str],
 def test_the_bundle_is_shown(folder: Path) -> None:
     done = isthmus("inspect", "cut", "--verify", folder=folder)
     assert done.returncode == 0, done.stderr
-    for told in ("model, a network cut in two", "inputs   x float32 [?, 3, ?, ?]", "outputs  y", "all files here are"):
+    for told in (
+        "model, a network cut in two",
+        "inputs   x float32 [?, 3, ?, ?]",
+        "sent     as it is",
+        "outputs  y",
+        "all files here are",
+    ):
         assert told in done.stdout
     assert json.loads(isthmus("inspect", "cut", "--json", folder=folder).stdout)["batches"] is True
 
@@ -153,7 +163,8 @@ def test_a_codec_is_planned_on_inputs_written_into_the_bundle_and_used(folder: P
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     row = max((row for row in rows if row["agreement"] is not None), key=lambda row: row["up_bytes"])
-    assert row["codec"].startswith("int") and row["agreement"] >= 0.5
+    assert row["codec"].startswith(("int", "unit")) and row["agreement"] >= 0.5
+    assert bool(row["transforms"]) == (row["codec"] == "unit")
     done = isthmus("split", "model.onnx", "--plan", "coded.json", "--way", row["name"], "-o", "coded", folder=folder)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "coded" / "bundle.json").read_text())["codec"] == row["codec"]

@@ -18,9 +18,12 @@ from isthmus.edge.graph import GraphDevice
 from isthmus.edge.graph_pace import BETTER, FIRST_MS, MOST_LOOK_S, GraphPace
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import BundleError, DeviceError, EngineError, LinkError, ServiceError
+from isthmus.protocol.features import UNIT
 from isthmus.split.bundle import is_graph
 from isthmus.split.graph_bundle import GraphBundle
-from isthmus.split.graph_manifest import CLOUD
+from isthmus.split.graph_manifest import CLOUD, DEVICE
+from isthmus.split.graph_writer import write_graph
+from isthmus.split.transform import Components
 from tests.edge_world import LossyWire
 from tests.graph_world import GraphService, cut_network
 
@@ -100,7 +103,28 @@ def test_what_travels_coded_takes_fewer_bytes(
     assert not np.array_equal(found, whole(x))
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_what_travels_by_components(bundle: Path, whole: Callable[[Any], Any], tmp_path: Path, patch: int) -> None:
+    opened, x = GraphBundle.open(bundle), image(size=32)
+    (tensor,) = opened.manifest.crossing
+    features = [opened.part(DEVICE, 1).run({"x": image(seed, 32)})[tensor.name] for seed in range(4)]
+    components = Components(tensor.name, 1, [np.asarray(one, np.float32) for one in features], patch)
+    transform = components.coded(0.25 * components.spread)
+    model, nodes = str(bundle.parent / "model.onnx"), list(range(6))
+    told, sizes = msgspec.to_builtins([transform]), {"x": [1, 3, 32, 32]}
+    write_graph(model, "", nodes, str(tmp_path / "cut"), shapes=sizes, codec=UNIT, transforms=told)
+    wire = LossyWire(GraphService(load_graph(tmp_path / "cut", threads=1)))  # type: ignore[arg-type]
+    with device(tmp_path / "cut", wire, mode="split") as one:
+        found = one.infer(x)["y"]
+        assert one.codec == UNIT and one.stats.where == "cloud" and 5 * one.stats.bytes_up < features[0].nbytes
+    assert 0 < np.abs(found - whole(x)).max() < 0.1 * np.abs(whole(x)).max()
+    with device(tmp_path / "cut") as alone:
+        assert np.allclose(alone.infer(x)["y"], whole(x), atol=1e-4 * np.abs(whole(x)).max())
+
+
 def test_a_codec_that_is_none(bundle: Path) -> None:
+    with pytest.raises(DeviceError, match="this bundle has no transform"):
+        device(bundle, codec="unit")
     with pytest.raises(DeviceError, match="the codec is 'int9'"):
         device(bundle, codec="int9")
     found = msgspec.structs.replace(GraphBundle.open(bundle).manifest, codec="ecsq4")

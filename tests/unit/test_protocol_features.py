@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,29 @@ def test_what_lies_within_the_scale_is_off_by_half_a_step_at_most(codec: str, ar
     assert (np.abs(found - inside) <= 0.5001 * step + slack).all()
 
 
+@given(
+    hnp.arrays(
+        "float32",
+        hnp.array_shapes(min_dims=1, max_dims=3, max_side=20),
+        elements=st.floats(-1e6, 1e6, width=32),
+    )
+)
+def test_whole_numbers_are_off_by_half_of_one_where_there_are_few(array: Any) -> None:
+    data = features.encode(array, features.UNIT)
+    last, low, step = struct.unpack_from("<Bff", data)
+    found: Any = features.decode(memoryview(data), features.UNIT, F32, array.shape)
+    width = float(array.max()) - float(array.min())
+    assert last < 256 and step == max(1, math.ceil(width / 254)) and low == round(low / step) * step
+    assert (np.abs(found - array) <= 0.5001 * step + 1e-6 * np.abs(array).max()).all()
+    assert (found == np.round(found)).all()
+
+
+def test_whole_numbers_stay_themselves() -> None:
+    array = np.arange(-100, 101, dtype=np.float32)
+    assert np.array_equal(back(array, features.UNIT), array)
+    assert np.array_equal(back(array / 3, features.UNIT), np.rint(array / 3))
+
+
 @pytest.mark.parametrize("codec", features.STEPS)
 def test_zero_stays_zero(codec: str) -> None:
     rectified = np.maximum(normal(5000), 0.0)
@@ -70,8 +94,9 @@ def test_zero_stays_zero(codec: str) -> None:
 
 def test_c_and_python_give_the_same_bytes_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = [normal(4001, 1), np.maximum(normal(999, 2), 0), np.full(7, 3.25, np.float32), normal(5, 3) * 1e-20]
-    codecs = [codec for codec in features.STEPS for _ in arrays]
-    pairs = list(zip(codecs, arrays * len(features.STEPS), strict=True))
+    names = (*features.STEPS, features.UNIT)
+    codecs = [codec for codec in names for _ in arrays]
+    pairs = list(zip(codecs, arrays * len(names), strict=True))
     compiled = [features.encode(array, codec) for codec, array in pairs]
     values = [back(array, codec) for codec, array in pairs]
     monkeypatch.setattr(rans, "native", lambda: None)
@@ -114,7 +139,7 @@ def test_whole_numbers_are_not_coded_in_steps() -> None:
         features.decode(memoryview(b""), "int4", np.dtype(np.int64), (0,))
 
 
-@pytest.mark.parametrize("codec", ["f16", *features.STEPS])
+@pytest.mark.parametrize("codec", ["f16", *features.STEPS, features.UNIT])
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(codec: str, strange: float) -> None:
     array = normal(100)

@@ -19,8 +19,9 @@ from isthmus.split.graph_writer import difference, write_graph
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_writer import ALIGN
+from isthmus.split.transform import Components
 from tests.unit.test_split_onnx_file import LAYERS, WIDTH, saved
-from tests.unit.test_split_onnx_measure import BLOCKS, convolutions
+from tests.unit.test_split_onnx_measure import BLOCKS, CHANNELS, convolutions
 
 SHAPES = {"x": [2, 3, 16, 16]}
 
@@ -75,6 +76,90 @@ def test_every_cut_of_a_chain_of_blocks(tmp_path: Path, end: int) -> None:
     travels = run(tmp_path / "cut" / DEVICE, {"x": x})
     assert set(travels) == {one.name for one in found.crossing}
     assert difference(run(tmp_path / "cut" / CLOUD, travels)["y"], whole["y"]) <= 1e-5
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_a_cut_with_a_transform(tmp_path: Path, patch: int) -> None:
+    onnx.save_model(convolutions(), str(tmp_path / "model.onnx"))
+    plain = split(tmp_path / "model.onnx", range(6), tmp_path / "plain", shapes=SHAPES)
+    x = np.random.default_rng(3).standard_normal((5, 3, 20, 20)).astype(np.float32)
+    (tensor,) = plain.crossing
+    features = run(tmp_path / "plain" / DEVICE, {"x": x})[tensor.name]
+    one = Components(tensor.name, 1, [features], patch).coded(0.5)
+    told = msgspec.to_builtins([one])
+    found = split(tmp_path / "model.onnx", range(6), tmp_path / "cut", shapes=SHAPES, codec="unit", transforms=told)
+    assert [part.name for part in found.crossing] == one.names and found.codec == "unit"
+    assert [part.shape[1] for part in found.crossing] == list(one.groups)
+    assert found.batches == plain.batches and found.inputs == plain.inputs and found.outputs == plain.outputs
+    whole = run(tmp_path / "model.onnx", {"x": x})
+    travels = run(tmp_path / "cut" / DEVICE, {"x": x})
+    for part, wanted in zip(one.names, one.split(features), strict=True):
+        np.testing.assert_allclose(travels[part], wanted, atol=1e-3)
+    assert difference(run(tmp_path / "cut" / CLOUD, travels)["y"], whole["y"]) <= 1e-5
+
+
+def perceptron(path: Path, taken: str = "") -> Path:
+    """[1, 6, 8] through a product, Relu and another one; the first is a second output; something may have a name."""
+    chance = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(chance.standard_normal((8, 8)).astype(np.float32), one) for one in "uv"]
+    weights += [numpy_helper.from_array(np.zeros(1, np.float32), taken)] if taken else []
+    nodes = [
+        helper.make_node("MatMul", ["x", "u"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "v"], ["c"]),
+        helper.make_node("Add", ["c", taken or "a"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 6, 8]) for name in "xay"]
+    graph = helper.make_graph(nodes, "perceptron", ends[:1], ends[1:], weights)
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_channels_that_are_last_and_tensors_that_are_outputs_as_well(tmp_path: Path, end: int) -> None:
+    path, chance = perceptron(tmp_path / "model.onnx"), np.random.default_rng(1)
+    x = chance.standard_normal((1, 6, 8)).astype(np.float32)
+    plain = split(path, range(end), tmp_path / "plain")
+    made = run(tmp_path / "plain" / DEVICE, {"x": x})
+    told = [Components(one.name, 2, [made[one.name]]).coded(0.1) for one in plain.crossing]
+    assert len(told) == end and plain.kept == ("a",)
+    found = split(path, range(end), tmp_path / "cut", codec="unit", transforms=msgspec.to_builtins(told))
+    assert [one.name for one in found.crossing] == [name for one in told for name in one.names]
+    whole, travels = run(path, {"x": x}), run(tmp_path / "cut" / DEVICE, {"x": x})
+    assert difference(travels.pop("a"), whole["a"]) <= 1e-5
+    assert difference(run(tmp_path / "cut" / CLOUD, travels)["y"], whole["y"]) <= 1e-4
+
+
+def test_a_model_with_the_names_of_a_transform(tmp_path: Path) -> None:
+    path = perceptron(tmp_path / "model.onnx", "b/unit/matrix")
+    samples = [np.random.default_rng(0).standard_normal((1, 6, 8)).astype(np.float32)]
+    told = msgspec.to_builtins([Components("b", 2, samples).coded(0.1)])
+    with pytest.raises(PlanError, match="the model has a 'b/unit/matrix'"):
+        split(path, range(2), tmp_path / "cut", codec="unit", transforms=told)
+
+
+def test_a_transform_of_something_else_is_refused(tmp_path: Path) -> None:
+    onnx.save_model(convolutions(), str(tmp_path / "model.onnx"))
+    (tensor,) = split(tmp_path / "model.onnx", range(6), tmp_path / "plain", shapes=SHAPES).crossing
+    for name, count, patch, problem in (
+        ("nothing", 4, 1, "does not go with its transforms"),
+        (tensor.name, CHANNELS + 1, 1, "of another shape"),
+        (tensor.name, CHANNELS, 8, "sizes that cannot be"),
+    ):
+        samples = [np.random.default_rng(0).standard_normal((1, count, 8, 8)).astype(np.float32)]
+        one = msgspec.structs.replace(Components(name, 1, samples).coded(0.5), patch=patch)
+        told = msgspec.to_builtins([one])
+        with pytest.raises(PlanError, match=problem):
+            split(tmp_path / "model.onnx", range(6), tmp_path / "cut", shapes=SHAPES, codec="unit", transforms=told)
+    good = msgspec.to_builtins([msgspec.structs.replace(one, patch=1)])
+    for codec, told, problem in (
+        ("int4", good, "does not go with its transforms"),
+        ("unit", [], "does not go with its transforms"),
+        ("unit", good * 2, "transforms a tensor twice"),
+    ):
+        with pytest.raises(PlanError, match=problem):
+            split(tmp_path / "model.onnx", range(6), tmp_path / "cut", shapes=SHAPES, codec=codec, transforms=told)
+    assert not (tmp_path / "cut").exists()
 
 
 @pytest.mark.parametrize("end", range(1, 6))

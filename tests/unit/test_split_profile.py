@@ -14,12 +14,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from isthmus.protocol.errors import PlanError
+from isthmus.protocol.features import UNIT
 from isthmus.split.budget import best
 from isthmus.split.cut import fastest
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_network import ENERGY, MEMORY, Codec, Rate, Sharing
 from isthmus.split.plan import Plan, Row, choose, load_plan, verdict
 from isthmus.split.profile import Profile, TensorSize, load_profile
+from isthmus.split.transform import Components
 
 MODEL = "ab" * 32
 
@@ -186,3 +188,19 @@ def test_a_plan_comes_back_from_its_file_or_is_refused(tmp_path: Path) -> None:
     path.write_bytes(onnx.ModelProto().SerializeToString())
     with pytest.raises(PlanError, match="no plan"):
         load_plan(path)
+
+
+def test_a_plan_has_its_transforms(tmp_path: Path) -> None:
+    samples = [np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)]
+    one = Components("a", 1, samples).coded(0.1)
+    path = tmp_path / "plan.json"
+    coded = msgspec.structs.replace(row("coded", "split", 1.0), codec=UNIT, transforms=(one,))
+    plan = Plan(MODEL, "diamond", 4, "1 ms", (coded,), 0, "so.")
+    plan.save(path)
+    assert load_plan(path) == plan and load_plan(path).rows[0].transforms == (one,)
+    told = msgspec.to_builtins(plan)
+    changes: list[dict[str, Any]] = [{"transforms": []}, {"codec": "int4"}]
+    for changed in changes:
+        path.write_bytes(msgspec.json.encode(told | {"rows": [told["rows"][0] | changed]}))
+        with pytest.raises(PlanError, match="'coded' lacks its codec or its transforms"):
+            load_plan(path)

@@ -16,7 +16,7 @@ from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.profile import TensorSize
 from isthmus.split.trial_inputs import MOST, read_inputs
 from isthmus.split.trials import Trials, share
-from tests.unit.test_split_onnx_measure import convolutions
+from tests.unit.test_split_onnx_measure import CHANNELS, convolutions
 
 SIZES = {"x": TensorSize("float32", (1, 3, 16, 16), 3072)}
 CUT = tuple(range(6))  # behind the second block
@@ -52,10 +52,44 @@ def test_a_stricter_wish_takes_more_bytes(model: Path, pictures: Path) -> None:
         trials(model, pictures, least, agree).smallest(CUT)
         for least, agree in ((0.0, "top1"), (1.0, "top1"), (1.0, "values"))
     ]
-    assert found[0].codec == "int2" and found[0].bytes <= found[1].bytes < found[2].bytes
+    assert found[0].bytes <= found[1].bytes < found[2].bytes
     assert all(one.agreement >= least for one, least in zip(found, (0.0, 1.0, 1.0), strict=True))
-    assert found[2].codec not in ("", "int2") and found[2].bytes < found[2].plain_bytes
+    assert found[2].codec not in ("", "int2") and all(bool(one.transforms) == (one.codec == "unit") for one in found)
+    assert found[2].bytes < found[2].plain_bytes
     assert 0 < found[2].encode_ms < 1000 and 0 < found[2].decode_ms < 1000
+
+
+def fixed(path: Path) -> Path:
+    """The model, taking pictures of one size only."""
+    found = onnx.load(str(path))
+    for dim, size in zip(found.graph.input[0].type.tensor_type.shape.dim, (1, 3, 16, 16), strict=True):
+        dim.dim_value = size
+    onnx.save_model(found, str(path))
+    return path
+
+
+def test_neighbours_are_put_together_where_all_sizes_are_known(model: Path, pictures: Path) -> None:
+    open_ = trials(model, pictures, 1.0, "values")
+    loose = open_.smallest(CUT)
+    tight = trials(fixed(model), pictures, 1.0, "values")
+    found = tight.smallest(CUT)
+    assert all(one.patch == 1 for one in loose.transforms) and found.bytes <= loose.bytes
+    good = [np.ones((1, CHANNELS, 16, 16), np.float32)] * 2
+    (name,) = OnnxGraph(read_model(model)).crossing(CUT)
+    assert tight._patches(name, good) == [1, 2, 4] and open_._patches(name, good) == [1]
+    broken = np.full(good[0].shape, np.nan, np.float32)
+    for strange in (broken, good[0][:, :, :8], good[0][:0]):
+        assert tight._patches(name, [good[0], strange]) == []
+
+
+def test_an_input_that_travels_as_well_has_no_components(model: Path, pictures: Path) -> None:
+    found = onnx.load(str(fixed(model)))
+    found.graph.node.append(onnx.helper.make_node("ReduceSum", ["x"], ["all of x"], keepdims=0))
+    found.graph.node.append(onnx.helper.make_node("Add", [found.graph.output[0].name, "all of x"], ["with x"]))
+    found.graph.output[0].name = "with x"
+    onnx.save_model(found, str(model))
+    one = trials(model, pictures, 1.0, "values").smallest(CUT)
+    assert not one.transforms and one.codec not in ("", "unit")
 
 
 def test_a_picture_is_sent_as_small_as_the_answers_allow(model: Path, pictures: Path) -> None:

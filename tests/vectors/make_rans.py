@@ -42,6 +42,9 @@ def main() -> None:
         ("constant", "int3", np.full((2, 2), 0.1, np.float32)),
         ("halves", "f16", values[:1]),
         ("without values", "int4", np.empty((0, 3), np.float32)),
+        ("normal, half a bit more", "int4.5", values),
+        ("whole numbers nearby", "unit", 3 * values),
+        ("more than 256 whole numbers", "unit", np.array([-300, 0.4, 7.5, 299], np.float32)),
     ):
         data = features.encode(array, codec)
         back = features.decode(memoryview(data), codec, array.dtype, array.shape)
