@@ -55,7 +55,7 @@ def main() -> int:
         ratio = tried.plain_bytes / tried.bytes
         ratios.append(ratio)
         rows.append([tried.codec, name, tried.plain_bytes / 4, tried.bytes, ratio, tried.agreement])
-        print(name, tried, f"{ratio:.1f}", file=sys.stderr, flush=True)
+        print(name, tried.codec, f"{ratio:.1f}", tried.agreement, file=sys.stderr, flush=True)
     record.figure("blocks/smaller than float32, worst", min(ratios), "times", target=SMALLER)
     record.figure("blocks/smaller than float32, median", statistics.median(ratios), "times")
     best = min((row for row in rows if row[1] != "the picture"), key=lambda row: float(row[3] or 0))

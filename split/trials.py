@@ -23,6 +23,7 @@ AGREES: tuple[Agree, ...] = ("top1", "values")
 NEAR = 0.01  # of an output's largest magnitude, within which a value counts as the same
 CODECS = (*reversed(features.STEPS), "f16", "zstd")  # the smallest first
 STEPS_AN_OCTAVE, STEP_RANGE = 4, (-17, 6)  # of a component, against the spread of all: nothing finer, nothing coarser
+FURTHER = 3  # steps beyond the first that is too coarse: a few answers more or less are chance
 TINY = 1e-20
 PART_BYTES = 25  # in the message, of one more tensor
 Nodes = tuple[int, ...]
@@ -132,24 +133,27 @@ class Trials:
             some = SEGMENTS if len(floats) * SEGMENTS < MAX_ARRAYS else max(1, (MAX_ARRAYS - len(takes)) // len(floats))
             found[at] = Components(takes[at], axis, [arrays[at] for arrays in travels], side, some)
         plain = float(np.mean([sum(one.nbytes for one in arrays) for arrays in travels]))
-        best: Tried | None = None
-        fine, coarse = STEP_RANGE
-        while coarse - fine > 1:
-            middle = (fine + coarse) // 2
-            width = 2.0 ** (middle / STEPS_AN_OCTAVE)
+
+        def tried(exponent: int) -> Tried | None:
+            width = 2.0 ** (exponent / STEPS_AN_OCTAVE)
             steps = {at: one.coded(max(TINY, one.spread * width)) for at, one in found.items()}
             try:
                 (size, encode_ms, decode_ms), came = self._units(steps, travels)
             except ProtocolError:  # more than a message takes
-                return best
+                return None
             same = agreement(came)
-            if same >= self.least:
-                best, fine = (
-                    Tried(features.UNIT, same, size, plain, encode_ms, decode_ms, tuple(steps.values())),
-                    middle,
-                )
-            else:
-                coarse = middle
+            if same < self.least:
+                return None
+            return Tried(features.UNIT, same, size, plain, encode_ms, decode_ms, tuple(steps.values()))
+
+        best: Tried | None = None
+        fine, coarse = STEP_RANGE
+        while coarse - fine > 1:
+            middle = (fine + coarse) // 2
+            one = tried(middle)
+            best, fine, coarse = (one, middle, coarse) if one is not None else (best, fine, middle)
+        for further in range(coarse + 1, coarse + 1 + FURTHER) if best is not None else ():
+            best = tried(further) or best
         return best
 
     def _patches(self, name: str, arrays: Sequence[Any]) -> list[int]:
