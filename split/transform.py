@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from isthmus.protocol.errors import PlanError
 
-MOST = 512  # components: the basis of so many takes half a megabyte
+MOST = 768  # components: the basis of so many takes a megabyte
 MOST_VALUES = 1 << 24  # that components are found with
 PATCHES = (1, 2, 4)
 SEGMENTS = 64  # of components, that groups are made of
