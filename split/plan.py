@@ -37,7 +37,6 @@ class Row(msgspec.Struct, frozen=True):
         tail_ms: the plan's percentile over a changing link and a busy cloud, None where neither is given.
         device_mb: of weights on the device.
         energy_j: that the device spends, 0 where no watts are declared.
-        measured_ms: the same when it was really run, None where it was not.
         agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
         fails: what it does not keep to, "" if nothing.
         transforms: of tensors that travel, before they are coded.
@@ -58,20 +57,14 @@ class Row(msgspec.Struct, frozen=True):
     down_ms: float = 0.0
     device_mb: float = 0.0
     energy_j: float = 0.0
-    measured_ms: float | None = None
     agreement: float | None = None
     fails: str = ""
     transforms: tuple[Transform, ...] = ()
 
-    @property
-    def expected_ms(self) -> float:
-        """The best that is known of its time."""
-        return self.ms if self.measured_ms is None else self.measured_ms
-
     def cost_ms(self, aim: Aim) -> float:
         """What is to be small: its time, or in a pipeline that of its slowest stage."""
         if aim == "latency":
-            return self.expected_ms
+            return self.ms
         return max(self.device_ms, self.link_ms - self.down_ms, self.cloud_ms + self.down_ms)
 
 

@@ -156,13 +156,13 @@ def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: fl
         least: agreement with the unsplit model, where that was tried.
         slo_ms: that it may take at most: at that percentile where it varies, else what is expected.
     """
-    has = {MEMORY: row.device_mb, ENERGY: row.energy_j, LATENCY: row.expected_ms}
+    has = {MEMORY: row.device_mb, ENERGY: row.energy_j, LATENCY: row.ms}
     over = [
         f"{has[name]:.4g} {_UNITS[name]}, {most:.4g} wanted"
         for name, most in wanted.budgets.items()
         if has[name] > most * (1 + 1e-6)
     ]
-    late = row.expected_ms if row.tail_ms is None else row.tail_ms
+    late = row.ms if row.tail_ms is None else row.tail_ms
     if slo_ms is not None and late > slo_ms:
         where = "" if row.tail_ms is None else f" at the {percentile:g}th percentile"
         over.append(f"{late:.4g} ms{where}, {slo_ms:.4g} wanted")

@@ -227,5 +227,5 @@ def _cells(row: Row, tail: bool, tried: bool) -> list[str]:
     times = (row.device_ms, row.link_ms, row.cloud_ms)
     sizes = (row.up_bytes / 1e3, row.down_bytes / 1e3)
     same = [] if not tried else ["" if row.agreement is None else f"{row.agreement:.1%}"]
-    cells = [f"{row.expected_ms:.2f}", *late, *(f"{ms:.2f}" for ms in times), *(f"{size:.1f}" for size in sizes)]
+    cells = [f"{row.ms:.2f}", *late, *(f"{ms:.2f}" for ms in times), *(f"{size:.1f}" for size in sizes)]
     return cells + same

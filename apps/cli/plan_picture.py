@@ -36,7 +36,7 @@ svg { width: 100%; height: auto }
 <table><tr><th>way</th><th>ms</th><th>p{{ "%g" % plan.percentile }}, ms</th><th>device</th><th>link</th><th>cloud</th>
 <th>kB up</th><th>kB down</th><th>answers that stay</th><th>fails</th></tr>
 {% for row in plan.rows %}<tr{% if loop.index0 == plan.best %} class="best"{% endif %}><td>{{ row.name }}</td>
-<td>{{ "%.2f" % row.expected_ms }}</td><td>{{ "" if row.tail_ms is none else "%.2f" % row.tail_ms }}</td>
+<td>{{ "%.2f" % row.ms }}</td><td>{{ "" if row.tail_ms is none else "%.2f" % row.tail_ms }}</td>
 <td>{{ "%.2f" % row.device_ms }}</td><td>{{ "%.2f" % row.link_ms }}</td><td>{{ "%.2f" % row.cloud_ms }}</td>
 <td>{{ "%.1f" % (row.up_bytes / 1e3) }}</td><td>{{ "%.1f" % (row.down_bytes / 1e3) }}</td>
 <td>{{ "" if row.agreement is none else "%.1f %%" % (100 * row.agreement) }}</td><td>{{ row.fails }}</td></tr>
@@ -109,7 +109,7 @@ def crossings(rows: Sequence[Row], link: Link) -> list[tuple[float, float]]:
 
 
 def _latency(axes: Any, plan: Plan, link: Link) -> None:
-    shown = sorted(plan.rows, key=lambda row: row.expected_ms)[:_SHOWN]
+    shown = sorted(plan.rows, key=lambda row: row.ms)[:_SHOWN]
     for row, times in zip(shown, over_rates(shown, link), strict=True):
         axes.plot(RATES_BPS / 1e6, times, label=_plain(row.name), linewidth=2.5 if row is plan.rows[plan.best] else 1.0)
     for bps, ms in crossings(shown, link):
