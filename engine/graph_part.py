@@ -36,12 +36,9 @@ class GraphPart:
 
     def __init__(self, path: Path, threads: int = 0, slow_down: float = 1.0, limit_s: float = 0.0) -> None:
         check_slow_down(slow_down)
-        ort = onnxruntime()
-        options = ort.SessionOptions()
+        ort, options = onnxruntime(), part_options()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # failures come back as exceptions
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.enable_mem_pattern = False  # one would be kept for each shape that was ever seen
         self._path, self._slow_down, self._limit_s, self._new_run = path, slow_down, limit_s, ort.RunOptions
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -78,6 +75,14 @@ class GraphPart:
         if self._slow_down > 1.0:
             time.sleep((self._slow_down - 1.0) * (time.perf_counter() - began))
         return dict(zip(names, found, strict=True))
+
+
+def part_options() -> Any:
+    """What a part's `SessionOptions` have beside its threads: also for who measures what a part will take."""
+    options = onnxruntime().SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_mem_pattern = False  # one would be kept for each shape that was ever seen
+    return options
 
 
 _SHAPES = "give arrays of the types and shapes that `isthmus inspect` shows"

@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from isthmus.engine.graph_part import part_options
 from isthmus.protocol.errors import PlanError
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import outputs, session
 from isthmus.split.profile import Profile, TensorSize
-from isthmus.split.timing import timed
+from isthmus.split.timing import timed, timed_in_turns
 
 SECONDS = 0.4  # for each side of each finalist
 Nodes = tuple[int, ...]
@@ -66,16 +67,17 @@ class Finalists:
         halves = self._graph.halves(nodes)
         first = self._loaded(halves.device, self._device)
         feeds = {one.name: self._feeds[one.name] for one in first.get_inputs()}
-        device_ms, _ = timed(partial(outputs, first, feeds), self._seconds)
+        runs = [partial(outputs, first, feeds)]
         values = dict(zip([one.name for one in first.get_outputs()], outputs(first, feeds), strict=True))
         second = self._loaded(halves.cloud, self._cloud)
         values = {**self._feeds, **values}
         feeds = {one.name: values[one.name] for one in second.get_inputs()}
-        cloud_ms, _ = timed(partial(outputs, second, feeds), self._seconds)
+        runs.append(partial(outputs, second, feeds))
+        (device_ms, _), (cloud_ms, _) = timed_in_turns(runs, self._seconds)
         return device_ms * self._scale(self._device), cloud_ms * self._scale(self._cloud)
 
     def _loaded(self, part: onnx.ModelProto, profile: Profile) -> ort.InferenceSession:
-        return session(part, self._file, _threads(profile))
+        return session(part, self._file, _threads(profile), part_options())
 
     def _scale(self, profile: Profile) -> float:
         """How many times longer the whole model took where it was profiled than it takes here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 WARM, LEAST, MOST = 3, 8, 60  # runs that are not counted, and that are
 PAUSE_S = 0.01  # between two runs: the processor that is never left alone is faster
@@ -12,11 +12,22 @@ PAUSE_S = 0.01  # between two runs: the processor that is never left alone is fa
 
 def timed(run: Callable[[], object], seconds: float) -> tuple[float, float]:
     """The median of later runs and the time of the first one, in milliseconds."""
-    took = list[float]()
-    began = time.perf_counter()
-    while len(took) < WARM + LEAST or (time.perf_counter() - began < seconds and len(took) < WARM + MOST):
-        start = time.perf_counter()
-        run()
-        took.append((time.perf_counter() - start) * 1e3)
-        time.sleep(PAUSE_S)
-    return statistics.median(took[WARM:]), took[0]
+    ((median, first),) = timed_in_turns([run], seconds)
+    return median, first
+
+
+def timed_in_turns(runs: Sequence[Callable[[], object]], seconds: float) -> list[tuple[float, float]]:
+    """See `timed`; of several that take turns, as they will, so that each finds the caches as the others left them.
+
+    Args:
+        seconds: for each of them.
+    """
+    took: list[list[float]] = [[] for _ in runs]
+    began, whole = time.perf_counter(), seconds * len(runs)
+    while len(took[0]) < WARM + LEAST or (time.perf_counter() - began < whole and len(took[0]) < WARM + MOST):
+        for run, mine in zip(runs, took, strict=True):
+            start = time.perf_counter()
+            run()
+            mine.append((time.perf_counter() - start) * 1e3)
+            time.sleep(PAUSE_S)
+    return [(statistics.median(mine[WARM:]), mine[0]) for mine in took]
