@@ -160,7 +160,7 @@ class DealerTransport:
         if kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
             raise LinkError(
                 f"the encrypted handshake with {self.address} failed",
-                "check that the cloud's public key is the right one and that both sides use keys",
+                "try again; else check that the cloud's public key is the right one and that both sides use keys",
             )
         raise LinkError(f"nothing answers at {self.address}", "check that `isthmus serve` runs there")
 
