@@ -6,8 +6,9 @@ allows, each on the same stretch of the trace, then in auto, which has met machi
 The simulator plays auto on the same stretch with times that were measured just before and just after (the mean of both
 counts), what a question takes over a link that only delays among them, corrected by how fast the steps of both sides
 were within the window, since a host that others use is another one a minute later; and with what n-grams and exits
-foresee of the answers. Fixed modes wait for a link that is silent, and auto goes on by itself. A device that holds 20
-layers has a folder with no more in it. Slow-downs are declared; nothing else should run on the machine. What was played
+foresee of the answers. Fixed modes wait for a link that is silent, and auto goes on by itself; where it can do so only
+with an exit's guesses, an answer is complete when the cloud has confirmed them. A device that holds 20 layers has a
+folder with no more in it. Slow-downs are declared; nothing else should run on the machine. What was played
 while others on the host took much of the processors is played again, at most twice. Each window is kept when it is
 done, by commit: a run that was stopped is gone on with, and `--only` plays some again.
 
@@ -52,6 +53,7 @@ from isthmus.split.traces import Trace, read_pair, synthetic_pair, turned
 
 LEAD_S = 3.0  # in which a device connects
 NEAR, ALIKE = 0.9, 0.1
+LAYERS, WAITS_MS = 30, 120_000  # of the whole model; for a silent link
 MOST_TAKEN, TRIES, PATIENCE_S = 0.1, 3, 60.0  # of the processors, by others on the host; plays; waiting for calm
 SIMULATOR = ("conversation", "facts", "players", "simulate", "virtual")
 PLAYS = (
@@ -175,7 +177,10 @@ def real(case: Case, options: Mapping[str, Any], folder: Path, keys: Path, cloud
 
     def played(asked: list[str], seconds: float) -> tuple[int, Counter[str]]:
         auto = options["mode"] == "auto"
-        patience = Timeouts(connect_ms=60_000) if auto else Timeouts(connect_ms=60_000, give_up_ms=120_000)
+        patience = Timeouts(connect_ms=60_000, give_up_ms=WAITS_MS)
+        if auto:  # what the whole model says alone counts; what an exit guessed waits for its cloud, as fixed modes do
+            whole = case.held == LAYERS
+            patience = Timeouts(connect_ms=60_000) if whole else Timeouts(connect_ms=60_000, confirm_ms=WAITS_MS)
         with Relay(cloud, link) as relay:
             began = time.monotonic()
             with Device(

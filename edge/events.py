@@ -23,7 +23,7 @@ class Timeouts:
         retry_ms: until an unanswered message is repeated the first time; the wait doubles up to eightfold.
         give_up_ms: how long the link may be down in the middle of an answer; cellular links stall for ten seconds.
         progress_ms: until a request fails although the cloud is there.
-        confirm_ms: how long a complete answer waits for a silent cloud that has guesses of this device to confirm.
+        confirm_ms: how long a cloud may be silent that a complete answer has guesses of this device to confirm.
         busy_note_ms: until a device that a busy cloud puts off says so.
         busy_ms: until a device that can go on by itself does so instead of waiting for a busy cloud.
     """
