@@ -17,12 +17,13 @@ from isthmus.edge.events import Timeouts
 from isthmus.edge.graph_pace import FIRST_MS, MOST_LOOK_S, GraphPace
 from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
+from isthmus.engine.certainty import certainty
 from isthmus.protocol.arrays import Array, pack, unpack
 from isthmus.protocol.errors import DeviceError, LinkError, ProtocolError, ServiceError
 from isthmus.protocol.features import FEATURE_CODECS, UNIT
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
 from isthmus.split.graph_bundle import GraphBundle
-from isthmus.split.graph_manifest import CLOUD, DEVICE, Named
+from isthmus.split.graph_manifest import CLOUD, Named
 
 if TYPE_CHECKING:
     from isthmus.engine.graph_part import GraphPart
@@ -39,6 +40,7 @@ class GraphStats:
 
     Attributes:
         where: "cloud" where the rest was run there, "device" where all was run here.
+        exit: the output at which it ended; "" for none.
         device_ms: of the first part.
         rest_ms: from then on to the outputs.
         cloud_ms, queue_ms: the cloud's engine, and the time before it began; 0 where no answer came.
@@ -48,6 +50,7 @@ class GraphStats:
     """
 
     where: Literal["cloud", "device"] = "device"
+    exit: str = ""
     device_ms: float = 0.0
     rest_ms: float = 0.0
     cloud_ms: float = 0.0
@@ -76,6 +79,7 @@ class GraphDevice:
         threads: of the engine, 0 for one per core.
         slow_down: pretends to be a weaker device, as declared; 1 for none.
         codec: in which what travels is sent, one of `FEATURE_CODECS` ("raw" for as it is); None for the bundle's.
+        exits: whether an inference ends at an exit of the bundle that is sure.
 
     Attributes:
         stats: of the last inference.
@@ -98,6 +102,7 @@ class GraphDevice:
         threads: int = 0,
         slow_down: float = 1.0,
         codec: str | None = None,
+        exits: bool = True,
         timeouts: Timeouts | None = None,
         wire: Wire | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -116,7 +121,10 @@ class GraphDevice:
             raise DeviceError("the codec is 'unit', and this bundle has no transform for it", "leave --codec out")
         self._threads, self._slow_down = threads, slow_down
         self._timeouts = timeouts or Timeouts()
-        self._first = self.bundle.part(DEVICE, threads, slow_down)
+        self._stages = [
+            (self.bundle.part(file, threads, slow_down) if file else None, exit if exits else None)
+            for file, exit in self._manifest.stages
+        ]
         self._rest: GraphPart | None = None
         self._able = self.bundle.has(CLOUD)
         self._pace = GraphPace(self._able)
@@ -132,7 +140,7 @@ class GraphDevice:
             raise DeviceError(f"{self.bundle.path} holds the device's part only", "name a cloud, or copy the rest, too")
 
     def infer(self, arrays: Mapping[str, ArrayLike] | ArrayLike) -> dict[str, Array]:
-        """The network's outputs by their names.
+        """The network's outputs by their names; those that are known at an exit that is sure.
 
         Args:
             arrays: inputs by their names; of a network with one input, that alone.
@@ -146,14 +154,20 @@ class GraphDevice:
         stats = self.stats = GraphStats()
         up, down = (self._wire.bytes_up, self._wire.bytes_down) if self._wire is not None else (0, 0)
         began = time.perf_counter()
-        known = given | self._first.run(given)
+        known = dict(given)
+        for part, exit in self._stages:
+            known |= part.run(known) if part is not None else {}
+            if exit is not None and certainty(known[exit.output], exit.probabilities) >= exit.confidence:
+                stats.exit = exit.output
+                break
         stats.device_ms = (time.perf_counter() - began) * 1e3
-        began = time.perf_counter()
-        known |= self._finished(known, stats)
-        stats.rest_ms = (time.perf_counter() - began) * 1e3
+        if not stats.exit:
+            began = time.perf_counter()
+            known |= self._finished(known, stats)
+            stats.rest_ms = (time.perf_counter() - began) * 1e3
         if self._wire is not None:
             stats.bytes_up, stats.bytes_down = self._wire.bytes_up - up, self._wire.bytes_down - down
-        return {one.name: known[one.name] for one in self._manifest.outputs}
+        return {one.name: known[one.name] for one in self._manifest.outputs if one.name in known}
 
     def close(self) -> None:
         """Ends the connection; may be called twice."""

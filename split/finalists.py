@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,24 @@ from isthmus.engine.graph_part import part_options
 from isthmus.protocol.errors import PlanError
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import outputs, session
+from isthmus.split.onnx_stages import stages
+from isthmus.split.plan import Way
 from isthmus.split.profile import Profile, TensorSize
 from isthmus.split.timing import timed, timed_in_turns
 
 SECONDS = 0.4  # for each side of each finalist
-Nodes = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What a way's parts take, in milliseconds.
+
+    Attributes:
+        stages_ms: of the device, up to each exit, and of what it does behind the last.
+    """
+
+    stages_ms: tuple[float, ...]
+    cloud_ms: float
 
 
 class Finalists:
@@ -48,14 +62,14 @@ class Finalists:
         graph.learn([_info(name, size) for name, size in {**device.inputs, **device.tensors}.items()])
         self._here: dict[int, float] = {}
 
-    def fused(self, ways: Iterable[Nodes]) -> dict[Nodes, tuple[float, float]]:
-        """Milliseconds of the device's and of the cloud's part, by the nodes on the device; ways that are no cut, or
-        whose parts the runtime does not run by themselves, are left out.
+    def fused(self, ways: Iterable[Way]) -> dict[Way, Fused]:
+        """What parts take; ways that are of one piece, or whose parts the runtime does not run by themselves, are left
+        out.
         """
         found = {}
-        for nodes in ways:
+        for way in ways:
             with suppress(PlanError):
-                found[nodes] = self._both(nodes)
+                found[way] = self._timed(*way)
         return found
 
     @property
@@ -63,18 +77,29 @@ class Finalists:
         """How many times longer the model takes where the device, and the cloud, was profiled than it takes here."""
         return self._scale(self._device), self._scale(self._cloud)
 
-    def _both(self, nodes: Nodes) -> tuple[float, float]:
-        halves = self._graph.halves(nodes)
-        first = self._loaded(halves.device, self._device)
-        feeds = {one.name: self._feeds[one.name] for one in first.get_inputs()}
-        runs = [partial(outputs, first, feeds)]
-        values = dict(zip([one.name for one in first.get_outputs()], outputs(first, feeds), strict=True))
-        second = self._loaded(halves.cloud, self._cloud)
-        values = {**self._feeds, **values}
-        feeds = {one.name: values[one.name] for one in second.get_inputs()}
-        runs.append(partial(outputs, second, feeds))
-        (device_ms, _), (cloud_ms, _) = timed_in_turns(runs, self._seconds)
-        return device_ms * self._scale(self._device), cloud_ms * self._scale(self._cloud)
+    def _timed(self, nodes: tuple[int, ...], exits: tuple[str, ...]) -> Fused:
+        whole = bool(exits) and len(nodes) == len(self._graph.nodes)
+        halves = None if whole else self._graph.halves(nodes)
+        values = dict(self._feeds)
+        parts = stages(self._graph.model if halves is None else halves.device, exits)
+        runs = [self._run(part, self._device, values) for part in parts]
+        if halves is not None:
+            runs.append(self._run(halves.cloud, self._cloud, values))
+        took = iter(timed_in_turns([run for run in runs if run is not None], self._seconds))
+        ms = [next(took)[0] if run is not None else 0.0 for run in runs]
+        cloud_ms = ms.pop() * self._scale(self._cloud) if halves is not None else 0.0
+        return Fused(tuple(one * self._scale(self._device) for one in ms), cloud_ms)
+
+    def _run(
+        self, part: onnx.ModelProto | None, profile: Profile, values: dict[str, Any]
+    ) -> Callable[[], object] | None:
+        """A run of a part on what is known; `values` learn what it gives."""
+        if part is None:
+            return None
+        running = self._loaded(part, profile)
+        feeds = {one.name: values[one.name] for one in running.get_inputs()}
+        values |= dict(zip([one.name for one in running.get_outputs()], outputs(running, feeds), strict=True))
+        return partial(outputs, running, feeds)
 
     def _loaded(self, part: onnx.ModelProto, profile: Profile) -> ort.InferenceSession:
         return session(part, self._file, _threads(profile), part_options())

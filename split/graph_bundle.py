@@ -52,13 +52,15 @@ class GraphBundle:
         return size is not None
 
     def has(self, part: str) -> bool:
-        """Whether all files of the device's or the cloud's part are here; `part` is that file's name."""
-        return all(self.holds(name) for name in self._files(part))
+        """Whether all files of the device's (`DEVICE`) or the cloud's part (`CLOUD`) are here."""
+        folder = part.partition("/")[0] + "/"
+        return all(self.holds(name) for name in self.manifest.files if name.startswith(folder))
 
     def part(self, part: str, threads: int = 0, slow_down: float = 1.0, limit_s: float = 0.0) -> GraphPart:
-        """The device's part (`graph_manifest.DEVICE`) or the cloud's (`CLOUD`), its files compared with their hashes.
+        """The cloud's part (`graph_manifest.CLOUD`) or a piece of the device's, its files compared with their hashes.
 
         Args:
+            part: the name of its file.
             threads, slow_down, limit_s: as in `GraphPart`.
 
         Raises:
@@ -66,7 +68,9 @@ class GraphBundle:
             PlanError: it is no model, or its weights do not lie beside it.
             EngineError: nothing runs it here.
         """
-        for name in self._files(part):
+        for name in self.manifest.files:
+            if not name.startswith(part.removesuffix("onnx")):
+                continue
             if not self.holds(name):
                 raise BundleError(f"{self.path} has no {name}", "split or copy the model again")
             self._check(name)
@@ -95,7 +99,3 @@ class GraphBundle:
             raise BundleError(f"{self.path / name} cannot be read ({error.strerror})", AGAIN) from error
         if found != self.manifest.files[name].sha256:
             raise BundleError(f"{self.path / name} was altered", AGAIN)
-
-    def _files(self, part: str) -> list[str]:
-        folder = part.partition("/")[0] + "/"
-        return [name for name in self.manifest.files if name.startswith(folder)]

@@ -15,6 +15,8 @@ from isthmus.protocol.features import FEATURE_CODECS
 from isthmus.split.manifest import FORMAT_VERSION, FileEntry, check_files, check_model_name
 
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
+STAGE = "device/stage-{}.onnx"  # of the device, behind its first exit: 2, 3, ...
+MOST_EXITS = 3
 _AGAIN = "split the model again"
 
 
@@ -48,6 +50,20 @@ class Named(msgspec.Struct, frozen=True):
             raise BundleError(f"bundle.json has the {what} {self.name[:80]!r} with the shape {self.shape}", _AGAIN)
 
 
+class GraphExit(msgspec.Struct, frozen=True):
+    """An output at which the device ends where that is sure of itself.
+
+    Attributes:
+        output: its name.
+        confidence: the probability of what is likeliest from which the answer is final, in every row of it.
+        probabilities: whether the output has them; else their logarithms, up to a constant.
+    """
+
+    output: str
+    confidence: float
+    probabilities: bool = False
+
+
 class GraphManifest(msgspec.Struct, frozen=True):
     """See the module.
 
@@ -60,6 +76,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
         kept: outputs that the device's part makes.
         batches: whether the cloud's part, given rows of several requests, gives the rows of each.
         codec: in which the device sends what travels, as `protocol.features` has it.
+        exits: of the device, in the order in which they are reached.
         files: every file but bundle.json, by its name within the bundle.
     """
 
@@ -75,6 +92,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
     format_version: int = FORMAT_VERSION
     batches: bool = False
     codec: str = ""
+    exits: tuple[GraphExit, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> GraphManifest:
@@ -105,12 +123,26 @@ class GraphManifest(msgspec.Struct, frozen=True):
             raise BundleError("bundle.json keeps outputs that the model has not, or all of them", _AGAIN)
         if self.codec not in FEATURE_CODECS:
             raise BundleError(f"bundle.json sends in the codec {self.codec[:40]!r}", _AGAIN)
+        if len(self.exits) > MOST_EXITS or len({one.output for one in self.exits}) < len(self.exits):
+            raise BundleError(f"bundle.json has {len(self.exits)} exits, or two at one output", _AGAIN)
+        for exit in self.exits:
+            if exit.output not in self.kept or not 0.0 < exit.confidence <= 1.0:
+                problem = f"bundle.json has an exit at {exit.output[:80]!r}, sure from {exit.confidence:g} on"
+                raise BundleError(problem, _AGAIN)
         check_files(self.files)
-        for name in (DEVICE, CLOUD):
+        bare = {one.name for one in self.crossing} <= {one.name for one in self.inputs}  # all of it is the cloud's
+        for name in (CLOUD,) if bare else (DEVICE, CLOUD):
             if name not in self.files:
                 raise BundleError(f"bundle.json lists no {name}", _AGAIN)
         if self.model_id != graph_id(self.files, (self.inputs, self.outputs, self.crossing)):
             raise BundleError(f"model_id {self.model_id[:64]!r} does not follow from the bundle's files", _AGAIN)
+
+    @property
+    def stages(self) -> list[tuple[str, GraphExit | None]]:
+        """The device's part: files that run one after the other, "" for nothing to do, each with the exit behind it."""
+        names = [DEVICE, *(STAGE.format(at + 2) for at in range(len(self.exits)))]
+        exits: tuple[GraphExit | None, ...] = (*self.exits, None)
+        return [(name if name in self.files else "", one) for name, one in zip(names, exits, strict=True)]
 
     def encode(self) -> bytes:
         """The bytes of a `bundle.json`."""

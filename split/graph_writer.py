@@ -14,10 +14,11 @@ import onnxruntime as ort
 from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import UNIT
-from isthmus.split.graph_manifest import CLOUD, DEVICE, GraphManifest, Named, graph_id
+from isthmus.split.graph_manifest import CLOUD, DEVICE, STAGE, GraphExit, GraphManifest, Named, graph_id
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.onnx_measure import given, outputs, session
+from isthmus.split.onnx_measure import given, outputs, session, sizes
+from isthmus.split.onnx_stages import stages
 from isthmus.split.onnx_transform import transformed, undoing
 from isthmus.split.onnx_writer import write_part
 from isthmus.split.transform import Transform, axis_of, patches_of
@@ -41,15 +42,17 @@ def write_graph(
     arrays: str = "",
     codec: str = "",
     transforms: Sequence[Any] = (),
+    exits: Sequence[Any] = (),
 ) -> Any:
     """Writes a bundle; what it says, as plain data.
 
     Args:
         checked: the sha256 that the model must have, "" for any.
-        nodes: numbers of those on the device.
+        nodes: numbers of those on the device; none has the inputs travel.
         shapes, arrays: of the inputs that it is checked on; as `onnx_measure.measure` has them.
         codec: in which what travels will be sent.
         transforms: of what travels, each as plain data.
+        exits: at outputs that the device makes, in the order in which they are reached, each as plain data.
 
     Raises:
         PlanError: it is another model, there is nothing to cut, something cannot travel, or the parts do not give what
@@ -63,15 +66,19 @@ def write_graph(
         raise PlanError(f"the plan is of another model, or another version of {file.name}", _AGAIN)
     here = set(nodes)
     feeds = given(graph, shapes or {}, arrays)
-    crossing = graph.halves(here).crossing  # refused now, if it is no cut
+    crossing = graph.halves(here).crossing if here else graph.handed_over().crossing  # refused now, if it is no cut
     whole = dict(zip(graph.outputs, outputs(session(proto, file, 1), feeds), strict=True))
     travels = _travelling(graph, file, crossing, feeds)
+    leaving = tuple(msgspec.convert(list(exits), list[GraphExit]))
+    types = {one: str(value.dtype) for one, value in travels.items()}
+    if leaving:  # the device's part is written in pieces, of whose seams the types must be known, too
+        types |= {one: dtype for one, (dtype, *_) in sizes(graph, file, feeds).items()}
     graph.learn(
-        onnx.helper.make_tensor_value_info(one, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), None)
-        for one, value in travels.items()
+        onnx.helper.make_tensor_value_info(one, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), None)
+        for one, dtype in types.items()
     )
     between = [_named(graph, one, travels[one]) for one in crossing]
-    plain = halves = graph.halves(here)
+    plain = halves = graph.halves(here) if here else graph.handed_over()
     shaped = _agreed(msgspec.convert(list(transforms), list[Transform]), codec, travels)
     features = {one.tensor: travels[one.tensor] for one in shaped}
     if shaped:
@@ -81,12 +88,16 @@ def write_graph(
         crossing = halves.crossing
     cloud, batches = batched(halves.cloud, file, {one: travels[one] for one in crossing})
     with BundleWriter(Path(output), force=force) as writer:
-        for part, target in ((halves.device, DEVICE), (cloud, CLOUD)):
+        parts = {CLOUD: cloud}
+        for at, piece in enumerate(stages(halves.device, [one.output for one in leaving])):
+            if piece is not None:
+                parts[STAGE.format(at + 1) if at else DEVICE] = piece
+        for target, part in parts.items():
             for written in write_part(part, file, writer.place(target)):
                 writer.take(f"{target.partition('/')[0]}/{written.name}")
-        first, second = _loaded(writer.place(DEVICE)), _loaded(writer.place(CLOUD))
+        second, *first = (_loaded(writer.place(target)) for target in parts)
         if shaped:  # what they round may decide between two answers that are alike: it is not counted
-            worst = _compared(session(plain.device, file, 1), session(plain.cloud, file, 1), graph, feeds, whole)
+            worst = _compared([session(plain.device, file, 1)], session(plain.cloud, file, 1), graph, feeds, whole)
             _undone(first, session(undoing(cloud, shaped), file, 1), features, feeds)
         else:
             worst = _compared(first, second, graph, feeds, whole)
@@ -95,7 +106,9 @@ def write_graph(
         given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
         tensors = given_to, given_by, tuple(between)
         identity, files = graph_id(writer.files, tensors), dict(writer.files)
-        found = GraphManifest(title, identity, sha256, *tensors, halves.kept, files, batches=batches, codec=codec)
+        found = GraphManifest(
+            title, identity, sha256, *tensors, halves.kept, files, batches=batches, codec=codec, exits=leaving
+        )
         found.check()
         writer.commit(found.encode())
     return {
@@ -161,34 +174,31 @@ def _travelling(graph: OnnxGraph, file: Path, crossing: Sequence[str], feeds: Ma
 
 
 def _undone(
-    first: ort.InferenceSession, back: ort.InferenceSession, features: Mapping[str, Any], feeds: Mapping[str, Any]
+    first: Sequence[ort.InferenceSession],
+    back: ort.InferenceSession,
+    features: Mapping[str, Any],
+    feeds: Mapping[str, Any],
 ) -> None:
     """Has tensors transformed on the device and undone in the cloud.
 
     Raises:
         PlanError: they come out as others.
     """
-    parts = dict(zip([one.name for one in first.get_outputs()], outputs(first, _wanted(first, feeds)), strict=True))
-    found = outputs(back, _wanted(back, {**feeds, **parts}), list(features))
+    found = outputs(back, _wanted(back, _known(first, feeds)), list(features))
     for (name, value), mine in zip(features.items(), found, strict=True):
         if (off := difference(mine, value)) > UNDONE:
             raise PlanError(f"the transform of {name[:60]!r} is undone to {off:.2g} of its largest value only", _AGAIN)
 
 
 def _compared(
-    first: ort.InferenceSession,
+    first: Sequence[ort.InferenceSession],
     second: ort.InferenceSession,
     graph: OnnxGraph,
     feeds: Mapping[str, Any],
     whole: Mapping[str, Any],
 ) -> float:
     """Runs the two parts after each other; the largest difference, of the largest magnitude of its output."""
-    told = dict(zip([one.name for one in first.get_outputs()], outputs(first, _wanted(first, feeds)), strict=True))
-    travels = {**{name: feeds[name] for name in graph.inputs}, **told}
-    told |= dict(
-        zip([one.name for one in second.get_outputs()], outputs(second, _wanted(second, travels)), strict=True)
-    )
-    worst = 0.0
+    told, worst = _known([*first, second], feeds), 0.0
     for name, value in whole.items():
         if name in graph.inputs:
             continue
@@ -273,6 +283,15 @@ def difference(mine: Any, other: Any) -> float:
 
 def _loaded(path: Path) -> ort.InferenceSession:
     return session(onnx.load(str(path), load_external_data=False), path, 1)
+
+
+def _known(parts: Sequence[ort.InferenceSession], feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and all that parts give, one after the other."""
+    found = dict(feeds)
+    for running in parts:
+        made = outputs(running, _wanted(running, found))
+        found |= dict(zip([one.name for one in running.get_outputs()], made, strict=True))
+    return found
 
 
 def _wanted(running: ort.InferenceSession, values: Mapping[str, Any]) -> dict[str, Any]:

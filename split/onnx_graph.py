@@ -127,6 +127,13 @@ class OnnxGraph:
         if not here or not there:
             side = "device" if not there else "cloud"
             raise PlanError(f"all nodes are on the {side}, so there is nothing to cut", "choose a way that is a split")
+        return self._halves(here, there)
+
+    def handed_over(self) -> Halves:
+        """As `halves`, with all nodes in the cloud: the device's part is empty, and the inputs travel."""
+        return self._halves(set(), list(range(len(self.nodes))))
+
+    def _halves(self, here: set[int], there: list[int]) -> Halves:
         crossing = self.crossing(here)
         made = [name for name in self.outputs if self._maker.get(name, -1) not in here and name in self._maker]
         if not made:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
-from isthmus.split.cut import INPUT, Cut, Flow, Network, Use
+from isthmus.split.cut import Cut, Flow, Network, Use
 from isthmus.split.graph import Graph
+from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.profile import Profile, TensorSize
 
 FLOATS = ("float32", "float16", "float64")
@@ -89,7 +90,7 @@ class Sharing:
     Attributes:
         cloud_ms: that a request takes there beside the model's nodes: messages, and waiting for others.
         device_watts, radio_watts: of the device, while it computes, and while something travels.
-        reached: the share of inputs that get to a node at all, by its number; the rest left at an exit.
+        leaving: exits on the device; who leaves there asks nothing of the link and the cloud.
 
     Raises:
         PlanError: a profile is another model's.
@@ -103,7 +104,7 @@ class Sharing:
     cloud_ms: float = 0.0
     device_watts: float = 0.0
     radio_watts: float = 0.0
-    reached: Mapping[int, float] = field(default_factory=dict)
+    leaving: Leaving = NONE
 
     def __post_init__(self) -> None:
         if self.device.model != self.cloud.model:
@@ -112,20 +113,25 @@ class Sharing:
     def network(self) -> Network:
         """What is to be cut; budgets are `MEMORY` for weights on the device and `ENERGY` of the device."""
         nodes, sizes = len(self.graph.nodes), {**self.device.tensors, **self.device.inputs}
-        share = np.array([self.reached.get(at, 1.0) for at in range(nodes)])
+        asks, here = self.leaving.reach[-1], self.pieces()
+        reach = np.full(nodes, asks)
+        for share, piece in zip(self.leaving.reach, here, strict=True):
+            reach[list(piece)] = share
         down_ms = np.zeros(nodes)  # of outputs that the cloud makes
-        ms = np.stack([np.array(self.device.nodes_ms), np.array(self.cloud.nodes_ms)]) * share
+        ms = np.stack([np.array(self.device.nodes_ms) * reach, np.array(self.cloud.nodes_ms) * asks])
+        for piece in here[:-1]:
+            ms[CLOUD, list(piece)] = np.inf
         for name in self.graph.outputs:
             at = self.graph.made_by(name)
             if at >= 0:
-                back_ms = share[at] * self.rate.down_ms(sizes[name].bytes) if _travels(sizes, name) else np.inf
+                back_ms = asks * self.rate.down_ms(sizes[name].bytes) if _travels(sizes, name) else np.inf
                 down_ms[at] += back_ms
         ms[CLOUD] += down_ms
         flows = []
         for tensor in self.graph.tensors:
-            first = tensor.producer if tensor.producer != INPUT else min(tensor.consumers, default=0)
-            flows.append(Flow(tensor.producer, tensor.consumers, (share[first] * self._sent_ms(sizes, tensor.name),)))
-        trip = self.rate.trip_ms + self.rate.up_ms(MESSAGE) + self.rate.down_ms(MESSAGE) + self.cloud_ms
+            sent_ms = self._sent_ms(sizes, tensor.name)
+            flows.append(Flow(tensor.producer, tensor.consumers, (asks * sent_ms if sent_ms < np.inf else np.inf,)))
+        trip = asks * (self.rate.trip_ms + self.rate.up_ms(MESSAGE) + self.rate.down_ms(MESSAGE) + self.cloud_ms)
         use: dict[str, Use] = {}
         held = np.zeros((2, nodes))
         held[DEVICE] = np.array(self.device.weights) / 1e6
@@ -141,8 +147,16 @@ class Sharing:
         """Names of the tensors that travel up."""
         return self.graph.crossing([at for at, tier in enumerate(cut.tiers) if tier == DEVICE])
 
+    def pieces(self) -> list[set[int]]:
+        """Numbers of the nodes up to each exit, and of all others."""
+        left, found = set(range(len(self.graph.nodes))), list[set[int]]()
+        for nodes in self.leaving.nodes:
+            found.append(left & nodes)
+            left -= nodes
+        return [*found, left]
+
     def up_bytes(self, cut: Cut) -> float:
-        """What travels up for an input; 0 where all stays on the device."""
+        """What travels up for an input that is asked about; 0 where all stays on the device."""
         if max(cut.tiers) == DEVICE:
             return 0.0
         sizes = {**self.device.tensors, **self.device.inputs}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import msgspec
 import numpy as np
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.agreement import AGREES, Agree
 from isthmus.split.budget import Aim
 from isthmus.split.finalists import Finalists
 from isthmus.split.graph import Graph
+from isthmus.split.graph_exits import NONE, Leaving, choices
 from isthmus.split.link import Link, read_link
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
@@ -32,7 +34,7 @@ from isthmus.split.replay import latencies
 from isthmus.split.tflite import TfliteGraph, is_tflite
 from isthmus.split.tflite import digest as tflite_digest
 from isthmus.split.trial_inputs import Inputs, read_inputs
-from isthmus.split.trials import AGREES, Agree, Trials
+from isthmus.split.trials import Trials
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Asked:
         measure: whether the finalists are timed as fused models, on the inputs of `arrays` (a .npz file; random ones
             where there is none).
         folder, preprocess: pictures or arrays to try codecs on, and what is done with pictures, a file; "" for none.
-        agreement: share of answers that a codec must leave as they are; `agree` says when one is.
+        agreement: share of answers that codecs and exits must leave as they are; `agree` says when one is.
+        exits: by the name of an output that answers early, the probability from which its answer is final.
 
     Raises:
         PlanError: a number is none, or two wishes do not go together.
@@ -69,6 +72,7 @@ class Asked:
     preprocess: str = ""
     agreement: float = 0.99
     agree: Agree = "top1"
+    exits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -88,6 +92,9 @@ class Asked:
             raise PlanError(f"answers agree by {self.agree!r}", f"choose {' or '.join(AGREES)}")
         if self.preprocess and not self.folder:
             raise PlanError("a preprocessing is given, and no pictures", "name their folder with --inputs")
+        if self.exits and not self.folder:
+            problem = "exits are given, and no inputs to see how often each is sure on"
+            raise PlanError(problem, "name their folder with --inputs")
         if self.load and self.aim == "throughput":
             raise PlanError("a pipeline has its cloud for itself", "leave --load or --throughput out")
 
@@ -116,13 +123,16 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
     sharing = Sharing(graph, here, there, over.rate(), PLAIN, 0.0, wish.device_watts, wish.radio_watts)
     budgets = {MEMORY: wish.memory_mb, ENERGY: wish.energy_j}
     wanted = Wanted(wish.aim, {what: most for what, most in budgets.items() if most is not None})
-    rows = ways(sharing, [PLAIN], wanted)
-    inputs, worth = None, list[Row]()
+    inputs, trials, worth = None, None, list[Row]()
+    early = list[Leaving]()
     if wish.folder:
         if not isinstance(graph, OnnxGraph):
             raise PlanError("codecs are tried on the cuts of ONNX models", "leave the folder of inputs out")
         inputs = read_inputs(Path(wish.folder), graph, here.inputs, wish.preprocess)
-        worth = candidates(sharing, wanted)
+        trials = Trials(graph, file, inputs.feeds, wish.agreement, wish.agree)
+        early = choices(graph, wish.exits, trials.answers, wish.agree)
+        worth = candidates(sharing, wanted, early)
+    rows = ways(sharing, [PLAIN], wanted, early)
     if isinstance(graph, OnnxGraph) and (wish.measure or inputs is not None):
         if inputs is None or wish.arrays:
             feeds: Mapping[str, Any] = given(
@@ -132,12 +142,11 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
             feeds = inputs.feeds[0]
         finalists = Finalists(graph, file, here, there, feeds)
         if wish.measure:
-            fused = finalists.fused(dict.fromkeys(row.device for row in (*rows, *worth)))
+            fused = finalists.fused(dict.fromkeys(row.way for row in (*rows, *worth)))
             rows, worth = remeasured(rows, sharing, fused), remeasured(worth, sharing, fused)
-        if inputs is not None:
-            trials = Trials(graph, file, inputs.feeds, wish.agreement, wish.agree)
+        if inputs is not None and trials is not None:
             whole = [row for row in rows if row.kind == "cloud"]
-            rows += _coded(sharing, trials, inputs, whole, worth, finalists.faster)
+            rows += _coded(sharing, trials, inputs, whole, worth, early, finalists.faster)
     rows = [
         judged(_replayed(row, over, wish), wanted, wish.slo_ms, wish.percentile, wish.agreement)
         for row in told_apart(rows)
@@ -166,6 +175,7 @@ def _coded(
     inputs: Inputs,
     whole: Sequence[Row],
     worth: Sequence[Row],
+    early: Sequence[Leaving],
     faster: tuple[float, float],
 ) -> list[Row]:
     """Pictures in place of the input, and splits, each in the smallest codec that keeps the answers."""
@@ -173,9 +183,10 @@ def _coded(
     if inputs.preprocess is not None:
         tried = trials.images(inputs.pictures, inputs.preprocess, inputs.name)
         found += [coded(row, sharing, one, faster) for row in whole for one in tried]
+    leaving = {tuple(exit.output for exit in one.exits): one for one in early}
     for row in worth:
         with suppress(PlanError):  # of a way that is no cut
-            if (one := trials.smallest(row.device)).codec:
+            if (one := trials.smallest(row.device, leaving.get(row.way[1], NONE))).codec:
                 found.append(coded(row, sharing, one, faster))
     return found
 

@@ -50,6 +50,8 @@ def _with(halves: Halves, one: Transform) -> Halves:
     if clash := next((said for said in used if said.startswith(f"{name}/unit")), None):
         raise PlanError(f"the model has a {clash[:60]!r}, as a transform would", "rename it, or take another way")
     keep = [info for info in device.graph.output if info.name != name or name in halves.kept]
+    if name not in halves.kept:
+        device.graph.value_info.append(outputs[name])
     dims = _dims(outputs[name])
     infos = [
         helper.make_tensor_value_info(part, onnx.TensorProto.FLOAT, dims and list(one.dims(dims, at)))

@@ -12,6 +12,7 @@ from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import UNIT
 from isthmus.split.budget import Aim
 from isthmus.split.files import write_whole
+from isthmus.split.graph_manifest import GraphExit
 from isthmus.split.profile import TensorSize, load
 from isthmus.split.transform import Transform
 
@@ -19,10 +20,24 @@ VERSION = 1
 _AGAIN = "plan again: isthmus plan"
 _NAME_CHARS = 60  # of a tensor, for people
 Kind = Literal["device", "cloud", "image", "split"]
+Way = tuple[tuple[int, ...], tuple[str, ...]]
+
+
+class Leaves(msgspec.Struct, frozen=True):
+    """Inputs that leave at an exit on the device.
+
+    Attributes:
+        share: of all inputs.
+        ms: of the device until then.
+    """
+
+    exit: GraphExit
+    share: float
+    ms: float
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One way, with its times in milliseconds for one input.
+    """One way, with its times in milliseconds and its bytes for one input; on average, where some leave at an exit.
 
     Attributes:
         kind: all on the device; all in the cloud, which is sent the input, or the image that it was made of; or a
@@ -40,6 +55,7 @@ class Row(msgspec.Struct, frozen=True):
         agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
         fails: what it does not keep to, "" if nothing.
         transforms: of tensors that travel, before they are coded.
+        leaves: at exits, in the order in which they are reached.
     """
 
     name: str
@@ -60,6 +76,17 @@ class Row(msgspec.Struct, frozen=True):
     agreement: float | None = None
     fails: str = ""
     transforms: tuple[Transform, ...] = ()
+    leaves: tuple[Leaves, ...] = ()
+
+    @property
+    def goes_on(self) -> float:
+        """The share of inputs that leave at no exit."""
+        return max(0.0, 1.0 - sum(one.share for one in self.leaves))
+
+    @property
+    def way(self) -> Way:
+        """What parts it has: nodes on the device, and exits there."""
+        return self.device, tuple(one.exit.output for one in self.leaves)
 
     def cost_ms(self, aim: Aim) -> float:
         """What is to be small: its time, or in a pipeline that of its slowest stage."""
@@ -108,18 +135,19 @@ class Plan(msgspec.Struct, frozen=True):
                 raise PlanError(f"the plan's way {row.name!r} lacks its codec or its transforms", _AGAIN)
 
     def split(self, name: str = "") -> Row:
-        """A way that cuts the model: of that name, else the best.
+        """A way that cuts the model, the best; or one of that name, which may have all of it in the cloud.
 
         Raises:
             PlanError: there is none.
         """
         ways = [row for row in self.rows if row.kind == "split" and name in ("", row.name)]
+        ways += [row for row in self.rows if row.kind == "cloud" and name == row.name]
         if not ways:
-            known = "; ".join(row.name for row in self.rows if row.kind == "split")
+            known = "; ".join(row.name for row in self.rows if row.kind in ("split", "cloud"))
             what = (
                 f"the plan has no way {name!r} that cuts the model" if name else "the plan has no way to cut the model"
             )
-            raise PlanError(what, f"it has: {known}" if known else "send it whole, or keep it on the device")
+            raise PlanError(what, f"it has: {known}" if known else "keep it on the device")
         return min(ways, key=lambda row: (bool(row.fails), row.cost_ms(self.aim)))
 
     def save(self, path: Path) -> None:
@@ -160,6 +188,8 @@ def verdict(rows: Sequence[Row], best: int, aim: Aim = "latency") -> str:
         told = f"Split it after {shown(row.crossing)} ({row.codec}): {_told(row, aim)}"
     else:
         told = f"Do not split it, but send what it is given to the cloud ({row.name}): {_told(row, aim)}"
+    if row.leaves:
+        told += f" on average, as {1.0 - row.goes_on:.0%} of inputs leave at an exit"
     if not others:
         return told + "."
     second = min(others, key=lambda one: one.cost_ms(aim))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import msgspec
 import numpy as np
@@ -12,8 +13,10 @@ import numpy as np
 from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import LATENCY, Aim, best, taken
 from isthmus.split.cut import Cut, Network, fastest, priced
+from isthmus.split.finalists import Fused
+from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.onnx_network import CLOUD, DEVICE, ENERGY, MEMORY, MESSAGE, Codec, Sharing
-from isthmus.split.plan import Kind, Row, shown
+from isthmus.split.plan import Kind, Leaves, Row, Way, shown
 from isthmus.split.trials import Tried
 
 PLAIN = Codec("as it is")
@@ -35,8 +38,9 @@ class Wanted:
     budgets: Mapping[str, float] = field(default_factory=dict)
 
 
-def ways(sharing: Sharing, codecs: Sequence[Codec], wanted: Wanted) -> list[Row]:
-    """All on the device, all in the cloud, and the best splits of each codec, the best first.
+def ways(sharing: Sharing, codecs: Sequence[Codec], wanted: Wanted, choices: Sequence[Leaving] = ()) -> list[Row]:
+    """All on the device, all in the cloud, and the best splits of each codec, the best first; then the best ways with
+    exits, of all choices of them.
 
     Raises:
         PlanError: no way keeps to the budgets (which, and by how much).
@@ -51,16 +55,28 @@ def ways(sharing: Sharing, codecs: Sequence[Codec], wanted: Wanted) -> list[Row]
     for codec in codecs:
         one = replace(sharing, codec=codec)
         found += [_row(one, cut, "split", _named(one, cut)) for cut in splits(one, wanted)]
-    return [judged(row, wanted) for row in found if np.isfinite(row.ms)]
+    early = list[Row]()
+    for leaving in choices:
+        plain = replace(plain, leaving=leaving)
+        name = _called("all on the device", [one.output for one in leaving.exits])
+        early.append(_row(plain, priced(plain.network(), [DEVICE] * nodes), "device", name))
+        for one in (replace(plain, codec=codec) for codec in codecs):
+            early += [_row(one, cut, "split", _named(one, cut)) for cut in splits(one, wanted)]
+    found = [judged(row, wanted) for row in found if np.isfinite(row.ms)]
+    return found + _best([judged(row, wanted) for row in early if np.isfinite(row.ms)], wanted.aim)
 
 
-def candidates(sharing: Sharing, wanted: Wanted) -> list[Row]:
+def candidates(sharing: Sharing, wanted: Wanted, choices: Sequence[Leaving] = ()) -> list[Row]:
     """Splits that would be best if what travels were smaller, with their costs as it is: they are worth a trial."""
-    plain = replace(sharing, codec=PLAIN)
-    network = plain.network()
-    tiers = dict.fromkeys(cut.tiers for bits in WORTH_A_TRIAL for cut in splits(_coding(sharing, bits), wanted))
-    found = [priced(network, list(one)) for one in tiers]
-    return [_row(plain, cut, "split", _named(plain, cut)) for cut in found if np.isfinite(cut.ms)]
+    found = list[Row]()
+    for leaving in (NONE, *choices):
+        plain = replace(sharing, codec=PLAIN, leaving=leaving)
+        network = plain.network()
+        tiers = dict.fromkeys(cut.tiers for bits in WORTH_A_TRIAL for cut in splits(_coding(plain, bits), wanted))
+        cuts = [priced(network, list(one)) for one in tiers]
+        rows = [_row(plain, cut, "split", _named(plain, cut)) for cut in cuts if np.isfinite(cut.ms)]
+        found += _best(rows, wanted.aim) if leaving.exits else rows
+    return found
 
 
 def coded(row: Row, sharing: Sharing, tried: Tried, faster: tuple[float, float]) -> Row:
@@ -70,19 +86,20 @@ def coded(row: Row, sharing: Sharing, tried: Tried, faster: tuple[float, float])
         row: the same with what travels as it is.
         faster: how many times longer things take on the device, and in the cloud, than where it was tried.
     """
-    device_ms = row.device_ms + tried.encode_ms * faster[DEVICE]
-    cloud_ms = row.cloud_ms + tried.decode_ms * faster[CLOUD]
-    link_ms = row.link_ms + sharing.rate.up_ms(tried.bytes + MESSAGE - row.up_bytes)
-    picture = row.kind == "cloud"
+    device_ms = row.device_ms + row.goes_on * tried.encode_ms * faster[DEVICE]
+    cloud_ms = row.cloud_ms + row.goes_on * tried.decode_ms * faster[CLOUD]
+    up_bytes = row.goes_on * (tried.bytes + MESSAGE)
+    link_ms = row.link_ms + sharing.rate.up_ms(up_bytes - row.up_bytes)
+    picture, split = row.kind == "cloud", f"split after {shown(row.crossing)}, {tried.codec}"
     return msgspec.structs.replace(
         row,
-        name=f"the picture as {tried.codec}" if picture else f"split after {shown(row.crossing)}, {tried.codec}",
+        name=_called(f"the picture as {tried.codec}" if picture else split, row.way[1]),
         kind="image" if picture else "split",
         codec=tried.codec,
         device_ms=device_ms,
         cloud_ms=cloud_ms,
         link_ms=link_ms,
-        up_bytes=tried.bytes + MESSAGE,
+        up_bytes=up_bytes,
         ms=device_ms + link_ms + cloud_ms,
         energy_j=sharing.energy_j(device_ms, link_ms),
         agreement=tried.agreement,
@@ -111,6 +128,8 @@ def splits(sharing: Sharing, wanted: Wanted, count: int = FINALISTS) -> list[Cut
     for end in range(1, nodes):
         cut = priced(network, [DEVICE] * end + [CLOUD] * (nodes - end))
         found.setdefault(cut.tiers, cut)
+    if not sharing.leaving.reach[-1]:
+        return []  # nothing gets as far
     given = set(sharing.graph.inputs)
     real = [cut for cut in found.values() if len(set(cut.tiers)) > 1 and np.isfinite(cut.ms)]
     kept: dict[tuple[str, ...], Cut] = {}
@@ -131,20 +150,20 @@ def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:
         return
 
 
-def remeasured(
-    rows: Sequence[Row], sharing: Sharing, fused: Mapping[tuple[int, ...], tuple[float, float]]
-) -> list[Row]:
-    """Rows with what their parts take as really fused models.
-
-    Args:
-        fused: milliseconds of the device's and of the cloud's part, by the nodes on the device.
-    """
+def remeasured(rows: Sequence[Row], sharing: Sharing, fused: Mapping[Way, Fused]) -> list[Row]:
+    """Rows with what their parts take as really fused models."""
     found = []
     for row in rows:
-        if row.device in fused:
-            device_ms, cloud_ms = fused[row.device]
+        if row.way in fused:
+            took = fused[row.way]
+            until = list(accumulate(took.stages_ms))
+            leaves = tuple(msgspec.structs.replace(one, ms=ms) for one, ms in zip(row.leaves, until, strict=False))
+            device_ms = sum(one.share * one.ms for one in leaves) + row.goes_on * until[-1]
+            cloud_ms = row.goes_on * took.cloud_ms
             ms, energy_j = device_ms + row.link_ms + cloud_ms, sharing.energy_j(device_ms, row.link_ms)
-            row = msgspec.structs.replace(row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms, energy_j=energy_j)
+            row = msgspec.structs.replace(
+                row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms, energy_j=energy_j, leaves=leaves
+            )
         found.append(row)
     return found
 
@@ -180,8 +199,11 @@ def _row(sharing: Sharing, cut: Cut, kind: Kind, name: str) -> Row:
         and cut.tiers[made] == CLOUD
         and output in sharing.device.tensors
     )
-    down_ms = sharing.rate.down_ms(down)
+    leaving, asks = sharing.leaving, sharing.leaving.reach[-1]
+    down_ms = asks * sharing.rate.down_ms(down)
     device_ms, link_ms = cut.stages[DEVICE], cut.links[0] + down_ms
+    until = accumulate(sum(sharing.device.nodes_ms[at] for at in piece) for piece in sharing.pieces())
+    leaves = [Leaves(*one) for one in zip(leaving.exits, leaving.shares, until, strict=False)]
     return Row(
         name=name,
         kind=kind,
@@ -191,17 +213,32 @@ def _row(sharing: Sharing, cut: Cut, kind: Kind, name: str) -> Row:
         device_ms=device_ms,
         cloud_ms=cut.stages[CLOUD] - down_ms,
         link_ms=link_ms,
-        up_bytes=sharing.up_bytes(cut) if np.isfinite(cut.ms) else 0.0,
-        down_bytes=float(down),
+        up_bytes=asks * sharing.up_bytes(cut) if np.isfinite(cut.ms) else 0.0,
+        down_bytes=float(asks * down),
         ms=cut.ms,
         down_ms=down_ms,
         device_mb=cut.use[MEMORY],
         energy_j=sharing.energy_j(device_ms, link_ms),
+        agreement=leaving.agreement,
+        leaves=tuple(leaves),
     )
 
 
 def _named(sharing: Sharing, cut: Cut) -> str:
-    return f"split after {shown(sharing.crossing(cut))}, {sharing.codec.name}"
+    exits = [one.output for one in sharing.leaving.exits]
+    return _called(f"split after {shown(sharing.crossing(cut))}, {sharing.codec.name}", exits)
+
+
+def _called(what: str, exits: Sequence[str]) -> str:
+    """A way's name with those of its exits."""
+    return f"{what}, exit at {shown(exits)}" if exits else what
+
+
+def _best(rows: Sequence[Row], aim: Aim) -> list[Row]:
+    """The best all on the device, and as many splits as are measured."""
+    ordered = sorted(rows, key=lambda row: (bool(row.fails), row.cost_ms(aim)))
+    whole = [row for row in ordered if row.kind == "device"][:1]
+    return whole + [row for row in ordered if row.kind == "split"][:FINALISTS]
 
 
 def _coding(sharing: Sharing, bits: float) -> Sharing:

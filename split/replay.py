@@ -35,11 +35,19 @@ def latencies(row: Row, link: Link, load: float = 0.0, beside_ms: float = 0.0, s
     generator = np.random.default_rng(seed)
     period_ms = max((way.period_ms for way in (link.up, link.down) if isinstance(way, Trace)), default=1)
     starts = generator.uniform(0.0, period_ms, INPUTS)
-    if row.kind == "device":
-        return np.full(INPUTS, row.device_ms)
-    there = passed(link.up, starts + row.device_ms, row.up_bytes) + link.trip_ms / 2
-    done = there + waits(load, row.cloud_ms, generator) + row.cloud_ms + beside_ms
-    return passed(link.down, done, row.down_bytes) + link.trip_ms / 2 - starts
+    goes_on, early_ms = row.goes_on, sum(one.share * one.ms for one in row.leaves)
+    found = np.full(INPUTS, (row.device_ms - early_ms) / goes_on if goes_on else 0.0)
+    if row.kind != "device" and goes_on:
+        cloud_ms = row.cloud_ms / goes_on
+        there = passed(link.up, starts + found, row.up_bytes / goes_on) + link.trip_ms / 2
+        done = there + waits(load, cloud_ms, generator) + cloud_ms + beside_ms
+        found = passed(link.down, done, row.down_bytes / goes_on) + link.trip_ms / 2 - starts
+    if row.leaves:
+        ends = np.cumsum([one.share for one in row.leaves])
+        drawn = generator.uniform(size=INPUTS)
+        for at in reversed(range(len(ends))):
+            found = np.where(drawn < ends[at], row.leaves[at].ms, found)
+    return found
 
 
 def passed(way: Trace | float, at_ms: Times, size: float) -> Times:

@@ -6,21 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from isthmus.protocol import features
 from isthmus.protocol.arrays import DTYPES, MAX_ARRAYS, pack, unpack
 from isthmus.protocol.errors import PlanError, ProtocolError
+from isthmus.split.agreement import Agree, share
+from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.onnx_graph import OnnxGraph, declared
 from isthmus.split.onnx_measure import learn, outputs, session
 from isthmus.split.pictures import OF_FORMAT, Picture, Preprocess, smallest
 from isthmus.split.transform import SEGMENTS, Components, Transform, axis_of, patches_of
 
-Agree = Literal["top1", "values"]
-AGREES: tuple[Agree, ...] = ("top1", "values")
-NEAR = 0.01  # of an output's largest magnitude, within which a value counts as the same
 CODECS = (*reversed(features.STEPS), "f16", "zstd")  # the smallest first
 STEPS_AN_OCTAVE, STEP_RANGE = 4, (-17, 6)  # of a component, against the spread of all: nothing finer, nothing coarser
 FURTHER = 3  # steps beyond the first that is too coarse: a few answers more or less are chance
@@ -58,8 +57,10 @@ class Trials:
         file: of the model, beside which weights may lie.
         inputs: each one as the network takes it.
         least: agreement that is wanted.
-        agree: "top1" compares where each row of an output is largest, "values" all values to within `NEAR`; whole
-            numbers are compared as they are.
+        agree: see `agreement.share`.
+
+    Attributes:
+        answers: of the whole network to each input, in the order of its outputs.
     """
 
     def __init__(
@@ -70,41 +71,52 @@ class Trials:
         self._declared = declared(graph.model)
         learn(graph, file, inputs[0])
         self._whole = session(graph.model, file, 0)
-        self._answers = [outputs(self._whole, one) for one in inputs]
+        self.answers = [outputs(self._whole, one) for one in inputs]
 
-    def smallest(self, nodes: Nodes) -> Tried:
+    def smallest(self, nodes: Nodes, leaving: Leaving = NONE) -> Tried:
         """The codec of the fewest bytes that keeps the answers of a cut; what travels as it is, where none does.
 
         Args:
             nodes: those on the device.
+            leaving: where inputs leave before anything travels; their answers count, too.
 
         Raises:
-            PlanError: no cut.
+            PlanError: no cut, or no input gets as far.
         """
+        asking = [at for at in range(len(self._inputs)) if leaving.asks(at)]
+        if not asking:
+            raise PlanError("every input leaves at an exit", "raise its confidence")
         halves = self._graph.halves(nodes)
         first, second = session(halves.device, self._file, 0), session(halves.cloud, self._file, 0)
         takes = [one.name for one in second.get_inputs()]
         travels, kept = list[list[Any]](), list[Feeds]()
-        for feeds in self._inputs:
+        for feeds in (self._inputs[at] for at in asking):
             made = dict(zip([one.name for one in first.get_outputs()], _ran(first, feeds), strict=True))
             travels.append([_array(name, {**feeds, **made}[name]) for name in takes])
             kept.append({name: made[name] for name in halves.kept if name in made})
         gives = [one.name for one in second.get_outputs()]
         plain = float(np.mean([sum(one.nbytes for one in arrays) for arrays in travels]))
-        best = Tried("", 1.0, plain, plain, 0.0, 0.0)
+        best = Tried("", 1.0 - leaving.lost() / len(self._inputs), plain, plain, 0.0, 0.0)
+
+        def agreement(came: Sequence[Sequence[Any]]) -> float:
+            lost, most = leaving.lost(), (1.0 - self.least) * len(self._inputs)
+            for at, arrays, own in zip(asking, came, kept, strict=True):
+                told = {**own, **dict(zip(gives, _ran(second, dict(zip(takes, arrays, strict=True))), strict=True))}
+                lost += 1.0 - self._same([told.get(name) for name in self._graph.outputs], self.answers[at])
+                if lost > most + 1e-9:
+                    return 0.0  # too many have changed
+            return 1.0 - lost / len(self._inputs)
+
         for codec in CODECS:
             found = self._tried(codec, travels)
             if found is None or found[0][0] >= best.bytes:
                 continue
             (size, encode_ms, decode_ms), came = found
-            agreement = self._agreement(second, takes, gives, came, kept)
-            if agreement >= self.least:
-                best = Tried(codec, agreement, size, plain, encode_ms, decode_ms)
+            if (same := agreement(came)) >= self.least:
+                best = Tried(codec, same, size, plain, encode_ms, decode_ms)
         patches = [self._patches(name, [arrays[at] for arrays in travels]) for at, name in enumerate(takes)]
         for patch in sorted({patch for some in patches for patch in some}):
-            coarsest = self._coarsest(
-                travels, takes, patches, patch, lambda came: self._agreement(second, takes, gives, came, kept)
-            )
+            coarsest = self._coarsest(travels, takes, patches, patch, agreement)
             if coarsest is not None and coarsest.bytes < best.bytes:
                 best = coarsest
         return best
@@ -179,7 +191,7 @@ class Trials:
 
         def agrees(back: list[Picture]) -> float:
             shares = []
-            for picture, feeds, whole in zip(back, self._inputs, self._answers, strict=True):
+            for picture, feeds, whole in zip(back, self._inputs, self.answers, strict=True):
                 found = outputs(self._whole, {**feeds, name: preprocess.array(picture)})
                 shares.append(self._same(found, whole))
             return float(np.mean(shares))
@@ -191,23 +203,6 @@ class Trials:
             size, plain = rest + float(np.mean(sent.sizes)), rest + float(np.mean([one.nbytes for one in pictures]))
             found.append(Tried(sent.name, agrees(sent.pictures), size, plain, sent.encode_ms, sent.decode_ms))
         return found
-
-    def _agreement(
-        self,
-        second: Any,
-        takes: Sequence[str],
-        gives: Sequence[str],
-        came: Sequence[Sequence[Any]],
-        kept: Sequence[Feeds],
-    ) -> float:
-        """The share of answers that stay, of what came out of a codec; 0 as soon as too many have changed."""
-        lost, most = 0.0, (1.0 - self.least) * len(came)
-        for arrays, own, whole in zip(came, kept, self._answers, strict=True):
-            told = {**own, **dict(zip(gives, _ran(second, dict(zip(takes, arrays, strict=True))), strict=True))}
-            lost += 1.0 - self._same([told.get(name) for name in self._graph.outputs], whole)
-            if lost > most + 1e-9:
-                return 0.0
-        return 1.0 - lost / len(came)
 
     def _tried(
         self, codec: str, travels: Sequence[Sequence[Any]]
@@ -255,26 +250,6 @@ class Trials:
         """The share of an input's answers that are the same: of the output that fares worst."""
         pairs = zip(self._graph.outputs, mine, whole, strict=True)
         return min((share(a, b, self._agree) for name, a, b in pairs if name not in self._graph.inputs), default=1.0)
-
-
-def share(mine: Any, whole: Any, agree: Agree) -> float:
-    """How much of an output is the same.
-
-    Args:
-        mine, whole: arrays; what is none is compared by its text.
-    """
-    if not isinstance(whole, np.ndarray) or not isinstance(mine, np.ndarray):
-        return float(repr(mine) == repr(whole))
-    if mine.shape != whole.shape:
-        return 0.0
-    if not whole.size:
-        return 1.0
-    if whole.dtype.kind != "f":
-        return float(np.mean(mine == whole))
-    if agree == "top1" and whole.ndim and whole.shape[-1] > 1:
-        return float(np.mean(mine.argmax(axis=-1) == whole.argmax(axis=-1)))
-    off = np.abs(mine.astype(np.float64) - whole)
-    return float(np.mean(off <= NEAR * np.abs(whole).max()))
 
 
 def _array(name: str, value: Any) -> Any:

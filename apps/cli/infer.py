@@ -13,7 +13,20 @@ if TYPE_CHECKING:
     from isthmus.edge.graph import GraphStats
     from isthmus.protocol.arrays import Array
 
-TAKEN = {"bundle", "input_", "output", "times", "mode", "cloud", "keys", "no_keys", "threads", "json", "codec"}
+TAKEN = {
+    "bundle",
+    "input_",
+    "output",
+    "times",
+    "no_exits",
+    "mode",
+    "cloud",
+    "keys",
+    "no_keys",
+    "threads",
+    "json",
+    "codec",
+}
 SHOWN = 6  # values of an output
 
 
@@ -47,6 +60,7 @@ def infer(ctx: typer.Context) -> None:
         encrypted=not options["no_keys"],
         threads=options["threads"],
         codec=_codec(ctx),
+        exits=not options["no_exits"],
     ) as device:
         runs: list[GraphStats] = []
         for _ in range(options["times"]):
@@ -60,6 +74,7 @@ def infer(ctx: typer.Context) -> None:
         same = [getattr(run, name) for run in runs if run.where == last.where]
         told[name] = round(statistics.median(same), 3)
     told |= {"times": len(runs), "in_the_cloud": sum(run.where == "cloud" for run in runs)}
+    told |= {"left_early": sum(bool(run.exit) for run in runs)}
     told["codec"] = device.codec or "raw"
     if options["json"]:
         shapes = {name: {"dtype": one.dtype.name, "shape": list(one.shape)} for name, one in found.items()}
@@ -139,6 +154,8 @@ def _print(told: Mapping[str, Any]) -> None:
     if told["where"] == "cloud":
         there = f"{told['rest_ms']:.1f} ms for the rest in the cloud ({told['cloud_ms']:.1f} ms of them computing)"
         bytes_ = f", {told['bytes_up']:,} bytes up ({told['codec']}) and {told['bytes_down']:,} down"
+    elif told["exit"]:
+        there, bytes_ = f"and no more: {told['exit']} is sure", ""
     else:
         there, bytes_ = f"{told['rest_ms']:.1f} ms for the rest, here, too", ""
     times = f" (medians of {told['times']} runs)" if told["times"] > 1 else ""

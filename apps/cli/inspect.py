@@ -106,6 +106,8 @@ def _print_network(facts: dict[str, Any]) -> None:
     print(f"travels  {arrays(facts['crossing'])}")
     print(f"sent     {facts['codec'] or 'as it is'}")
     print(f"outputs  {arrays(facts['outputs'])}")
+    for exit in facts["exits"]:
+        print(f"exit     at {exit['output']}, where it is sure to {exit['confidence']:.4g}")
     if facts["kept"]:
         print(f"kept     {', '.join(facts['kept'])} (made on the device)")
     print(f"cloud    runs {'requests of several devices as one' if facts['batches'] else 'one request at a time'}")

@@ -65,8 +65,14 @@ def command(
         Path | None, typer.Option(metavar="FILE.json", help="What is done with pictures before the network; see above")
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(help="Share of answers that a codec must leave as they are without it")
+        float, typer.Option(help="Share of answers that codecs and exits must leave as they are without them")
     ] = 0.99,
+    exits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exit", metavar="OUTPUT=P", help="An output that answers early, final where its likeliest class has P"
+        ),
+    ] = None,
     agree: Annotated[
         str, typer.Option(help="When an answer is the same: top1 (where it is largest) or values (each to within 1 %)")
     ] = "top1",
@@ -93,6 +99,10 @@ def command(
     {"size": [224, 224], "resize": 256, "mean": [127, 127, 127], "std": [128, 128, 128]}: the shorter side is brought
     to 256 pixels, 224 x 224 are cut from the middle, and a value is (pixel - mean) / std. "layout": "NHWC",
     "channels": "BGR", "dtype": "uint8" and "input": NAME are understood, too.
+
+    A network that has early exits gives their classes as outputs of their own. With --exit, ways that end there on the
+    device where they are sure are compared as well, by how often they are on --inputs: of exits all choices, of costs
+    the averages.
 
     Of a language model (a bundle) every mode is priced at every cut, for an answer of --tokens to a prompt of --prompt:
     local, stream, split, exit and verify, by the formulas by which auto decides.
@@ -147,6 +157,7 @@ def command(
         "preprocess": str(preprocess) if preprocess is not None else "",
         "agreement": min_agreement,
         "agree": agree,
+        "exits": named(exits or []),
     }
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
@@ -184,6 +195,23 @@ def only(ctx: typer.Context, known: set[str], why: str) -> None:
             raise PlanError(f"{option} has no effect: {why}", "leave it out")
 
 
+def named(exits: list[str]) -> dict[str, float]:
+    """Probabilities by the names of outputs.
+
+    Raises:
+        PlanError: one is not written so, or given twice.
+    """
+    from isthmus.protocol.errors import PlanError
+
+    found: dict[str, float] = {}
+    for text in exits:
+        name, _, sure = text.rpartition("=")
+        if not name or (value := number(sure)) is None or name in found:
+            raise PlanError(f"--exit is {text!r}", "give each output once, with a probability: --exit NAME=0.9")
+        found[name] = value
+    return found
+
+
 def number(text: str) -> float | None:
     try:
         return float(text)
@@ -197,6 +225,8 @@ def _print(plan: Plan, target: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from isthmus.split.plan import shown
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     tail = any(row.tail_ms is not None for row in plan.rows)
@@ -218,6 +248,12 @@ def _print(plan: Plan, target: Path) -> None:
     console.print(f"over {plan.link}", markup=False)
     if plan.tried:
         console.print(f"agree: on {plan.tried} inputs, on which the codecs were chosen as well", markup=False)
+    for at, row in enumerate(plan.rows):
+        if row.leaves and (at == plan.best or row.kind == "device"):
+            left = ", ".join(
+                f"{one.share:.1%} after {one.ms:.2f} ms at {shown([one.exit.output])}" for one in row.leaves
+            )
+            console.print(f"{row.name}: {left}", markup=False)
     console.print(plan.verdict, style="bold", markup=False)
     console.print(f"{target}", markup=False)
 

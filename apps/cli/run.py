@@ -29,6 +29,9 @@ def command(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="For a network: write its outputs there, .npz")
     ] = None,
     times: Annotated[int, typer.Option(min=1, help="For a network: run it so many times, and tell the medians")] = 1,
+    no_exits: Annotated[
+        bool, typer.Option("--no-exits", help="For a network: go on to the end even where an exit is sure")
+    ] = False,
     mode: Annotated[
         str,
         typer.Option(
@@ -167,7 +170,7 @@ def command(
     if is_network(bundle):
         infer(ctx)
         return
-    for name, value in (("input", input_), ("output", output), ("times", times - 1)):
+    for name, value in (("input", input_), ("output", output), ("times", times - 1), ("no-exits", no_exits)):
         if value:
             raise DeviceError(f"--{name} is for networks", "ask this language model with --prompt")
     if json and prompt is None:

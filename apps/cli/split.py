@@ -152,12 +152,15 @@ def _cut(
             str(inputs) if inputs is not None else "",
             row.codec if row.codec in FEATURE_CODECS else "",
             msgspec.to_builtins(row.transforms),
+            [msgspec.to_builtins(one.exit) for one in row.leaves],
             what=f"cutting {model.name}",
         )
     here, there = told["nodes"]
     print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
     same = f"the parts give what the whole gives, to {told['worst']:.1g} of its largest value"
     print(f"what travels: {shown(told['crossing'])}; {same}")
+    for one in row.leaves:
+        print(f"exit at {shown([one.exit.output])}: where it is sure to {one.exit.confidence:.4g}, nothing travels")
     if not told["codec"] and (size := told["travels_bytes"]) > LIMITS.max_message_bytes:
         most = LIMITS.max_message_bytes / 1e6
         note = f"note: {size / 1e6:.1f} MB travel for this input, and a cloud takes {most:.1f} MB at once"

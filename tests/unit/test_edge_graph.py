@@ -87,6 +87,18 @@ def test_the_rest_in_the_cloud(bundle: Path, whole: Callable[[Any], Any], wire: 
             assert one.stats.where == "cloud" and one.stats.bytes_up > 500 and one.stats.together == 1
 
 
+@pytest.mark.parametrize("codec", ["", "zstd"])
+def test_all_of_it_in_the_cloud(tmp_path: Path, whole: Callable[[Any], Any], codec: str) -> None:
+    folder = cut_network(tmp_path, end=0)
+    assert sorted(GraphBundle.open(folder).manifest.files) == [CLOUD]
+    wire = LossyWire(GraphService(load_graph(folder, threads=1)))  # type: ignore[arg-type]
+    with device(folder, wire, mode="split", codec=codec) as one:
+        assert np.allclose(one.infer(image())["y"], whole(image()), atol=1e-6)
+        assert one.stats.where == "cloud" and one.stats.bytes_up > 700
+    with device(folder) as one:
+        assert np.allclose(one.infer(image())["y"], whole(image()), atol=1e-6) and one.stats.where == "device"
+
+
 @pytest.mark.parametrize(("codec", "least"), [("f16", 1.9), ("int8", 4.0), ("int4", 7.0)])
 def test_what_travels_coded_takes_fewer_bytes(
     bundle: Path, whole: Callable[[Any], Any], cloud: GraphService, codec: str, least: float

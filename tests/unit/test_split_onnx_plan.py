@@ -14,11 +14,11 @@ from PIL import Image
 
 from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import FEATURE_CODECS
-from isthmus.split import onnx_measure, onnx_plan, trials
+from isthmus.split import agreement, onnx_measure, onnx_plan
 from isthmus.split.finalists import Finalists
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.plan import Plan
+from isthmus.split.plan import Plan, Way
 from isthmus.split.profile import Profile, load_profile
 from tests.unit.test_split_onnx_measure import BLOCKS, convolutions
 
@@ -116,14 +116,14 @@ def test_finalists_are_timed_as_parts_and_scaled_to_the_profiled_machine(model: 
         profile, whole_ms=1000.0 * profile.whole_ms, nodes_ms=tuple(1000.0 * ms for ms in profile.nodes_ms)
     )
     graph = OnnxGraph(read_model(model))
-    ways = [tuple(range(end)) for end in (0, 3, NODES - 1, NODES)]
+    ways: list[Way] = [(tuple(range(end)), ()) for end in (0, 3, NODES - 1, NODES)]
     feeds = onnx_measure.given(graph, {"x": [1, 3, 32, 32]}, "")
     found = Finalists(graph, model, slower, profile, feeds, seconds=0.02).fused(ways)
     assert list(found) == ways[1:3]  # the others are no splits
-    for device_ms, cloud_ms in found.values():
-        assert device_ms > cloud_ms > 0.0
+    for one in found.values():
+        assert len(one.stages_ms) == 1 and one.stages_ms[0] > one.cloud_ms > 0.0
     early, late = found[ways[1]], found[ways[2]]
-    assert early[0] < late[0] < 3000.0 * profile.whole_ms and early[1] > late[1]
+    assert early.stages_ms[0] < late.stages_ms[0] < 3000.0 * profile.whole_ms and early.cloud_ms > late.cloud_ms
 
 
 def test_measured_rows_stand_in_the_plan(model: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_codec_makes_another_cut_worth_it(model: Path, pictures: dict[str, str
 def test_a_picture_that_changes_answers_fails(
     model: Path, pictures: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "NEAR", 1e-9)
+    monkeypatch.setattr(agreement, "NEAR", 1e-9)
     found = planned(model, FAST, agree="values", agreement=1.0, **pictures)
     image = next(row for row in found.rows if row.kind == "image")
     assert image.agreement is not None and image.agreement < 1.0

@@ -139,12 +139,6 @@ def test_budgets_of_memory_and_energy_are_kept() -> None:
         best(one.network(), budgets={ENERGY: 1e-6})
 
 
-def test_nodes_that_few_inputs_reach_cost_their_share() -> None:
-    one = sharing(rate=Rate(0.0, 1e12, 1e12), reached={1: 0.5, 3: 0.0})
-    network = one.network()
-    np.testing.assert_allclose(network.ms[0], [4.0, 1.5, 2.0, 0.0])
-
-
 def test_what_is_no_tensor_stays_where_it_is_made() -> None:
     tensors = {name: size for name, size in profile().tensors.items() if name != "a"}
     found = fastest(sharing(device=profile(tensors=tensors), rate=Rate(0.0, 1e3, 1e3)).network())

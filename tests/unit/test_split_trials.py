@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from isthmus.protocol.errors import PlanError
+from isthmus.split.agreement import share
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.profile import TensorSize
 from isthmus.split.trial_inputs import MOST, read_inputs
-from isthmus.split.trials import Trials, share
+from isthmus.split.trials import Trials
 from tests.unit.test_split_onnx_measure import CHANNELS, convolutions
 
 SIZES = {"x": TensorSize("float32", (1, 3, 16, 16), 3072)}
