@@ -26,7 +26,7 @@ class Standby:
     def __init__(self, depth: int, holding: Holding, log: Chain, early: bool) -> None:
         self._depth, self._holding, self._log, self._early = depth, holding, log, early
         self._checked = holding.prefetch() if early else None
-        self._pass_s = 0.0  # what one takes at most, usually
+        self._pass_s = self._sample_s = 0.0  # what a pass, and what the first token takes at most, usually
         self._failed = False
 
     def work(self, sampling: Sampling, begins: bool, left_s: float) -> float:
@@ -51,14 +51,16 @@ class Standby:
     def _work(self, sampling: Sampling, left_s: float) -> float:
         part = self._holding.open(self._depth)
         began, missing = time.perf_counter(), len(self._log) - 1 - part.held(self._depth, self._log)
-        worth = missing > MOST or (missing >= LEAST and left_s > self._pass_s)
+        before_s = self._sample_s + (self._pass_s if missing > 0 else 0.0)
+        least = 1 if left_s <= before_s else LEAST  # nothing is left to be done with the token
+        worth = missing > MOST or (missing >= least and left_s > self._pass_s)
         if worth and part.advance(self._log, min(missing, MOST)):
-            pass
+            self._pass_s = _MARGIN * (time.perf_counter() - began)
         elif missing > MOST or part.remembers(self._log, sampling):
             return math.inf
-        elif left_s <= self._pass_s:
+        elif left_s <= self._sample_s or (not self._sample_s and missing < LEAST):  # at ease, to know what it takes
             part.sample(self._log, sampling)
+            self._sample_s = _MARGIN * (time.perf_counter() - began)
         else:
-            return left_s - self._pass_s
-        self._pass_s = _MARGIN * (time.perf_counter() - began)
+            return left_s - (before_s if left_s > before_s else self._sample_s)
         return 0.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.edge.standby import LOOK_S, MOST, Standby
+from isthmus.edge.standby import LEAST, LOOK_S, MOST, Standby
 from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
@@ -81,9 +81,29 @@ def test_a_few_tokens_are_not_worth_a_pass_until_the_device_is_about_to_go_on_al
         pass
     log.extend((1, 2))
     rest_s = standby.work(GREEDY, False, 0.5)
-    assert 0.0 < rest_s <= 0.5 and holding.part.sampled < 0
+    assert 0.0 < rest_s < 0.5 and holding.part.sampled == 40  # once, to know what it takes
     assert standby.work(GREEDY, False, 0.0) == 0.0 and holding.part.sampled == 42
     assert standby.work(GREEDY, False, 0.0) == math.inf
+
+
+def test_what_a_cut_left_is_filled_before_the_first_token_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    standby, holding, log = ready(40)
+    for name, took_s in (("advance", 0.01), ("sample", 0.02)):
+        takes = getattr(holding.part, name)
+
+        def slowly(*given: Any, takes: Any = takes, took_s: float = took_s) -> Any:
+            now[0] += took_s
+            return takes(*given)
+
+        monkeypatch.setattr(holding.part, name, slowly)
+    while standby.work(GREEDY, False, AGES) == 0.0:
+        pass
+    log.extend((1, 2, 3))
+    assert standby.work(GREEDY, False, 0.2) == pytest.approx(0.2 - 1.5 * (0.01 + 0.02))
+    assert standby.work(GREEDY, False, 0.04) == 0.0 and holding.part.passes[-1] == 2
+    assert standby.work(GREEDY, False, 0.03) == 0.0 and holding.part.sampled == 43
 
 
 def test_a_device_that_is_far_behind_catches_up_before_it_guesses() -> None:
@@ -97,7 +117,7 @@ def test_what_cannot_be_caught_up_is_left() -> None:
     holding.part.stuck = True
     for left_s in (AGES, 0.0):
         assert standby.work(GREEDY, False, left_s) == math.inf
-    holding.part.kv = len(log) - 3
+    holding.part.kv = len(log) - 1 - LEAST
     assert standby.work(GREEDY, False, 0.5) == 0.5 and holding.part.sampled < 0
     assert standby.work(GREEDY, False, 0.0) == 0.0 and holding.part.sampled == len(log)
 
