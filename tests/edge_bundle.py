@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from isthmus.engine.config import DecoderConfig
+from isthmus.engine.config import DecoderConfig, ExpertsConfig
 from isthmus.quant.groups import quantize
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.exit_entry import Agreement, ExitEntry, exit_file
@@ -41,10 +42,8 @@ TEMPLATE = (
 class Weights:
     """Random weights, the same for a seed."""
 
-    config = CONFIG
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, experts: ExpertsConfig | None = None) -> None:
+        self._seed, self.config = seed, replace(CONFIG, experts=experts)
 
     def _matrix(self, name: str, rows: int, cols: int) -> PackedMatrix:
         seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:4], "little")
@@ -67,8 +66,14 @@ class Weights:
             CONFIG.n_kv_heads * CONFIG.head_dim,
             CONFIG.d_ff,
         )
-        shapes = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q), "gate": (ff, d), "up": (ff, d), "down": (d, ff)}
+        shapes = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+        experts = self.config.experts
+        names = [""] if experts is None else [f"experts.{e}." for e in range(experts.n_experts)]
+        for name in names:
+            shapes |= {f"{name}gate": (ff, d), f"{name}up": (ff, d), f"{name}down": (d, ff)}
         made: dict[str, Any] = {name: self._matrix(f"{index} {name}", *shape) for name, shape in shapes.items()}
+        if experts is not None:
+            made["router"] = np.random.default_rng(index).standard_normal((experts.n_experts, d)).astype(np.float32)
         return made | {"attn_norm": np.ones(d, np.float32), "ffn_norm": np.ones(d, np.float32)}
 
 
@@ -83,9 +88,9 @@ def tokenizer_json() -> bytes:
     return str(backend.to_str()).encode()
 
 
-def write_tiny(folder: Path, seed: int = 0) -> Path:
+def write_tiny(folder: Path, seed: int = 0, experts: ExpertsConfig | None = None) -> Path:
     entry = TokenizerEntry("tokenizer.json", TEMPLATE, None, (256,), False)
-    write_bundle(folder, Weights(seed), name="tiny", weights="f32", tokenizer=tokenizer_json(), entry=entry)
+    write_bundle(folder, Weights(seed, experts), name="tiny", weights="f32", tokenizer=tokenizer_json(), entry=entry)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -118,17 +119,18 @@ def measure(
     )
     depths = [depth for depth in depths if depth >= 1]
     each_s = seconds / (len(depths) + len(ROWS) + 1)
+    chance = random.Random(0)  # tokens of one kind would all go to the same experts
+    said = [chance.randrange(bundle.config.vocab_size) for _ in range(PROMPT + max(CHUNK, *ROWS))]
 
     def step_ms(count: int, leave: int | None, want: Want) -> float:
         sequence = part.open()
         try:
-            part.step(Rows().tokens(sequence, 0, [7] * PROMPT, want=Want.NONE))
+            part.step(Rows().tokens(sequence, 0, said[:PROMPT], want=Want.NONE))
             took, began = list[float](), clock()
             while len(took) < WARM + LEAST or clock() - began < each_s:
                 start = clock()
-                rows = Rows().tokens(
-                    sequence, PROMPT, [7] * count, leave=leave, want=want, want_all=want is not Want.NONE
-                )
+                more = said[PROMPT : PROMPT + count]
+                rows = Rows().tokens(sequence, PROMPT, more, leave=leave, want=want, want_all=want is not Want.NONE)
                 part.step(rows)
                 took.append((clock() - start) * 1e3)
                 sequence.truncate(PROMPT)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.engine.config import ExpertsConfig
 from tests.edge_bundle import write_tiny
 
 
@@ -44,9 +45,21 @@ def test_as_one_object_over_a_trace_with_a_budget(folder: Path) -> None:
     assert told["tokens"] == 10 and all(way["device_mb"] <= 200 for way in told["ways"] if not way["fails"])
 
 
+def test_a_mixture_of_experts_is_planned_at_every_cut(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "moe", experts=ExpertsConfig(8, 2, 96, True))
+    done = isthmus("profile", "moe", "--seconds", "0.1", "--threads", "1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = isthmus("plan", "moe", "--link", "rtt=20,up=5,down=20", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ways = json.loads(done.stdout)["ways"]
+    assert {"local", "stream", "split", "verify"} <= {way["mode"] for way in ways}
+    assert {way["cut"] for way in ways if way["mode"] == "split"} >= {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("asked", "problem"),
     [
+        (["--exit", "a=1"], "--exit has no effect"),
         (["--throughput"], "--throughput has no effect: tiny is a bundle"),
         (["--p", "90"], "--p has no effect"),
         (["--inputs", "x"], "--inputs has no effect"),
