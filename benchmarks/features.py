@@ -23,7 +23,7 @@ from isthmus.apps.bench.calm import Calm
 from isthmus.protocol import features
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.pictures import Preprocess
+from isthmus.split.pictures import Preprocess, called
 from isthmus.split.trials import Trials
 
 NOTE = (
@@ -46,9 +46,10 @@ def main() -> int:
     rows: list[list[Cell]] = []
     images = trials.images(pictures, how, "x")
     for one in images:
-        record.figure(f"{one.codec.split()[0]}/bytes", one.bytes, "bytes")
-        record.figure(f"{one.codec.split()[0]}/answers that stay", one.agreement, "share")
-        rows.append([one.codec, "the picture", pictures[0].size, one.bytes, None, one.agreement])
+        format = called(one.codec)
+        record.figure(f"{format.split()[0]}/bytes", one.bytes, "bytes")
+        record.figure(f"{format.split()[0]}/answers that stay", one.agreement, "share")
+        rows.append([format, "the picture", pictures[0].size, one.bytes, None, one.agreement])
     ratios = []
     for name, nodes in _blocks(graph):
         tried = trials.smallest(nodes)
@@ -59,7 +60,7 @@ def main() -> int:
     record.figure("blocks/smaller than float32, worst", min(ratios), "times", target=SMALLER)
     record.figure("blocks/smaller than float32, median", statistics.median(ratios), "times")
     best = min((row for row in rows if row[1] != "the picture"), key=lambda row: float(row[3] or 0))
-    webp = next(one for one in images if one.codec.startswith("WebP"))
+    webp = next(one for one in images if one.codec.startswith("webp"))
     record.figure("the smallest block's bytes of WebP's", float(best[3] or 0) / webp.bytes, "ratio")
     columns = ["codec", "what travels", "values", "bytes", "times smaller than float32", "answers that stay"]
     record.table("features", columns, rows, note=NOTE)

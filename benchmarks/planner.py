@@ -1,9 +1,11 @@
-"""How far is a plan's prediction from what really happens? Networks over emulated links, every split that is planned.
+"""How far is a plan's prediction from what really happens? Networks over emulated links, every way that is planned.
 
 A device that is declared to be four times as slow as this machine and a cloud on it share each network in every way
-that its plan lists as a split, over a relay; the link is measured first, as a user would (`isthmus profile --remote`),
-or replays a trace. Held against each other are the plan's milliseconds for an input and the median (over a trace: the
-mean from random moments of it on) of inferences from a device process to a cloud process.
+that its plan lists, over a relay; the link is measured first, as a user would (`isthmus profile --remote`), or replays
+a trace. Held against each other are the plan's milliseconds for an input and the median (over a trace: the mean from
+random moments of it on) of inferences from a device process to a cloud process. The way that a plan recommends is held
+against what its baselines (all on the device; the input, or the picture as JPEG or WebP, to the cloud) really took.
+EfficientNet-Lite0 is planned with photographs, so that codecs are tried on it.
 
 usage: python benchmarks/planner.py [--only NAME,...] [--runs 21]
 """
@@ -11,11 +13,11 @@ usage: python benchmarks/planner.py [--only NAME,...] [--runs 21]
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,18 +25,22 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from networks import Network, networks
+from efficientnet import SIZE
+from networks import PREPROCESS, Network, networks, photographs
+from PIL import Image
 from record import Cell, Record
 
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from isthmus.apps.bench.relay import LinkProfile, Relay
-from isthmus.edge.graph import GraphDevice
-from isthmus.protocol.errors import PlanError
+from isthmus.edge.graph import GraphDevice, GraphMode
+from isthmus.protocol.features import is_codec
 from isthmus.protocol.keys import read_device
+from isthmus.protocol.pictures import names_picture
 from isthmus.protocol.survey import survey
 from isthmus.protocol.transport import DealerTransport
 from isthmus.split import onnx_measure, onnx_plan
+from isthmus.split.graph_bundle import GraphBundle
 from isthmus.split.graph_writer import write_graph
 from isthmus.split.link import LinkFile
 from isthmus.split.onnx_file import read_model
@@ -47,6 +53,7 @@ from isthmus.split.traces import turned
 SLOW = 4.0  # times that the device is slower than this machine, declared
 WARM = 3
 MEDIAN, P95 = 0.08, 0.20
+PHOTOGRAPHS = 16  # that codecs are tried on
 LINKS: Mapping[str, LinkProfile] = {
     "LAN, 2 ms, 200 Mbit/s": LinkProfile.of_rtt(2, rate_up_bps=200_000_000, rate_down_bps=200_000_000),
     "Wi-Fi, 10 ms, 40 Mbit/s": LinkProfile.of_rtt(10, rate_up_bps=40_000_000, rate_down_bps=80_000_000),
@@ -64,22 +71,27 @@ def main() -> int:
     only = set(filter(None, options.only.split(",")))
     record = Record("planner", {"device slow-down": SLOW, "threads": "1 on each side", "runs": options.runs})
     rows: list[list[Cell]] = []
-    off: list[float] = []
+    off, chosen = list[float](), list[float]()
     with TemporaryDirectory(prefix="isthmus-planner-") as work, fresh_keys() as keys:
         for network in networks():
             if only and network.name not in only:
                 continue
             stand = Stand(network, Path(work), keys, options.runs)
             for link in LINKS:
-                for row, measured_ms in stand.measured(link):
-                    error = abs(row.ms - measured_ms) / measured_ms
+                plan, took = stand.planned(link), dict[str, float]()
+                for row, measured_ms in stand.measured(plan, link):
+                    took[row.name], error = measured_ms, abs(row.ms - measured_ms) / measured_ms
                     off += [error] if row.kind == "split" else []
-                    rows.append([network.name, link, row.name, row.ms, measured_ms, error])
+                    best = "recommended" if row is plan.rows[plan.best] else ""
+                    rows.append([network.name, link, row.name, best, row.ms, measured_ms, error])
                     print(*rows[-1], sep="; ", file=sys.stderr, flush=True)
+                baselines = [took[row.name] for row in plan.rows if row.kind != "split" and row.name in took]
+                chosen.append(took[plan.rows[plan.best].name] / min(baselines))
     record.figure("ways", len(off), "ways")
     record.figure("off by, median", statistics.median(off), "of the measured", target=MEDIAN, at_most=True)
     record.figure("off by, 95 %", float(np.quantile(off, 0.95)), "of the measured", target=P95, at_most=True)
-    columns = ["network", "link", "way", "planned, ms", "measured, ms", "off by"]
+    record.figure("recommended over best baseline, worst", max(chosen), "ratio", target=1.0, at_most=True)
+    columns = ["network", "link", "way", "", "planned, ms", "measured, ms", "off by"]
     record.table("planner", columns, rows, note="Of an input, from the device's call to its outputs.")
     record.write()
     return 0
@@ -109,26 +121,36 @@ class Stand:
         slower["nodes_ms"] = tuple(SLOW * ms for ms in cloud.nodes_ms)
         cloud.save(self._work / "cloud.json")
         msgspec.structs.replace(cloud, **slower).save(self._work / "device.json")
-        self._cut: dict[tuple[int, ...], Path] = {}
+        self._cut: dict[tuple[Any, ...], Path] = {}
+        self._tries: dict[str, str] = {}
+        if network.name.startswith("EfficientNet"):
+            folder, how = self._work / "photographs", self._work / "how.json"
+            folder.mkdir()
+            for at, picture in enumerate(photographs()[:: len(photographs()) // PHOTOGRAPHS][:PHOTOGRAPHS]):
+                Image.fromarray(picture).save(folder / f"{at:02}.png")
+            how.write_text(json.dumps(PREPROCESS | {"resize": SIZE}))
+            self._tries = {"folder": str(folder), "preprocess": str(how)}
+            self._picture = folder / "00.png"
 
-    def measured(self, link: str) -> Iterator[tuple[Row, float]]:
-        """Each split of the plan for a link, and what it really took, in ms."""
-        for row in self._planned(link).rows:
-            if row.kind == "split" and not row.fails:
-                yield row, self._took(row, LINKS[link])
+    def measured(self, plan: Plan, link: str) -> Iterator[tuple[Row, float]]:
+        """Each way of a plan that keeps to what was asked for, and what it really took, in ms."""
+        for row in plan.rows:
+            if not row.fails:
+                yield row, self._took(plan, row, LINKS[link])
 
-    def _planned(self, link: str) -> Plan:
+    def planned(self, link: str) -> Plan:
+        """The plan for a link."""
         profile = LINKS[link]
         words = f"rtt={profile.rtt_ms},trace=synthetic"
         if profile.trace_up is None:
             words = str(self._surveyed(profile))
-        asked = {"arrays": str(self._given)}
+        asked = {"arrays": str(self._given), **self._tries}
         here, there = (str(self._work / f"{side}.json") for side in ("device", "cloud"))
         return msgspec.convert(onnx_plan.plan(str(self._network.path), here, there, words, asked), Plan)
 
     def _surveyed(self, profile: LinkProfile) -> Path:
         """A link's file, as `isthmus profile --remote` writes it."""
-        bundle = self._bundle(self._first_cut())
+        bundle = self._bundle(None, None)
         with CloudProcess(bundle, self._keys, 1) as cloud, Relay(cloud.address, profile) as relay:
             transport = DealerTransport(relay.address, read_device(self._keys))
             try:
@@ -139,45 +161,51 @@ class Stand:
         LinkFile(found.trip_ms, found.up_bps / 1e6, found.down_bps / 1e6).save(path)
         return path
 
-    def _first_cut(self) -> tuple[int, ...]:
-        """Of the places where the network can be cut, for a cloud that is only asked about the link."""
-        graph = OnnxGraph(read_model(self._network.path))
-        for end in range(1, len(graph.nodes)):
-            with suppress(PlanError):
-                graph.halves(range(end))
-                return tuple(range(end))
-        raise PlanError(f"{self._network.name} cannot be cut", "take another network")
-
-    def _bundle(self, nodes: tuple[int, ...]) -> Path:
-        if nodes not in self._cut:
+    def _bundle(self, plan: Plan | None, row: Row | None) -> Path:
+        """A way, written; by default all of it in the cloud."""
+        codec = row.codec if row is not None and is_codec(row.codec) else ""
+        device = row.device if row is not None and row.kind != "device" else ()
+        transforms = msgspec.to_builtins(row.transforms) if row is not None else []
+        key = device, codec, row.name if transforms and row is not None else ""
+        if key not in self._cut:
             path = self._work / f"cut-{len(self._cut)}"
             shapes = {name: list(value.shape) for name, value in self._feeds.items()}
-            write_graph(str(self._network.path), "", nodes, str(path), shapes=shapes, arrays=str(self._given))
-            self._cut[nodes] = path
-        return self._cut[nodes]
+            more: dict[str, Any] = {"codec": codec, "transforms": transforms}
+            if names_picture(codec) and plan is not None:
+                more["preprocess"] = msgspec.to_builtins(plan.preprocess)
+            else:
+                more["arrays"] = str(self._given)
+            write_graph(str(self._network.path), "", device, str(path), shapes=shapes, **more)
+            self._cut[key] = path
+        return self._cut[key]
 
-    def _took(self, row: Row, profile: LinkProfile) -> float:
-        bundle = self._bundle(row.device)
+    def _took(self, plan: Plan, row: Row, profile: LinkProfile) -> float:
+        bundle = GraphBundle.open(self._bundle(plan, row))
         self._calm.wait(30.0)
-        with CloudProcess(bundle, self._keys, 1) as cloud:
+        if row.kind == "device":
+            return statistics.median(self._inferred(bundle, None, self._runs))
+        with CloudProcess(bundle.path, self._keys, 1) as cloud:
             if profile.trace_up is None:
-                return statistics.median(self._inferred(bundle, cloud, profile, self._runs))
-            chance = np.random.default_rng(0)
-            starts_s = chance.uniform(0.0, profile.trace_up.period_ms / 1e3, self._runs)
-            return statistics.fmean(
-                ms for start_s in starts_s for ms in self._inferred(bundle, cloud, _from(profile, start_s), 1)
-            )
+                with Relay(cloud.address, profile) as relay:
+                    return statistics.median(self._inferred(bundle, relay, self._runs))
+            chance, found = np.random.default_rng(0), list[float]()
+            for start_s in chance.uniform(0.0, profile.trace_up.period_ms / 1e3, self._runs):
+                with Relay(cloud.address, _from(profile, start_s)) as relay:
+                    found += self._inferred(bundle, relay, 1)
+            return statistics.fmean(found)
 
-    def _inferred(self, bundle: Path, cloud: CloudProcess, profile: LinkProfile, runs: int) -> list[float]:
-        """Milliseconds of so many inferences, after some that are not counted."""
-        with (
-            Relay(cloud.address, profile) as relay,
-            GraphDevice(bundle, relay.address, mode="split", keys=self._keys, threads=1, slow_down=SLOW) as device,
-        ):
+    def _inferred(self, bundle: GraphBundle, relay: Relay | None, runs: int) -> list[float]:
+        """Milliseconds of so many inferences, after some that are not counted; here without a relay."""
+        how, feeds = bundle.manifest.preprocess, self._feeds
+        if how is not None:
+            feeds = {how.input: how.array(how.shown(self._picture))}
+        address = relay.address if relay is not None else None
+        mode: GraphMode = "split" if relay is not None else "local"
+        with GraphDevice(bundle, address, mode=mode, keys=self._keys, threads=1, slow_down=SLOW) as device:
             took = []
             for run in range(WARM + runs):
                 began = time.perf_counter()
-                device.infer(self._feeds)
+                device.infer(feeds)
                 if run >= WARM:
                     took.append((time.perf_counter() - began) * 1e3)
                 time.sleep(PAUSE_S)

@@ -20,6 +20,7 @@ from isthmus.engine.graph_part import GraphPart
 from isthmus.protocol.arrays import Array, GraphOffer, Shape, array_bytes, pack, unpack
 from isthmus.protocol.errors import EngineError, ProtocolError, ServiceError
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred
+from isthmus.protocol.pictures import names_picture, pillow
 from isthmus.split.graph_manifest import CLOUD, GraphManifest, Named
 
 _log = logging.getLogger("isthmus.cloud")
@@ -62,6 +63,7 @@ class Graph:
         offer: what Welcome says of it.
         takes: what its part is given, in the order in which it travels.
         gives: names of the outputs that it makes, in the order in which they travel.
+        pictures: whether pictures may come as files.
         waiting: requests.
     """
 
@@ -69,6 +71,7 @@ class Graph:
     part: GraphPart
     takes: tuple[Named, ...]
     gives: tuple[str, ...]
+    pictures: bool = False
     waiting: deque[_Asked] = field(default_factory=deque)
 
 
@@ -76,7 +79,10 @@ def serve_graph(manifest: GraphManifest, part: GraphPart, step_us: int = 0) -> G
     """A network from its second part, which is open already."""
     gives = tuple(one.name for one in manifest.outputs if one.name not in manifest.kept)
     offer = GraphOffer(manifest.model_id, manifest.name, manifest.batches, step_us)
-    return Graph(offer, part, manifest.crossing, gives)
+    pictures = names_picture(manifest.codec)
+    if pictures:
+        pillow()  # now, not when the first one comes
+    return Graph(offer, part, manifest.crossing, gives, pictures)
 
 
 def load_graph(folder: Path, *, threads: int = 0, slow_down: float = 1.0) -> Graph:
@@ -157,6 +163,8 @@ class Graphs:
         if mine >= self._max_waiting or self.waiting >= MAX_WAITING:
             raise Refusal(Code.BUSY, f"{max(mine, self.waiting)} requests wait already", "later", self._retry_ms)
         _check(message.shapes, graph.takes)
+        if not graph.pictures and any(names_picture(one.codec) for one in message.shapes):
+            raise Refusal(Code.UNSUPPORTED, "no picture travels for this network", "send arrays as they are")
         whole = array_bytes(message.shapes)
         if whole > self._most_whole:
             raise Refusal(

@@ -19,9 +19,11 @@ from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
 from isthmus.engine.certainty import certainty
 from isthmus.protocol.arrays import Array, pack, unpack
-from isthmus.protocol.errors import DeviceError, LinkError, ProtocolError, ServiceError
-from isthmus.protocol.features import FEATURE_CODECS, UNIT
+from isthmus.protocol.errors import BundleError, DeviceError, LinkError, ProtocolError, ServiceError
+from isthmus.protocol.features import FEATURE_CODECS, UNIT, is_codec
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
+from isthmus.protocol.pictures import names_picture, pillow
+from isthmus.split.bundle import AGAIN
 from isthmus.split.graph_bundle import GraphBundle
 from isthmus.split.graph_manifest import CLOUD, Named
 
@@ -78,7 +80,7 @@ class GraphDevice:
         keys, encrypted: as in `Device`.
         threads: of the engine, 0 for one per core.
         slow_down: pretends to be a weaker device, as declared; 1 for none.
-        codec: in which what travels is sent, one of `FEATURE_CODECS` ("raw" for as it is); None for the bundle's.
+        codec: in which what travels is sent, as `protocol.features` has it ("raw" for as it is); None for the bundle's.
         exits: whether an inference ends at an exit of the bundle that is sure.
 
     Attributes:
@@ -115,8 +117,12 @@ class GraphDevice:
         self.stats = GraphStats()
         self._manifest, self._mode, self._clock = self.bundle.manifest, mode, clock
         self.codec = self._manifest.codec if codec is None else "" if codec == "raw" else codec
-        if self.codec not in FEATURE_CODECS:
+        if not is_codec(self.codec):
             raise DeviceError(f"the codec is {self.codec!r}", f"choose one of raw, {', '.join(FEATURE_CODECS[1:-1])}")
+        if names_picture(self.codec):
+            if not names_picture(self._manifest.codec):
+                raise DeviceError(f"the codec is {self.codec!r}, and this bundle takes no picture", "leave --codec out")
+            pillow()
         if self.codec == UNIT != self._manifest.codec:
             raise DeviceError("the codec is 'unit', and this bundle has no transform for it", "leave --codec out")
         self._threads, self._slow_down = threads, slow_down
@@ -125,6 +131,11 @@ class GraphDevice:
             (self.bundle.part(file, threads, slow_down) if file else None, exit if exits else None)
             for file, exit in self._manifest.stages
         ]
+        known = {one.name for one in self._manifest.inputs}
+        for part, exit in self._stages:
+            known |= set(part.outputs) if part is not None else set()
+            if exit is not None and exit.output not in known:
+                raise BundleError(f"{self.bundle.path} does not make {exit.output!r} before it ends there", AGAIN)
         self._rest: GraphPart | None = None
         self._able = self.bundle.has(CLOUD)
         self._pace = GraphPace(self._able)
@@ -279,7 +290,10 @@ class GraphDevice:
 
     def _ask(self, wire: Wire, known: Mapping[str, Array]) -> int:
         self._asked += 1
+        began = time.perf_counter()
         shapes, data = pack([known[one.name] for one in self._manifest.crossing], self.codec)
+        if self._slow_down > 1.0:
+            time.sleep((self._slow_down - 1.0) * (time.perf_counter() - began))
         assert self._welcome is not None
         most = self._welcome.limits.max_message_bytes
         if len(data) > most:

@@ -19,7 +19,8 @@ def certainty(output: NDArray[Any], probabilities: bool) -> float:
         return 0.0
     values = output.astype(np.float64)
     if not probabilities:
-        values = np.exp(values - values.max(axis=-1, keepdims=True))
-        values /= values.sum(axis=-1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            values = np.exp(values - values.max(axis=-1, keepdims=True))
+            values /= values.sum(axis=-1, keepdims=True)
     least = float(values.max(axis=-1).min())
     return least if np.isfinite(least) else 0.0

@@ -84,7 +84,7 @@ def pack(arrays: Sequence[Array], codec: str = "") -> tuple[tuple[Shape, ...], b
     for array in arrays:
         if array.dtype.name not in DTYPES or array.ndim > MAX_DIMS:
             raise ProtocolError(f"an array of type {array.dtype} with {array.ndim} dimensions", "it cannot travel")
-        used = features.applies(codec, array.dtype)
+        used = features.applies(codec, array.dtype, array.shape)
         if used not in features.LOSSLESS and not np.isfinite(array).all():
             used = ""  # a mask of -inf, say
         part = features.encode(array, used)

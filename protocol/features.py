@@ -7,6 +7,7 @@ All numbers are little-endian. A codec's name:
     f16      values as float16
     intN     N from 2 to 8 by halves, as int4.5: values are the nearest of up to 2^N equal steps, entropy-coded
     unit     values are the nearest whole numbers, entropy-coded: of what was scaled so that a step of 1 is right
+    jpegN, webpN, webp-lossless   a picture, as `protocol.pictures` has it
 
 intN and unit are a u8 (the number of levels - 1), the value of level 0 and the step as f32, the frequency of each
 level, and a stream of `protocol.rans`. A frequency is written as LEB128; a 0 is followed by a byte that says how many
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from isthmus.protocol import rans
 from isthmus.protocol.errors import ProtocolError
+from isthmus.protocol.pictures import decode_picture, encode_picture, is_picture, names_picture
 
 LOSSLESS: Final = ("", "zstd")
 STEPS: Final = tuple(f"int{half / 2:g}" for half in range(16, 3, -1))
@@ -43,22 +45,32 @@ _BROKEN: Final = "the sender's result is broken or truncated"
 Array = NDArray[np.generic]
 
 
-def applies(codec: str, dtype: np.dtype[Any]) -> str:
-    """The codec that an array of a type travels in where this one is wished for: steps are for real numbers."""
-    return codec if codec in LOSSLESS or dtype.kind == "f" else ""
+def is_codec(name: str) -> bool:
+    """Whether there is a codec of that name."""
+    return name in FEATURE_CODECS or names_picture(name)
+
+
+def applies(codec: str, dtype: np.dtype[Any], dims: Sequence[int]) -> str:
+    """The codec that an array travels in where this one is wished for: steps are for real numbers, files for
+    pictures.
+    """
+    fits = is_picture(dtype, dims) if names_picture(codec) else codec in LOSSLESS or dtype.kind == "f"
+    return codec if fits else ""
 
 
 def encode(array: Array, codec: str) -> bytes:
     """An array's bytes on the wire.
 
     Args:
-        array: of a type that `applies` names this codec for.
+        array: one that `applies` names this codec for.
 
     Raises:
         ProtocolError: unknown codec, or a value that is not finite (or not in range) and cannot be coded.
     """
-    if codec not in FEATURE_CODECS:
+    if not is_codec(codec):
         raise ProtocolError(f"the codec is {codec[:40]!r}", f"use one of {', '.join(FEATURE_CODECS[1:])}")
+    if names_picture(codec):
+        return encode_picture(array, codec)
     if codec == "":
         return _little(array).tobytes()
     if codec == "zstd":
@@ -81,8 +93,10 @@ def decode(data: memoryview, codec: str, dtype: np.dtype[Any], dims: Sequence[in
         ProtocolError: unknown codec, or not what it writes.
     """
     count = math.prod(dims)
-    if codec not in FEATURE_CODECS or applies(codec, dtype) != codec:
+    if not is_codec(codec) or applies(codec, dtype, dims) != codec:
         raise ProtocolError(f"an array of {dtype} in the codec {codec[:40]!r}", "use one that fits its type")
+    if names_picture(codec):
+        return decode_picture(data, codec, dims)
     if codec == "zstd":
         data = _plain(data, count * dtype.itemsize)
         planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, count)

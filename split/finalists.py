@@ -81,7 +81,9 @@ class Finalists:
         whole = bool(exits) and len(nodes) == len(self._graph.nodes)
         halves = None if whole else self._graph.halves(nodes)
         values = dict(self._feeds)
-        parts = stages(self._graph.model if halves is None else halves.device, exits)
+        graph = self._graph
+        here = graph.part(nodes, graph.inputs, graph.outputs) if halves is None else halves.device
+        parts = stages(here, exits)
         runs = [self._run(part, self._device, values) for part in parts]
         if halves is not None:
             runs.append(self._run(halves.cloud, self._cloud, values))

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.engine.certainty import certainty
 from isthmus.protocol.errors import PlanError
@@ -41,10 +42,8 @@ class Leaving:
     @property
     def reach(self) -> list[float]:
         """The share of inputs that get to each piece of the network: up to each exit, and behind the last."""
-        found = [1.0]
-        for one in self.shares:
-            found.append(max(0.0, found[-1] - one))
-        return found
+        counts = [sum(place >= at for place in self.places) for at in range(len(self.exits) + 1)]
+        return [count / len(self.places) for count in counts] if self.exits else [1.0]
 
     @property
     def agreement(self) -> float | None:
@@ -85,8 +84,8 @@ def choices(
         if not 0.0 < confidence <= 1.0:
             raise PlanError(f"the exit {name!r} is sure from {confidence:g} on", "give a probability, as 0.9")
         nodes = needed(graph, name)
-        exit = GraphExit(name, confidence, _of_probabilities(graph, name))
         column, last = graph.outputs.index(name), graph.outputs.index(final)
+        exit = GraphExit(name, confidence, _are_probabilities([np.asarray(one[column]) for one in answers]))
         sure = [certainty(np.asarray(one[column]), exit.probabilities) >= confidence for one in answers]
         same = [share(one[column], one[last], agree) for one in answers]
         known.append((len(nodes), exit, frozenset(nodes), sure, same))
@@ -120,5 +119,6 @@ def _final(graph: OnnxGraph, wanted: Mapping[str, float], answer: Sequence[Any])
     return final
 
 
-def _of_probabilities(graph: OnnxGraph, name: str) -> bool:
-    return bool(graph.nodes[graph.made_by(name)].op_type == "Softmax")
+def _are_probabilities(found: Sequence[NDArray[Any]]) -> bool:
+    """Whether all rows of an output, for all inputs, are from 0 on and come to 1."""
+    return all((one >= 0).all() and np.allclose(one.sum(axis=-1, dtype=np.float64), 1.0, atol=0.01) for one in found)

@@ -11,8 +11,9 @@ import msgspec
 
 from isthmus.protocol.arrays import DTYPES, MAX_ARRAYS, MAX_DIMS
 from isthmus.protocol.errors import BundleError
-from isthmus.protocol.features import FEATURE_CODECS
+from isthmus.protocol.features import is_codec
 from isthmus.split.manifest import FORMAT_VERSION, FileEntry, check_files, check_model_name
+from isthmus.split.pictures import Preprocess
 
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
 STAGE = "device/stage-{}.onnx"  # of the device, behind its first exit: 2, 3, ...
@@ -77,6 +78,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
         batches: whether the cloud's part, given rows of several requests, gives the rows of each.
         codec: in which the device sends what travels, as `protocol.features` has it.
         exits: of the device, in the order in which they are reached.
+        preprocess: what makes an input of a picture's file; None where nothing is known of that.
         files: every file but bundle.json, by its name within the bundle.
     """
 
@@ -93,6 +95,7 @@ class GraphManifest(msgspec.Struct, frozen=True):
     batches: bool = False
     codec: str = ""
     exits: tuple[GraphExit, ...] = ()
+    preprocess: Preprocess | None = None
 
     @classmethod
     def parse(cls, data: bytes) -> GraphManifest:
@@ -121,8 +124,10 @@ class GraphManifest(msgspec.Struct, frozen=True):
                 one.check(what)
         if not set(self.kept) < {one.name for one in self.outputs}:
             raise BundleError("bundle.json keeps outputs that the model has not, or all of them", _AGAIN)
-        if self.codec not in FEATURE_CODECS:
+        if not is_codec(self.codec):
             raise BundleError(f"bundle.json sends in the codec {self.codec[:40]!r}", _AGAIN)
+        if self.preprocess is not None and self.preprocess.input not in {one.name for one in self.inputs}:
+            raise BundleError(f"bundle.json makes the input {self.preprocess.input[:80]!r} of pictures", _AGAIN)
         if len(self.exits) > MOST_EXITS or len({one.output for one in self.exits}) < len(self.exits):
             raise BundleError(f"bundle.json has {len(self.exits)} exits, or two at one output", _AGAIN)
         for exit in self.exits:
@@ -130,10 +135,13 @@ class GraphManifest(msgspec.Struct, frozen=True):
                 problem = f"bundle.json has an exit at {exit.output[:80]!r}, sure from {exit.confidence:g} on"
                 raise BundleError(problem, _AGAIN)
         check_files(self.files)
-        bare = {one.name for one in self.crossing} <= {one.name for one in self.inputs}  # all of it is the cloud's
-        for name in (CLOUD,) if bare else (DEVICE, CLOUD):
+        handed_over = {*self.kept, *(one.name for one in self.crossing)} <= {one.name for one in self.inputs}
+        for name in (CLOUD,) if handed_over else (DEVICE, CLOUD):
             if name not in self.files:
                 raise BundleError(f"bundle.json lists no {name}", _AGAIN)
+        pieces = {name for name in self.files if name.startswith("device/") and name.endswith(".onnx")}
+        if unknown := pieces - {name for name, _ in self.stages}:
+            raise BundleError(f"bundle.json has {min(unknown)[:80]}, and no exit before it", _AGAIN)
         if self.model_id != graph_id(self.files, (self.inputs, self.outputs, self.crossing)):
             raise BundleError(f"model_id {self.model_id[:64]!r} does not follow from the bundle's files", _AGAIN)
 

@@ -14,13 +14,16 @@ import onnxruntime as ort
 from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import UNIT
+from isthmus.protocol.pictures import names_picture
 from isthmus.split.graph_manifest import CLOUD, DEVICE, STAGE, GraphExit, GraphManifest, Named, graph_id
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given, outputs, session, sizes
+from isthmus.split.onnx_picture import pictured
 from isthmus.split.onnx_stages import stages
 from isthmus.split.onnx_transform import transformed, undoing
 from isthmus.split.onnx_writer import write_part
+from isthmus.split.pictures import Preprocess, called
 from isthmus.split.transform import Transform, axis_of, patches_of
 from isthmus.split.writer import BundleWriter
 
@@ -43,6 +46,7 @@ def write_graph(
     codec: str = "",
     transforms: Sequence[Any] = (),
     exits: Sequence[Any] = (),
+    preprocess: Mapping[str, Any] | None = None,
 ) -> Any:
     """Writes a bundle; what it says, as plain data.
 
@@ -50,9 +54,10 @@ def write_graph(
         checked: the sha256 that the model must have, "" for any.
         nodes: numbers of those on the device; none has the inputs travel.
         shapes, arrays: of the inputs that it is checked on; as `onnx_measure.measure` has them.
-        codec: in which what travels will be sent.
+        codec: in which what travels will be sent; one for pictures has the network given the picture itself.
         transforms: of what travels, each as plain data.
         exits: at outputs that the device makes, in the order in which they are reached, each as plain data.
+        preprocess: what is done with pictures before the network, as plain data.
 
     Raises:
         PlanError: it is another model, there is nothing to cut, something cannot travel, or the parts do not give what
@@ -65,7 +70,16 @@ def write_graph(
     if checked and checked != sha256:
         raise PlanError(f"the plan is of another model, or another version of {file.name}", _AGAIN)
     here = set(nodes)
-    feeds = given(graph, shapes or {}, arrays)
+    how = msgspec.convert(preprocess, Preprocess) if preprocess is not None else None
+    if names_picture(codec):
+        if how is None or here:
+            raise PlanError(f"the plan sends {called(codec)}, and not to a cloud that has all of the network", _AGAIN)
+        if arrays:
+            raise PlanError("a way that sends pictures is checked on one of its own", "leave --input out")
+        proto, how, feeds = _pictured(proto, how, file, shapes or {})
+        graph = OnnxGraph(proto)
+    else:
+        feeds = given(graph, shapes or {}, arrays)
     crossing = graph.halves(here).crossing if here else graph.handed_over().crossing  # refused now, if it is no cut
     whole = dict(zip(graph.outputs, outputs(session(proto, file, 1), feeds), strict=True))
     travels = _travelling(graph, file, crossing, feeds)
@@ -107,7 +121,16 @@ def write_graph(
         tensors = given_to, given_by, tuple(between)
         identity, files = graph_id(writer.files, tensors), dict(writer.files)
         found = GraphManifest(
-            title, identity, sha256, *tensors, halves.kept, files, batches=batches, codec=codec, exits=leaving
+            title,
+            identity,
+            sha256,
+            *tensors,
+            halves.kept,
+            files,
+            batches=batches,
+            codec=codec,
+            exits=leaving,
+            preprocess=how,
         )
         found.check()
         writer.commit(found.encode())
@@ -120,6 +143,22 @@ def write_graph(
         "codec": codec,
         "travels_bytes": sum(travels[one].nbytes for one in crossing),
     }
+
+
+def _pictured(
+    proto: onnx.ModelProto, how: Preprocess, file: Path, shapes: Mapping[str, Sequence[int]]
+) -> tuple[onnx.ModelProto, Preprocess, dict[str, Any]]:
+    """A network that is given pictures, what is left to be done with them, and one of noise to check it on."""
+    found, left = pictured(proto, how)
+    sizes = {name: shape for name, shape in shapes.items() if name != how.input}
+    others = {name: value for name, value in given(OnnxGraph(found), sizes, "").items() if name != left.input}
+    noise = np.random.default_rng(0).integers(0, 256, (*how.size, 3)).astype(np.uint8)
+    feeds = {**others, left.input: left.array(noise)}
+    wanted = outputs(session(proto, file, 1), {**others, how.input: how.array(noise)})
+    for one, two in zip(outputs(session(found, file, 1), feeds), wanted, strict=True):
+        if difference(one, two) > TOLERANCE.get(str(getattr(two, "dtype", "")), _USUAL):
+            raise PlanError("the network answers pictures otherwise than what is made of them", "send another way")
+    return found, left, feeds
 
 
 def _transformed(between: Sequence[Named], transforms: Sequence[Transform]) -> list[Named]:

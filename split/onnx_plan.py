@@ -131,6 +131,7 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         inputs = read_inputs(Path(wish.folder), graph, here.inputs, wish.preprocess)
         trials = Trials(graph, file, inputs.feeds, wish.agreement, wish.agree)
         early = choices(graph, wish.exits, trials.answers, wish.agree)
+        early = [one for one in early if (one.agreement or 0.0) >= wish.agreement] or early  # those say why they fail
         worth = candidates(sharing, wanted, early)
     rows = ways(sharing, [PLAIN], wanted, early)
     if isinstance(graph, OnnxGraph) and (wish.measure or inputs is not None):
@@ -165,6 +166,7 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         percentile=wish.percentile,
         inputs=here.inputs,
         tried=len(inputs.feeds) if inputs is not None else 0,
+        preprocess=inputs.how if inputs is not None else None,
     )
     return msgspec.to_builtins(found)
 

@@ -10,18 +10,15 @@ from isthmus.split.onnx_graph import OnnxGraph
 
 
 def stages(part: onnx.ModelProto, exits: Sequence[str]) -> list[onnx.ModelProto | None]:
-    """Models that do together what the part does, one after the other; None for one without nodes.
+    """Models that do together what the part does, one after the other; None for one that does nothing.
 
     Args:
         part: a model.
         exits: names of its outputs, in the order in which they are reached; a model ends at each.
-
-    Raises:
-        PlanError: an exit is made by no node of its own.
     """
     graph = OnnxGraph(part)
     if not exits:
-        return [part if graph.nodes else None]
+        return [part if graph.nodes or graph.outputs else None]
     left, pieces = set(range(len(graph.nodes))), list[set[int]]()
     for name in exits:
         pieces.append(needed(graph, name) & left)
@@ -35,7 +32,7 @@ def stages(part: onnx.ModelProto, exits: Sequence[str]) -> list[onnx.ModelProto 
         gives = [name for name in made if name in later or name in graph.outputs]
         if not at:
             gives += [name for name in graph.outputs if graph.made_by(name) < 0]  # constants
-        found.append(graph.part(piece, list(given), gives) if piece else None)
+        found.append(graph.part(piece, list(given), gives) if piece or gives else None)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.protocol.errors import PlanError
+from isthmus.protocol.pictures import WEBP_LOSSLESS, decode_picture, encode_picture
 from isthmus.split.files import open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -108,11 +108,12 @@ class Sent:
     """Pictures as they come out of a codec.
 
     Attributes:
+        codec: as `protocol.pictures` has it.
         sizes: bytes of each.
         encode_ms, decode_ms: of one.
     """
 
-    name: str
+    codec: str
     pictures: list[Picture]
     sizes: list[int]
     encode_ms: float
@@ -121,22 +122,24 @@ class Sent:
 
 def coded(pictures: list[Picture], format: str, quality: int) -> Sent:
     """Pictures sent as JPEG or WebP of a quality, or `LOSSLESS`."""
-    from PIL import Image
-
-    how: dict[str, Any] = {"lossless": True} if quality == LOSSLESS else {"quality": quality}
+    codec = WEBP_LOSSLESS if quality == LOSSLESS else f"{format.lower()}{quality}"
     back, sizes, encode_s, decode_s = list[Picture](), list[int](), list[float](), list[float]()
     for one in pictures:
-        data = io.BytesIO()
         began = time.perf_counter()
-        Image.fromarray(one).save(data, format, **how)
+        data = encode_picture(one[None], codec)
         encode_s.append(time.perf_counter() - began)
-        sizes.append(data.tell())
+        sizes.append(len(data))
         began = time.perf_counter()
-        back.append(np.asarray(Image.open(data).convert("RGB")))
+        back.append(decode_picture(memoryview(data), codec, (1, *one.shape))[0])
         decode_s.append(time.perf_counter() - began)
     ms = (statistics.median(took) * 1e3 for took in (encode_s, decode_s))
-    name = f"{format} {'lossless' if quality == LOSSLESS else quality}"
-    return Sent(name, back, sizes, *ms)
+    return Sent(codec, back, sizes, *ms)
+
+
+def called(codec: str) -> str:
+    """A codec for pictures, for people: as "JPEG 90"."""
+    rest = codec[4:].lstrip("-")
+    return f"{next(one for one in OF_FORMAT if one.lower() == codec[:4])} {rest}"
 
 
 def smallest(pictures: list[Picture], format: str, agrees: Callable[[list[Picture]], float], least: float) -> Sent:

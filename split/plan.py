@@ -13,12 +13,14 @@ from isthmus.protocol.features import UNIT
 from isthmus.split.budget import Aim
 from isthmus.split.files import write_whole
 from isthmus.split.graph_manifest import GraphExit
+from isthmus.split.pictures import Preprocess
 from isthmus.split.profile import TensorSize, load
 from isthmus.split.transform import Transform
 
 VERSION = 1
 _AGAIN = "plan again: isthmus plan"
 _NAME_CHARS = 60  # of a tensor, for people
+_ROUNDING = 1e-9  # of shares that come to 1
 Kind = Literal["device", "cloud", "image", "split"]
 Way = tuple[tuple[int, ...], tuple[str, ...]]
 
@@ -81,7 +83,8 @@ class Row(msgspec.Struct, frozen=True):
     @property
     def goes_on(self) -> float:
         """The share of inputs that leave at no exit."""
-        return max(0.0, 1.0 - sum(one.share for one in self.leaves))
+        left = 1.0 - sum(one.share for one in self.leaves)
+        return left if left > _ROUNDING else 0.0
 
     @property
     def way(self) -> Way:
@@ -105,6 +108,7 @@ class Plan(msgspec.Struct, frozen=True):
         percentile: that `tail_ms` of the rows is.
         inputs: that the model was profiled with.
         tried: inputs that codecs were chosen on, by which `agreement` of the rows is, too.
+        preprocess: what was done with pictures to make them.
         best: which of `rows`.
         verdict: in one sentence.
     """
@@ -120,6 +124,7 @@ class Plan(msgspec.Struct, frozen=True):
     percentile: float = 95.0
     inputs: dict[str, TensorSize] = {}
     tried: int = 0
+    preprocess: Preprocess | None = None
     format: Literal["isthmus-plan"] = "isthmus-plan"
     version: int = VERSION
 
@@ -135,15 +140,15 @@ class Plan(msgspec.Struct, frozen=True):
                 raise PlanError(f"the plan's way {row.name!r} lacks its codec or its transforms", _AGAIN)
 
     def split(self, name: str = "") -> Row:
-        """A way that cuts the model, the best; or one of that name, which may have all of it in the cloud.
+        """A way that cuts the model, the best; or one of that name, which may have all of it in the cloud, too.
 
         Raises:
             PlanError: there is none.
         """
         ways = [row for row in self.rows if row.kind == "split" and name in ("", row.name)]
-        ways += [row for row in self.rows if row.kind == "cloud" and name == row.name]
+        ways += [row for row in self.rows if row.kind in ("cloud", "image") and name == row.name]
         if not ways:
-            known = "; ".join(row.name for row in self.rows if row.kind in ("split", "cloud"))
+            known = "; ".join(row.name for row in self.rows if row.kind != "device")
             what = (
                 f"the plan has no way {name!r} that cuts the model" if name else "the plan has no way to cut the model"
             )

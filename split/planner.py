@@ -16,6 +16,7 @@ from isthmus.split.cut import Cut, Network, fastest, priced
 from isthmus.split.finalists import Fused
 from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.onnx_network import CLOUD, DEVICE, ENERGY, MEMORY, MESSAGE, Codec, Sharing
+from isthmus.split.pictures import called
 from isthmus.split.plan import Kind, Leaves, Row, Way, shown
 from isthmus.split.trials import Tried
 
@@ -47,7 +48,11 @@ def ways(sharing: Sharing, codecs: Sequence[Codec], wanted: Wanted, choices: Seq
     """
     plain = replace(sharing, codec=PLAIN)
     network, nodes = plain.network(), len(sharing.graph.nodes)
-    best(network, wanted.aim, wanted.budgets)  # says which budget is impossible, by how much
+    try:
+        best(network, wanted.aim, wanted.budgets)  # says which budget is impossible, by how much
+    except PlanError:
+        if not any(_possible(replace(plain, leaving=one).network(), wanted) for one in choices):
+            raise
     found = [
         _row(plain, priced(network, [DEVICE] * nodes), "device", "all on the device"),
         _row(plain, priced(network, [CLOUD] * nodes), "cloud", "the input to the cloud"),
@@ -90,10 +95,12 @@ def coded(row: Row, sharing: Sharing, tried: Tried, faster: tuple[float, float])
     cloud_ms = row.cloud_ms + row.goes_on * tried.decode_ms * faster[CLOUD]
     up_bytes = row.goes_on * (tried.bytes + MESSAGE)
     link_ms = row.link_ms + sharing.rate.up_ms(up_bytes - row.up_bytes)
-    picture, split = row.kind == "cloud", f"split after {shown(row.crossing)}, {tried.codec}"
+    picture, name = row.kind == "cloud", f"split after {shown(row.crossing)}, {tried.codec}"
+    if picture:
+        name = f"the picture as {called(tried.codec)}"
     return msgspec.structs.replace(
         row,
-        name=_called(f"the picture as {tried.codec}" if picture else split, row.way[1]),
+        name=_called(name, row.way[1]),
         kind="image" if picture else "split",
         codec=tried.codec,
         device_ms=device_ms,
@@ -140,6 +147,14 @@ def splits(sharing: Sharing, wanted: Wanted, count: int = FINALISTS) -> list[Cut
         if len(kept) == count:
             break
     return list(kept.values())
+
+
+def _possible(network: Network, wanted: Wanted) -> bool:
+    try:
+        best(network, wanted.aim, wanted.budgets)
+    except PlanError:
+        return False
+    return True
 
 
 def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from isthmus.protocol.errors import PlanError
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given
@@ -31,6 +33,11 @@ class Inputs:
     pictures: list[Picture] = field(default_factory=list)
     preprocess: Preprocess | None = None
     name: str = ""
+
+    @property
+    def how(self) -> Preprocess | None:
+        """What is done with a picture, and for which input."""
+        return None if self.preprocess is None else msgspec.structs.replace(self.preprocess, input=self.name)
 
 
 def read_inputs(folder: Path, graph: OnnxGraph, sizes: Mapping[str, TensorSize], preprocess: str = "") -> Inputs:

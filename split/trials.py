@@ -201,7 +201,7 @@ class Trials:
             sent = smallest(pictures, format, agrees, self.least)
             rest = sum(np.asarray(value).nbytes for other, value in self._inputs[0].items() if other != name)
             size, plain = rest + float(np.mean(sent.sizes)), rest + float(np.mean([one.nbytes for one in pictures]))
-            found.append(Tried(sent.name, agrees(sent.pictures), size, plain, sent.encode_ms, sent.decode_ms))
+            found.append(Tried(sent.codec, agrees(sent.pictures), size, plain, sent.encode_ms, sent.decode_ms))
         return found
 
     def _tried(
@@ -210,7 +210,7 @@ class Trials:
         """Mean bytes, ms to encode and to decode, and what comes out; None where the codec cannot carry it."""
         sizes, encode_s, decode_s, came = list[int](), list[float](), list[float](), list[list[Any]]()
         for arrays in travels:
-            used = [features.applies(codec, array.dtype) for array in arrays]
+            used = [features.applies(codec, array.dtype, array.shape) for array in arrays]
             began = time.perf_counter()
             try:
                 parts = [features.encode(array, one) for array, one in zip(arrays, used, strict=True)]

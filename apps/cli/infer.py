@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from isthmus.edge.graph import GraphStats
     from isthmus.protocol.arrays import Array
+    from isthmus.split.pictures import Preprocess
 
 TAKEN = {
     "bundle",
@@ -41,6 +42,7 @@ def infer(ctx: typer.Context) -> None:
 
     from isthmus.edge.graph import GraphDevice
     from isthmus.protocol.errors import DeviceError
+    from isthmus.split.graph_bundle import GraphBundle
 
     options = ctx.params
     for name in options:
@@ -49,11 +51,14 @@ def infer(ctx: typer.Context) -> None:
             option = "--" + name.strip("_").replace("_", "-")
             raise DeviceError(f"{option} is for language models", "this bundle is a network: leave it out")
     if options["input_"] is None:
-        raise DeviceError(f"{options['bundle']} is a network", "give it arrays: --input FILE.npz (or .npy)")
+        raise DeviceError(
+            f"{options['bundle']} is a network", "give it arrays: --input FILE.npz (or .npy, or a picture)"
+        )
     _check_writable(options["output"])
-    given = read_arrays(options["input_"])
+    bundle = GraphBundle.open(options["bundle"])
+    given = read_given(options["input_"], bundle.manifest.preprocess)
     with GraphDevice(
-        options["bundle"],
+        bundle,
         options["cloud"],
         mode=options["mode"],
         keys=options["keys"],
@@ -91,6 +96,28 @@ def _codec(ctx: typer.Context) -> str | None:
     if source is None or source.name != "COMMANDLINE":
         return None
     return str(ctx.params["codec"])
+
+
+def read_given(path: Path, how: Preprocess | None) -> Any:
+    """A file's arrays, or what is made of its picture.
+
+    Raises:
+        DeviceError: it is neither, or nothing is known of pictures.
+    """
+    from isthmus.protocol.errors import DeviceError, PlanError
+    from isthmus.protocol.pictures import pillow
+    from isthmus.split.pictures import SUFFIXES
+
+    if path.suffix.lower() not in SUFFIXES:
+        return read_arrays(path)
+    if how is None:
+        problem = f"{path} is a picture, and this bundle does not say what is done with pictures"
+        raise DeviceError(problem, "plan with --preprocess, or give arrays: --input FILE.npz")
+    pillow()
+    try:
+        return {how.input: how.array(how.shown(path))}
+    except PlanError as error:
+        raise DeviceError(error.problem, "name a picture that can be read") from error
 
 
 def read_arrays(path: Path) -> Any:

@@ -187,7 +187,7 @@ def only(ctx: typer.Context, known: set[str], why: str) -> None:
     """
     from isthmus.protocol.errors import PlanError
 
-    names = {"inputs": "--input", "folder": "--inputs", "percentile": "--p"}
+    names = {"inputs": "--input", "folder": "--inputs", "percentile": "--p", "exits": "--exit"}
     for name in ctx.params:
         source = ctx.get_parameter_source(name)
         if name not in known and source is not None and source.name == "COMMANDLINE":

@@ -23,7 +23,9 @@ def command(
     prompt: Annotated[str | None, typer.Option(help="Ask this and end; - reads it from standard input")] = None,
     input_: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="For a network: arrays to run it on, .npz by name or .npy"),
+        typer.Option(
+            "--input", metavar="FILE", help="For a network: arrays to run it on, .npz by name or .npy, or a picture"
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="For a network: write its outputs there, .npz")

@@ -127,7 +127,7 @@ def _cut(
     from isthmus.apps.cli.profile import shapes
     from isthmus.apps.cli.signals import ending_cleanly
     from isthmus.protocol.errors import PlanError
-    from isthmus.protocol.features import FEATURE_CODECS
+    from isthmus.protocol.features import is_codec
     from isthmus.protocol.limits import LIMITS
     from isthmus.split.confined import confined
     from isthmus.split.plan import load_plan, shown
@@ -138,6 +138,8 @@ def _cut(
         )
     made = load_plan(plan)
     row = made.split(way)
+    if row.kind == "image" and not is_codec(row.codec):
+        raise PlanError(f"the plan's codec {row.codec[:40]!r} is none", "plan again: isthmus plan")
     sizes = {one: list(size.shape) for one, size in made.inputs.items()} | shapes(shape)
     with ending_cleanly():
         told = confined(
@@ -150,9 +152,10 @@ def _cut(
             force,
             sizes,
             str(inputs) if inputs is not None else "",
-            row.codec if row.codec in FEATURE_CODECS else "",
+            row.codec if is_codec(row.codec) else "",
             msgspec.to_builtins(row.transforms),
             [msgspec.to_builtins(one.exit) for one in row.leaves],
+            msgspec.to_builtins(made.preprocess) if made.preprocess is not None else None,
             what=f"cutting {model.name}",
         )
     here, there = told["nodes"]

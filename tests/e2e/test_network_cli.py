@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from PIL import Image
 
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from tests.unit.test_split_onnx_measure import convolutions
@@ -176,6 +177,37 @@ def test_a_codec_is_planned_on_inputs_written_into_the_bundle_and_used(folder: P
             assert done.returncode == 0, done.stderr
             sizes.append(json.loads(done.stdout)["bytes_up"])
     assert sizes[0] < sizes[1] / 2
+
+
+def test_a_picture_is_sent_in_place_of_what_is_made_of_it(folder: Path, keys: Path) -> None:
+    (folder / "photos").mkdir()
+    chance = np.random.default_rng(3)
+    for at in range(4):
+        small = chance.integers(0, 256, (4, 5, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((50, 40)).save(folder / "photos" / f"{at}.png")
+    (folder / "how.json").write_text('{"size": [32, 32], "resize": 32, "mean": [9, 9, 9], "std": [64, 64, 64]}')
+    asked = ["--link", "rtt=2,up=5,down=50", "--inputs", "photos", "--preprocess", "how.json", "--json"]
+    done = isthmus("plan", "model.onnx", *asked, "-o", "pictures.json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    row = next(row for row in json.loads(done.stdout)["rows"] if row["kind"] == "image")
+    assert row["codec"].startswith("jpeg") and row["name"].startswith("the picture as JPEG ")
+    cut = ("split", "model.onnx", "--plan", "pictures.json", "--way", row["name"], "-o", "picture")
+    done = isthmus(*cut, folder=folder)
+    assert done.returncode == 0, done.stderr
+    with CloudProcess(folder / "picture", keys, 1) as running:
+        asked = ["--cloud", running.address, "--keys", str(keys), "--mode", "split", "--json"]
+        done = isthmus("run", "picture", "--input", "photos/0.png", *asked, "-o", "there.npz", folder=folder)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["where"] == "cloud" and told["codec"] == row["codec"] and told["bytes_up"] < 32 * 32 * 3
+    done = isthmus("run", "picture", "--input", "photos/0.png", "-o", "here.npz", folder=folder)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "there.npz") as there, np.load(folder / "here.npz") as here:
+        assert there["y"].shape == here["y"].shape
+    done = isthmus("run", "cut", "--input", "photos/0.png", folder=folder)
+    assert done.returncode == 2 and "does not say what is done with pictures" in done.stderr
+    done = isthmus("run", "picture", "--input", "given.npz", folder=folder)
+    assert done.returncode == 2 and "has no input 'x'" in done.stderr
 
 
 def test_a_codec_that_is_none_is_refused(folder: Path) -> None:

@@ -13,7 +13,7 @@ from isthmus.cloud import graphs as module
 from isthmus.cloud.graphs import TOGETHER, Graph, load_graph
 from isthmus.cloud.service import Service
 from isthmus.protocol import messages as m
-from isthmus.protocol.arrays import GraphOffer, pack, unpack
+from isthmus.protocol.arrays import GraphOffer, Shape, pack, unpack
 from isthmus.protocol.errors import BundleError, ServiceError
 from isthmus.split.graph_manifest import Named
 from tests.fakes import MemoryServer
@@ -109,6 +109,14 @@ def test_other_arrays_are_refused(array: Any, problem: str) -> None:
     (fault,) = world.server.take(b"a")
     assert (fault.code, fault.request) == (m.Code.BAD_MESSAGE, 9)
     assert re.search(problem, fault.problem)
+
+
+def test_pictures_are_taken_where_they_are_awaited() -> None:
+    world = World()
+    world.server.put(m.Infer(3, ID, (Shape("float32", (1, 2), "jpeg90", 4),), b"\xff\xd8\xff\xe0"), b"a")
+    world.turn()
+    (answer,) = world.server.take(b"a")
+    assert (answer.code, answer.request) == (m.Code.UNSUPPORTED, 3) and "no picture travels" in answer.problem
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

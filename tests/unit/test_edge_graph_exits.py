@@ -16,11 +16,15 @@ from isthmus.edge.graph import GraphDevice
 from isthmus.engine.certainty import certainty
 from isthmus.protocol.errors import BundleError, PlanError
 from isthmus.protocol.features import UNIT
+from isthmus.split import onnx_measure
+from isthmus.split.finalists import Finalists
 from isthmus.split.graph_bundle import GraphBundle
 from isthmus.split.graph_exits import choices
 from isthmus.split.graph_manifest import DEVICE, STAGE, GraphExit, GraphManifest
 from isthmus.split.graph_writer import write_graph
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.plan import Way
+from isthmus.split.profile import Profile
 from isthmus.split.transform import Components
 from isthmus.split.trials import Trials
 from tests.branchy import EARLY, FINAL, WIDTH, inputs, saved
@@ -107,6 +111,30 @@ def test_trials_count_the_answers_of_who_leaves(model: Path) -> None:
     (all_,) = choices(graph, {EARLY: 1e-6}, trials.answers, "top1")
     with pytest.raises(PlanError, match="every input leaves"):
         trials.smallest(tuple(THROUGH_EXIT), all_)
+
+
+def test_all_on_the_device_is_timed_in_pieces(model: Path) -> None:
+    told = onnx_measure.measure(str(model), 1, {}, 0.02)
+    profile = Profile.of(told, "toy", "toy")
+    finalists = Finalists(OnnxGraph(onnx.load(str(model))), model, profile, profile, inputs()[0], seconds=0.02)
+    ways: list[Way] = [(tuple(range(7)), (EARLY,)), (tuple(BEYOND), (EARLY,))]
+    found = finalists.fused(ways)
+    assert [len(found[way].stages_ms) for way in ways] == [2, 2] and found[ways[0]].cloud_ms == 0.0
+    assert all(ms > 0 for way in ways for ms in found[way].stages_ms)
+
+
+def test_a_piece_without_its_exit_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = cut(model, BEYOND)
+    told = msgspec.json.decode((folder / "bundle.json").read_bytes())
+    with pytest.raises(BundleError, match="and no exit before it"):
+        GraphManifest.parse(msgspec.json.encode({**told, "exits": []}))
+    two = cut(
+        saved(tmp_path, middle=True), [0, 1, 2, 3, 4, 7, 8], GraphExit(EARLY, 0.9), GraphExit("middle", 0.9, True)
+    )
+    told = msgspec.json.decode((two / "bundle.json").read_bytes())
+    (two / "bundle.json").write_bytes(msgspec.json.encode({**told, "exits": told["exits"][::-1]}))
+    with pytest.raises(BundleError, match="does not make 'middle' before it ends there"):
+        GraphDevice(two)
 
 
 @pytest.mark.parametrize(

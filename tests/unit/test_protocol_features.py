@@ -133,8 +133,8 @@ def test_other_widths_of_numbers_come_back_in_theirs(dtype: str) -> None:
 
 
 def test_whole_numbers_are_not_coded_in_steps() -> None:
-    assert features.applies("int4", np.dtype(np.int64)) == ""
-    assert features.applies("zstd", np.dtype(np.int64)) == "zstd"
+    assert features.applies("int4", np.dtype(np.int64), (0,)) == ""
+    assert features.applies("zstd", np.dtype(np.int64), (0,)) == "zstd"
     with pytest.raises(ProtocolError, match="int64 in the codec 'int4'"):
         features.decode(memoryview(b""), "int4", np.dtype(np.int64), (0,))
 

@@ -51,8 +51,7 @@ def answers(model: onnx.ModelProto) -> list[list[Any]]:
     ],
 )
 def test_the_row_that_is_least_sure_counts(values: Any, probabilities: bool, sure: float) -> None:
-    with np.errstate(invalid="ignore"):
-        assert certainty(np.array(values, np.float32), probabilities) == pytest.approx(sure)
+    assert certainty(np.array(values, np.float32), probabilities) == pytest.approx(sure)
 
 
 def test_inputs_leave_where_an_exit_is_sure() -> None:

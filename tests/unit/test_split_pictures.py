@@ -14,6 +14,7 @@ from isthmus.split.pictures import (
     QUALITIES,
     Picture,
     Preprocess,
+    called,
     coded,
     found_in,
     read_preprocess,
@@ -128,6 +129,7 @@ def test_the_lowest_quality_that_is_good_enough_is_found(wanted: int) -> None:
         return 1.0 if coded(pictures, "JPEG", quality).sizes[0] >= bound else 0.5
 
     assert smallest(pictures, "JPEG", agrees, 0.99).sizes[0] == bound
-    assert smallest(pictures, "JPEG", lambda _: 0.0, 0.99).name == "JPEG 100"
+    assert smallest(pictures, "JPEG", lambda _: 0.0, 0.99).codec == "jpeg100"
     last = smallest(pictures, "WebP", lambda _: 0.0, 0.99)
-    assert last.name == "WebP lossless" and np.array_equal(last.pictures[0], pictures[0])
+    assert last.codec == "webp-lossless" and np.array_equal(last.pictures[0], pictures[0])
+    assert [called(one) for one in ("jpeg90", "webp5", last.codec)] == ["JPEG 90", "WebP 5", "WebP lossless"]
