@@ -33,6 +33,7 @@ from record import Cell, Record
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from isthmus.apps.bench.relay import LinkProfile, Relay
+from isthmus.edge import Timeouts
 from isthmus.edge.graph import GraphDevice, GraphMode
 from isthmus.protocol.features import is_codec
 from isthmus.protocol.keys import read_device
@@ -201,7 +202,8 @@ class Stand:
             feeds = {how.input: how.array(how.shown(self._picture))}
         address = relay.address if relay is not None else None
         mode: GraphMode = "split" if relay is not None else "local"
-        with GraphDevice(bundle, address, mode=mode, keys=self._keys, threads=1, slow_down=SLOW) as device:
+        more: dict[str, Any] = {"mode": mode, "timeouts": Timeouts(connect_ms=60_000)}  # a trace may begin with a stall
+        with GraphDevice(bundle, address, keys=self._keys, threads=1, slow_down=SLOW, **more) as device:
             took = []
             for run in range(WARM + runs):
                 began = time.perf_counter()

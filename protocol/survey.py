@@ -13,9 +13,10 @@ from isthmus.protocol.messages import decode as decoded
 from isthmus.protocol.messages import encode as encoded
 from isthmus.protocol.transport import Transport
 
-TRIPS = 20
-BURSTS = (4, 8, 16, 32, 64)  # messages of MAX_PADDING bytes that follow each other
-ENOUGH_S = 0.5  # a burst that takes so long is not followed by a longer one
+TRIPS, BURSTS = 20, 7
+BURST = 4  # messages of MAX_PADDING bytes that follow each other: about what a cut network sends at once
+PAUSE_S = 0.03  # before each, as between inputs: who is left alone for a moment takes longer
+ENOUGH_S = 0.5  # a burst that takes so long is not sent again
 GREETING_S, ANSWER_S = 5.0, 15.0
 _NAMES = 1 << 32  # beyond the names of a link's own pings
 _CHECK = "check that `isthmus serve` runs there, and the link"
@@ -28,7 +29,8 @@ class Survey:
     Attributes:
         trip_ms: median of there and back, of a message of some bytes.
         trip_high_ms: its 90 % quantile.
-        up_bps, down_bps: bits per second of a burst of messages, after its first one.
+        up_bps, down_bps: bits per second of a burst of messages, of what it takes beyond a trip: also to be enciphered
+            and copied.
         welcome: what the cloud says of itself.
     """
 
@@ -40,7 +42,7 @@ class Survey:
 
 
 def survey(transport: Transport, clock: Callable[[], float] = time.monotonic) -> Survey:
-    """Measures a connection that was not greeted yet; takes some seconds, and 2 MB each way at most.
+    """Measures a connection that was not greeted yet; takes some seconds, and half a megabyte each way at most.
 
     Raises:
         LinkError: nothing answers, or the cloud refuses this device or is too old to be measured.
@@ -50,11 +52,10 @@ def survey(transport: Transport, clock: Callable[[], float] = time.monotonic) ->
     welcome = asker.greet()
     trips = []
     for _ in range(TRIPS):
-        began = clock()
-        asker.burst(1, 0, 0)
-        trips.append((clock() - began) * 1e3)
-    up, down = (asker.rate(*sizes) for sizes in ((MAX_PADDING, 0), (0, MAX_PADDING)))
-    return Survey(statistics.median(trips), statistics.quantiles(trips, n=10)[-1], up, down, welcome)
+        trips.append(asker.took_s(1, 0, 0))
+    trip_s = statistics.median(trips)
+    up, down = (asker.rate(*sizes, trip_s) for sizes in ((MAX_PADDING, 0), (0, MAX_PADDING)))
+    return Survey(trip_s * 1e3, statistics.quantiles(trips, n=10)[-1] * 1e3, up, down, welcome)
 
 
 class _Asker:
@@ -75,16 +76,20 @@ class _Asker:
             if isinstance(message, Fault):
                 raise LinkError(f"the cloud refused: {message.problem}", message.remedy)
 
-    def rate(self, up: int, down: int) -> float:
+    def rate(self, up: int, down: int, trip_s: float) -> float:
         """Bits per second of messages of so many bytes one way."""
-        found = 0.0
-        for count in BURSTS:
-            arrived = self.burst(count, up, down)
-            took_s = arrived[-1] - arrived[0]
-            found = (count - 1) * (up + down) * 8 / max(took_s, 1e-6)
-            if took_s >= ENOUGH_S:
-                break
-        return found
+        took = list[float]()
+        while len(took) < BURSTS and (not took or took[-1] < ENOUGH_S):
+            took.append(self.took_s(BURST, up, down))
+        return BURST * (up + down) * 8 / max(statistics.median(took) - trip_s, 1e-6)
+
+    def took_s(self, count: int, up: int, down: int) -> float:
+        """From a burst's beginning to its last answer."""
+        until = self._clock() + PAUSE_S
+        while (left_s := until - self._clock()) > 0:
+            self._transport.poll(left_s * 1e3)
+        began = self._clock()
+        return self.burst(count, up, down)[-1] - began
 
     def burst(self, count: int, up: int, down: int) -> list[float]:
         """When each of so many messages was answered; `up` and `down` are their and their answers' bytes."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,24 @@ import onnx
 import onnxruntime as ort
 
 from isthmus.engine.graph_part import part_options
-from isthmus.protocol.errors import PlanError
+from isthmus.protocol.arrays import pack, unpack
+from isthmus.protocol.errors import PlanError, ProtocolError
+from isthmus.protocol.features import is_codec
+from isthmus.protocol.pictures import decode_picture, encode_picture
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import outputs, session
+from isthmus.split.onnx_picture import pictured
 from isthmus.split.onnx_stages import stages
-from isthmus.split.plan import Way
+from isthmus.split.onnx_transform import transformed
+from isthmus.split.pictures import Picture, Preprocess
+from isthmus.split.plan import Row
 from isthmus.split.profile import Profile, TensorSize
 from isthmus.split.timing import timed, timed_in_turns
 
 SECONDS = 0.4  # for each side of each finalist
+
+
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class Finalists:
     Args:
         file: of the model; its external weights lie beside it.
         feeds: inputs to run it on.
+        how, shown: what is done with pictures, and the one that `feeds` were made of.
     """
 
     def __init__(
@@ -55,50 +64,76 @@ class Finalists:
         device: Profile,
         cloud: Profile,
         feeds: Mapping[str, Any],
+        how: Preprocess | None = None,
+        shown: Picture | None = None,
         seconds: float = SECONDS,
     ) -> None:
         self._graph, self._file, self._feeds, self._seconds = graph, file, feeds, seconds
-        self._device, self._cloud = device, cloud
+        self._device, self._cloud, self._how, self._shown = device, cloud, how, shown
         graph.learn([_info(name, size) for name, size in {**device.inputs, **device.tensors}.items()])
         self._here: dict[int, float] = {}
 
-    def fused(self, ways: Iterable[Way]) -> dict[Way, Fused]:
-        """What parts take; ways that are of one piece, or whose parts the runtime does not run by themselves, are left
-        out.
+    def timed(self, row: Row) -> Fused | None:
+        """What a row's parts take, what travels being coded and decoded; None for one that has no parts, or whose
+        parts the runtime does not run by themselves.
         """
-        found = {}
-        for way in ways:
-            with suppress(PlanError):
-                found[way] = self._timed(*way)
-        return found
+        if (row.kind == "device" and not row.leaves) or (row.kind == "image" and self._shown is None):
+            return None
+        try:
+            return self._picture(row.codec) if row.kind == "image" else self._parts(row)
+        except (PlanError, ProtocolError):
+            return None
 
     @property
     def faster(self) -> tuple[float, float]:
         """How many times longer the model takes where the device, and the cloud, was profiled than it takes here."""
         return self._scale(self._device), self._scale(self._cloud)
 
-    def _timed(self, nodes: tuple[int, ...], exits: tuple[str, ...]) -> Fused:
-        whole = bool(exits) and len(nodes) == len(self._graph.nodes)
-        halves = None if whole else self._graph.halves(nodes)
-        values = dict(self._feeds)
-        graph = self._graph
-        here = graph.part(nodes, graph.inputs, graph.outputs) if halves is None else halves.device
-        parts = stages(here, exits)
-        runs = [self._run(part, self._device, values) for part in parts]
-        if halves is not None:
-            runs.append(self._run(halves.cloud, self._cloud, values))
-        took = iter(timed_in_turns([run for run in runs if run is not None], self._seconds))
-        ms = [next(took)[0] if run is not None else 0.0 for run in runs]
-        cloud_ms = ms.pop() * self._scale(self._cloud) if halves is not None else 0.0
-        return Fused(tuple(one * self._scale(self._device) for one in ms), cloud_ms)
+    def _parts(self, row: Row) -> Fused:
+        graph, values, codec = self._graph, dict(self._feeds), row.codec if is_codec(row.codec) else ""
+        exits, cloud, crossing = row.way[1], None, tuple[str, ...]()
+        if row.kind == "device":
+            here = graph.part(row.device, graph.inputs, graph.outputs)
+        else:
+            halves = graph.handed_over() if row.kind == "cloud" else graph.halves(row.device)
+            halves = transformed(halves, row.transforms)
+            here, cloud, crossing = halves.device, self._loaded(halves.cloud, self._cloud), halves.crossing
+        parts = [self._run(part, values) for part in stages(here, exits)]
+        if cloud is None:
+            return self._fused(parts, None)
+        travels = [values[name] for name in crossing]
+        shapes, data = pack(travels, codec)
 
-    def _run(
-        self, part: onnx.ModelProto | None, profile: Profile, values: dict[str, Any]
-    ) -> Callable[[], object] | None:
-        """A run of a part on what is known; `values` learn what it gives."""
+        def there() -> None:
+            came = dict(zip(crossing, unpack(shapes, data, 1 << 31), strict=True))
+            outputs(cloud, {one.name: came[one.name] for one in cloud.get_inputs()})
+
+        return self._fused([*parts[:-1], _both(parts[-1], lambda: pack(travels, codec))], there)
+
+    def _picture(self, codec: str) -> Fused:
+        assert self._how is not None and self._shown is not None
+        whole, left = pictured(self._graph.model, self._how)
+        cloud, picture = self._loaded(whole, self._cloud), left.array(self._shown)
+        data = memoryview(encode_picture(picture, codec))
+        rest = {one.name: self._feeds[one.name] for one in cloud.get_inputs() if one.name != left.input}
+
+        def there() -> None:
+            outputs(cloud, {**rest, left.input: decode_picture(data, codec, picture.shape)})
+
+        return self._fused([lambda: encode_picture(picture, codec)], there)
+
+    def _fused(self, here: Sequence[Run | None], there: Run | None) -> Fused:
+        runs = [run for run in (*here, there) if run is not None]
+        took = iter(timed_in_turns(runs, self._seconds))
+        stages_ms = [next(took)[0] * self._scale(self._device) if run is not None else 0.0 for run in here]
+        cloud_ms = next(took)[0] * self._scale(self._cloud) if there is not None else 0.0
+        return Fused(tuple(stages_ms), cloud_ms)
+
+    def _run(self, part: onnx.ModelProto | None, values: dict[str, Any]) -> Run | None:
+        """A run of a part of the device's on what is known; `values` learn what it gives."""
         if part is None:
             return None
-        running = self._loaded(part, profile)
+        running = self._loaded(part, self._device)
         feeds = {one.name: values[one.name] for one in running.get_inputs()}
         values |= dict(zip([one.name for one in running.get_outputs()], outputs(running, feeds), strict=True))
         return partial(outputs, running, feeds)
@@ -113,6 +148,17 @@ class Finalists:
             whole = session(self._graph.model, self._file, threads)
             self._here[threads], _ = timed(partial(outputs, whole, self._feeds), self._seconds)
         return profile.whole_ms / self._here[threads]
+
+
+def _both(first: Run | None, then: Run) -> Run:
+    """One run after the other."""
+
+    def both() -> None:
+        if first is not None:
+            first()
+        then()
+
+    return both
 
 
 def _threads(profile: Profile) -> int:

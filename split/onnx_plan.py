@@ -141,13 +141,14 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
             )
         else:
             feeds = inputs.feeds[0]
-        finalists = Finalists(graph, file, here, there, feeds)
-        if wish.measure:
-            fused = finalists.fused(dict.fromkeys(row.way for row in (*rows, *worth)))
-            rows, worth = remeasured(rows, sharing, fused), remeasured(worth, sharing, fused)
+        how = inputs.how if inputs is not None and not wish.arrays else None
+        shown = inputs.pictures[0] if inputs is not None and how is not None else None
+        finalists = Finalists(graph, file, here, there, feeds, how, shown)
         if inputs is not None and trials is not None:
             whole = [row for row in rows if row.kind == "cloud"]
             rows += _coded(sharing, trials, inputs, whole, worth, early, finalists.faster)
+        if wish.measure:
+            rows = remeasured(rows, sharing, finalists.timed)
     rows = [
         judged(_replayed(row, over, wish), wanted, wish.slo_ms, wish.percentile, wish.agreement)
         for row in told_apart(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ from isthmus.split.finalists import Fused
 from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.onnx_network import CLOUD, DEVICE, ENERGY, MEMORY, MESSAGE, Codec, Sharing
 from isthmus.split.pictures import called
-from isthmus.split.plan import Kind, Leaves, Row, Way, shown
+from isthmus.split.plan import Kind, Leaves, Row, shown
 from isthmus.split.trials import Tried
 
 PLAIN = Codec("as it is")
@@ -165,12 +165,11 @@ def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:
         return
 
 
-def remeasured(rows: Sequence[Row], sharing: Sharing, fused: Mapping[Way, Fused]) -> list[Row]:
+def remeasured(rows: Sequence[Row], sharing: Sharing, timed: Callable[[Row], Fused | None]) -> list[Row]:
     """Rows with what their parts take as really fused models."""
     found = []
     for row in rows:
-        if row.way in fused:
-            took = fused[row.way]
+        if (took := timed(row)) is not None:
             until = list(accumulate(took.stages_ms))
             leaves = tuple(msgspec.structs.replace(one, ms=ms) for one, ms in zip(row.leaves, until, strict=False))
             device_ms = sum(one.share * one.ms for one in leaves) + row.goes_on * until[-1]

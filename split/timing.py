@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 WARM, LEAST, MOST = 3, 8, 60  # runs that are not counted, and that are
-PAUSE_S = 0.01  # between two runs: the processor that is never left alone is faster
+PAUSE_S = 0.03  # between two runs, as between inputs: a processor that is never left alone is faster
 
 
 def timed(run: Callable[[], object], seconds: float) -> tuple[float, float]:

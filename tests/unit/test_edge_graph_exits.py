@@ -23,7 +23,7 @@ from isthmus.split.graph_exits import choices
 from isthmus.split.graph_manifest import DEVICE, STAGE, GraphExit, GraphManifest
 from isthmus.split.graph_writer import write_graph
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.plan import Way
+from isthmus.split.plan import Leaves, Row
 from isthmus.split.profile import Profile
 from isthmus.split.transform import Components
 from isthmus.split.trials import Trials
@@ -117,10 +117,13 @@ def test_all_on_the_device_is_timed_in_pieces(model: Path) -> None:
     told = onnx_measure.measure(str(model), 1, {}, 0.02)
     profile = Profile.of(told, "toy", "toy")
     finalists = Finalists(OnnxGraph(onnx.load(str(model))), model, profile, profile, inputs()[0], seconds=0.02)
-    ways: list[Way] = [(tuple(range(7)), (EARLY,)), (tuple(BEYOND), (EARLY,))]
-    found = finalists.fused(ways)
-    assert [len(found[way].stages_ms) for way in ways] == [2, 2] and found[ways[0]].cloud_ms == 0.0
-    assert all(ms > 0 for way in ways for ms in found[way].stages_ms)
+    leaves = (Leaves(GraphExit(EARLY, 0.9), 0.5, 1.0),)
+    base = Row("", "device", "", tuple(range(7)), (), 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, leaves=leaves)
+    whole = finalists.timed(base)
+    split = finalists.timed(msgspec.structs.replace(base, kind="split", device=tuple(BEYOND), crossing=("h3",)))
+    assert whole is not None and split is not None and len(whole.stages_ms) == len(split.stages_ms) == 2
+    assert whole.cloud_ms == 0.0 and min(*whole.stages_ms, *split.stages_ms, split.cloud_ms) > 0.0
+    assert finalists.timed(msgspec.structs.replace(base, leaves=())) is None
 
 
 def test_a_piece_without_its_exit_is_refused(model: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from isthmus.split import agreement, onnx_measure, onnx_plan
 from isthmus.split.finalists import Finalists
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
-from isthmus.split.plan import Plan, Way
+from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile, load_profile
 from tests.unit.test_split_onnx_measure import BLOCKS, convolutions
 
@@ -116,14 +116,22 @@ def test_finalists_are_timed_as_parts_and_scaled_to_the_profiled_machine(model: 
         profile, whole_ms=1000.0 * profile.whole_ms, nodes_ms=tuple(1000.0 * ms for ms in profile.nodes_ms)
     )
     graph = OnnxGraph(read_model(model))
-    ways: list[Way] = [(tuple(range(end)), ()) for end in (0, 3, NODES - 1, NODES)]
     feeds = onnx_measure.given(graph, {"x": [1, 3, 32, 32]}, "")
-    found = Finalists(graph, model, slower, profile, feeds, seconds=0.02).fused(ways)
-    assert list(found) == ways[1:3]  # the others are no splits
-    for one in found.values():
+    finalists = Finalists(graph, model, slower, profile, feeds, seconds=0.02)
+
+    def timed(end: int, **changed: Any) -> Any:
+        row = Row("", "split", "as it is", tuple(range(end)), (), 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)
+        return finalists.timed(msgspec.structs.replace(row, **changed))
+
+    assert timed(NODES) is None and timed(0) is None  # no splits
+    early, late = timed(3), timed(NODES - 1)
+    for one in (early, late):
         assert len(one.stages_ms) == 1 and one.stages_ms[0] > one.cloud_ms > 0.0
-    early, late = found[ways[1]], found[ways[2]]
     assert early.stages_ms[0] < late.stages_ms[0] < 3000.0 * profile.whole_ms and early.cloud_ms > late.cloud_ms
+    whole = timed(0, kind="cloud")
+    assert whole.cloud_ms > late.cloud_ms and whole.stages_ms[0] < early.stages_ms[0]
+    assert timed(3, codec="int4").stages_ms[0] > early.stages_ms[0]  # what codes takes a thousand times as long there
+    assert timed(0, kind="image", codec="jpeg90") is None  # nothing is known of pictures
 
 
 def test_measured_rows_stand_in_the_plan(model: Path) -> None:
