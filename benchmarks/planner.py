@@ -115,13 +115,6 @@ class Stand:
         self._feeds = {name: np.asarray(value) for name, value in feeds.items()}
         self._given = self._work / "given.npz"
         np.savez(self._given, **self._feeds)  # type: ignore[arg-type]
-        self._calm.wait(30.0)
-        told = onnx_measure.measure(str(network.path), 1, network.known_shapes, 3.0, str(self._given))
-        cloud = Profile.of(told, "this", "this")
-        slower: dict[str, Any] = {name: SLOW * getattr(cloud, name) for name in ("whole_ms", "first_ms")}
-        slower["nodes_ms"] = tuple(SLOW * ms for ms in cloud.nodes_ms)
-        cloud.save(self._work / "cloud.json")
-        msgspec.structs.replace(cloud, **slower).save(self._work / "device.json")
         self._cut: dict[tuple[Any, ...], Path] = {}
         self._tries: dict[str, str] = {}
         if network.name.startswith("EfficientNet"):
@@ -140,14 +133,24 @@ class Stand:
                 yield row, self._took(plan, row, LINKS[link])
 
     def planned(self, link: str) -> Plan:
-        """The plan for a link."""
+        """The plan for a link, on what device and cloud take now."""
+        self._profile()
         profile = LINKS[link]
         words = f"rtt={profile.rtt_ms},trace=synthetic"
         if profile.trace_up is None:
             words = str(self._surveyed(profile))
-        asked = {"arrays": str(self._given), **self._tries}
+        asked = self._tries or {"arrays": str(self._given)}
         here, there = (str(self._work / f"{side}.json") for side in ("device", "cloud"))
         return msgspec.convert(onnx_plan.plan(str(self._network.path), here, there, words, asked), Plan)
+
+    def _profile(self) -> None:
+        self._calm.wait(30.0)
+        told = onnx_measure.measure(str(self._network.path), 1, self._network.known_shapes, 3.0, str(self._given))
+        cloud = Profile.of(told, "this", "this")
+        slower: dict[str, Any] = {name: SLOW * getattr(cloud, name) for name in ("whole_ms", "first_ms")}
+        slower["nodes_ms"] = tuple(SLOW * ms for ms in cloud.nodes_ms)
+        cloud.save(self._work / "cloud.json")
+        msgspec.structs.replace(cloud, **slower).save(self._work / "device.json")
 
     def _surveyed(self, profile: LinkProfile) -> Path:
         """A link's file, as `isthmus profile --remote` writes it."""
@@ -202,7 +205,7 @@ class Stand:
             feeds = {how.input: how.array(how.shown(self._picture))}
         address = relay.address if relay is not None else None
         mode: GraphMode = "split" if relay is not None else "local"
-        more: dict[str, Any] = {"mode": mode, "timeouts": Timeouts(connect_ms=60_000)}  # a trace may begin with a stall
+        more: dict[str, Any] = {"mode": mode, "timeouts": Timeouts(connect_ms=60_000, give_up_ms=60_000)}  # of traces
         with GraphDevice(bundle, address, keys=self._keys, threads=1, slow_down=SLOW, **more) as device:
             took = []
             for run in range(WARM + runs):

@@ -145,7 +145,7 @@ class Finalists:
         """How many times longer the whole model took where it was profiled than it takes here."""
         threads = _threads(profile)
         if threads not in self._here:
-            whole = session(self._graph.model, self._file, threads)
+            whole = session(self._graph.model, self._file, threads, part_options())
             self._here[threads], _ = timed(partial(outputs, whole, self._feeds), self._seconds)
         return profile.whole_ms / self._here[threads]
 

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from isthmus.engine.graph_part import part_options
 from isthmus.protocol.errors import PlanError, first_line
 from isthmus.split.feeds import closed, drawn, read_feeds, size_of
 from isthmus.split.onnx_file import digest, read_model
@@ -48,7 +49,7 @@ def measure(path: str, threads: int, shapes: Mapping[str, Sequence[int]], second
         node.name = f"node{at}"
     feeds = given(graph, shapes, arrays)
     tensors = sizes(graph, file, feeds)
-    whole_ms, first_ms = timed(partial(outputs, session(model, file, threads), feeds), seconds)
+    whole_ms, first_ms = timed(partial(outputs, session(model, file, threads, part_options()), feeds), seconds)
     node_ms = nodes_ms(graph, model, file, threads, feeds, seconds)
     scale = whole_ms / max(1e-9, sum(node_ms))
     return {

@@ -141,8 +141,8 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
             )
         else:
             feeds = inputs.feeds[0]
-        how = inputs.how if inputs is not None and not wish.arrays else None
-        shown = inputs.pictures[0] if inputs is not None and how is not None else None
+        how = inputs.how if inputs is not None else None
+        shown = inputs.pictures[0] if inputs is not None and inputs.pictures else None
         finalists = Finalists(graph, file, here, there, feeds, how, shown)
         if inputs is not None and trials is not None:
             whole = [row for row in rows if row.kind == "cloud"]
