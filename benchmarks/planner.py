@@ -48,13 +48,13 @@ from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
-from isthmus.split.timing import PAUSE_S
 from isthmus.split.traces import turned
 
 SLOW = 4.0  # times that the device is slower than this machine, declared
 WARM = 3
 MEDIAN, P95 = 0.08, 0.20
 PHOTOGRAPHS = 16  # that codecs are tried on
+PAUSE_S = 0.01  # between an answer and the next input
 LINKS: Mapping[str, LinkProfile] = {
     "LAN, 2 ms, 200 Mbit/s": LinkProfile.of_rtt(2, rate_up_bps=200_000_000, rate_down_bps=200_000_000),
     "Wi-Fi, 10 ms, 40 Mbit/s": LinkProfile.of_rtt(10, rate_up_bps=40_000_000, rate_down_bps=80_000_000),
