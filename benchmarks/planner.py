@@ -46,6 +46,7 @@ from isthmus.split.graph_writer import write_graph
 from isthmus.split.link import LinkFile
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.pictures import Preprocess
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
 from isthmus.split.traces import turned
@@ -124,7 +125,7 @@ class Stand:
                 Image.fromarray(picture).save(folder / f"{at:02}.png")
             how.write_text(json.dumps(PREPROCESS | {"resize": SIZE}))
             self._tries = {"folder": str(folder), "preprocess": str(how)}
-            self._picture = folder / "00.png"
+            self._pictures = sorted(folder.iterdir())
 
     def measured(self, plan: Plan, link: str) -> Iterator[tuple[Row, float]]:
         """Each way of a plan that keeps to what was asked for, and what it really took, in ms."""
@@ -200,9 +201,10 @@ class Stand:
 
     def _inferred(self, bundle: GraphBundle, relay: Relay | None, runs: int) -> list[float]:
         """Milliseconds of so many inferences, after some that are not counted; here without a relay."""
-        how, feeds = bundle.manifest.preprocess, self._feeds
-        if how is not None:
-            feeds = {how.input: how.array(how.shown(self._picture))}
+        feeds, (given,) = [self._feeds], [one.name for one in bundle.manifest.inputs][:1]
+        if self._tries:  # the photographs in turn: of noise, more would travel
+            how = bundle.manifest.preprocess or msgspec.convert(PREPROCESS | {"resize": SIZE}, Preprocess)
+            feeds = [{given: how.array(how.shown(path))} for path in self._pictures]
         address = relay.address if relay is not None else None
         mode: GraphMode = "split" if relay is not None else "local"
         more: dict[str, Any] = {"mode": mode, "timeouts": Timeouts(connect_ms=60_000, give_up_ms=60_000)}  # of traces
@@ -210,7 +212,7 @@ class Stand:
             took = []
             for run in range(WARM + runs):
                 began = time.perf_counter()
-                device.infer(feeds)
+                device.infer(feeds[run % len(feeds)])
                 if run >= WARM:
                     took.append((time.perf_counter() - began) * 1e3)
                 time.sleep(PAUSE_S)
