@@ -53,7 +53,7 @@ from isthmus.split.traces import Trace, read_pair, synthetic_pair, turned
 
 LEAD_S = 3.0  # in which a device connects
 NEAR, ALIKE = 0.9, 0.1
-LAYERS, WAITS_MS = 30, 120_000  # of the whole model; for a silent link
+WAITS_MS = 120_000  # for a silent link
 MOST_TAKEN, TRIES, PATIENCE_S = 0.1, 3, 60.0  # of the processors, by others on the host; plays; waiting for calm
 SIMULATOR = ("conversation", "facts", "players", "simulate", "virtual")
 PLAYS = (
@@ -177,10 +177,7 @@ def real(case: Case, options: Mapping[str, Any], folder: Path, keys: Path, cloud
 
     def played(asked: list[str], seconds: float) -> tuple[int, Counter[str]]:
         auto = options["mode"] == "auto"
-        patience = Timeouts(connect_ms=60_000, give_up_ms=WAITS_MS)
-        if auto:  # what the whole model says alone counts; what an exit guessed waits for its cloud, as fixed modes do
-            whole = case.held == LAYERS
-            patience = Timeouts(connect_ms=60_000) if whole else Timeouts(connect_ms=60_000, confirm_ms=WAITS_MS)
+        patience = Timeouts(connect_ms=60_000) if auto else Timeouts(connect_ms=60_000, give_up_ms=WAITS_MS)
         with Relay(cloud, link) as relay:
             began = time.monotonic()
             with Device(

@@ -231,7 +231,7 @@ class Device:
                 self._notes,
                 fallback=fallback,
                 standby=Standby(self.config.n_layers, self._holding, self._log, early) if goes_on else None,
-                confirm_s=timeouts.confirm_ms / 1e3,
+                timeouts=timeouts,
                 clock=clock,
                 controller=controller,
                 tell=explain,

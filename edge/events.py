@@ -9,6 +9,8 @@ from isthmus.edge.lane import Lane
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
 
+WHOLE_CONFIRM_S = 1.0  # what the whole model guessed is what the cloud would say, unless numerics differ
+
 
 class Busy(LinkError):
     """The cloud is there and had no room for this device for too long."""
@@ -23,7 +25,8 @@ class Timeouts:
         retry_ms: until an unanswered message is repeated the first time; the wait doubles up to eightfold.
         give_up_ms: how long the link may be down in the middle of an answer; cellular links stall for ten seconds.
         progress_ms: until a request fails although the cloud is there.
-        confirm_ms: how long a cloud may be silent that a complete answer has guesses of this device to confirm.
+        confirm_ms: how long a cloud may be silent that a complete answer has guesses of this device to confirm; None
+            for a second where the whole model made them, and for `give_up_ms` where less of it did.
         busy_note_ms: until a device that a busy cloud puts off says so.
         busy_ms: until a device that can go on by itself does so instead of waiting for a busy cloud.
     """
@@ -32,14 +35,21 @@ class Timeouts:
     retry_ms: int = 1_000
     give_up_ms: int = 12_000
     progress_ms: int = 120_000
-    confirm_ms: int = 1_000
+    confirm_ms: int | None = None
     busy_note_ms: int = 2_000
     busy_ms: int = 5_000
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            if not 1 <= getattr(self, name) < math.inf:
-                raise DeviceError(f"{name} is {getattr(self, name)}", "give a positive number of milliseconds")
+            value = getattr(self, name)
+            if not (value is None and name == "confirm_ms") and not 1 <= value < math.inf:
+                raise DeviceError(f"{name} is {value}", "give a positive number of milliseconds")
+
+    def confirm_s(self, whole: bool) -> float:
+        """`confirm_ms` in seconds, for guesses of the whole model or of less."""
+        if self.confirm_ms is not None:
+            return self.confirm_ms * 1e-3
+        return WHOLE_CONFIRM_S if whole else self.give_up_ms * 1e-3
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from functools import partial
 from isthmus.edge import policy
 from isthmus.edge.bridge import Bridge
 from isthmus.edge.controller import Controller
-from isthmus.edge.events import Busy
+from isthmus.edge.events import WHOLE_CONFIRM_S, Busy, Timeouts
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
@@ -35,7 +35,7 @@ class Steering:
         absent: why the cloud could not be reached when the device was opened.
         fallback: whether this device goes on by itself when the cloud goes away.
         standby: makes this device ready to go on by itself, None where it cannot.
-        confirm_s: how long a complete answer waits for a silent cloud that has guesses to confirm.
+        timeouts: how long a complete answer waits for a silent cloud that has guesses to confirm.
         clock: the link's seconds.
         controller: decides in "auto" while the cloud answers; None where there is nothing to decide.
         tell: called with why "auto" does without a cloud.
@@ -51,14 +51,14 @@ class Steering:
         *,
         fallback: bool,
         standby: Standby | None,
-        confirm_s: float,
+        timeouts: Timeouts,
         clock: Callable[[], float],
         controller: Controller | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self._controller, self._tell = controller, tell
         self._modes, self._holding, self._link, self._notes = modes, holding, link, notes
-        self._fallback, self._standby, self._confirm_s, self._clock = fallback, standby, confirm_s, clock
+        self._fallback, self._standby, self._timeouts, self._clock = fallback, standby, timeouts, clock
         self._cloud_error = absent  # of when the cloud was last looked for
         self._counted = (0, 0, 0, 0) if link is None else link.costs  # fetching a bundle is no answer's cost
         self._served = False  # whether the cloud ever has
@@ -118,6 +118,15 @@ class Steering:
         error = self._cloud_error
         return self._served and isinstance(error, LinkError) and not isinstance(error, Busy)
 
+    def _confirm_s(self) -> float:
+        """How long the cloud may be silent while a complete answer waits for it."""
+        return self._timeouts.confirm_s(self._holding.whole)
+
+    def _rest_s(self, link: Link) -> float:
+        """What is left of that for one that was lost, or a moment: each answer after it waits only so long."""
+        confirm_s = self._confirm_s()
+        return max(min(confirm_s, WHOLE_CONFIRM_S), confirm_s - (self._clock() - link.heard_s))
+
     @contextmanager
     def listening(self, runner: Runner, options: GenerateOptions, guessed: bool, ended: bool) -> Iterator[None]:
         """While a token that counts is waited for: `Silent` ends that where this device can go on by itself.
@@ -138,7 +147,7 @@ class Steering:
         if self._standby is not None and rests and not guessed:
             link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
         due_s = link.session.trips.due_s
-        link.hush = (lambda: max(self._confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
+        link.hush = (lambda: max(self._confirm_s(), due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:
             yield
         except Silent:
@@ -242,7 +251,7 @@ class Steering:
         try:
             if not self._reconnected:
                 self._link.look()
-            if not self._link.glance(self._confirm_s if ended else 0.0) or not self._reconnected:
+            if not self._link.glance(self._rest_s(self._link) if ended else 0.0) or not self._reconnected:
                 return None
             runner = self._retell(options, guesses)
         except IsthmusError as error:

@@ -19,7 +19,7 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, LinkError
 from tests.edge_exits import exiting, give_exit
 from tests.edge_toys import PROMPT, device, ids, lie, local, toy_engine  # noqa: F401
-from tests.edge_world import LossyWire, ToyBundle, ToyService
+from tests.edge_world import N_LAYERS, LossyWire, ToyBundle, ToyService
 
 RTT_S = 0.04
 TOKEN_S = 0.004  # of the device's own
@@ -342,6 +342,32 @@ def test_auto_begins_an_answer_though_the_link_has_been_dark_for_long(exit_: boo
             wire.now += 3.0  # the link knows that it is down
         wire.dark.clear()
         assert list(one.generate(None, max_tokens=60))[-1].verified
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_complete_answer_waits_longer_for_its_cloud_where_less_than_the_whole_model_guessed(whole: bool) -> None:
+    """A stall of six seconds hides the end of an answer, then the link is lost for good."""
+    wire = wired()
+    with device(wire, "stream", ToyBundle(held=N_LAYERS if whole else 4), timeouts=Timeouts()) as one:
+        give_exit(one)
+        tokens = one.generate(PROMPT, max_tokens=40)
+        said = cut_after(wire, tokens, 5, 6.0) + list(tokens)
+        assert any(not token.verified for token in said)
+        assert (one.stats.unverified > 0) == whole
+        assert one.stats.tokens == local(max_tokens=40)
+        wire.now += 10.0
+        wire.dark.append((wire.now, math.inf))
+        for least_s, most_s in ((0.0, 3.0) if whole else (12.0, 14.0), (0.0, 3.0), (0.0, 3.0)):
+            began = wire.now  # each answer after the first gives it a moment
+            assert len(list(one.generate(None, max_tokens=20))) == 20
+            assert one.stats.unverified == 20
+            assert least_s <= wire.now - began < most_s
+
+
+def test_how_long_a_complete_answer_waits_is_what_one_says() -> None:
+    for whole in (True, False):
+        assert Timeouts(confirm_ms=2500).confirm_s(whole) == 2.5
+        assert Timeouts(give_up_ms=7_000).confirm_s(whole) == (1.0 if whole else 7.0)
 
 
 @pytest.mark.parametrize("whole", [True, False])

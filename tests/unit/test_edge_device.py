@@ -280,7 +280,7 @@ def test_two_threads_do_not_share_an_answer() -> None:
 def test_numbers_that_are_none_are_refused(number: float) -> None:
     with pytest.raises(DeviceError, match=f"memory_mb is {number:g}; give a positive number"):
         device(mode="local", memory_mb=number)
-    for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms"):
+    for name in ("connect_ms", "retry_ms", "give_up_ms", "progress_ms", "confirm_ms"):
         with pytest.raises(DeviceError, match=f"{name} is {number}"):
             Timeouts(**{name: number})  # type: ignore[arg-type]
 
