@@ -2,7 +2,8 @@
 
 EfficientNet-Lite0 is cut behind each of its blocks. On crops of photographs the smallest codec is taken that leaves
 99 % of the answers (top-1) as they are without it; beside it stand the smallest JPEG and WebP of the network's input
-that do. Codecs are chosen on the photographs that they are judged by.
+that do. Codecs are chosen on the photographs that they are judged by, as a plan does; beside that, each is chosen again
+on the crops of every other photograph and judged on those of the rest, and the other way round.
 
 usage: python benchmarks/features.py
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-from networks import PREPROCESS, efficientnet, photographs
+from networks import CROPS, PREPROCESS, efficientnet, photographs
 from record import Cell, Record
 
 from isthmus.apps.bench.calm import Calm
@@ -28,7 +29,8 @@ from isthmus.split.trials import Trials
 
 NOTE = (
     "The smallest that leaves 99 % of the answers as they are, of JPEG the best where none does; on 200 crops of 20 "
-    "photographs, by which they were chosen as well."
+    "photographs, by which they were chosen as well. Held out: chosen on the crops of ten of them, judged on those of "
+    "the other ten, and the other way round."
 )
 VALUES, TURNS = 100_000, 41
 LEAST, SMALLER, ENCODE_MS = 0.99, 10.0, 1.0
@@ -42,27 +44,37 @@ def main() -> int:
     _times(record)
     path = efficientnet().path
     graph = OnnxGraph(read_model(path))
-    trials = Trials(graph, path, [{"x": how.array(one)} for one in pictures], LEAST)
+    inputs = [{"x": how.array(one)} for one in pictures]
+    trials = Trials(graph, path, inputs, LEAST)
+    halves = [[one for at, one in enumerate(inputs) if at // CROPS % 2 == odd] for odd in (0, 1)]
+    folds = [Trials(graph, path, half, LEAST) for half in halves]
     rows: list[list[Cell]] = []
     images = trials.images(pictures, how, "x")
     for one in images:
         format = called(one.codec)
         record.figure(f"{format.split()[0]}/bytes", one.bytes, "bytes")
         record.figure(f"{format.split()[0]}/answers that stay", one.agreement, "share")
-        rows.append([format, "the picture", pictures[0].size, one.bytes, None, one.agreement])
-    ratios = []
+        rows.append([format, "the picture", pictures[0].size, one.bytes, None, one.agreement, None, None])
+    ratios, held = list[float](), list[tuple[float, float]]()
     for name, nodes in _blocks(graph):
         tried = trials.smallest(nodes)
         ratio = tried.plain_bytes / tried.bytes
         ratios.append(ratio)
-        rows.append([tried.codec, name, tried.plain_bytes / 4, tried.bytes, ratio, tried.agreement])
-        print(name, tried.codec, f"{ratio:.1f}", tried.agreement, file=sys.stderr, flush=True)
+        judged = [there.again(nodes, here.smallest(nodes)) for here, there in (folds, folds[::-1])]
+        smaller = statistics.fmean(one.plain_bytes for one in judged) / statistics.fmean(one.bytes for one in judged)
+        held.append((smaller, statistics.fmean(one.agreement for one in judged)))
+        rows.append([tried.codec, name, tried.plain_bytes / 4, tried.bytes, ratio, tried.agreement, *held[-1]])
+        print(*rows[-1], sep="; ", file=sys.stderr, flush=True)
     record.figure("blocks/smaller than float32, worst", min(ratios), "times", target=SMALLER)
     record.figure("blocks/smaller than float32, median", statistics.median(ratios), "times")
+    record.figure("held out/smaller than float32, worst", min(ratio for ratio, _ in held), "times")
+    record.figure("held out/answers that stay, mean", statistics.fmean(stay for _, stay in held), "share")
+    record.figure("held out/answers that stay, worst", min(stay for _, stay in held), "share")
     best = min((row for row in rows if row[1] != "the picture"), key=lambda row: float(row[3] or 0))
     webp = next(one for one in images if one.codec.startswith("webp"))
     record.figure("the smallest block's bytes of WebP's", float(best[3] or 0) / webp.bytes, "ratio")
     columns = ["codec", "what travels", "values", "bytes", "times smaller than float32", "answers that stay"]
+    columns += ["held out, times smaller", "held out, answers that stay"]
     record.table("features", columns, rows, note=NOTE)
     record.write()
     return 0

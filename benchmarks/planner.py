@@ -2,10 +2,12 @@
 
 A device that is declared to be four times as slow as this machine and a cloud on it share each network in every way
 that its plan lists, over a relay; the link is measured first, as a user would (`isthmus profile --remote`), or replays
-a trace. Held against each other are the plan's milliseconds for an input and the median (over a trace: the mean from
-random moments of it on) of inferences from a device process to a cloud process. The way that a plan recommends is held
+a trace. Held against each other are the plan's milliseconds for an input and the median of inferences from a device
+process to a cloud process; over a trace, where the plan's are a mean over all moments, what its replay says of the
+moments at which these inferences began and what they took, both in the mean. The way that a plan recommends is held
 against what its baselines (all on the device; the input, or the picture as JPEG or WebP, to the cloud) really took.
-EfficientNet-Lite0 is planned with photographs, so that codecs are tried on it.
+EfficientNet-Lite0 is planned with photographs, so that codecs are tried on it. Each network is kept when it is done, by
+commit: a run that was stopped is gone on with, and `--only` measures some again.
 
 usage: python benchmarks/planner.py [--only NAME,...] [--runs 21]
 """
@@ -17,8 +19,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,9 +28,11 @@ from typing import Any
 import msgspec
 import numpy as np
 from efficientnet import SIZE
+from kept import Kept
+from models import BENCH
 from networks import PREPROCESS, Network, networks, photographs
 from PIL import Image
-from record import Cell, Record
+from record import ROOMS, Cell, Record, commit
 
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
@@ -43,25 +47,51 @@ from isthmus.protocol.transport import DealerTransport
 from isthmus.split import onnx_measure, onnx_plan
 from isthmus.split.graph_bundle import GraphBundle
 from isthmus.split.graph_writer import write_graph
-from isthmus.split.link import LinkFile
+from isthmus.split.link import Link, LinkFile
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.pictures import Preprocess
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
+from isthmus.split.replay import latencies
 from isthmus.split.traces import turned
 
 SLOW = 4.0  # times that the device is slower than this machine, declared
 WARM = 3
 MEDIAN, P95 = 0.08, 0.20
 PHOTOGRAPHS = 16  # that codecs are tried on
-PAUSE_S = 0.01  # between an answer and the next input
+PAUSE_S, MOST_PAUSE_S = 0.03, 0.5  # between an answer and the next input; over a trace a random one, at most
+STARTS = 3  # moments of a trace, from which inferences go on
+PLANS = (*ROOMS, "benchmarks/networks.py")  # what a plan and its ways depend on
 LINKS: Mapping[str, LinkProfile] = {
     "LAN, 2 ms, 200 Mbit/s": LinkProfile.of_rtt(2, rate_up_bps=200_000_000, rate_down_bps=200_000_000),
     "Wi-Fi, 10 ms, 40 Mbit/s": LinkProfile.of_rtt(10, rate_up_bps=40_000_000, rate_down_bps=80_000_000),
     "LTE, 40 ms, 8 Mbit/s": LinkProfile.of_rtt(40, rate_up_bps=8_000_000, rate_down_bps=30_000_000),
     "synthetic trace, 20 ms": LinkProfile.of_traces("synthetic", 20),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A way of a plan.
+
+    Attributes:
+        best: whether the plan recommends it.
+    """
+
+    network: str
+    link: str
+    way: str
+    kind: str
+    best: bool
+    planned_ms: float
+    measured_ms: float
+    commit: str | None
+
+    @property
+    def off(self) -> float:
+        """The plan's error, of what was measured."""
+        return abs(self.planned_ms - self.measured_ms) / self.measured_ms
 
 
 def main() -> int:
@@ -71,32 +101,51 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=21, help="inferences of each way")
     options = parser.parse_args()
     only = set(filter(None, options.only.split(",")))
-    record = Record("planner", {"device slow-down": SLOW, "threads": "1 on each side", "runs": options.runs})
-    rows: list[list[Cell]] = []
-    off, chosen = list[float](), list[float]()
+    kept = Kept(BENCH / f"planner-{options.runs}.jsonl", Found)
+    known = {one.network: one.commit for one in kept.found}  # the last of each
+    names = list[str]()
     with TemporaryDirectory(prefix="isthmus-planner-") as work, fresh_keys() as keys:
         for network in networks():
-            if only and network.name not in only:
-                continue
-            stand = Stand(network, Path(work), keys, options.runs)
-            for link in LINKS:
-                plan, took = stand.planned(link), dict[str, float]()
-                for row, measured_ms in stand.measured(plan, link):
-                    took[row.name], error = measured_ms, abs(row.ms - measured_ms) / measured_ms
-                    off += [error] if row.kind == "split" else []
-                    best = "recommended" if row is plan.rows[plan.best] else ""
-                    rows.append([network.name, link, row.name, best, row.ms, measured_ms, error])
-                    print(*rows[-1], sep="; ", file=sys.stderr, flush=True)
-                baselines = [took[row.name] for row in plan.rows if row.kind != "split" and row.name in took]
-                chosen.append(took[plan.rows[plan.best].name] / min(baselines))
-    record.figure("ways", len(off), "ways")
-    record.figure("off by, median", statistics.median(off), "of the measured", target=MEDIAN, at_most=True)
-    record.figure("off by, 95 %", float(np.quantile(off, 0.95)), "of the measured", target=P95, at_most=True)
-    record.figure("recommended over best baseline, worst", max(chosen), "ratio", target=1.0, at_most=True)
-    columns = ["network", "link", "way", "", "planned, ms", "measured, ms", "off by"]
-    record.table("planner", columns, rows, note="Of an input, from the device's call to its outputs.")
+            names.append(network.name)
+            if network.name in only or (not only and known.get(network.name) != commit(PLANS)):
+                found = list(Stand(network, Path(work), keys, options.runs).found())
+                kept.add(found)
+                known[network.name] = found[0].commit
+    record = Record("planner", {"device slow-down": SLOW, "threads": "1 on each side", "runs": options.runs})
+    played = {(one.network, one.link, one.way): one for one in kept.found if one.commit == known[one.network]}
+    tell(record, sorted(played.values(), key=lambda one: names.index(one.network)), known)
     record.write()
     return 0
+
+
+def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]) -> None:
+    """Figures and the table."""
+    off = [one.off for one in found if one.kind == "split"]
+    plans: dict[tuple[str, str], list[Found]] = {}
+    for one in found:
+        plans.setdefault((one.network, one.link), []).append(one)
+    record.figure("ways", len(found), "ways")
+    record.figure("splits", len(off), "splits")
+    record.figure("off by, median", statistics.median(off), "of the measured", target=MEDIAN, at_most=True)
+    record.figure("off by, 95 %", float(np.quantile(off, 0.95)), "of the measured", target=P95, at_most=True)
+    lost = [_best(plan) / min(one.measured_ms for one in plan if one.kind != "split") for plan in plans.values()]
+    record.figure("recommended over best baseline, worst", max(lost), "ratio", target=1.0, at_most=True)
+    beaten = [_best(plan) / min(one.measured_ms for one in plan) for plan in plans.values()]
+    record.figure("recommended over best way, worst", max(beaten), "ratio")
+    for name, made in known.items():
+        if made != commit(PLANS):
+            record.notes.append(f"{name} was measured at commit {made}")
+    rows: list[list[Cell]] = [
+        [one.network, one.link, one.way, "recommended" if one.best else "", one.planned_ms, one.measured_ms, one.off]
+        for one in found
+    ]
+    columns = ["network", "link", "way", "", "planned, ms", "measured, ms", "off by"]
+    record.table("planner", columns, rows, note="Of an input, from the device's call to its outputs.")
+
+
+def _best(plan: Sequence[Found]) -> float:
+    """What the recommended way took."""
+    return next(one.measured_ms for one in plan if one.best)
 
 
 class Stand:
@@ -127,11 +176,16 @@ class Stand:
             self._tries = {"folder": str(folder), "preprocess": str(how)}
             self._pictures = sorted(folder.iterdir())
 
-    def measured(self, plan: Plan, link: str) -> Iterator[tuple[Row, float]]:
-        """Each way of a plan that keeps to what was asked for, and what it really took, in ms."""
-        for row in plan.rows:
-            if not row.fails:
-                yield row, self._took(plan, row, LINKS[link])
+    def found(self) -> Iterator[Found]:
+        """Each way of the plan for each link that keeps to what was asked for, and what it really took."""
+        for link, profile in LINKS.items():
+            plan = self.planned(link)
+            for row in (row for row in plan.rows if not row.fails):
+                planned_ms, measured_ms = self._took(plan, row, profile)
+                best = row is plan.rows[plan.best]
+                found = (self._network.name, link, row.name, row.kind, best, planned_ms, measured_ms, commit(PLANS))
+                yield Found(*found)
+                print(*found, sep="; ", file=sys.stderr, flush=True)
 
     def planned(self, link: str) -> Plan:
         """The plan for a link, on what device and cloud take now."""
@@ -184,23 +238,36 @@ class Stand:
             self._cut[key] = path
         return self._cut[key]
 
-    def _took(self, plan: Plan, row: Row, profile: LinkProfile) -> float:
+    def _took(self, plan: Plan, row: Row, profile: LinkProfile) -> tuple[float, float]:
+        """What the plan says that inferences take, and what they took, in ms."""
         bundle = GraphBundle.open(self._bundle(plan, row))
         self._calm.wait(30.0)
         if row.kind == "device":
-            return statistics.median(self._inferred(bundle, None, self._runs))
+            return row.ms, statistics.median(ms for _, ms in self._inferred(bundle, None, self._runs))
         with CloudProcess(bundle.path, self._keys, 1) as cloud:
-            if profile.trace_up is None:
+            if profile.trace_up is None or profile.trace_down is None:
                 with Relay(cloud.address, profile) as relay:
-                    return statistics.median(self._inferred(bundle, relay, self._runs))
-            chance, found = np.random.default_rng(0), list[float]()
-            for start_s in chance.uniform(0.0, profile.trace_up.period_ms / 1e3, self._runs):
-                with Relay(cloud.address, _from(profile, start_s)) as relay:
-                    found += self._inferred(bundle, relay, 1)
-            return statistics.fmean(found)
+                    return row.ms, statistics.median(ms for _, ms in self._inferred(bundle, relay, self._runs))
+            chance, planned, found = np.random.default_rng(0), list[float](), list[float]()
+            for start_s in chance.uniform(0.0, profile.trace_up.period_ms / 1e3, STARTS):
+                there = _from(profile, start_s)
+                with Relay(cloud.address, there) as relay:
+                    began_s = time.perf_counter()
+                    took = self._inferred(bundle, relay, self._runs // STARTS, chance)
+                at_ms = np.array([(at_s - began_s) * 1e3 for at_s, _ in took])
+                assert there.trace_up is not None and there.trace_down is not None
+                planned += list(latencies(row, Link(there.rtt_ms, there.trace_up, there.trace_down), at_ms=at_ms))
+                found += [ms for _, ms in took]
+            return statistics.fmean(planned), statistics.fmean(found)
 
-    def _inferred(self, bundle: GraphBundle, relay: Relay | None, runs: int) -> list[float]:
-        """Milliseconds of so many inferences, after some that are not counted; here without a relay."""
+    def _inferred(
+        self, bundle: GraphBundle, relay: Relay | None, runs: int, chance: np.random.Generator | None = None
+    ) -> list[tuple[float, float]]:
+        """When each of so many inferences began (s), and its ms, after some that are not counted; here without a relay.
+
+        Args:
+            chance: draws how long to wait before the next one, else it is always as long.
+        """
         feeds, (given,) = [self._feeds], [one.name for one in bundle.manifest.inputs][:1]
         if self._tries:  # the photographs in turn: of noise, more would travel
             how = bundle.manifest.preprocess or msgspec.convert(PREPROCESS | {"resize": SIZE}, Preprocess)
@@ -214,8 +281,8 @@ class Stand:
                 began = time.perf_counter()
                 device.infer(feeds[run % len(feeds)])
                 if run >= WARM:
-                    took.append((time.perf_counter() - began) * 1e3)
-                time.sleep(PAUSE_S)
+                    took.append((began, (time.perf_counter() - began) * 1e3))
+                time.sleep(PAUSE_S if chance is None else chance.uniform(0.0, MOST_PAUSE_S))
         return took
 
 

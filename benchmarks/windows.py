@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ from isthmus.edge.exit import ExitSpeaker
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.local import LocalPart
 from isthmus.edge.model_drafts import Said
+from isthmus.edge.token import Source, Token
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.sampling import GREEDY
 from isthmus.protocol.chain import Chain
@@ -55,11 +56,12 @@ LEAD_S = 3.0  # in which a device connects
 NEAR, ALIKE = 0.9, 0.1
 WAITS_MS = 120_000  # for a silent link
 MOST_TAKEN, TRIES, PATIENCE_S = 0.1, 3, 60.0  # of the processors, by others on the host; plays; waiting for calm
-SIMULATOR = ("conversation", "facts", "players", "simulate", "virtual")
+PLAYED_BY = ("calm", "carrier", "conversation", "facts", "players", "relay", "shaping", "simulate", "virtual")
 PLAYS = (
     *RUNS,
+    "benchmarks/windows.py",
     "benchmarks/window_times.py",
-    *(f"apps/bench/{name}.py" for name in SIMULATOR),
+    *(f"apps/bench/{name}.py" for name in PLAYED_BY),
 )  # what a window depends on
 Play = Callable[[list[str], float], tuple[int, Counter[str]]]
 
@@ -149,7 +151,7 @@ def fixed_ways(case: Case, source: Bundle, layers: list[int]) -> dict[str, dict[
 def play(device: Device, asked: list[str], begin_s: float, seconds: float) -> tuple[int, Counter[str]]:
     """Tokens that came in time and stood, and where they were made.
 
-    What an exit guessed while the link was silent counts once the cloud has confirmed it.
+    What an exit guessed while the link was silent counts where the cloud had confirmed it by then.
     """
     time.sleep(max(0.0, begin_s - time.monotonic()))
     sources: Counter[str] = Counter()
@@ -157,19 +159,25 @@ def play(device: Device, asked: list[str], begin_s: float, seconds: float) -> tu
     while True:
         for question in asked:
             device.reset()
-            made: dict[int, str] = {}  # by position: a guess that was wrong is said anew
-            guesses: list[int] = []
-            for token in device.chat(question, max_tokens=TOKENS):
-                if time.monotonic() >= end:
-                    break
-                made[token.position] = token.source
-                guesses = [] if token.verified else [*guesses, token.position]
-            for position in guesses:
-                if made[position] == "exit":
-                    del made[position]
-            sources.update(made.values())
+            sources.update(heard(device, device.chat(question, max_tokens=TOKENS), end))
             if time.monotonic() >= end:
                 return sources.total(), sources
+
+
+def heard(device: Device, answer: Iterator[Token], end: float) -> list[Source]:
+    """Where the tokens of an answer that came by `end` and stood were made."""
+    said, first, sure = list[Source](), 0, 0
+    for token in answer:
+        if time.monotonic() >= end:
+            break
+        first = first if said else token.position
+        del said[token.position - first :]  # that was taken back
+        said.append(token.source)
+        sure = len(said) if token.verified else sure
+    else:
+        if time.monotonic() < end:  # later nobody knows when the last guesses were confirmed
+            sure = len(device.stats.tokens) - device.stats.unverified
+    return [one for at, one in enumerate(said) if at < sure or one != "exit"]
 
 
 def real(case: Case, options: Mapping[str, Any], folder: Path, keys: Path, cloud: str, link: LinkProfile) -> Play:
@@ -289,7 +297,7 @@ class Stand:
             None,
             priors.exits(source, able),
             priors.drafts(source, able, device),
-            priors.codecs(source, able, ("f32",)),
+            priors.codecs(source, ("f32",)),
         )
         point = Point(device, times.cloud(case), LinkPlan(times.trip_ms, up, down), figures)
         said = self._answered(max(able, default=0) if case.disagreement else 0)

@@ -102,6 +102,11 @@ class Answer:
         """What was said beyond the log."""
         return self._stats.tokens[len(self._log) - self._base :]
 
+    @property
+    def _guessed(self) -> list[Source]:
+        """Where that was made."""
+        return self._stats.sources[len(self._log) - self._base :]
+
     def _hear(self) -> int | None:
         """The next token that counts; None while the cloud is silent and this device can go on without it."""
         stats, steering = self._stats, self._steering
@@ -110,14 +115,14 @@ class Answer:
             self._conversation.check(len(self._log) + len(guesses))
             wanted = self._options.max_tokens - len(stats.tokens) + len(guesses)
             if self._runner is None:
-                self._runner = steering.back(self._options, guesses, bool(stats.finish))
+                self._runner = steering.back(self._options, guesses, self._guessed, bool(stats.finish))
                 if self._runner is None:
                     return None
             try:
                 if self._again:
                     self._again, self._runner = False, steering.again(self._runner, self._options)
                 self._runner = steering.turn(self._options, self._runner, guesses, wanted)
-                with steering.listening(self._runner, self._options, bool(guesses), bool(stats.finish)):
+                with steering.listening(self._runner, self._options, self._guessed, bool(stats.finish)):
                     token = self._runner.next(self._conversation.remaining(wanted))
                 if not self._conversation.speaks(token):
                     raise LinkError(f"the cloud answers nonsense: token {token}", "both sides must be one version")
@@ -187,7 +192,7 @@ class Answer:
         """Guesses that nobody confirmed stand; how many."""
         guesses = self._guesses
         self._stats.unverified += len(guesses)
-        for token, source in zip(guesses, self._stats.sources[len(self._log) - self._base :], strict=True):
+        for token, source in zip(guesses, self._guessed, strict=True):
             self._conversation.extend((token,), source)
         return len(guesses)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from isthmus.edge.costs import Candidate
+from isthmus.edge.costs import CODED, Candidate
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest
 from isthmus.edge.figures import Wish
@@ -15,7 +15,6 @@ from isthmus.edge.link import Link
 from isthmus.edge.modes import Modes
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.policy import STEADY, Plan, decide, explain, unseen, worth_probing
-from isthmus.edge.priors import CODED
 from isthmus.edge.rhythm import (
     FIRST_BYTES,
     MOST_REST_S,

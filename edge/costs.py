@@ -19,6 +19,7 @@ from isthmus.edge.figures import (
 )
 from isthmus.edge.pace import ROW_SHARE
 
+CODED = "coded"  # exit mode's own codec, another one for each exit
 Way = Literal["local", "stream", "split", "exit", "verify"]
 SEGMENT_BYTES = 1500  # what a trip carries without taking longer
 MESSAGE_BYTES = 100  # of framing, encryption and envelope around each message
@@ -178,11 +179,10 @@ class _Priced:
     def all(self) -> Iterator[Candidate]:
         figures, device = self._figures, self._device
         yield self.stream()
-        codecs = {codec.name: codec for codec in figures.codecs}
         for cut in sorted({exit.layer for exit in figures.exits} | {device.held}):
             if 0 < cut < device.n_layers:
-                yield from (self.split(cut, codec) for codec in figures.codecs if codec.name != "coded")
-        yield from (self.exit(one, codecs[one.codec]) for one in figures.exits if one.codec in codecs)
+                yield from (self.split(cut, codec) for codec in figures.codecs)
+        yield from (self.exit(one) for one in figures.exits)
         for drafts in figures.drafts:
             setup = self._draft_ms(drafts)
             for g, tokens in drafts.tokens_a_round:
@@ -199,24 +199,24 @@ class _Priced:
     def split(self, cut: int, codec: CodecFigures) -> Candidate:
         rest = self._cloud.rest(cut)
         ms = self._device.through(cut) + self._device.codec_ms + self._trip(codec.row_bytes) + rest
-        setup = self._hidden_ms(cut, codec)
+        setup = self._hidden_ms(cut, codec.row_bytes)
         return self._priced("split", ms, rest, setup, cut, codec.name, lost=codec.disagreement)
 
-    def exit(self, one: ExitFigures, codec: CodecFigures) -> Candidate:
-        step, trip = self._device.drafted(one.layer) + self._device.codec_ms, self._trip(codec.row_bytes)
+    def exit(self, one: ExitFigures) -> Candidate:
+        step, trip = self._device.drafted(one.layer) + self._device.codec_ms, self._trip(one.row_bytes)
         once = self._cloud.rest(one.layer)
         asked = one.asked((step + ROW_SHARE * once) / max(trip + once, 1e-3))
         rest = self._cloud.rest(one.layer, 1.0 / max(asked, 1e-2))
         chain = step + IN_VAIN * (one.unsure - asked) * step + asked * (trip + rest)
-        on_wire = (codec.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
-        setup, ms = self._hidden_ms(one.layer, codec), max(chain, on_wire)
+        on_wire = (one.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
+        setup, ms = self._hidden_ms(one.layer, one.row_bytes), max(chain, on_wire)
         return self._priced(
             "exit",
             ms,
             asked * rest,
             setup,
             one.layer,
-            codec.name,
+            CODED,
             threshold=one.threshold,
             asked=asked,
             lost=one.disagreement,
@@ -289,14 +289,14 @@ class _Priced:
         over = row_bytes + MESSAGE_BYTES - SEGMENT_BYTES
         return self._trip_ms + over * 8e3 / self._link.up_bps if over > 0 else self._trip_ms
 
-    def _hidden_ms(self, cut: int, codec: CodecFigures) -> float:
+    def _hidden_ms(self, cut: int, row_bytes: float) -> float:
         rows = max(0.0, _missing(self._standing.hidden_missing, cut) - 1)
         # A state that was not kept is computed again together with all before it that the cloud lacks.
         device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
         link = self._link
         aged: float = link.up_bps * 0.5 ** (max(0.0, link.up_age_s - FRESH_S) / FADE_S)
         rate_bps = max(aged, min(link.up_bps, STALE_BPS))
-        upload = rows * codec.row_bytes * 8e3 / (RATE_TRUST * rate_bps)
+        upload = rows * row_bytes * 8e3 / (RATE_TRUST * rate_bps)
         return max(device, upload) + self._cloud.prefill(rows, cut)
 
     def _draft_ms(self, drafts: DraftFigures) -> float:

@@ -26,7 +26,8 @@ class Timeouts:
         give_up_ms: how long the link may be down in the middle of an answer; cellular links stall for ten seconds.
         progress_ms: until a request fails although the cloud is there.
         confirm_ms: how long a cloud may be silent that a complete answer has guesses of this device to confirm; None
-            for a second where the whole model made them, and for `give_up_ms` where less of it did.
+            for a second where the whole model made them, and for `give_up_ms` where less of it did. One that stays
+            away keeps each answer after that for a second at most.
         busy_note_ms: until a device that a busy cloud puts off says so.
         busy_ms: until a device that can go on by itself does so instead of waiting for a busy cloud.
     """
@@ -46,7 +47,11 @@ class Timeouts:
                 raise DeviceError(f"{name} is {value}", "give a positive number of milliseconds")
 
     def confirm_s(self, whole: bool) -> float:
-        """`confirm_ms` in seconds, for guesses of the whole model or of less."""
+        """`confirm_ms` in seconds.
+
+        Args:
+            whole: whether the whole model made the guesses.
+        """
         if self.confirm_ms is not None:
             return self.confirm_ms * 1e-3
         return WHOLE_CONFIRM_S if whole else self.give_up_ms * 1e-3

@@ -160,7 +160,7 @@ class ExitFigures:
         unsure: share of tokens that it is not sure of.
         guessed: share of tokens that it guesses right all the same, and goes on from, where guesses cost nothing.
         disagreement: certified bound on the share of tokens that differ from the whole model's.
-        codec: how hidden states travel that the promise holds for.
+        row_bytes: of one row of hidden states, as they travel from before it.
     """
 
     layer: int
@@ -168,7 +168,7 @@ class ExitFigures:
     unsure: float
     guessed: float
     disagreement: float
-    codec: str = "coded"
+    row_bytes: float
 
     def __post_init__(self) -> None:
         _check_shares(self, "unsure", "guessed", "disagreement")

@@ -220,7 +220,7 @@ class Knowledge:
             small.try_out()
         small_ms = small.times_ms if small is not None else None
         drafts = priors.drafts(bundle, layers, times, small_ms) if can_verify and not self._slides else ()
-        codecs = () if self._slides else priors.codecs(bundle, layers, offer.codecs)
+        codecs = () if self._slides else priors.codecs(bundle, offer.codecs)
         cloud = priors.cloud(offer, self._cloud_ms, self._watch.sizes, same)
         seen, self._offer = self._to.link, offer
         self._estimator = Estimator(Figures(times, cloud, None, priors.exits(bundle, layers), drafts, codecs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from isthmus.edge import budget
 from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, round_of
@@ -16,7 +15,6 @@ TRIP_MS = 50.0  # of a link over which nothing was sent yet
 PREFILL_SHARE = 0.15  # what one row of a prompt costs it
 CODED_BYTES = 2 / 3  # of a coded hidden state, for each of its numbers, until that is measured
 CODEC_MS = 0.1
-CODED = "coded"  # exit mode's own codec
 LENGTHS = (1, 2, 3, 4, 6)
 SMALL_ACCEPTED = 0.6  # of a small model's drafts, until some were checked
 GUESSED = 0.7  # of an exit's right guesses those that are made: the others follow a wrong one, or unlikely ones
@@ -100,20 +98,16 @@ def exits(bundle: Bundle, layers: Sequence[int]) -> tuple[ExitFigures, ...]:
             right = one.agreement.answers - (certificate.emitted - certificate.risk)
             unsure, guessed = 1.0 - certificate.emitted, GUESSED * max(0.0, right)
             threshold = min(1.0, certificate.threshold)
-            found.append(
-                ExitFigures(one.layer, threshold, unsure, min(unsure, guessed), certificate.disagreement, CODED)
-            )
+            row_bytes = one.codec.row_bytes if one.codec is not None else CODED_BYTES * bundle.config.d_model
+            may = certificate.disagreement
+            found.append(ExitFigures(one.layer, threshold, unsure, min(unsure, guessed), may, row_bytes))
     return tuple(found)
 
 
-def codecs(bundle: Bundle, layers: Sequence[int], taken: Sequence[str]) -> tuple[CodecFigures, ...]:
-    """How hidden states may travel without a promise being broken: as they are, and in exit mode as was calibrated.
+def codecs(bundle: Bundle, taken: Sequence[str]) -> tuple[CodecFigures, ...]:
+    """How hidden states may travel in split mode without a promise being broken: as they are.
 
     Args:
-        layers: of exits that the device can use.
         taken: codecs that the cloud takes.
     """
-    width, able = bundle.config.d_model, [one for one in bundle.exits if one.layer in layers]
-    measured = [one.codec.row_bytes for one in able if one.codec is not None]
-    found = [CodecFigures("f32", 4.0 * width, 0.0)] if "f32" in taken else []
-    return (*found, CodecFigures(CODED, fmean(measured) if measured else CODED_BYTES * width, 0.0))
+    return (CodecFigures("f32", 4.0 * bundle.config.d_model, 0.0),) if "f32" in taken else ()

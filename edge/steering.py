@@ -10,7 +10,7 @@ from functools import partial
 from isthmus.edge import policy
 from isthmus.edge.bridge import Bridge
 from isthmus.edge.controller import Controller
-from isthmus.edge.events import WHOLE_CONFIRM_S, Busy, Timeouts
+from isthmus.edge.events import Busy, Timeouts
 from isthmus.edge.exit import ExitRunner
 from isthmus.edge.fallback import Rest, may_go_on, offering_local, with_local
 from isthmus.edge.holding import Holding
@@ -20,10 +20,11 @@ from isthmus.edge.notes import Notes
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.runners import Runner, SplitRunner, StreamRunner
 from isthmus.edge.standby import Standby
-from isthmus.edge.token import Stats
+from isthmus.edge.token import Source, Stats
 from isthmus.edge.verify import VerifyRunner
 from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError
 
+MOMENT_S = 1.0  # that a complete answer waits for a cloud that has been away for long
 SEEK_S = 0.05  # how long a device that does without its cloud looks for it before an answer
 
 
@@ -64,6 +65,7 @@ class Steering:
         self._served = False  # whether the cloud ever has
         self._rest = Rest()
         self._bridging = False  # whether this answer goes on without the cloud
+        self._waits = False  # whether it was said that it is complete and waits
         self._silent_at = float("-inf")  # when the link was last found silent
         self._connections = 0  # that there were then; it is asked again on another one
         self._retelling: Runner | None = None  # which has guesses confirmed
@@ -77,7 +79,7 @@ class Steering:
         mode, whole = options.mode, self._holding.whole
         if self._controller is not None:
             self._controller.leave()
-        self._retelling = None
+        self._retelling, self._waits = None, False
         self._bridging = self._fallback and self._link is not None and mode != "local" and self._modes.can_bridge
         if self._link is not None:
             self._link.session.patience.impatient = mode == "auto" and whole and self._fallback
@@ -118,36 +120,44 @@ class Steering:
         error = self._cloud_error
         return self._served and isinstance(error, LinkError) and not isinstance(error, Busy)
 
-    def _confirm_s(self) -> float:
-        """How long the cloud may be silent while a complete answer waits for it."""
-        return self._timeouts.confirm_s(self._holding.whole)
+    def _confirm_s(self, guessed: Sequence[Source]) -> float:
+        """How long the cloud may be silent while a complete answer waits for it to confirm guesses."""
+        return self._timeouts.confirm_s(self._holding.whole and "exit" not in guessed)
 
-    def _rest_s(self, link: Link) -> float:
+    def _rest_s(self, link: Link, guessed: Sequence[Source]) -> float:
         """What is left of that for one that was lost, or a moment: each answer after it waits only so long."""
-        confirm_s = self._confirm_s()
-        return max(min(confirm_s, WHOLE_CONFIRM_S), confirm_s - (self._clock() - link.heard_s))
+        confirm_s = self._confirm_s(guessed)
+        return max(min(confirm_s, MOMENT_S), confirm_s - (self._clock() - link.heard_s))
 
     @contextmanager
-    def listening(self, runner: Runner, options: GenerateOptions, guessed: bool, ended: bool) -> Iterator[None]:
+    def listening(
+        self, runner: Runner, options: GenerateOptions, guessed: Sequence[Source], ended: bool
+    ) -> Iterator[None]:
         """While a token that counts is waited for: `Silent` ends that where this device can go on by itself.
 
         Args:
+            runner: makes it.
             options: of the answer.
-            guessed: whether it has gone on already.
+            guessed: where the tokens were made by which it has gone on already.
             ended: whether it has come to the answer's end so.
         """
         link = self._link
         if link is None or not self._bridging:
             yield
             return
-        silent, slides = guessed and link.heard_s <= self._silent_at, self._holding.slides
+        silent, slides = bool(guessed) and link.heard_s <= self._silent_at, self._holding.slides
         rests = isinstance(runner, StreamRunner) or (
             not runner.by_model if isinstance(runner, VerifyRunner) else isinstance(runner, SplitRunner) and not slides
         )
         if self._standby is not None and rests and not guessed:
             link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
-        due_s = link.session.trips.due_s
-        link.hush = (lambda: max(self._confirm_s(), due_s())) if ended else (lambda: 0.0) if silent else due_s
+        due_s, confirm_s = link.session.trips.due_s, self._confirm_s(guessed) if ended else 0.0
+        if ended and silent and confirm_s > MOMENT_S and not self._waits:
+            self._waits = True
+            self._notes.waits(
+                f"the answer is complete; its last {len(guessed)} tokens wait for the cloud to confirm them"
+            )
+        link.hush = (lambda: max(confirm_s, due_s())) if ended else (lambda: 0.0) if silent else due_s
         try:
             yield
         except Silent:
@@ -239,8 +249,13 @@ class Steering:
         self._gone(error, guessed)
         return True
 
-    def back(self, options: GenerateOptions, guesses: Sequence[int], ended: bool) -> Runner | None:
-        """A runner once a cloud that was lost is there again; it is waited for a moment when the answer has `ended`.
+    def back(
+        self, options: GenerateOptions, guesses: Sequence[int], guessed: Sequence[Source], ended: bool
+    ) -> Runner | None:
+        """A runner once a cloud that was lost is there again; it is waited for when the answer has `ended`.
+
+        Args:
+            guesses, guessed: what this device has said without it, and where that was made.
 
         Raises:
             IsthmusError: it is not, and this device cannot go on alone after all.
@@ -251,7 +266,7 @@ class Steering:
         try:
             if not self._reconnected:
                 self._link.look()
-            if not self._link.glance(self._rest_s(self._link) if ended else 0.0) or not self._reconnected:
+            if not self._link.glance(self._rest_s(self._link, guessed) if ended else 0.0) or not self._reconnected:
                 return None
             runner = self._retell(options, guesses)
         except IsthmusError as error:

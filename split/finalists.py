@@ -146,7 +146,8 @@ class Finalists:
         threads = _threads(profile)
         if threads not in self._here:
             whole = session(self._graph.model, self._file, threads, part_options())
-            self._here[threads], _ = timed(partial(outputs, whole, self._feeds), self._seconds)
+            sittings = [timed(partial(outputs, whole, self._feeds), self._seconds)[0] for _ in range(2)]
+            self._here[threads] = min(sittings)  # all rows hang on it
         return profile.whole_ms / self._here[threads]
 
 

@@ -20,12 +20,15 @@ _WARM = 2000  # requests until a queue has forgotten that it began empty
 Times = NDArray[np.float64]
 
 
-def latencies(row: Row, link: Link, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0) -> Times:
-    """Milliseconds from input to output, of `INPUTS` inputs.
+def latencies(
+    row: Row, link: Link, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0, at_ms: Times | None = None
+) -> Times:
+    """Milliseconds from input to output.
 
     Args:
         load: the share of the cloud's time that others take, below 1.
         beside_ms: that a request takes in the cloud beside the model.
+        at_ms: when inputs come, in ms of the trace; None for `INPUTS` random moments.
 
     Raises:
         PlanError: a load that leaves no time.
@@ -34,17 +37,17 @@ def latencies(row: Row, link: Link, load: float = 0.0, beside_ms: float = 0.0, s
         raise PlanError(f"others take {load:g} of the cloud's time", "give a share from 0 to below 1")
     generator = np.random.default_rng(seed)
     period_ms = max((way.period_ms for way in (link.up, link.down) if isinstance(way, Trace)), default=1)
-    starts = generator.uniform(0.0, period_ms, INPUTS)
+    starts = generator.uniform(0.0, period_ms, INPUTS) if at_ms is None else at_ms
     goes_on, early_ms = row.goes_on, sum(one.share * one.ms for one in row.leaves)
-    found = np.full(INPUTS, (row.device_ms - early_ms) / goes_on if goes_on else 0.0)
+    found = np.full(len(starts), (row.device_ms - early_ms) / goes_on if goes_on else 0.0)
     if row.kind != "device" and goes_on:
         cloud_ms = row.cloud_ms / goes_on
         there = passed(link.up, starts + found, row.up_bytes / goes_on) + link.trip_ms / 2
-        done = there + waits(load, cloud_ms, generator) + cloud_ms + beside_ms
+        done = there + waits(load, cloud_ms, generator, len(starts)) + cloud_ms + beside_ms
         found = passed(link.down, done, row.down_bytes / goes_on) + link.trip_ms / 2 - starts
     if row.leaves:
         ends = np.cumsum([one.share for one in row.leaves])
-        drawn = generator.uniform(size=INPUTS)
+        drawn = generator.uniform(size=len(starts))
         for at in reversed(range(len(ends))):
             found = np.where(drawn < ends[at], row.leaves[at].ms, found)
     return found
@@ -66,11 +69,11 @@ def passed(way: Trace | float, at_ms: Times, size: float) -> Times:
     return found
 
 
-def waits(load: float, service_ms: float, generator: np.random.Generator) -> Times:
-    """What `INPUTS` requests wait for others before them."""
+def waits(load: float, service_ms: float, generator: np.random.Generator, count: int = INPUTS) -> Times:
+    """What so many requests wait for others before them."""
     if not load or not service_ms:
-        return np.zeros(INPUTS)
-    gaps = generator.exponential(service_ms / load, INPUTS + _WARM)
+        return np.zeros(count)
+    gaps = generator.exponential(service_ms / load, count + _WARM)
     walk = np.cumsum(service_ms - gaps)  # Lindley's recursion, unrolled
     waited: Times = walk - np.minimum(np.minimum.accumulate(walk), 0.0)
     return waited[_WARM:]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,20 @@ from typing import Any
 import numpy as np
 
 from isthmus.protocol import features
-from isthmus.protocol.arrays import DTYPES, MAX_ARRAYS, pack, unpack
-from isthmus.protocol.errors import PlanError, ProtocolError
-from isthmus.split.agreement import Agree, share
+from isthmus.protocol.arrays import MAX_ARRAYS
+from isthmus.protocol.errors import ProtocolError
+from isthmus.split.agreement import Agree
 from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.onnx_graph import OnnxGraph, declared
 from isthmus.split.onnx_measure import learn, outputs, session
 from isthmus.split.pictures import OF_FORMAT, Picture, Preprocess, smallest
 from isthmus.split.transform import SEGMENTS, Components, Transform, axis_of, patches_of
+from isthmus.split.travels import Feeds, Nodes, Travels, same
 
 CODECS = (*reversed(features.STEPS), "f16", "zstd")  # the smallest first
 STEPS_AN_OCTAVE, STEP_RANGE = 4, (-17, 6)  # of a component, against the spread of all: nothing finer, nothing coarser
 FURTHER = 3  # steps beyond the first that is too coarse: a few answers more or less are chance
 TINY = 1e-20
-PART_BYTES = 25  # in the message, of one more tensor
-Nodes = tuple[int, ...]
-Feeds = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,80 +80,67 @@ class Trials:
         Raises:
             PlanError: no cut, or no input gets as far.
         """
-        asking = [at for at in range(len(self._inputs)) if leaving.asks(at)]
-        if not asking:
-            raise PlanError("every input leaves at an exit", "raise its confidence")
-        halves = self._graph.halves(nodes)
-        first, second = session(halves.device, self._file, 0), session(halves.cloud, self._file, 0)
-        takes = [one.name for one in second.get_inputs()]
-        travels, kept = list[list[Any]](), list[Feeds]()
-        for feeds in (self._inputs[at] for at in asking):
-            made = dict(zip([one.name for one in first.get_outputs()], _ran(first, feeds), strict=True))
-            travels.append([_array(name, {**feeds, **made}[name]) for name in takes])
-            kept.append({name: made[name] for name in halves.kept if name in made})
-        gives = [one.name for one in second.get_outputs()]
-        plain = float(np.mean([sum(one.nbytes for one in arrays) for arrays in travels]))
-        best = Tried("", 1.0 - leaving.lost() / len(self._inputs), plain, plain, 0.0, 0.0)
-
-        def agreement(came: Sequence[Sequence[Any]]) -> float:
-            lost, most = leaving.lost(), (1.0 - self.least) * len(self._inputs)
-            for at, arrays, own in zip(asking, came, kept, strict=True):
-                told = {**own, **dict(zip(gives, _ran(second, dict(zip(takes, arrays, strict=True))), strict=True))}
-                lost += 1.0 - self._same([told.get(name) for name in self._graph.outputs], self.answers[at])
-                if lost > most + 1e-9:
-                    return 0.0  # too many have changed
-            return 1.0 - lost / len(self._inputs)
-
+        travels = self._travels(nodes, leaving)
+        plain = travels.plain_bytes
+        best = Tried("", travels.plain_agreement, plain, plain, 0.0, 0.0)
         for codec in CODECS:
-            found = self._tried(codec, travels)
+            found = travels.coded(codec)
             if found is None or found[0][0] >= best.bytes:
                 continue
             (size, encode_ms, decode_ms), came = found
-            if (same := agreement(came)) >= self.least:
-                best = Tried(codec, same, size, plain, encode_ms, decode_ms)
-        patches = [self._patches(name, [arrays[at] for arrays in travels]) for at, name in enumerate(takes)]
+            if (kept := travels.agreement(came, self.least)) >= self.least:
+                best = Tried(codec, kept, size, plain, encode_ms, decode_ms)
+        patches = [
+            self._patches(name, [arrays[at] for arrays in travels.arrays]) for at, name in enumerate(travels.names)
+        ]
         for patch in sorted({patch for some in patches for patch in some}):
-            coarsest = self._coarsest(travels, takes, patches, patch, agreement)
+            coarsest = self._coarsest(travels, patches, patch)
             if coarsest is not None and coarsest.bytes < best.bytes:
                 best = coarsest
         return best
 
-    def _coarsest(
-        self,
-        travels: Sequence[Sequence[Any]],
-        takes: Sequence[str],
-        patches: Sequence[Sequence[int]],
-        patch: int,
-        agreement: Callable[[list[list[Any]]], float],
-    ) -> Tried | None:
+    def again(self, nodes: Nodes, tried: Tried) -> Tried:
+        """A codec that was chosen on other inputs, on these: what it really takes and keeps."""
+        travels = self._travels(nodes)
+        places = {travels.names.index(one.tensor): one for one in tried.transforms}
+        found = travels.transformed(places) if places else travels.coded(tried.codec) if tried.codec else None
+        if found is None:
+            return Tried("", travels.plain_agreement, travels.plain_bytes, travels.plain_bytes, 0.0, 0.0)
+        costs, came = found
+        size, plain = costs[0], travels.plain_bytes
+        return Tried(tried.codec, travels.agreement(came), size, plain, *costs[1:], tried.transforms)
+
+    def _travels(self, nodes: Nodes, leaving: Leaving = NONE) -> Travels:
+        return Travels(self._graph, self._file, nodes, self._inputs, self.answers, self._agree, leaving)
+
+    def _coarsest(self, travels: Travels, patches: Sequence[Sequence[int]], patch: int) -> Tried | None:
         """The largest step of components that keeps the answers; None where some of what travels has none.
 
         Args:
             patches: sizes of patches that each tensor can be made of, none where it has no components.
             patch: of components; where a tensor cannot be made of such, the next smaller one.
         """
-        floats = [at for at, array in enumerate(travels[0]) if array.dtype.kind == "f"]
+        arrays, takes = travels.arrays, travels.names
+        floats = [at for at, array in enumerate(arrays[0]) if array.dtype.kind == "f"]
         if not floats or not all(patches[at] for at in floats):
             return None
         found = dict[int, Components]()
         for at in floats:
-            side, axis = max(one for one in patches[at] if one <= patch), axis_of(travels[0][at])
+            side, axis = max(one for one in patches[at] if one <= patch), axis_of(arrays[0][at])
             assert axis is not None
             some = SEGMENTS if len(floats) * SEGMENTS < MAX_ARRAYS else max(1, (MAX_ARRAYS - len(takes)) // len(floats))
-            found[at] = Components(takes[at], axis, [arrays[at] for arrays in travels], side, some)
-        plain = float(np.mean([sum(one.nbytes for one in arrays) for arrays in travels]))
+            found[at] = Components(takes[at], axis, [one[at] for one in arrays], side, some)
 
         def tried(exponent: int) -> Tried | None:
             width = 2.0 ** (exponent / STEPS_AN_OCTAVE)
             steps = {at: one.coded(max(TINY, one.spread * width)) for at, one in found.items()}
             try:
-                (size, encode_ms, decode_ms), came = self._units(steps, travels)
+                (size, encode_ms, decode_ms), came = travels.transformed(steps)
             except ProtocolError:  # more than a message takes
                 return None
-            same = agreement(came)
-            if same < self.least:
+            if (kept := travels.agreement(came, self.least)) < self.least:
                 return None
-            return Tried(features.UNIT, same, size, plain, encode_ms, decode_ms, tuple(steps.values()))
+            return Tried(features.UNIT, kept, size, travels.plain_bytes, encode_ms, decode_ms, tuple(steps.values()))
 
         best: Tried | None = None
         fine, coarse = STEP_RANGE
@@ -193,7 +177,7 @@ class Trials:
             shares = []
             for picture, feeds, whole in zip(back, self._inputs, self.answers, strict=True):
                 found = outputs(self._whole, {**feeds, name: preprocess.array(picture)})
-                shares.append(self._same(found, whole))
+                shares.append(same(self._graph, found, whole, self._agree))
             return float(np.mean(shares))
 
         found = []
@@ -203,63 +187,3 @@ class Trials:
             size, plain = rest + float(np.mean(sent.sizes)), rest + float(np.mean([one.nbytes for one in pictures]))
             found.append(Tried(sent.codec, agrees(sent.pictures), size, plain, sent.encode_ms, sent.decode_ms))
         return found
-
-    def _tried(
-        self, codec: str, travels: Sequence[Sequence[Any]]
-    ) -> tuple[tuple[float, float, float], list[list[Any]]] | None:
-        """Mean bytes, ms to encode and to decode, and what comes out; None where the codec cannot carry it."""
-        sizes, encode_s, decode_s, came = list[int](), list[float](), list[float](), list[list[Any]]()
-        for arrays in travels:
-            used = [features.applies(codec, array.dtype, array.shape) for array in arrays]
-            began = time.perf_counter()
-            try:
-                parts = [features.encode(array, one) for array, one in zip(arrays, used, strict=True)]
-            except ProtocolError:
-                return None
-            encoded = time.perf_counter()
-            came.append(
-                [
-                    features.decode(memoryview(part), one, array.dtype, array.shape)
-                    for part, one, array in zip(parts, used, arrays, strict=True)
-                ]
-            )
-            decode_s.append(time.perf_counter() - encoded)
-            encode_s.append(encoded - began)
-            sizes.append(sum(map(len, parts)))
-        return (float(np.mean(sizes)), float(np.median(encode_s)) * 1e3, float(np.median(decode_s)) * 1e3), came
-
-    def _units(
-        self, transforms: Mapping[int, Transform], travels: Sequence[Sequence[Any]]
-    ) -> tuple[tuple[float, float, float], list[list[Any]]]:
-        """See `_tried`; for tensors by their place, transformed."""
-        sizes, encode_s, decode_s, came = list[int](), list[float](), list[float](), list[list[Any]]()
-        for arrays in travels:
-            began = time.perf_counter()
-            split = [transforms[at].split(one) if at in transforms else [one] for at, one in enumerate(arrays)]
-            shapes, data = pack([part for parts in split for part in parts], features.UNIT)
-            encoded = time.perf_counter()
-            back: Iterator[Any] = iter(unpack(shapes, data))
-            parts = [[next(back) for _ in one] for one in split]
-            came.append([transforms[at].joined(one) if at in transforms else one[0] for at, one in enumerate(parts)])
-            decode_s.append(time.perf_counter() - encoded)
-            encode_s.append(encoded - began)
-            sizes.append(len(data) + PART_BYTES * (len(shapes) - len(arrays)))
-        return (float(np.mean(sizes)), float(np.median(encode_s)) * 1e3, float(np.median(decode_s)) * 1e3), came
-
-    def _same(self, mine: Sequence[Any], whole: Sequence[Any]) -> float:
-        """The share of an input's answers that are the same: of the output that fares worst."""
-        pairs = zip(self._graph.outputs, mine, whole, strict=True)
-        return min((share(a, b, self._agree) for name, a, b in pairs if name not in self._graph.inputs), default=1.0)
-
-
-def _array(name: str, value: Any) -> Any:
-    if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
-        raise PlanError(f"{name!r} is no array of numbers, which could travel", "cut it elsewhere")
-    return value
-
-
-def _ran(running: Any, feeds: Feeds) -> list[Any]:
-    try:
-        return list(outputs(running, {one.name: feeds[one.name] for one in running.get_inputs()}))
-    except KeyError as error:
-        raise PlanError(f"a part needs {error}, which nothing makes", "choose another way") from error

@@ -35,8 +35,9 @@ def player(talk: Conversation, choice: Candidate, figures: Figures) -> Player:
         return Stream(talk)
     if choice.mode == "verify":
         return (Pipelined if choice.depth > 1 else Verify)(talk, choice)
-    row_bytes = next(codec.row_bytes for codec in figures.codecs if codec.name == choice.codec)
-    return (Split if choice.mode == "split" else Exit)(talk, choice, row_bytes)
+    if choice.mode == "exit":
+        return Exit(talk, choice, next(one.row_bytes for one in figures.exits if one.layer == choice.cut))
+    return Split(talk, choice, next(codec.row_bytes for codec in figures.codecs if codec.name == choice.codec))
 
 
 class Local:

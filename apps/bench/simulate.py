@@ -32,7 +32,7 @@ from isthmus.edge.figures import (
 )
 from isthmus.edge.options import GenerateOptions
 from isthmus.edge.policy import Plan, decide, unseen, worth_probing
-from isthmus.edge.priors import CODED, CODED_BYTES, LENGTHS
+from isthmus.edge.priors import LENGTHS
 from isthmus.edge.rhythm import FIRST_BYTES, MOST_REST_S, REST_S, Rhythm, expected, next_look_s, probe_s, usual_ms
 from isthmus.edge.shadow import DRAFTED
 from isthmus.protocol.errors import DeviceError
@@ -40,7 +40,7 @@ from isthmus.split.traces import Trace
 
 GREETINGS = 4  # trips that opening a connection has shown before the first question
 D_MODEL = 576  # of the model whose facts are replayed
-CODECS = (CodecFigures("f32", 4.0 * D_MODEL, 0.0), CodecFigures(CODED, CODED_BYTES * D_MODEL, 0.0))
+CODECS = (CodecFigures("f32", 4.0 * D_MODEL, 0.0),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,8 +190,7 @@ class _Ways:
             self._most = budget.layers_that_fit(self._sizes, self._config, self._kv, answer.memory_mb)
         self._exits = [one.layer for one in bundle.exits if one.layer <= self._most]
         width = self._config.d_model
-        codecs = [CodecFigures(name, size * width, 0.0) for name, size in CODECS.items()]
-        codecs += [one for one in priors.codecs(bundle, self._exits, ()) if one.name == priors.CODED]
+        codecs = tuple(CodecFigures(name, size * width, 0.0) for name, size in CODECS.items())
         here = device.device(self._most)
         self._figures = Figures(
             here,
@@ -199,9 +198,10 @@ class _Ways:
             link,
             priors.exits(bundle, self._exits),
             priors.drafts(bundle, self._exits, here),
-            tuple(codecs),
+            codecs,
         )
         self._row_bytes = {one.name: one.row_bytes for one in codecs}
+        self._exit_bytes = {one.layer: one.row_bytes for one in self._figures.exits}
         self._drafts: dict[tuple[str, int], DraftFigures] = {
             (one.source, one.layer): one for one in self._figures.drafts
         }
@@ -242,7 +242,7 @@ class _Ways:
             case "split":
                 return self._row_bytes[one.codec] + MESSAGE_BYTES
             case "exit":
-                return self._row_bytes[one.codec] + one.asked * (QUESTION_BYTES + MESSAGE_BYTES)
+                return self._exit_bytes[one.cut] + one.asked * (QUESTION_BYTES + MESSAGE_BYTES)
             case "verify":
                 drafts, block = self._drafts[one.source, one.cut], TOKEN_BYTES * one.draft_tokens + MESSAGE_BYTES
                 if one.depth > 1:

@@ -178,9 +178,13 @@ def calibrate(
     from isthmus.split.certificate import data_hash, fewest_prompts
     from isthmus.split.exit_writer import put_certificates, put_codecs
 
-    for name, value in (("--disagreement", disagreement), ("--confidence", confidence), ("--codec-loss", codec_loss)):
+    for name, value in (("--disagreement", disagreement), ("--confidence", confidence)):
         if not 0 < value < 1:
             raise ModelError(f"{name} {value:g} is impossible", "choose one between 0 and 1, as 0.05 and 0.95")
+    if not 0 <= codec_loss < 1:
+        raise ModelError(
+            f"--codec-loss {codec_loss:g} is impossible", "choose 0, for none, or a share below 1, as 0.01"
+        )
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     console = Console(highlight=False, soft_wrap=True)

@@ -25,7 +25,9 @@ HEAD_MS, PREFILL_MS = 2.0, 2.0
 TOKENS = 2000
 ANSWERS = facts.made_up(20, 60, 0.6)
 LONG = facts.made_up(1, TOKENS, 0.6, seed=1)
-EXIT = ExitFigures(20, 0.9, 0.4, 0.0, 0.05)  # of which made-up answers say that it is right wherever it is so sure
+EXIT = ExitFigures(
+    20, 0.9, 0.4, 0.0, 0.05, 384.0
+)  # of which made-up answers say that it is right wherever it is so sure
 
 
 def point(rtt_ms: float, slow: float = 1.0, factor: float = 1.0, held: int = 30) -> Point:
@@ -270,7 +272,7 @@ def test_a_device_that_waits_for_nothing_is_an_error() -> None:
 
 def test_facts_there_and_back(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
-    told = facts.Facts((ExitFigures(20, 0.9, 0.4, 0.0, 0.05),), ANSWERS, {20: 1.0})
+    told = facts.Facts((ExitFigures(20, 0.9, 0.4, 0.0, 0.05, 384.0),), ANSWERS, {20: 1.0})
     facts.write(told, path)
     assert facts.read(path) == told
     path.write_text(json.dumps({"exits": [], "answers": [{"prompt": 1}]}))

@@ -345,7 +345,9 @@ def test_auto_begins_an_answer_though_the_link_has_been_dark_for_long(exit_: boo
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_complete_answer_waits_longer_for_its_cloud_where_less_than_the_whole_model_guessed(whole: bool) -> None:
+def test_a_complete_answer_waits_longer_for_its_cloud_where_less_than_the_whole_model_guessed(
+    whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """A stall of six seconds hides the end of an answer, then the link is lost for good."""
     wire = wired()
     with device(wire, "stream", ToyBundle(held=N_LAYERS if whole else 4), timeouts=Timeouts()) as one:
@@ -354,6 +356,7 @@ def test_a_complete_answer_waits_longer_for_its_cloud_where_less_than_the_whole_
         said = cut_after(wire, tokens, 5, 6.0) + list(tokens)
         assert any(not token.verified for token in said)
         assert (one.stats.unverified > 0) == whole
+        assert caplog.text.count("tokens wait for the cloud to confirm them") == (0 if whole else 1)
         assert one.stats.tokens == local(max_tokens=40)
         wire.now += 10.0
         wire.dark.append((wire.now, math.inf))
@@ -362,6 +365,18 @@ def test_a_complete_answer_waits_longer_for_its_cloud_where_less_than_the_whole_
             assert len(list(one.generate(None, max_tokens=20))) == 20
             assert one.stats.unverified == 20
             assert least_s <= wire.now - began < most_s
+
+
+def test_what_an_exit_said_waits_where_the_whole_model_is_here_as_well() -> None:
+    """In exit mode, where a stall hides so little of an answer that only the exit's first words are guessed."""
+    wire = wired()
+    with exiting(wire, 0.9, timeouts=Timeouts()) as one:
+        tokens = one.generate(PROMPT, max_tokens=40)
+        said = [next(tokens) for _ in range(36)]
+        wire.dark.append((wire.now, wire.now + 4.0))
+        said += tokens
+        assert {token.source for token in said if not token.verified} == {"exit"}
+        assert one.stats.unverified == 0
 
 
 def test_how_long_a_complete_answer_waits_is_what_one_says() -> None:

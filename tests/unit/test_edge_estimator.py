@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 
 from isthmus.edge.costs import Standing, candidates
 from isthmus.edge.estimator import PACE_BOUND, SPAN_S, Estimator, LinkEstimator, Share, quantile
-from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, Figures, Wish
+from isthmus.edge.figures import CloudFigures, DeviceFigures, DraftFigures, ExitFigures, Figures, Wish
 
 DEVICE = DeviceFigures(20, 30, ((1, 0.25), (20, 5.0), (30, 7.5)), 2.0, 0.25, 1.5)
 CLOUD = CloudFigures(30, ((1, 9.5), (2, 11.0), (4, 14.0)), 2.0, 1.5)
 DRAFTS = DraftFigures("exit", 20, 7.25, 0.5, ((1, 1.5), (2, 1.75)), ((1, 2.0), (2, 3.0)))
-KNOWN = Figures(
-    DEVICE, CLOUD, None, (ExitFigures(20, 0.8, 0.6, 0.2, 0.05),), (DRAFTS,), (CodecFigures("coded", 384, 0.0),)
-)
+KNOWN = Figures(DEVICE, CLOUD, None, (ExitFigures(20, 0.8, 0.6, 0.2, 0.05, 384.0),), (DRAFTS,))
 
 
 def test_the_first_greeting_counts_until_there_is_more() -> None:

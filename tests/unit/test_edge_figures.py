@@ -67,7 +67,7 @@ def test_tokens_of_a_round_are_the_sum_of_powers(accepted: float, drafted: int) 
         (lambda: replace(CLOUD, rows_ms=((2, 1.0), (1, 1.0))), r"counts \[2, 1\]"),
         (lambda: replace(CLOUD, rows_ms=((1, -1.0),)), "rows_ms is"),
         (lambda: replace(LINK, up_bps=0), "up_bps is 0"),
-        (lambda: ExitFigures(1, 0.5, 1.5, 0.0, 0.0), "unsure is 1.5"),
+        (lambda: ExitFigures(1, 0.5, 1.5, 0.0, 0.0, 384), "unsure is 1.5"),
     ],
 )
 def test_figures_that_cannot_be(make: Callable[[], object], problem: str) -> None:
@@ -76,9 +76,9 @@ def test_figures_that_cannot_be(make: Callable[[], object], problem: str) -> Non
 
 
 def test_an_exit_asks_less_where_guesses_pay() -> None:
-    one = ExitFigures(20, 0.62, 0.65, 0.15, 0.05)
+    one = ExitFigures(20, 0.62, 0.65, 0.15, 0.05, 384)
     evens = (0.0, LIKELY, 0.4, 0.62, 5.0)
     asked = [one.asked(even) for even in evens]
     assert asked[0] == asked[1] == pytest.approx(0.5) and asked[-2] == asked[-1] == 0.65
     assert asked[1] < asked[2] < asked[3]
-    assert ExitFigures(20, LIKELY / 2, 0.65, 0.15, 0.05).asked(0.0) == 0.65  # what it guesses, it is sure of
+    assert ExitFigures(20, LIKELY / 2, 0.65, 0.15, 0.05, 384).asked(0.0) == 0.65  # what it guesses, it is sure of

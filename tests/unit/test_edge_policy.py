@@ -38,7 +38,7 @@ def figures(
 ) -> Figures:
     device = DeviceFigures(held, 30, tuple((k, slow * ms) for k, ms in LAYERS_MS), 2 * slow, 0.25 * slow, 2 * slow)
     cloud = CloudFigures(30, tuple((n, factor * ms) for n, ms in ROWS_MS), 2 * factor, 2 * factor, 0.0, same)
-    exits = (ExitFigures(20, 0.8, 0.62, 0.1, 0.05), ExitFigures(20, 0.95, 0.8, 0.0, 0.01))
+    exits = (ExitFigures(20, 0.8, 0.62, 0.1, 0.05, 384), ExitFigures(20, 0.95, 0.8, 0.0, 0.01, 384))
     drafted = device.drafted(20)
     lengths = (1, 2, 4)
     drafts = (
@@ -52,7 +52,7 @@ def figures(
             tuple((g, g + 1.0) for g in lengths),
         ),
     )
-    codecs = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003), CodecFigures("coded", 384, 0.0))
+    codecs = (CodecFigures("f32", 2304, 0.0), CodecFigures("f16", 1152, 0.003))
     return Figures(device, cloud, link(trip_ms), exits, drafts, codecs)
 
 

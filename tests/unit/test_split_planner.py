@@ -7,7 +7,7 @@ import pytest
 from isthmus.protocol.errors import PlanError
 from isthmus.split.finalists import Fused
 from isthmus.split.onnx_network import MEMORY, Codec, Rate
-from isthmus.split.plan import choose
+from isthmus.split.plan import Row, choose
 from isthmus.split.planner import Wanted, remeasured, splits, ways
 from tests.unit.test_split_profile import WAYS, by_hand, sharing
 
@@ -52,3 +52,18 @@ def test_measured_parts_take_the_place_of_sums_of_nodes() -> None:
     assert (changed.device_ms, changed.cloud_ms) == (1.0, 2.0)
     assert changed.ms == pytest.approx(3.0 + split.link_ms)
     assert [row for row in found if row is not changed] == [row for row in rows if row is not split]
+
+
+def test_what_takes_unlike_the_others_is_timed_once_more() -> None:
+    rows = [row for row in ways(sharing(rate=RATE), CODECS[:1], Wanted()) if row.kind == "split"]
+    late, asked = rows[1], list[str]()
+
+    def timed(row: Row) -> Fused:
+        asked.append(row.name)
+        disturbed = row is late and asked.count(row.name) == 1
+        return Fused((row.device_ms * (3.0 if disturbed else 1.5),), row.cloud_ms * 1.5)
+
+    found = remeasured(rows, sharing(rate=RATE), timed)
+    assert len(rows) > 2 and sorted(asked) == sorted([*(row.name for row in rows), late.name])
+    for before, after in zip(rows, found, strict=True):
+        assert after.device_ms == pytest.approx(1.5 * before.device_ms)

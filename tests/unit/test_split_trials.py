@@ -16,7 +16,7 @@ from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.profile import TensorSize
 from isthmus.split.trial_inputs import MOST, read_inputs
-from isthmus.split.trials import Trials
+from isthmus.split.trials import Trials, Tried
 from tests.unit.test_split_onnx_measure import CHANNELS, convolutions
 
 SIZES = {"x": TensorSize("float32", (1, 3, 16, 16), 3072)}
@@ -105,6 +105,19 @@ def test_a_picture_is_sent_as_small_as_the_answers_allow(model: Path, pictures: 
     ):
         assert other.codec[:4] == one.codec[:4] and other.codec[4:] == "5"
         assert other.bytes <= one.bytes < 768 * 3
+
+
+@pytest.mark.parametrize("least", [0.0, 1.0])
+def test_a_codec_that_was_chosen_is_judged_on_other_inputs(model: Path, pictures: Path, least: float) -> None:
+    graph = OnnxGraph(read_model(model))
+    feeds = read_inputs(pictures, graph, SIZES, str(model.parent / "how.json")).feeds
+    choosing, others = (Trials(graph, model, some, least, "values") for some in (feeds[:3], feeds[3:]))
+    chosen = choosing.smallest(CUT)
+    same, held = choosing.again(CUT, chosen), others.again(CUT, chosen)
+    assert (same.agreement, same.bytes, same.plain_bytes) == (chosen.agreement, chosen.bytes, chosen.plain_bytes)
+    assert held.codec == chosen.codec and held.bytes != chosen.bytes and 0.0 <= held.agreement <= 1.0
+    plain = Tried("", 1.0, 1.0, 1.0, 0.0, 0.0)
+    assert others.again(CUT, plain).agreement == 1.0 and others.again(CUT, plain).bytes == held.plain_bytes
 
 
 def test_what_is_no_cut_is_refused(model: Path, pictures: Path) -> None:
