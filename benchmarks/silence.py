@@ -12,8 +12,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from models import bundle
+from models import BENCH, bundle, part_of
 from record import Record
 from scene import QUESTION, Cloud
 
@@ -24,18 +25,27 @@ from isthmus.edge import Device, Timeouts
 
 ROUND_TRIPS_MS = (5, 50, 200)
 LEAST_MS = 50.0
+HELD = 20
+SCENES = (
+    *((mode, mode, "whole") for mode in ("stream", "verify", "exit", "split")),
+    *((f"{mode}, {HELD} layers", mode, "part") for mode in ("stream", "verify", "exit")),
+)
 PATIENCE_S = 30.0  # with others on the host, before each cut
 
 
-def silence(record: Record, folder: Path, cuts: int) -> None:
-    """Cuts the link in answers."""
+def silence(record: Record, whole: Path, part: Path, cuts: int) -> None:
+    """Cuts the link in answers.
+
+    Args:
+        whole, part: folders with all layers, and with `HELD` of them and the exits before those.
+    """
     rows: list[list[str | int | float | None]] = []
     for rtt_ms in ROUND_TRIPS_MS:
         with fresh_keys() as key_folder:
-            cloud = Cloud(folder, key_folder, rtt_ms)
+            cloud = Cloud(whole, key_folder, rtt_ms)
             try:
-                for mode in ("stream", "verify", "exit", "split"):
-                    gaps, calm = _gaps(folder, key_folder, cloud.relay, mode, cuts)
+                for mode, way, folder in SCENES:
+                    gaps, calm = _gaps(whole if folder == "whole" else part, key_folder, cloud.relay, way, cuts)
                     bound = max(LEAST_MS, 2.0 * rtt_ms)
                     ended, aside = cuts - len(gaps), len(gaps) - len(calm)
                     record.figure(f"{mode} at {rtt_ms} ms/answers that ended early", ended, f"of {cuts}")
@@ -96,7 +106,9 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=10, help="for each mode and round trip")
     options = parser.parse_args()
     record = Record("silence", vars(options))
-    silence(record, bundle("keep").path, options.cuts)
+    source = bundle("keep")
+    with TemporaryDirectory(prefix="isthmus-silence-", dir=BENCH) as folder:
+        silence(record, source.path, part_of(source, HELD, Path(folder)), options.cuts)
     record.write()
     return 0
 

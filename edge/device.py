@@ -93,7 +93,7 @@ class Device:
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also if it
             refuses what it granted before or stays busy. It does so after two round trips of silence with tokens that
             count as guesses until the cloud, back again, confirms them.
-        standby: whether a device that holds the whole model keeps itself ready for that while the cloud computes: the
+        standby: whether a device that can go on by itself keeps itself ready for that while the cloud computes: the
             model open, and KV for the conversation. Off it gets ready once the cloud is silent. None for on, unless
             `cloud` is an address of this machine, whose memory's speed both would share.
         on_rollback: what becomes of guesses from the first wrong one on: "replace" takes them back, "keep" lets them
@@ -205,7 +205,7 @@ class Device:
             for keeper in (self._holding, self._exits, self._drafting):
                 self._conversation.keep(keeper.truncate)
             early = not (cloud and is_local(cloud)) if standby is None else standby
-            goes_on = fallback and self._holding.whole
+            goes_on = fallback and self._modes.can_bridge
             controller: Controller | None = None
             if self._link is not None:
                 knowledge = Knowledge(
@@ -230,7 +230,7 @@ class Device:
                 opening.absent,
                 self._notes,
                 fallback=fallback,
-                standby=Standby(self.config.n_layers, self._holding, self._log, early) if goes_on else None,
+                standby=Standby(self._modes.alone, self._holding.prefetch, self._log, early) if goes_on else None,
                 timeouts=timeouts,
                 clock=clock,
                 controller=controller,

@@ -17,8 +17,8 @@ from isthmus.edge.model_drafts import Said
 from isthmus.edge.pace import LIKELY, Pace
 from isthmus.edge.runners import HIDDEN_LANE, known, sampler
 from isthmus.edge.token import Source
-from isthmus.engine.part import Part, Rows, Want
-from isthmus.engine.sampling import Sampling
+from isthmus.engine.part import Part, Rows, StepResult, Want
+from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.engine.threshold import least
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
@@ -67,6 +67,23 @@ class ExitSpeaker:
         self._states: deque[NDArray[np.float32]] = deque()  # of the last positions, each [n, d_model]
         self._first = 0  # position of the first of them
 
+    def held(self, log: Chain) -> int:
+        """Leading positions of a log that the exit has KV of."""
+        return min(self._sequence.length, self._log.common(log))
+
+    def advance(self, log: Chain, rows: int) -> bool:
+        """Computes KV of up to `rows` more positions before the log's last; whether there were any.
+
+        Raises:
+            DeviceError, OutOfBlocks: as in `say`.
+        """
+        start = self.held(log)
+        end = min(start + rows, len(log) - 1)
+        if end > start:
+            self._take(log, start, end, None)
+            self.sent(end - KEPT_STATES)
+        return end > start
+
     def remembers(self, log: Chain, sampling: Sampling) -> bool:
         """Whether it has said before what comes after the log."""
         return (log.head, sampling) in self._said
@@ -81,17 +98,8 @@ class ExitSpeaker:
         known = self._said.get((log.head, sampling))
         if known is not None:
             return known
-        self._cut_back(self._log.common(log))
-        start, end = min(self._sequence.length, len(log) - 1), len(log)
-        self._cut_back(start)
-        result = None
-        for at, states in self._part.hidden(log, start, self.cut):
-            self._keep(at, states)
-            want = Want.SAMPLE | Want.CONFIDENCE if at + len(states) == end else Want.NONE
-            rows = Rows().hidden(self._sequence, at, states, enter=self.cut, want=want, sampling=sampling)
-            result = self._head.step(rows)
+        result = self._take(log, min(self.held(log), len(log) - 1), len(log), sampling)
         assert result is not None
-        self._log.follow(log, end)
         said = self._said[log.head, sampling] = Said(result.tokens[0], float(result.confidence[0]))
         if len(self._said) > REMEMBERED:
             self._said.popitem(last=False)
@@ -132,6 +140,19 @@ class ExitSpeaker:
         """Frees the exit."""
         self._sequence.close()
         self._head.close()
+
+    def _take(self, log: Chain, start: int, end: int, sampling: Sampling | None) -> StepResult | None:
+        """Positions [start, end); with a sampling, what comes after them."""
+        self._cut_back(start)
+        result = None
+        for at, states in self._part.hidden(log, start, self.cut, end=end):
+            self._keep(at, states)
+            said = sampling is not None and at + len(states) == end
+            want = Want.SAMPLE | Want.CONFIDENCE if said else Want.NONE
+            rows = Rows().hidden(self._sequence, at, states, enter=self.cut, want=want, sampling=sampling or GREEDY)
+            result = self._head.step(rows)
+        self._log.follow(log, end)
+        return result
 
     def _keep(self, at: int, states: NDArray[np.float32]) -> None:
         if not self._states:

@@ -108,7 +108,7 @@ class Knowledge:
         total, part, session, choice = len(self._log), self._holding.part, self._link.session, self.choice
 
         def held(depth: int) -> int:
-            return part.held(depth, self._log) if part is not None and part.part.end >= depth else 0
+            return part.held(self._log, depth) if part is not None and part.part.end >= depth else 0
 
         depths = sorted({*self._cuts, self._bundle.config.n_layers})
         whole = choice is not None and choice.mode in ("stream", "verify")  # the cloud is ahead, if anything

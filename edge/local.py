@@ -40,9 +40,9 @@ class LocalPart:
         self._shallow = ShallowStates()
         self._sampled: tuple[bytes, Sampling, Said] | None = None  # a log's head, how, and what comes after it
 
-    def held(self, depth: int, log: Chain) -> int:
-        """Leading positions of a log whose KV of layers [0, depth) is held."""
-        return min(self._coverage.at(depth), self._log.common(log))
+    def held(self, log: Chain, depth: int | None = None) -> int:
+        """Leading positions of a log whose KV of layers [0, depth) is held; None for all of them."""
+        return min(self._coverage.at(self.part.end if depth is None else depth), self._log.common(log))
 
     def remembers(self, log: Chain, sampling: Sampling) -> bool:
         """Whether `sample` was asked for just that the last time."""
@@ -83,8 +83,13 @@ class LocalPart:
             self._step(log, start, end, depth, Want.NONE)
         return end > start
 
-    def hidden(self, log: Chain, start: int, cut: int, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The hidden states before layer `cut` of positions [start, len(log)), in chunks of at most `chunk`.
+    def hidden(
+        self, log: Chain, start: int, cut: int, chunk: int = CHUNK, end: int | None = None
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """The hidden states before layer `cut` of positions [start, end), in chunks of at most `chunk`.
+
+        Args:
+            end: the log's by default; KV of what lies behind is given up.
 
         Yields:
             The first position and the states [n, d_model] f32 of each chunk.
@@ -92,7 +97,7 @@ class LocalPart:
         Raises:
             DeviceError: no room is left for KV.
         """
-        end = len(log)
+        end = len(log) if end is None else end
         self.truncate(self._log.common(log))
         if self._last is not None and self._last[0] == cut and start >= self._last[1] and end - start <= chunk:
             position, hidden = self._last[1], self._last[2]

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 
 from isthmus.edge.bridge import Bridge, Retold, Speak
 from isthmus.edge.drafting import Chosen, Drafting
-from isthmus.edge.exit import ExitRunner
+from isthmus.edge.exit import ExitRunner, ExitSpeaker
 from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.options import GenerateOptions, middle_cut
 from isthmus.edge.pace import Pace
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
+from isthmus.edge.standby import Ready
+from isthmus.edge.token import Source
 from isthmus.edge.verify import VerifyRunner
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
@@ -87,16 +89,24 @@ class Modes:
         if options.mode == "exit":
             speaker = self._exits.speaker(self._exits.layer(options.cut))
             return Bridge(speaker.sample, "exit", self._log, options.sampling, self._whole_sample())
+        alone = self.alone()
+        source: Source = "exit" if isinstance(alone, ExitSpeaker) else "device"
+        return Bridge(alone.sample, source, self._log, options.sampling)
+
+    def alone(self) -> Ready:
+        """Who goes on without the cloud: the whole model, an exit, or the model that drafts.
+
+        Raises:
+            DeviceError: nobody can.
+        """
         if self._holding.whole:
-            part = self._holding.open(self._bundle.config.n_layers)
-            return Bridge(part.sample, "device", self._log, options.sampling)
+            return self._holding.open(self._bundle.config.n_layers)
         if self._exits.any:
-            speaker = self._exits.speaker(self._exits.layer(None))
-            return Bridge(speaker.sample, "exit", self._log, options.sampling)
+            return self._exits.speaker(self._exits.layer(None))
         small = self._drafting.speaker
         if small is None:
             raise DeviceError("this device holds nothing to go on with", "give it all layers, or a model that drafts")
-        return Bridge(small.sample, "device", self._log, options.sampling)
+        return small
 
     def _whole_sample(self) -> Speak | None:
         """The whole model's word, where this device holds it: opened when it is first asked for."""

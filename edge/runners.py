@@ -77,7 +77,7 @@ class LocalRunner:
         """See `Runner`."""
         if self._found is not None:
             return self._found
-        return min(self._part.held(self._part.part.end, self._log), len(self._log) - 1)
+        return min(self._part.held(self._log), len(self._log) - 1)
 
     def stop(self) -> None:
         """See `Runner`."""
@@ -173,7 +173,7 @@ class SplitRunner:
         """See `Runner`."""
         if self._found is not None:
             return self._found
-        return min(known(self._lane, self._log), self._part.held(self._cut, self._log))
+        return min(known(self._lane, self._log), self._part.held(self._log, self._cut))
 
     def stop(self) -> None:
         """See `Runner`."""
@@ -183,7 +183,7 @@ class SplitRunner:
     def _ask(self) -> int:
         link, log = self._link, self._log
         at = start = link.align(self._lane, len(log) - 1)
-        self._found = min(start, self._part.held(self._cut, log)) if self._found is None else self._found
+        self._found = min(start, self._part.held(log, self._cut)) if self._found is None else self._found
         for at, hidden in self._part.hidden(log, start, self._cut, link.max_rows):
             self._asked = at
             self._send(at, hidden, m.WANT_SAMPLE if at + len(hidden) == len(log) else m.WANT_NONE)

@@ -145,11 +145,8 @@ class Steering:
         if link is None or not self._bridging:
             yield
             return
-        silent, slides = bool(guessed) and link.heard_s <= self._silent_at, self._holding.slides
-        rests = isinstance(runner, StreamRunner) or (
-            not runner.by_model if isinstance(runner, VerifyRunner) else isinstance(runner, SplitRunner) and not slides
-        )
-        if self._standby is not None and rests and not guessed:
+        silent = bool(guessed) and link.heard_s <= self._silent_at
+        if self._standby is not None and not guessed and self._rests(runner):
             link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
         due_s, confirm_s = link.session.trips.due_s, self._confirm_s(guessed) if ended else 0.0
         if ended and silent and confirm_s > MOMENT_S and not self._waits:
@@ -167,6 +164,12 @@ class Steering:
             raise
         finally:
             link.hush = link.idle = None
+
+    def _rests(self, runner: Runner) -> bool:
+        """Whether who goes on alone does nothing meanwhile, and nothing that it does is in a runner's way."""
+        if isinstance(runner, SplitRunner):
+            return not self._holding.slides and self._holding.whole
+        return isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
 
     def bridge(self, options: GenerateOptions) -> Bridge | None:
         """What goes on while the cloud is silent; None where nothing can after all, for the rest of the answer."""

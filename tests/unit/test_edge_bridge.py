@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 from isthmus.edge.bridge import SOON, Bridge, Retold
 from isthmus.edge.events import Timeouts
+from isthmus.edge.standby import MOST
 from isthmus.edge.token import Rollback
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, LinkError
-from tests.edge_exits import exiting, give_exit
+from tests.edge_exits import CUT, exiting, give_exit
 from tests.edge_toys import PROMPT, device, ids, lie, local, toy_engine  # noqa: F401
 from tests.edge_world import N_LAYERS, LossyWire, ToyBundle, ToyService
 
@@ -283,6 +285,21 @@ def test_a_device_makes_itself_ready_while_it_waits(mode: str, slides: bool) -> 
         standby.work = work
         list(one.generate(PROMPT, max_tokens=6))
     assert bool(slices) == (not slides or mode != "split")
+
+
+@pytest.mark.parametrize("mode", ["stream", "verify"])
+def test_a_device_with_an_exit_makes_that_ready_while_it_waits(mode: str) -> None:
+    wire, bundle = wired(), ToyBundle(held=4)
+    bundle.exits = (SimpleNamespace(layer=CUT, file=""),)
+    with device(wire, mode, bundle, standby=True) as one:
+        give_exit(one)
+        tokens = one.generate(PROMPT, max_tokens=60)
+        head = [next(tokens) for _ in range(30)]
+        speaker = one._exits.speaker(CUT)
+        assert speaker.held(one._log) >= len(one._log) - MOST
+        wire.dark.append((wire.now, wire.now + 0.5))
+        assert ids(head + list(tokens))[:30] == local(max_tokens=30)
+        assert one.stats.tokens == local(max_tokens=60) and one.stats.unverified == 0
 
 
 def test_a_device_that_makes_itself_ready_still_hears_that_the_link_is_dark() -> None:

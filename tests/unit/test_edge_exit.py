@@ -262,3 +262,20 @@ def test_it_holds_no_more_states_than_it_needs() -> None:
         (speaker,) = one._exits._open.values()
         assert sum(map(len, speaker._states)) < 16
     assert N_LAYERS > CUT
+
+
+def test_what_was_taken_in_by_and_by_says_the_same() -> None:
+    with exiting(LossyWire(ToyService())) as one, exiting(LossyWire(ToyService())) as two:
+        log, speaker, fresh = Chain(), one._exits.speaker(CUT), two._exits.speaker(CUT)
+        log.extend(PROMPT.encode() * 36)
+        slices = 0
+        while speaker.advance(log, 16):
+            slices += 1
+            assert speaker.held(log) == min(16 * slices, len(log) - 1)
+        assert slices == -(-(len(log) - 1) // 16) and sum(map(len, speaker._states)) <= KEPT_STATES + 16
+        assert not speaker.remembers(log, WARM)
+        assert speaker.draft(log, WARM) == fresh.draft(log, WARM) and speaker.remembers(log, WARM)
+        other = Chain()
+        other.extend([*log.tokens[:100], *b"something else"])  # the log goes another way
+        assert speaker.held(other) == 100 and speaker.advance(other, 99) and speaker.held(other) == len(other) - 1
+        assert speaker.draft(other, WARM) == fresh.draft(other, WARM)

@@ -79,11 +79,11 @@ def test_getting_ready_takes_nothing_from_those_who_work_with_the_cut(
         for at, states in part.hidden(log, start, CUT):
             start = at + len(states)
         assert part.advance(log, 16)
-        assert (counted.rows[0], part.held(CUT, log)) == (len(log), len(log))
+        assert (counted.rows[0], part.held(log, CUT)) == (len(log), len(log))
         log.extend((token,))
     while part.advance(log, 16):
         pass
-    assert part.held(CONFIG.n_layers, log) == len(log) - 1
+    assert part.held(log, CONFIG.n_layers) == len(log) - 1
     assert part.sample(log, GREEDY) == alone(bundle, log)
     assert counted.rows == {0: len(log), CUT: len(log) - 1}
 
@@ -116,7 +116,7 @@ def test_without_the_states_it_leaves_the_work_with_the_cut_alone_and_computes_a
     part._shallow = ShallowStates(most=0)
     log = log_of(TOKENS)
     list(part.hidden(log, 0, CUT))
-    assert not part.advance(log, 16) and part.held(CUT, log) == len(log)
+    assert not part.advance(log, 16) and part.held(log, CUT) == len(log)
     assert part.sample(log, GREEDY) == alone(bundle, log)
     assert counted.rows == {0: 2 * len(log)}
 

@@ -22,7 +22,7 @@ class Part:
         self.kv, self.sampled, self.passes = 0, -1, list[int]()
         self.stuck = False  # nothing more can be computed without taking from others
 
-    def held(self, depth: int, log: Chain) -> int:
+    def held(self, log: Chain) -> int:
         return self.kv
 
     def remembers(self, log: Chain, sampling: Any) -> bool:
@@ -50,7 +50,7 @@ class Holding:
     def prefetch(self) -> Any:
         return lambda: self.checked
 
-    def open(self, depth: int) -> Part:
+    def open(self) -> Part:
         self.opened += 1
         if self.fails is not None:
             raise self.fails
@@ -65,7 +65,7 @@ def log_of(tokens: int) -> Chain:
 
 def ready(tokens: int, early: bool = True) -> tuple[Standby, Holding, Chain]:
     holding, log = Holding(), log_of(tokens)
-    return Standby(4, holding, log, early), holding, log  # type: ignore[arg-type]
+    return Standby(holding.open, holding.prefetch, log, early), holding, log
 
 
 def test_it_catches_up_in_passes_that_end_soon() -> None:
