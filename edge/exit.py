@@ -74,15 +74,18 @@ class ExitSpeaker:
     def advance(self, log: Chain, rows: int) -> bool:
         """Computes KV of up to `rows` more positions before the log's last; whether there were any.
 
+        Not where that would take KV from those who work with another cut.
+
         Raises:
             DeviceError, OutOfBlocks: as in `say`.
         """
         start = self.held(log)
         end = min(start + rows, len(log) - 1)
-        if end > start:
-            self._take(log, start, end, None)
-            self.sent(end - KEPT_STATES)
-        return end > start
+        if end <= start or not self._part.gives(log, start, self.cut):
+            return False
+        self._take(log, start, end, None)
+        self.sent(end - KEPT_STATES)
+        return True
 
     def remembers(self, log: Chain, sampling: Sampling) -> bool:
         """Whether it has said before what comes after the log."""

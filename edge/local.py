@@ -104,16 +104,28 @@ class LocalPart:
             if position + len(hidden) == end == self._coverage.at(cut):
                 yield start, hidden[start - position :]
                 return
-        at = self._back_to(min(self._coverage.at(cut), start))
+        at = min(self._coverage.at(cut), start)
         while at < end:
             stop = min(at + min(chunk, CHUNK), end, start if at < start else end)
-            hidden = self._step(log, at, stop, cut, Want.HIDDEN).hidden
-            if cut < self.part.end:
-                self._shallow.add(cut, at, hidden)
+            states = self._deepened(at, stop, cut)
+            if states is None:
+                if (back := self._back_to(at)) < at:
+                    at = back
+                    continue
+                states = self._step(log, at, stop, cut, Want.HIDDEN).hidden
+                self._shallow.add(cut, at, states)
+                self._last = (cut, at, states) if at >= start else None
             if at >= start:
-                self._last = (cut, at, hidden)
-                yield at, hidden
-            at = stop
+                yield at, states
+            at += len(states)
+
+    def gives(self, log: Chain, start: int, cut: int) -> bool:
+        """Whether the states before layer `cut` of position `start` take nothing from those who work with another cut.
+
+        They do where KV of later positions would have to be given up for them.
+        """
+        length = min(self._coverage.length, self._log.common(log))
+        return start >= length or self._made_before(start, 1, cut) is not None
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on."""
@@ -142,6 +154,27 @@ class LocalPart:
         said = Said(result.tokens[0], float(result.confidence[0]) if want & Want.CONFIDENCE else math.nan)
         self._sampled = log.head, sampling, said
         return said
+
+    def _made_before(self, at: int, most: int, cut: int) -> NDArray[np.float32] | None:
+        """States of a position and some after it that are held, before layer `cut` or such as lead there."""
+        held, reached = self._shallow, self._coverage.at(cut)
+        if self._window or at >= self._coverage.length or cut != self.part.end:
+            return None
+        if held.cut != cut and (held.cut > cut or at != reached):
+            return None
+        return held.at(at, min(most, self._coverage.length - at))
+
+    def _deepened(self, at: int, end: int, cut: int) -> NDArray[np.float32] | None:
+        """States before layer `cut` of positions that have KV up to some layer, out of states that are held."""
+        states = self._made_before(at, end - at, cut)
+        if states is None or self._shallow.cut == cut:
+            return states
+        rows = Rows().hidden(
+            self._sequence, at, states, enter=self._shallow.cut, leave=cut, want=Want.HIDDEN, want_all=True
+        )
+        hidden = self._stepped(rows, at + len(states)).hidden
+        self._coverage.deepen(at + len(states), cut)
+        return hidden
 
     def _filled(self, end: int) -> bool:
         """Fills the last layers of some positions before `end` from states that are held; whether there were any."""

@@ -56,6 +56,6 @@ class ShallowStates:
             begin, states = self._chunks.pop()
             self._bytes -= states.nbytes
             if begin < length:
-                kept = states[: length - begin]
+                kept = states[: length - begin].copy()
                 self._chunks.append((begin, kept))
                 self._bytes += kept.nbytes

@@ -168,7 +168,7 @@ class Steering:
     def _rests(self, runner: Runner) -> bool:
         """Whether who goes on alone does nothing meanwhile, and nothing that it does is in a runner's way."""
         if isinstance(runner, SplitRunner):
-            return not self._holding.slides and self._holding.whole
+            return not self._holding.slides
         return isinstance(runner, StreamRunner) or (isinstance(runner, VerifyRunner) and not runner.by_model)
 
     def bridge(self, options: GenerateOptions) -> Bridge | None:

@@ -18,7 +18,7 @@ from isthmus.protocol.chain import Chain
 from isthmus.split.bundle import Bundle
 from tests.edge_bundle import CONFIG, write_tiny
 
-CUT = 2
+CUT, DEEPER = 2, 3
 TOKENS = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 90).tolist()
 
 
@@ -43,8 +43,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(write_tiny(tmp_path_factory.mktemp("bundle") / "b"))
 
 
-def opened(bundle: Bundle, window: int = 0) -> tuple[LocalPart, Counted]:
-    part = Counted(open_part(bundle, 0, CONFIG.n_layers, threads=1, kv=KvConfig("f16", 512)))
+def opened(bundle: Bundle, window: int = 0, end: int = CONFIG.n_layers) -> tuple[LocalPart, Counted]:
+    part = Counted(open_part(bundle, 0, end, threads=1, kv=KvConfig("f16", 512)))
     return LocalPart(part, window), part
 
 
@@ -97,6 +97,32 @@ def test_the_whole_model_goes_on_from_the_states_at_the_cut(
     list(part.hidden(log, 30, CUT))  # the cloud has those before
     assert part.sample(log, GREEDY) == alone(bundle, log)
     assert counted.rows == {0: len(log) + 1, CUT: len(log) - 1}
+
+
+@pytest.mark.parametrize("cut", [CUT, DEEPER])
+def test_states_before_a_later_layer_are_made_of_those_before_an_earlier_one(bundle: Bundle, cut: int) -> None:
+    """A device with a part of the model: one works with a cut, and another takes states before the part's end."""
+    part, counted = opened(bundle, end=DEEPER)
+    fresh, _ = opened(bundle, end=DEEPER)
+    log, start, taken, made = log_of(TOKENS[:60]), 0, 0, []
+    for token in TOKENS[60:]:
+        for at, states in part.hidden(log, start, cut):
+            start = at + len(states)
+        end = min(taken + 16, len(log))
+        assert part.gives(log, taken, DEEPER)
+        for at, states in part.hidden(log, taken, DEEPER, end=end):
+            assert at == taken
+            made.append(states)
+            taken += len(states)
+        log.extend((token,))
+    assert taken == len(log) - 1 == part.held(log, DEEPER)
+    right = [states for _, states in fresh.hidden(log, 0, DEEPER, end=taken)]
+    np.testing.assert_array_equal(np.concatenate(made), np.concatenate(right))
+    assert counted.rows == ({0: taken, CUT: taken} if cut == CUT else {0: taken})
+    part._shallow.truncate(0)
+    assert part.gives(log, taken, DEEPER) and not part.gives(log, taken - 1, DEEPER)
+    part.close()
+    fresh.close()
 
 
 @pytest.mark.parametrize("kept", [0, 7, 40])
