@@ -29,7 +29,7 @@ $(STAMPS)/venv:
 $(STAMPS)/install: pyproject.toml setup.py $(NATIVE) $(STAMPS)/venv
 	@echo "-- packages, and the native engine (two to five minutes, in which nothing is printed)"
 	@$(PIP) "setuptools>=77" "cffi>=1.17"
-	@$(PIP) --no-build-isolation --group model -e ".[edge]"
+	@$(PIP) --no-build-isolation --group model -e ".[edge,plan]"
 	@$(BIN)/python -c 'from isthmus.engine import cpu_names; print("-- kernels:", ", ".join(cpu_names()) or "NONE: \
 	the native engine was not built (no C compiler?); ONNX Runtime computes, more slowly; see isthmus doctor")'
 	@touch $@

@@ -56,13 +56,21 @@ from isthmus.split.profile import Profile
 from isthmus.split.replay import latencies
 from isthmus.split.traces import turned
 
+NETWORKS = 5
+NOTE = (
+    "Of an input, from the device's call to its outputs. Over the trace: what the plan's replay says of the moments at "
+    "which the measured inferences began, in the mean."
+)
 SLOW = 4.0  # times that the device is slower than this machine, declared
 WARM = 3
 MEDIAN, P95 = 0.08, 0.20
 PHOTOGRAPHS = 16  # that codecs are tried on
 PAUSE_S, MOST_PAUSE_S = 0.03, 0.5  # between an answer and the next input; over a trace a random one, at most
 STARTS = 3  # moments of a trace, from which inferences go on
-PLANS = (*ROOMS, "benchmarks/networks.py")  # what a plan and its ways depend on
+PLANS = (
+    *ROOMS,
+    *(f"benchmarks/{name}.py" for name in ("planner", "networks", "efficientnet", "minilm")),
+)  # what a plan and its ways depend on
 LINKS: Mapping[str, LinkProfile] = {
     "LAN, 2 ms, 200 Mbit/s": LinkProfile.of_rtt(2, rate_up_bps=200_000_000, rate_down_bps=200_000_000),
     "Wi-Fi, 10 ms, 40 Mbit/s": LinkProfile.of_rtt(10, rate_up_bps=40_000_000, rate_down_bps=80_000_000),
@@ -77,6 +85,8 @@ class Found:
 
     Attributes:
         best: whether the plan recommends it.
+        up_bytes: that the plan says travel up for an input.
+        agreement: with the unsplit model, where that was tried.
     """
 
     network: str
@@ -87,6 +97,8 @@ class Found:
     planned_ms: float
     measured_ms: float
     commit: str | None
+    up_bytes: float
+    agreement: float | None
 
     @property
     def off(self) -> float:
@@ -102,12 +114,13 @@ def main() -> int:
     options = parser.parse_args()
     only = set(filter(None, options.only.split(",")))
     kept = Kept(BENCH / f"planner-{options.runs}.jsonl", Found)
-    known = {one.network: one.commit for one in kept.found}  # the last of each
+    known, made = {one.network: one.commit for one in kept.found}, commit(PLANS)  # the last of each
     names = list[str]()
     with TemporaryDirectory(prefix="isthmus-planner-") as work, fresh_keys() as keys:
         for network in networks():
             names.append(network.name)
-            if network.name in only or (not only and known.get(network.name) != commit(PLANS)):
+            old = known.get(network.name) != made or made is None or made.endswith("+")
+            if network.name in only or (not only and old):
                 found = list(Stand(network, Path(work), keys, options.runs).found())
                 kept.add(found)
                 known[network.name] = found[0].commit
@@ -124,6 +137,7 @@ def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]
     plans: dict[tuple[str, str], list[Found]] = {}
     for one in found:
         plans.setdefault((one.network, one.link), []).append(one)
+    record.figure("networks over links", len(plans), "plans", target=NETWORKS * len(LINKS))
     record.figure("ways", len(found), "ways")
     record.figure("splits", len(off), "splits")
     record.figure("off by, median", statistics.median(off), "of the measured", target=MEDIAN, at_most=True)
@@ -132,6 +146,9 @@ def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]
     record.figure("recommended over best baseline, worst", max(lost), "ratio", target=1.0, at_most=True)
     beaten = [_best(plan) / min(one.measured_ms for one in plan) for plan in plans.values()]
     record.figure("recommended over best way, worst", max(beaten), "ratio")
+    webp = [share for plan in plans.values() if (share := _of_webp(plan)) is not None]
+    if webp:
+        record.figure("recommended split's bytes of WebP's, worst", max(webp), "ratio", target=1.0, at_most=True)
     for name, made in known.items():
         if made != commit(PLANS):
             record.notes.append(f"{name} was measured at commit {made}")
@@ -140,7 +157,14 @@ def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]
         for one in found
     ]
     columns = ["network", "link", "way", "", "planned, ms", "measured, ms", "off by"]
-    record.table("planner", columns, rows, note="Of an input, from the device's call to its outputs.")
+    record.table("planner", columns, rows, note=NOTE)
+
+
+def _of_webp(plan: Sequence[Found]) -> float | None:
+    """The recommended split's bytes over those of the picture as WebP; None where either is not there."""
+    split = next((one.up_bytes for one in plan if one.best and one.kind == "split"), None)
+    webp = next((one.up_bytes for one in plan if one.kind == "image" and "WebP" in one.way), None)
+    return split / webp if split is not None and webp is not None else None
 
 
 def _best(plan: Sequence[Found]) -> float:
@@ -183,7 +207,8 @@ class Stand:
             for row in (row for row in plan.rows if not row.fails):
                 planned_ms, measured_ms = self._took(plan, row, profile)
                 best = row is plan.rows[plan.best]
-                found = (self._network.name, link, row.name, row.kind, best, planned_ms, measured_ms, commit(PLANS))
+                name, sent = self._network.name, (row.up_bytes, row.agreement)
+                found = (name, link, row.name, row.kind, best, planned_ms, measured_ms, commit(PLANS), *sent)
                 yield Found(*found)
                 print(*found, sep="; ", file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -49,7 +50,7 @@ def _impossible(network: Network, budgets: Mapping[str, float]) -> PlanError:
     for name, most in budgets.items():
         least = _Program(network, {}).solve(name)
         needed = taken(least, name) if least is not None else np.inf
-        if needed > most * (1 + _SLACK):
+        if needed > most * (1 + _SLACK) and (least is None or least.proven):
             short.append(f"{name} {most:.4g} cannot be met: {needed:.4g} is the least, {needed - most:.4g} more")
     if short:
         return PlanError("; ".join(short), "raise that budget")
@@ -125,7 +126,8 @@ class _Program:
             if solved.status == 1:
                 raise PlanError(f"no plan was found in {SOLVE_S:g} s", "ask for fewer budgets, or group more nodes")
             return None
-        return priced(network, np.rint(solved.x[self._beyond]).astype(int).sum(axis=0).tolist())
+        found = priced(network, np.rint(solved.x[self._beyond]).astype(int).sum(axis=0).tolist())
+        return found if solved.status == 0 else replace(found, proven=False)  # the best until time was up
 
     def _tiers(self, each: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
         """A sum over tasks of something that each tier has its own of, [tiers, tasks]; and its constant."""
@@ -159,7 +161,9 @@ class _Program:
             alone[tier] = network.ms[tier]
             found.append(self._tiers(alone))
         for boundary in range(network.tiers - 1):
-            found.append((self._links((np.arange(network.tiers - 1) == boundary).astype(float)), 0.0))
+            row = self._links((np.arange(network.tiers - 1) == boundary).astype(float))
+            row[self._any[boundary]] = network.busy_ms[boundary]
+            found.append((row, 0.0))
         return found
 
     def _order(self) -> None:

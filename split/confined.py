@@ -66,6 +66,9 @@ def main() -> int:
     module, _, name = asked["call"].partition(":")
     try:
         told = {"result": getattr(import_module(module), name)(*asked["arguments"])}
+    except ModuleNotFoundError as error:
+        extra = "litert" if (error.name or "").startswith(("ai_edge_litert", "tflite")) else "plan"
+        told = {"problem": f"{error.name} is not installed", "remedy": f"pip install 'isthmus[{extra}]'"}
     except IsthmusError as error:
         told = {"problem": error.problem, "remedy": error.remedy}
     except OSError as error:

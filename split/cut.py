@@ -79,6 +79,7 @@ class Network:
         flows: the tensors.
         trip_ms: what a boundary costs when anything crosses it, however little.
         use: resources that may be budgeted, by name.
+        wait_ms: of `trip_ms`, in which nothing is on the wire; a pipeline does not wait for it. None for none.
 
     Raises:
         PlanError: the parts do not fit together.
@@ -88,12 +89,15 @@ class Network:
     flows: tuple[Flow, ...]
     trip_ms: tuple[float, ...]
     use: Mapping[str, Use] = field(default_factory=dict)
+    wait_ms: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.ms.ndim != 2 or not len(self.ms) or np.isnan(self.ms).any() or (self.ms < 0).any():
             raise PlanError("a task's time is not a number from 0 on", "measure the profile again")
         if len(self.trip_ms) != self.tiers - 1:
             raise PlanError(f"{len(self.trip_ms)} links between {self.tiers} machines", "give one for each boundary")
+        if len(self.busy_ms) != len(self.trip_ms) or min(self.busy_ms, default=0.0) < 0.0:
+            raise PlanError("a link waits for longer than its trip", "give no more than the trip for each boundary")
         wires = self.wires
         if wires.ms.shape[1] != self.tiers - 1 or not (wires.ms >= 0).all():
             raise PlanError("a tensor's time is not a number from 0 on for each link", "give the link's rate")
@@ -103,6 +107,13 @@ class Network:
         late = wires.users <= wires.makers[wires.owner]
         if late.any() or (wires.users >= self.tasks).any() or (wires.makers < INPUT).any():
             raise PlanError("a tensor is used before it is made", "number the tasks in the order of their work")
+
+    @property
+    def busy_ms(self) -> tuple[float, ...]:
+        """What anything that crosses a boundary, however little, keeps it busy for."""
+        if self.wait_ms is None:
+            return self.trip_ms
+        return tuple(trip - wait for trip, wait in zip(self.trip_ms, self.wait_ms, strict=False))
 
     @property
     def tiers(self) -> int:
@@ -138,6 +149,8 @@ class Cut:
         stages: milliseconds of each tier.
         links: milliseconds of each boundary, its trip included where anything crosses.
         use: of each resource.
+        waits: of `links`, in which nothing is on the wire.
+        proven: whether no other way is better; else a search was ended before it knew.
     """
 
     tiers: tuple[int, ...]
@@ -145,11 +158,14 @@ class Cut:
     stages: tuple[float, ...]
     links: tuple[float, ...]
     use: Mapping[str, float]
+    waits: tuple[float, ...] = ()
+    proven: bool = True
 
     @property
     def slowest_ms(self) -> float:
         """The stage or link that bounds how many inputs a second go through a pipeline."""
-        return max(*self.stages, *self.links, 0.0)
+        busy = (link - wait for link, wait in zip(self.links, self.waits or (0.0,) * len(self.links), strict=True))
+        return max(*self.stages, *busy, 0.0)
 
 
 def priced(network: Network, tiers: Sequence[int]) -> Cut:
@@ -168,14 +184,15 @@ def priced(network: Network, tiers: Sequence[int]) -> Cut:
     reach = np.maximum.reduceat(at[wires.users], wires.starts) if len(wires.starts) else made
     boundaries = np.arange(network.tiers - 1)
     crosses = (made[:, None] <= boundaries) & (boundaries < reach[:, None])
-    links = np.where(crosses, wires.ms, 0.0).sum(axis=0)
-    links += np.where(boundaries < at.max(initial=0), network.trip_ms, 0.0)
+    links, used = np.where(crosses, wires.ms, 0.0).sum(axis=0), boundaries < at.max(initial=0)
+    links += np.where(used, network.trip_ms, 0.0)
+    waits = np.where(used, np.subtract(network.trip_ms, network.busy_ms), 0.0)
     use = {}
     for name, one in network.use.items():
         paid = one.links != 0.0  # a link that costs nothing may take for ever
         use[name] = float(one.tasks[at, columns].sum() + one.links[paid] @ links[paid])
     ms = float(stages.sum() + links.sum())
-    return Cut(tuple(at.tolist()), ms, tuple(stages.tolist()), tuple(links.tolist()), use)
+    return Cut(tuple(at.tolist()), ms, tuple(stages.tolist()), tuple(links.tolist()), use, tuple(waits.tolist()))
 
 
 def fastest(network: Network) -> Cut:

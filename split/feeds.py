@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def read_feeds(arrays: str, inputs: Collection[str], shapes: Collection[str] = (
         try:
             with open_regular(Path(arrays)) as file, np.load(file, allow_pickle=False) as opened:
                 loaded = {name: opened[name] for name in opened.files}
-        except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, AttributeError, EOFError, BadZipFile, zlib.error, RuntimeError) as error:
             raise PlanError(f"{arrays} is no .npz file of plain arrays", "write it with numpy.savez") from error
     for name in (*loaded, *shapes):
         if name not in inputs:

@@ -74,15 +74,17 @@ class Finalists:
         self._here: dict[int, float] = {}
 
     def timed(self, row: Row) -> Fused | None:
-        """What a row's parts take, what travels being coded and decoded; None for one that has no parts, or whose
-        parts the runtime does not run by themselves.
+        """What a row's parts take, what travels being coded and decoded; None for one that has no parts.
+
+        Raises:
+            PlanError: the runtime does not run them by themselves, or what is between them cannot travel.
         """
         if (row.kind == "device" and not row.leaves) or (row.kind == "image" and self._shown is None):
             return None
         try:
             return self._picture(row.codec) if row.kind == "image" else self._parts(row)
-        except (PlanError, ProtocolError):
-            return None
+        except ProtocolError as error:
+            raise PlanError(error.problem, error.remedy) from error
 
     @property
     def faster(self) -> tuple[float, float]:

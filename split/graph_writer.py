@@ -84,12 +84,12 @@ def write_graph(
     whole = dict(zip(graph.outputs, outputs(session(proto, file, 1), feeds), strict=True))
     travels = _travelling(graph, file, crossing, feeds)
     leaving = tuple(msgspec.convert(list(exits), list[GraphExit]))
-    types = {one: str(value.dtype) for one, value in travels.items()}
+    types = {one: (str(value.dtype), value.ndim) for one, value in travels.items()}
     if leaving:  # the device's part is written in pieces, of whose seams the types must be known, too
-        types |= {one: dtype for one, (dtype, *_) in sizes(graph, file, feeds).items()}
+        types |= {one: (dtype, len(shape)) for one, (dtype, shape, _) in sizes(graph, file, feeds).items()}
     graph.learn(
-        onnx.helper.make_tensor_value_info(one, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), None)
-        for one, dtype in types.items()
+        onnx.helper.make_tensor_value_info(one, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [None] * ndim)
+        for one, (dtype, ndim) in types.items()
     )
     between = [_named(graph, one, travels[one]) for one in crossing]
     plain = halves = graph.halves(here) if here else graph.handed_over()
@@ -112,7 +112,7 @@ def write_graph(
         second, *first = (_loaded(writer.place(target)) for target in parts)
         if shaped:  # what they round may decide between two answers that are alike: it is not counted
             worst = _compared([session(plain.device, file, 1)], session(plain.cloud, file, 1), graph, feeds, whole)
-            _undone(first, session(undoing(cloud, shaped), file, 1), features, feeds)
+            _undone(first, session(undoing(cloud, shaped), writer.place(CLOUD), 1), features, feeds)
         else:
             worst = _compared(first, second, graph, feeds, whole)
         title = name or file.stem

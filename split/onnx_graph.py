@@ -21,6 +21,8 @@ from isthmus.split.onnx_file import MAX_DEPTH, tensor_bytes
 
 _CONSTANT = "Constant"
 
+IR_VERSION = 4  # of parts, at least: before it weights had to be inputs as well
+
 
 @dataclass(frozen=True, slots=True)
 class Halves:
@@ -160,6 +162,7 @@ class OnnxGraph:
         made = {name for node in chosen for name in node.output}
         part = onnx.ModelProto()
         part.CopyFrom(_without_graph(self.model))
+        part.ir_version = max(part.ir_version, IR_VERSION)
         graph = part.graph
         graph.name = self.model.graph.name or "part"
         graph.node.extend(self._constants[name] for name in fixed if name in self._constants)

@@ -141,7 +141,14 @@ class Sharing:
             spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3
             spent[CLOUD] = np.where(np.isfinite(down_ms), down_ms, 0.0) * self.radio_watts * 1e-3
             use[ENERGY] = Use(spent, np.array([self.radio_watts * 1e-3]))
-        return Network(ms, tuple(flows), (trip,), use)
+        return Network(ms, tuple(flows), (trip,), use, (asks * (self.rate.trip_ms + self.cloud_ms),))
+
+    @property
+    def odd(self) -> str:
+        """An output of nodes that is no array of numbers, "" where there is none."""
+        known = self.device.tensors
+        made = (name for name in self.graph.outputs if self.graph.made_by(name) >= 0)
+        return next((name for name in made if not _travels(known, name)), "")
 
     def crossing(self, cut: Cut) -> list[str]:
         """Names of the tensors that travel up."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.agreement import AGREES, Agree
-from isthmus.split.budget import Aim
+from isthmus.split.budget import LATENCY, Aim
 from isthmus.split.finalists import Finalists
 from isthmus.split.graph import Graph
 from isthmus.split.graph_exits import NONE, Leaving, choices
@@ -122,6 +122,8 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
             raise PlanError(problem, "measure both with the same --shape: isthmus profile")
     sharing = Sharing(graph, here, there, over.rate(), PLAIN, 0.0, wish.device_watts, wish.radio_watts)
     budgets = {MEMORY: wish.memory_mb, ENERGY: wish.energy_j}
+    if wish.aim == "throughput" and not wish.folder:  # the best pipeline may be late; codecs may make it sooner
+        budgets[LATENCY] = wish.slo_ms
     wanted = Wanted(wish.aim, {what: most for what, most in budgets.items() if most is not None})
     inputs, trials, worth = None, None, list[Row]()
     early = list[Leaving]()

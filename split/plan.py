@@ -56,6 +56,9 @@ class Row(msgspec.Struct, frozen=True):
         energy_j: that the device spends, 0 where no watts are declared.
         agreement: share of inputs with the unsplit model's answer, None where no inputs were given.
         fails: what it does not keep to, "" if nothing.
+        broken: why it cannot be run at all, "" where it can.
+        proven: whether no other split is better; else its search was ended before it knew.
+        wait_ms: of `link_ms`, in which nothing is on the wire: the round trip.
         transforms: of tensors that travel, before they are coded.
         leaves: at exits, in the order in which they are reached.
     """
@@ -79,6 +82,9 @@ class Row(msgspec.Struct, frozen=True):
     fails: str = ""
     transforms: tuple[Transform, ...] = ()
     leaves: tuple[Leaves, ...] = ()
+    broken: str = ""
+    wait_ms: float = 0.0
+    proven: bool = True
 
     @property
     def goes_on(self) -> float:
@@ -95,7 +101,7 @@ class Row(msgspec.Struct, frozen=True):
         """What is to be small: its time, or in a pipeline that of its slowest stage."""
         if aim == "latency":
             return self.ms
-        return max(self.device_ms, self.link_ms - self.down_ms, self.cloud_ms + self.down_ms)
+        return max(self.device_ms, self.link_ms - self.wait_ms - self.down_ms, self.cloud_ms + self.down_ms)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -193,6 +199,8 @@ def verdict(rows: Sequence[Row], best: int, aim: Aim = "latency") -> str:
         told = f"Split it after {shown(row.crossing)} ({row.codec}): {_told(row, aim)}"
     else:
         told = f"Do not split it, but send what it is given to the cloud ({row.name}): {_told(row, aim)}"
+    if not row.proven:
+        told += " (the search ended before it was proven that no other cut is better)"
     if row.leaves:
         told += f" on average, as {1.0 - row.goes_on:.0%} of inputs leave at an exit"
     if not others:

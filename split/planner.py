@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from isthmus.protocol.errors import PlanError
+from isthmus.protocol.limits import LIMITS
 from isthmus.split.budget import LATENCY, Aim, best, taken
 from isthmus.split.cut import Cut, Network, fastest, priced
 from isthmus.split.finalists import Fused
@@ -169,9 +170,20 @@ def _optima(network: Network, wanted: Wanted) -> Iterator[Cut]:
 
 
 def remeasured(rows: Sequence[Row], sharing: Sharing, timed: Callable[[Row], Fused | None]) -> list[Row]:
-    """Rows with what their parts take as really fused models; what takes unlike the others is timed once more."""
-    found = {at: _refined(row, sharing, took) for at, row in enumerate(rows) if (took := timed(row)) is not None}
-    grown = {at: _computes_ms(row) / max(_computes_ms(rows[at]), _ROUNDING) for at, row in found.items()}
+    """Rows with what their parts take as really fused models; what takes unlike the others is timed once more.
+
+    Args:
+        timed: gives that, None for a row without parts; raises a PlanError where they do not run by themselves.
+    """
+    found = dict[int, Row]()
+    for at, row in enumerate(rows):
+        try:
+            if (took := timed(row)) is not None:
+                found[at] = _refined(row, sharing, took)
+        except PlanError as error:
+            found[at] = msgspec.structs.replace(row, broken=f"its parts do not run by themselves: {error.problem}")
+    runs = [at for at, row in found.items() if not row.broken]
+    grown = {at: _computes_ms(found[at]) / max(_computes_ms(rows[at]), _ROUNDING) for at in runs}
     usual = median(grown.values()) if grown else 0.0
     for at in [at for at, times in grown.items() if times > STANDS_OUT * usual]:
         if (took := timed(rows[at])) is not None:  # others of this machine may have been in the way
@@ -201,7 +213,11 @@ def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: fl
         slo_ms: that it may take at most: at that percentile where it varies, else what is expected.
     """
     has = {MEMORY: row.device_mb, ENERGY: row.energy_j, LATENCY: row.ms}
-    over = [
+    over = [row.broken] if row.broken else []
+    largest, most_bytes = max(row.up_bytes, row.down_bytes) / (row.goes_on or 1.0), LIMITS.max_message_bytes
+    if largest > most_bytes:
+        over.append(f"{largest / 1e6:.3g} MB travel at once, and a message takes {most_bytes / 1e6:.3g}")
+    over += [
         f"{has[name]:.4g} {_UNITS[name]}, {most:.4g} wanted"
         for name, most in wanted.budgets.items()
         if has[name] > most * (1 + 1e-6)
@@ -242,7 +258,10 @@ def _row(sharing: Sharing, cut: Cut, kind: Kind, name: str) -> Row:
         down_bytes=float(asks * down),
         ms=cut.ms,
         down_ms=down_ms,
+        wait_ms=asks * (sharing.rate.trip_ms + sharing.cloud_ms) if cut.links[0] else 0.0,
         device_mb=cut.use[MEMORY],
+        proven=cut.proven,
+        broken=f"output {shown([odd])} is no array of numbers" if (odd := sharing.odd) and kind != "device" else "",
         energy_j=sharing.energy_j(device_ms, link_ms),
         agreement=leaving.agreement,
         leaves=tuple(leaves),

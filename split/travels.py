@@ -18,6 +18,7 @@ from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import outputs, session
 from isthmus.split.transform import Transform
 
+MOST = 1 << 31  # bytes of arrays: what is too much for a message the plan says
 PART_BYTES = 25  # in the message, of one more tensor
 Nodes = tuple[int, ...]
 Feeds = Mapping[str, Any]
@@ -90,22 +91,16 @@ class Travels:
         """What a codec costs on average, and what comes out; None where it cannot carry this."""
         sizes, encode_s, decode_s, came = list[int](), list[float](), list[float](), Came()
         for arrays in self.arrays:
-            used = [features.applies(codec, array.dtype, array.shape) for array in arrays]
             began = time.perf_counter()
             try:
-                parts = [features.encode(array, one) for array, one in zip(arrays, used, strict=True)]
+                shapes, data = pack(arrays, codec)
             except ProtocolError:
                 return None
             encoded = time.perf_counter()
-            came.append(
-                [
-                    features.decode(memoryview(part), one, array.dtype, array.shape)
-                    for part, one, array in zip(parts, used, arrays, strict=True)
-                ]
-            )
+            came.append(list(unpack(shapes, data, MOST)))
             decode_s.append(time.perf_counter() - encoded)
             encode_s.append(encoded - began)
-            sizes.append(sum(map(len, parts)))
+            sizes.append(len(data))
         return (float(np.mean(sizes)), float(np.median(encode_s)) * 1e3, float(np.median(decode_s)) * 1e3), came
 
     def transformed(self, transforms: Mapping[int, Transform]) -> tuple[Costs, Came]:

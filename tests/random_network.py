@@ -10,13 +10,16 @@ import numpy as np
 from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, priced
 
 
-def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
-    """With tensors that several tasks use, some free, some dear, some that cannot travel; tasks that run in some places
-    alone; two resources.
+def random_network(chance: random.Random, tasks: int, tiers: int, anywhere: bool = False) -> Network:
+    """With tensors that several tasks use, some free, some dear; two resources.
+
+    Args:
+        anywhere: whether all tasks run on every tier and all tensors travel; else some do not.
     """
     users: dict[int, list[int]] = {at: [] for at in range(INPUT, tasks)}
+    narrow = chance.choice([0.4, 0.7, 1.2])
     for task in range(tasks):
-        near = [at for at in range(INPUT, task) if chance.random() < 1.2 / (task - at)]
+        near = [at for at in range(INPUT, task) if chance.random() < narrow / (task - at)]
         for at in near or [chance.randrange(INPUT, task) if task else INPUT]:
             users[at].append(task)
     flows = []
@@ -27,7 +30,9 @@ def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
             parts = [all_users[:middle], all_users[middle:]]
         for part in parts:
             dear = [0.0, 5 * chance.random(), 30 * chance.random()]
-            wire_ms = tuple(np.inf if chance.random() < 0.03 else chance.choice(dear) for _ in range(tiers - 1))
+            wire_ms = tuple(
+                np.inf if not anywhere and chance.random() < 0.03 else chance.choice(dear) for _ in range(tiers - 1)
+            )
             flows.append(Flow(at, tuple(part), wire_ms))
     base = np.array([10 * chance.random() for _ in range(tasks)])
     ms = np.stack([base * 4.0**-tier * [chance.uniform(0.5, 2) for _ in range(tasks)] for tier in range(tiers)])
@@ -36,11 +41,12 @@ def random_network(chance: random.Random, tasks: int, tiers: int) -> Network:
     energy = np.zeros_like(ms)
     energy[0] = 3 * ms[0]
     for task in range(tasks):
-        if chance.random() < 0.05:
+        if not anywhere and chance.random() < 0.05:
             ms[chance.randrange(tiers), task] = np.inf
     links = np.ones(tiers - 1)
     use = {"memory": Use(memory, 0 * links), "energy": Use(energy, links)}
-    return Network(ms, tuple(flows), tuple(chance.choice([0.0, 2.0, 10.0]) for _ in links), use)
+    trips = tuple(chance.choice([0.0, 2.0, 10.0]) for _ in links)
+    return Network(ms, tuple(flows), trips, use, tuple(trip * chance.choice([0.0, 0.5, 1.0]) for trip in trips))
 
 
 def every_cut(network: Network) -> Iterator[Cut]:

@@ -110,6 +110,8 @@ def command(
     Profiles come from isthmus profile, on each machine. A cloud without one is declared: --cloud 8 is eight times as
     fast as the device.
     """
+    import os
+
     import msgspec
 
     from isthmus.apps.bench.plot import check_drawing
@@ -161,7 +163,7 @@ def command(
     }
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
-    limit_s = SECONDS * (TRIES if folder is not None else 1)
+    limit_s = SECONDS * (TRIES if folder is not None else 1) * (os.cpu_count() or 1)
     told = confined(call, str(model), str(here), there, link, asked, what=f"planning {model.name}", seconds=limit_s)
     found = msgspec.convert(told, Plan)
     found.save(target)

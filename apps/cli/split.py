@@ -158,6 +158,8 @@ def _cut(
             msgspec.to_builtins(made.preprocess) if made.preprocess is not None else None,
             what=f"cutting {model.name}",
         )
+    if row != made.rows[made.best]:
+        print(f"note: the plan recommends another way: {made.verdict}", file=sys.stderr)
     here, there = told["nodes"]
     print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
     same = f"the parts give what the whole gives, to {told['worst']:.1g} of its largest value"

@@ -41,6 +41,16 @@ def test_an_operator_that_nobody_knows_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="Frobnicate"):
         confined(MEASURE, str(path), 1, {"x": [4, 8]}, 0.1, what="measuring")
 
+    model.graph.node[1].name = "conv/7"
+    onnx.save_model(model, str(path))
+    with pytest.raises(PlanError, match="conv/7"):  # by the name that its own file has
+        confined(MEASURE, str(path), 1, {"x": [4, 8]}, 0.1, what="measuring")
+
+
+def test_a_package_that_is_absent_is_named_with_what_brings_it() -> None:
+    with pytest.raises(PlanError, match=r"nothing_such is not installed; pip install 'isthmus\[plan\]'"):
+        confined("nothing_such:plan", what="planning")
+
 
 @pytest.mark.parametrize(
     ("call", "limits", "problem"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def value(cut: Cut, aim: str) -> float:
 def test_the_fastest_of_all_cuts(seed: int) -> None:
     chance = random.Random(seed)
     tiers = chance.choice([1, 2, 2, 3])
-    network = random_network(chance, chance.randrange(0, 9 if tiers == 3 else 12), tiers)
+    network = random_network(chance, chance.randrange(0, 12 if tiers == 3 else 17), tiers)
     least = min((cut.ms for cut in every_cut(network)), default=None)
     if least is None:
         with pytest.raises(PlanError, match=r"runs on no machine|what another needs"):
@@ -38,7 +38,7 @@ def test_the_fastest_of_all_cuts(seed: int) -> None:
 def test_the_best_of_all_cuts_within_budgets(seed: int, aim: Aim) -> None:
     chance = random.Random(seed)
     tiers = chance.choice([2, 2, 3])
-    network = random_network(chance, chance.randrange(1, 7 if tiers == 3 else 10), tiers)
+    network = random_network(chance, chance.randrange(1, 10 if tiers == 3 else 13), tiers)
     cuts = list(every_cut(network))
     budgets = {}
     for name in chance.sample([LATENCY, "memory", "energy"], chance.randrange(4)) if cuts else ():
@@ -79,6 +79,34 @@ def test_a_pipeline_is_as_fast_as_its_slowest_stage() -> None:
     assert fastest(network).tiers == (0, 0, 0, 0)
     found = best(network, "throughput")
     assert found.tiers == (0, 0, 1, 1) and found.slowest_ms == 8.0 and found.ms == 16.5
+
+
+def test_a_pipeline_does_not_wait_for_the_round_trip() -> None:
+    base = chain(40.0, 40.0, wire_ms=5.0, trip_ms=102.0, factor=1.0)
+    assert best(base, "throughput").tiers == (0, 0)  # all of it keeps the link busy
+    network = Network(base.ms, base.flows, base.trip_ms, wait_ms=(100.0,))
+    found = best(network, "throughput")
+    assert found.tiers == (0, 1) and found.slowest_ms == 40.0 and found.links == (107.0,) and found.ms == 187.0
+    assert priced(network, (1, 1)).slowest_ms == 80.0 and fastest(network).tiers == (0, 0)
+    with pytest.raises(PlanError, match="waits for longer than its trip"):
+        Network(base.ms, base.flows, base.trip_ms, wait_ms=(103.0,))
+
+
+def test_a_search_that_was_ended_says_that_nothing_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    import scipy.optimize
+
+    whole = scipy.optimize.milp
+
+    def ended(*args: Any, **named: Any) -> Any:
+        found = whole(*args, **named)
+        found.status = 1
+        return found
+
+    network = chain(4.0, 4.0, 4.0, 4.0, wire_ms=0.5, factor=1.0)
+    assert best(network, "throughput").proven
+    monkeypatch.setattr(scipy.optimize, "milp", ended)
+    found = best(network, "throughput")
+    assert found.slowest_ms == 8.0 and not found.proven
 
 
 def test_budgets_that_cannot_be_met_say_which_and_by_how_much() -> None:

@@ -201,6 +201,69 @@ def test_weights_beside_the_model_lie_beside_the_parts(tmp_path: Path, end: int)
     assert difference(output, whole) <= 1e-5
 
 
+def test_a_cut_with_a_transform_of_a_model_whose_weights_lie_beside_it(tmp_path: Path) -> None:
+    onnx.save_model(convolutions(), str(tmp_path / "small.onnx"))
+    path = tmp_path / "model.onnx"
+    beside: Any = {"save_as_external_data": True, "location": "model.bin", "size_threshold": 0}
+    onnx.save_model(onnx.load(str(tmp_path / "small.onnx")), str(path), **beside)
+    x = np.random.default_rng(3).standard_normal((5, 3, 20, 20)).astype(np.float32)
+    plain = split(path, range(6), tmp_path / "plain", shapes=SHAPES)
+    features = run(tmp_path / "plain" / DEVICE, {"x": x})[plain.crossing[0].name]
+    told = msgspec.to_builtins([Components(plain.crossing[0].name, 1, [features], 2).coded(0.5)])
+    found = split(path, range(6), tmp_path / "cut", shapes=SHAPES, codec="unit", transforms=told)
+    assert {"device/model.weights", "cloud/model.weights"} <= set(found.files)
+    travels = run(tmp_path / "cut" / DEVICE, {"x": x})
+    assert difference(run(tmp_path / "cut" / CLOUD, travels)["y"], run(path, {"x": x})["y"]) <= 1e-5
+
+
+@pytest.mark.parametrize("end", range(1, 4))
+@pytest.mark.parametrize("kind", ["Loop", "Scan"])
+def test_bodies_that_take_values_from_outside(tmp_path: Path, kind: str, end: int) -> None:
+    """a = x + 1, b = 2 a, and a body that adds b, of outside, to what it is given, three times; y = -c."""
+    float_, chance = TensorProto.FLOAT, np.random.default_rng(0)
+    told = helper.make_tensor_value_info
+    fixed = [numpy_helper.from_array(np.full(4, 2.0, np.float32), "two")]
+    if kind == "Loop":
+        fixed += [numpy_helper.from_array(np.array(3, np.int64), "times")]
+        steps = [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Add", ["before", "b"], ["after"])]
+        given = [told("i", TensorProto.INT64, []), told("on", TensorProto.BOOL, []), told("before", float_, [4])]
+        gives = [told("still", TensorProto.BOOL, []), told("after", float_, [4])]
+        body = helper.make_graph(steps, "body", given, gives)
+        node = helper.make_node("Loop", ["times", "", "a"], ["c"], body=body)
+    else:
+        fixed += [numpy_helper.from_array(np.zeros((3, 4), np.float32), "rows")]
+        steps = [helper.make_node("Add", ["before", "b"], ["sum"]), helper.make_node("Add", ["sum", "row"], ["after"])]
+        given = [told("before", float_, [4]), told("row", float_, [4])]
+        body = helper.make_graph(steps, "body", given, [told("after", float_, [4])])
+        node = helper.make_node("Scan", ["a", "rows"], ["c"], body=body, num_scan_inputs=1)
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Mul", ["a", "two"], ["b"]), node]
+    nodes.append(helper.make_node("Neg", ["c"], ["y"]))
+    graph = helper.make_graph(nodes, "body", [told("x", float_, [4])], [told("y", float_, [4])], fixed)
+    path = tmp_path / "model.onnx"
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    found = split(path, range(end), tmp_path / "cut")
+    assert {one.name for one in found.crossing} == [set(), {"a"}, {"a", "b"}, {"c"}][end]
+    x = chance.standard_normal(4).astype(np.float32)
+    travels = run(tmp_path / "cut" / DEVICE, {"x": x})
+    (y,) = run(tmp_path / "cut" / CLOUD, travels).values()
+    np.testing.assert_allclose(y, -7 * np.maximum(x, 0), rtol=1e-6)
+
+
+def test_parts_of_an_old_file_are_valid_models(tmp_path: Path) -> None:
+    """Before the fourth version of the format, weights had to be inputs as well."""
+    model = onnx.load(str(saved(tmp_path, beside=False)))
+    model.ir_version = 3
+    model.graph.input.extend(
+        helper.make_tensor_value_info(one.name, one.data_type, list(one.dims)) for one in model.graph.initializer
+    )
+    path = tmp_path / "old.onnx"
+    onnx.save_model(model, str(path))
+    onnx.checker.check_model(str(path))
+    split(path, range(1), tmp_path / "cut", shapes={"x": [3, WIDTH]})
+    for part in (DEVICE, CLOUD):
+        onnx.checker.check_model(str(tmp_path / "cut" / part))
+
+
 def test_what_is_no_cut_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save_model(convolutions(), str(path))

@@ -132,7 +132,10 @@ def test_finalists_are_timed_as_parts_and_scaled_to_the_profiled_machine(
         row = Row("", "split", "as it is", tuple(range(end)), (), 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)
         return stand.timed(msgspec.structs.replace(row, **changed))
 
-    assert timed(NODES) is None and timed(0) is None and not parts  # no splits
+    for end in (0, NODES):  # no splits
+        with pytest.raises(PlanError, match="nothing to cut"):
+            timed(end)
+    assert not parts
     for one in (timed(3), timed(NODES - 1), timed(3, codec="int4"), timed(0, kind="cloud")):
         assert one.stages_ms == pytest.approx((1.0 * slower.whole_ms / 2.0,))
         assert one.cloud_ms == pytest.approx(10.0 * profile.whole_ms / 2.0)
@@ -174,6 +177,7 @@ def test_what_is_no_tensor_is_planned_around(tmp_path: Path) -> None:
     found = planned(path, FAST, times=1000.0)
     assert [row.kind for row in found.rows] == ["device", "split"]  # the cloud cannot send a sequence back
     assert all(1 in row.device for row in found.rows) and "s" not in found.rows[1].crossing
+    assert found.rows[1].fails == "output s is no array of numbers" and not found.rows[0].fails
 
 
 @pytest.fixture(scope="module")

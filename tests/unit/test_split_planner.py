@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.finalists import Fused
 from isthmus.split.onnx_network import MEMORY, Codec, Rate
 from isthmus.split.plan import Row, choose
-from isthmus.split.planner import Wanted, remeasured, splits, ways
+from isthmus.split.planner import Wanted, judged, remeasured, splits, ways
 from tests.unit.test_split_profile import WAYS, by_hand, sharing
 
 CODECS = (Codec("f32"), Codec("int8", 8.0, 100.0, 50.0))
@@ -52,6 +53,24 @@ def test_measured_parts_take_the_place_of_sums_of_nodes() -> None:
     assert (changed.device_ms, changed.cloud_ms) == (1.0, 2.0)
     assert changed.ms == pytest.approx(3.0 + split.link_ms)
     assert [row for row in found if row is not changed] == [row for row in rows if row is not split]
+
+
+def test_a_way_whose_parts_do_not_run_or_that_no_message_carries_is_not_chosen() -> None:
+    rows = ways(sharing(rate=RATE), CODECS[:1], Wanted())
+    split = next(row for row in rows if row.kind == "split")
+
+    def timed(row: Row) -> Fused | None:
+        if row is split:
+            raise PlanError("onnxruntime cannot run a part", "export it again")
+        return None
+
+    found = remeasured(rows, sharing(rate=RATE), timed)[rows.index(split)]
+    assert judged(found, Wanted()).fails == "its parts do not run by themselves: onnxruntime cannot run a part"
+    large = msgspec.structs.replace(split, up_bytes=3e6, leaves=())
+    assert not judged(large, Wanted()).fails
+    for name in ("up_bytes", "down_bytes"):
+        large = msgspec.structs.replace(split, **{name: 12.6e6})
+        assert judged(large, Wanted()).fails == "12.6 MB travel at once, and a message takes 5.24"
 
 
 def test_what_takes_unlike_the_others_is_timed_once_more() -> None:
