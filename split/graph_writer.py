@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ UNDONE = 1e-4  # of its largest magnitude, that a tensor may be off when its tra
 _AGAIN = "plan again: isthmus plan"
 TOLERANCE = {"float16": 4e-3}  # of the largest magnitude of an output: some roundings of its type
 _USUAL = 1e-5
+OWN, MOST_OWN = 2.0, 1e-2  # times what the whole is from itself, fused or not: so far parts may be; and in all
 OTHERS = 2  # requests that one is run together with, to see whether each gets its own
 
 
@@ -82,6 +84,7 @@ def write_graph(
         feeds = given(graph, shapes or {}, arrays)
     crossing = graph.halves(here).crossing if here else graph.handed_over().crossing  # refused now, if it is no cut
     whole = dict(zip(graph.outputs, outputs(session(proto, file, 1), feeds), strict=True))
+    own = partial(_rounding, graph, file, feeds, whole)
     travels = _travelling(graph, file, crossing, feeds)
     leaving = tuple(msgspec.convert(list(exits), list[GraphExit]))
     types = {one: (str(value.dtype), value.ndim) for one, value in travels.items()}
@@ -111,10 +114,11 @@ def write_graph(
                 writer.take(f"{target.partition('/')[0]}/{written.name}")
         second, *first = (_loaded(writer.place(target)) for target in parts)
         if shaped:  # what they round may decide between two answers that are alike: it is not counted
-            worst = _compared([session(plain.device, file, 1)], session(plain.cloud, file, 1), graph, feeds, whole)
+            apart = [session(plain.device, file, 1)], session(plain.cloud, file, 1)
+            worst = _compared(*apart, graph, feeds, whole, own)
             _undone(first, session(undoing(cloud, shaped), writer.place(CLOUD), 1), features, feeds)
         else:
-            worst = _compared(first, second, graph, feeds, whole)
+            worst = _compared(first, second, graph, feeds, whole, own)
         title = name or file.stem
         given_to = tuple(_named(graph, one, feeds[one]) for one in graph.inputs)
         given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
@@ -235,20 +239,41 @@ def _compared(
     graph: OnnxGraph,
     feeds: Mapping[str, Any],
     whole: Mapping[str, Any],
+    own: Callable[[], Mapping[str, float]],
 ) -> float:
-    """Runs the two parts after each other; the largest difference, of the largest magnitude of its output."""
+    """Runs the two parts after each other; the largest difference, of the largest magnitude of its output.
+
+    Args:
+        own: gives how far each output is from itself.
+    """
     told, worst = _known([*first, second], feeds), 0.0
     for name, value in whole.items():
         if name in graph.inputs:
             continue
         off = difference(told[name], value)
-        if off > TOLERANCE.get(str(value.dtype), _USUAL):
+        if off > TOLERANCE.get(str(value.dtype), _USUAL) and not off <= OWN * own()[name] <= MOST_OWN:
             problem = (
                 f"the parts give another {name!r} ({value.dtype}) than the whole, by {off:.2g} of its largest value"
             )
             raise PlanError(problem, "cut it elsewhere; a model that draws random numbers cannot be cut")
         worst = max(worst, off)
     return worst
+
+
+def _rounding(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, float]:
+    """How far the whole model's outputs are when the runtime computes every node as it stands; infinite of such that
+    are not always the same.
+    """
+    names = [name for name in whole if name not in graph.inputs]
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    every = graph.part(range(len(graph.nodes)), graph.inputs, names)
+    running = session(every, file, 1, options)
+    once, again = (dict(zip(names, outputs(running, feeds), strict=True)) for _ in range(2))
+    return {
+        name: difference(once[name], whole[name]) if not difference(once[name], again[name]) else np.inf
+        for name in names
+    }
 
 
 def batched(part: onnx.ModelProto, file: Path, given_: Mapping[str, Any]) -> tuple[onnx.ModelProto, bool]:

@@ -249,6 +249,33 @@ def test_bodies_that_take_values_from_outside(tmp_path: Path, kind: str, end: in
     np.testing.assert_allclose(y, -7 * np.maximum(x, 0), rtol=1e-6)
 
 
+def steep(path: Path, factor: float) -> Path:
+    """A convolution that is fused with what normalizes it, and a sine of many times that: roundings grow."""
+    chance = np.random.default_rng(0)
+    weights = {"w": chance.standard_normal((8, 3, 3, 3)), "factor": np.array(factor)}
+    weights |= {name: chance.uniform(0.5, 1.5, 8) for name in ("scale", "shift", "mean", "var")}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("BatchNormalization", ["a", "scale", "shift", "mean", "var"], ["b"]),
+        helper.make_node("Mul", ["b", "factor"], ["c"]),
+        helper.make_node("Sin", ["c"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    ends[0] = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])
+    fixed = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "steep", ends[:1], ends[1:], fixed)
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    return path
+
+
+def test_parts_may_be_as_far_off_as_the_whole_is_from_itself(tmp_path: Path) -> None:
+    path = steep(tmp_path / "model.onnx", 300.0)
+    told = write_graph(str(path), "", [0], str(tmp_path / "cut"))
+    assert 1e-5 < told["worst"] < 1e-2
+    with pytest.raises(PlanError, match="the parts give another 'y'"):
+        write_graph(str(steep(tmp_path / "steeper.onnx", 1e5)), "", [0], str(tmp_path / "other"))
+
+
 def test_parts_of_an_old_file_are_valid_models(tmp_path: Path) -> None:
     """Before the fourth version of the format, weights had to be inputs as well."""
     model = onnx.load(str(saved(tmp_path, beside=False)))
