@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from isthmus.edge.graph import GraphDevice, GraphStats
     from isthmus.edge.provision import fetch_part
     from isthmus.edge.token import CutOff, Rollback, Stats, Token
+    from isthmus.engine.sampling import Sampling
 
 __all__ = [
     "AsyncDevice",
@@ -20,6 +21,7 @@ __all__ = [
     "GraphDevice",
     "GraphStats",
     "Rollback",
+    "Sampling",
     "Stats",
     "Timeouts",
     "Token",
@@ -33,6 +35,7 @@ _HOMES = {
     "GraphDevice": "graph",
     "GraphStats": "graph",
     "Rollback": "token",
+    "Sampling": "isthmus.engine.sampling",
     "Stats": "token",
     "Timeouts": "events",
     "Token": "token",
@@ -43,4 +46,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"isthmus.edge.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    return getattr(import_module(home if "." in home else f"isthmus.edge.{home}"), name)

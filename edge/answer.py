@@ -170,7 +170,8 @@ class Answer:
             self._conversation.extend((token,), stats.sources[at])
             return True
         wrong = Rollback(len(self._log), tuple(stats.tokens[at:]), "".join(self._pieces[at:]))
-        if self._on_rollback == "keep" or (callable(self._on_rollback) and not self._on_rollback(wrong)):
+        told = self._on_rollback(wrong) if callable(self._on_rollback) else self._on_rollback
+        if not told or told == "keep":
             assert self._runner is not None
             self._steering.stop(self._runner)
             self._keep()

@@ -40,7 +40,8 @@ class Standing:
         remaining: tokens that are still expected, 1 or more.
         device_missing: (k, rows) whose KV of layers [0, k) the device lacks.
         cloud_missing: rows whose KV the cloud lacks, if it computes from tokens.
-        hidden_missing: (cut, rows) that the cloud lacks behind a cut, if it computes from hidden states.
+        hidden_missing: (cut, rows) that the cloud lacks behind a cut, if it computes from hidden states as they are.
+        exit_missing: the same of states as they travel in exit mode; None where that makes no difference.
         current: what is in use, None at the beginning.
         greedy: whether the most likely token is taken, which is what exits are certified for.
         small_missing: rows that a small model that drafts has not seen.
@@ -53,6 +54,7 @@ class Standing:
     current: Candidate | None = None
     greedy: bool = True
     small_missing: float = 0.0
+    exit_missing: Points | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ class _Priced:
     def split(self, cut: int, codec: CodecFigures) -> Candidate:
         rest = self._cloud.rest(cut)
         ms = self._device.through(cut) + self._device.codec_ms + self._trip(codec.row_bytes) + rest
-        setup = self._hidden_ms(cut, codec.row_bytes)
+        setup = self._hidden_ms(cut, codec.row_bytes, self._standing.hidden_missing)
         return self._priced("split", ms, rest, setup, cut, codec.name, lost=codec.disagreement)
 
     def exit(self, one: ExitFigures) -> Candidate:
@@ -209,7 +211,8 @@ class _Priced:
         rest = self._cloud.rest(one.layer, 1.0 / max(asked, 1e-2))
         chain = step + IN_VAIN * (one.unsure - asked) * step + asked * (trip + rest)
         on_wire = (one.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
-        setup, ms = self._hidden_ms(one.layer, one.row_bytes), max(chain, on_wire)
+        missing = self._standing.hidden_missing if self._standing.exit_missing is None else self._standing.exit_missing
+        setup, ms = self._hidden_ms(one.layer, one.row_bytes, missing), max(chain, on_wire)
         return self._priced(
             "exit",
             ms,
@@ -289,8 +292,8 @@ class _Priced:
         over = row_bytes + MESSAGE_BYTES - SEGMENT_BYTES
         return self._trip_ms + over * 8e3 / self._link.up_bps if over > 0 else self._trip_ms
 
-    def _hidden_ms(self, cut: int, row_bytes: float) -> float:
-        rows = max(0.0, _missing(self._standing.hidden_missing, cut) - 1)
+    def _hidden_ms(self, cut: int, row_bytes: float, missing: Points) -> float:
+        rows = max(0.0, _missing(missing, cut) - 1)
         # A state that was not kept is computed again together with all before it that the cloud lacks.
         device = self._device.prefill(max(rows, _missing(self._standing.device_missing, cut) - 1), cut)
         link = self._link

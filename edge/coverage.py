@@ -37,8 +37,14 @@ class Coverage:
             self._runs.append((end, depth))
 
     def deepen(self, end: int, depth: int) -> None:
-        """Positions up to `end`, of those that are there, have KV in layers [0, depth) now; none has more."""
-        self._runs = [(end, depth), *(run for run in self._runs if run[0] > end)]
+        """Positions up to `end`, of those that are there, have KV in layers [0, depth) now, or in more, as they had."""
+        runs, self._runs = self._runs, []
+        for last, known in runs:
+            begin = self.length
+            if begin < end:
+                self.extend(min(last, end), max(known, depth))
+            if last > end:
+                self.extend(last, known)
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on."""

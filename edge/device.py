@@ -17,7 +17,7 @@ from isthmus.edge.answer import Answer, OnRollback
 from isthmus.edge.chat import Chat, Message, parse
 from isthmus.edge.controller import Controller
 from isthmus.edge.conversation import Conversation
-from isthmus.edge.drafting import NGRAMS, Drafting
+from isthmus.edge.drafting import NGRAMS, Drafting, files_for
 from isthmus.edge.events import Timeouts
 from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
@@ -163,7 +163,7 @@ class Device:
             opening = Opening(cloud, timeouts, wire, clock, self._notes.waits)
             opened.callback(opening.close)
             opening.connect(keys, encrypted, self._mode)
-            self._bundle = opening.bundle(bundle, self._mode, cut, model or "", progress)
+            self._bundle = opening.bundle(bundle, files_for(self._mode, draft), cut, model or "", progress)
             self.config = self._bundle.config
             self._cut = check_cut(cut, self.config) if cut is not None else None
             room, slides = kv_room(kv_tokens, self.config), overflow == "slide"

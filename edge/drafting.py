@@ -11,8 +11,10 @@ from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.local import LocalPart
 from isthmus.edge.model_drafts import ModelDrafts
+from isthmus.edge.options import as_mode
 from isthmus.edge.pace import Pace
 from isthmus.edge.small_model import SmallModel
+from isthmus.edge.token import Mode
 from isthmus.edge.verify import VerifyRunner
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.chain import Chain
@@ -23,6 +25,11 @@ from isthmus.split.bundle import Bundle
 NGRAMS, EXIT, MODEL = "ngrams", "exit", "model"
 Chosen = tuple[str, int, int]
 FLOOR = 0.02  # as `Pace.floor`, of drafts that say how sure they are: fewer of them go up in vain
+
+
+def files_for(mode: str, draft: str | Path) -> Mode:
+    """The mode whose files of a bundle are needed: an exit drafts with those that exit mode takes."""
+    return "exit" if (mode, draft) == ("verify", EXIT) else as_mode(mode)
 
 
 class Drafting:

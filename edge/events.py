@@ -28,7 +28,7 @@ class Timeouts:
         confirm_ms: how long a cloud may be silent that a complete answer has guesses of this device to confirm; None
             for a second where the whole model made them, and for `give_up_ms` where less of it did. One that stays
             away keeps each answer after that for a second at most.
-        busy_note_ms: until a device that a busy cloud puts off says so.
+        busy_note_ms: until a device that waits for a busy or silent cloud says so.
         busy_ms: until a device that can go on by itself does so instead of waiting for a busy cloud.
     """
 

@@ -71,17 +71,18 @@ class ExitSpeaker:
         """Leading positions of a log that the exit has KV of."""
         return min(self._sequence.length, self._log.common(log))
 
-    def advance(self, log: Chain, rows: int) -> bool:
+    def advance(self, log: Chain, rows: int, anew: bool = False) -> bool:
         """Computes KV of up to `rows` more positions before the log's last; whether there were any.
 
-        Not where that would take KV from those who work with another cut.
+        Args:
+            anew: also where that takes KV from those who work with another cut.
 
         Raises:
             DeviceError, OutOfBlocks: as in `say`.
         """
         start = self.held(log)
         end = min(start + rows, len(log) - 1)
-        if end <= start or not self._part.gives(log, start, self.cut):
+        if end <= start or not (anew or self._part.gives(log, start, self.cut)):
             return False
         self._take(log, start, end, None)
         self.sent(end - KEPT_STATES)
@@ -224,7 +225,7 @@ class ExitRunner:
         self._link, self._log, self._sampling, self._eos = link, log, sampling, frozenset(eos)
         self._speaker, self._least, self._codec, self._stats, self._pace = speaker, least(threshold), codec, stats, pace
         self._sampler: m.Sampler | None = None  # until the cloud knows it
-        self._lane = link.session.lane(HIDDEN_LANE, speaker.cut)
+        self._lane = link.session.lane(HIDDEN_LANE, speaker.cut, codec)
         self._told = Chain()  # the log, what is said beyond it, and guesses
         self._ready: deque[tuple[int, Source]] = deque()
         self._sent = 0  # positions whose states went up

@@ -18,7 +18,7 @@ from isthmus.edge.options import MOST, GenerateOptions
 from isthmus.edge.token import Source
 from isthmus.protocol.errors import DeviceError, IsthmusError
 
-VERSION = 1
+VERSION = 2
 _EPOCHS = 1024  # that a lane may have gone through since it was last written down
 
 
@@ -46,7 +46,7 @@ class Kept:
         sources: where the tokens of the last answer were computed.
         messages: of the chat, its last answer included.
         told: whether the messages tell all that stands in the log.
-        lanes: (alias, session, enter, epoch) of each.
+        lanes: (alias, session, enter, epoch, codec) of each.
         unfinished: the last answer, where it did not come to its end.
         finish: how it ended, as in `Stats`; empty where nothing was said.
     """
@@ -55,13 +55,13 @@ class Kept:
     sources: list[Source] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
     told: bool = True
-    lanes: dict[int, tuple[int, bytes, int, int]] = field(default_factory=dict)
+    lanes: dict[int, tuple[int, bytes, int, int, str]] = field(default_factory=dict)
     unfinished: Unfinished | None = None
     finish: str = ""
 
 
 class Journal:
-    """See the module: one record a line, each with its checksum; a torn last line is forgotten.
+    """See the module: one record a line, each with a checksum of all up to it; a torn last line is forgotten.
 
     A killed process loses nothing that it had written. What only the power's loss can lose is the last second or so.
 
@@ -79,7 +79,8 @@ class Journal:
     def __init__(self, path: str | Path, model_id: str, name: str) -> None:
         self._path, self._model_id, self._name = Path(path), model_id, name
         self.kept = Kept()
-        self._known: dict[int, tuple[int, bytes, int, int]] = {}
+        self._known: dict[int, tuple[int, bytes, int, int, str]] = {}
+        self._sum = 0  # of all records so far
         self._unsure = 0  # tokens at the log's end that nobody confirmed
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
@@ -124,15 +125,15 @@ class Journal:
 
     def lane(self, lane: Lane) -> None:
         """A lane may have got another session or epoch."""
-        now = (lane.alias, lane.session, lane.enter, lane.epoch)
+        now = (lane.alias, lane.session, lane.enter, lane.epoch, lane.codec)
         if self._known.get(lane.alias) != now:
             self._known[lane.alias] = now
-            self._write("lane", lane.alias, lane.session.hex(), lane.enter, lane.epoch)
+            self._write("lane", lane.alias, lane.session.hex(), lane.enter, lane.epoch, lane.codec)
 
     def restore(self, lane: Lane) -> None:
         """Gives a fresh lane the session that it had, with an epoch above all that it may have used."""
         kept = self.kept.lanes.get(lane.alias)
-        if kept is not None and kept[2] == lane.enter:
+        if kept is not None and (kept[2], kept[4]) == (lane.enter, lane.codec):
             lane.session, lane.epoch = kept[1], kept[3] + _EPOCHS
 
     def close(self) -> None:
@@ -181,12 +182,14 @@ class Journal:
         for number, line in enumerate(lines[:-1]):
             end += len(line) + 1
             body = line[9:]
-            if line[:9] != _checksum(body):
+            told = zlib.crc32(body, self._sum)
+            if line[:9] != b"%08x " % told:
                 if not number:
                     raise self._foreign()
                 if end == len(data):
                     return  # the last one, torn
                 raise self._damaged(number + 1)
+            self._sum = told
             yield end, body
         if len(lines) == 1 and not _torn_head(data):
             raise self._foreign()
@@ -239,18 +242,20 @@ class Journal:
             (count,) = told
             self._unsure = _number(count, len(kept.sources))
         elif kind == "lane":
-            alias, session, enter, epoch = told
+            alias, session, enter, epoch, codec = told
             name = bytes.fromhex(session)
             if len(name) != 16:
                 raise ValueError(session)
-            kept.lanes[alias] = (_number(alias, MOST), name, _number(enter, 2**16 - 1), _number(epoch, MOST))
+            layer, passed = _number(enter, 2**16 - 1), _number(epoch, MOST)
+            kept.lanes[alias] = (_number(alias, MOST), name, layer, passed, str(codec))
         else:
             raise ValueError(kind)
 
     def _write(self, *record: Any) -> None:
         body = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+        self._sum = zlib.crc32(body, self._sum)
         try:
-            self._file.write(_checksum(body) + body + b"\n")
+            self._file.write(b"%08x " % self._sum + body + b"\n")
             self._file.flush()
         except OSError as error:
             raise DeviceError(
@@ -262,10 +267,6 @@ class Journal:
 
     def _foreign(self) -> DeviceError:
         return DeviceError(f"{self._path} is no conversation of isthmus", "name another file")
-
-
-def _checksum(body: bytes) -> bytes:
-    return b"%08x " % zlib.crc32(body)
 
 
 def _number(value: Any, most: int) -> int:

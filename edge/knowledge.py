@@ -9,7 +9,7 @@ from pathlib import Path
 from isthmus.edge import priors, profile
 from isthmus.edge.costs import Candidate, Standing
 from isthmus.edge.estimator import Estimator
-from isthmus.edge.figures import DRAFT_SOURCES, Figures
+from isthmus.edge.figures import DRAFT_SOURCES, Figures, Points
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.runners import HIDDEN_LANE, TOKENS_LANE
@@ -110,14 +110,19 @@ class Knowledge:
         def held(depth: int) -> int:
             return part.held(self._log, depth) if part is not None and part.part.end >= depth else 0
 
+        def hidden(exact: bool) -> Points:
+            there = [(k, session.agreed(HIDDEN_LANE, k, exact)) for k in self._cuts]
+            return tuple((k, float(total - min(rows, held(k)))) for k, rows in there)
+
         depths = sorted({*self._cuts, self._bundle.config.n_layers})
         whole = choice is not None and choice.mode in ("stream", "verify")  # the cloud is ahead, if anything
         return Standing(
             remaining,
             tuple((depth, float(total - held(depth))) for depth in depths),
             1 if whole else max(1, total - session.agreed(TOKENS_LANE, 0)),
-            tuple((k, float(total - min(session.agreed(HIDDEN_LANE, k), held(k)))) for k in self._cuts),
+            hidden(exact=True),
             choice,
+            exit_missing=hidden(exact=False),
             small_missing=float(self._small.missing(self._log)) if self._small is not None else 0.0,
         )
 

@@ -7,6 +7,8 @@ import os
 from isthmus.protocol.chain import ROOT, Chain
 from isthmus.protocol.messages import Open, Truncate
 
+EXACT = ("", "f32")  # codecs behind which a row is what it was
+
 
 class Lane:
     """One session in the cloud: rows that enter before one layer, over the device's token log.
@@ -17,6 +19,7 @@ class Lane:
     Attributes:
         alias: the session's number on a connection.
         enter: layer before which rows enter, 0 for tokens.
+        codec: how they travel, "" for tokens: what is made of rounded rows is not what others would make.
         epoch: fencing number, raised before every Open and Truncate.
         opened: whether the cloud knows the lane on this connection.
         committed: positions that the cloud holds, as last told.
@@ -35,6 +38,7 @@ class Lane:
         "agreed",
         "ahead",
         "alias",
+        "codec",
         "committed",
         "enter",
         "epoch",
@@ -48,9 +52,9 @@ class Lane:
         "streamed",
     )
 
-    def __init__(self, alias: int, enter: int) -> None:
+    def __init__(self, alias: int, enter: int, codec: str = "") -> None:
         self.alias = alias
-        self.enter = enter
+        self.enter, self.codec = enter, codec
         self.epoch = self.limit = 0
         self.renew()
 
@@ -157,7 +161,9 @@ class Lane:
         self.check(log)
         self.agreed = min(self.agreed, length)
 
-    def moved(self, enter: int) -> None:
-        """Rows enter elsewhere from now on, which empties the session at the next Open."""
-        self.enter, self.opened, self.loose, self.agreed = enter, False, False, 0
+    def moved(self, enter: int, codec: str) -> None:
+        """Rows enter elsewhere or travel otherwise from now on, which empties the session."""
+        if enter == self.enter:  # the same Open would take up what is there
+            self.renew()
+        self.enter, self.codec, self.opened, self.loose, self.agreed = enter, codec, False, False, 0
         self.stands(0, ROOT)

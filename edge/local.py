@@ -64,11 +64,14 @@ class LocalPart:
         """
         return self._say(log, sampling, Want.SAMPLE | Want.CONFIDENCE)
 
-    def advance(self, log: Chain, rows: int) -> bool:
+    def advance(self, log: Chain, rows: int, anew: bool = False) -> bool:
         """Computes KV of up to `rows` more positions before the log's last; whether there were any.
 
-        What was computed with a cut is only filled from the states there: to compute it anew would take it from those
-        who work with the cut.
+        What was computed with a cut is filled from the states there.
+
+        Args:
+            anew: whether it may also be computed again, where those are not held: that takes it from those who work
+                with the cut.
 
         Raises:
             DeviceError: no room is left for KV.
@@ -78,7 +81,9 @@ class LocalPart:
         start = self._coverage.at(depth)
         end = min(start + rows, len(log) - 1)
         if start < self._coverage.length:
-            return self._filled(end)
+            if self._filled(end) or not anew:
+                return self._coverage.at(depth) > start
+            self._back_to(start)
         if end > start:
             self._step(log, start, end, depth, Want.NONE)
         return end > start
@@ -158,7 +163,7 @@ class LocalPart:
     def _made_before(self, at: int, most: int, cut: int) -> NDArray[np.float32] | None:
         """States of a position and some after it that are held, before layer `cut` or such as lead there."""
         held, reached = self._shallow, self._coverage.at(cut)
-        if self._window or at >= self._coverage.length or cut != self.part.end:
+        if self._window or at >= self._coverage.length:
             return None
         if held.cut != cut and (held.cut > cut or at != reached):
             return None

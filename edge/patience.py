@@ -15,7 +15,8 @@ class Patience:
     Attributes:
         known: whether that cloud has answered this conversation before, so that its address is right.
         impatient: whether a cloud that stays busy counts as gone after `Timeouts.busy_ms`.
-        waiting: says that a busy cloud has been putting the device off for some time; empty when none does.
+        waiting: says that a busy cloud has been putting the device off for some time, or that it has been silent; empty
+            when neither is so.
     """
 
     def __init__(self, timeouts: Timeouts, where: str) -> None:
@@ -80,11 +81,14 @@ class Patience:
             return LinkError(f"{self._where} is there but gave no answer in {took_s:.0f} s{why}", "try again")
         if put_off_ms >= self._timeouts.busy_ms and self.impatient:
             return Busy(f"{self._where} is busy: {self._put_off}", "try again in a moment")
-        if connected:
-            if put_off_ms < self._timeouts.busy_note_ms:
+        if connected and not closing:
+            silent_ms = (now - self._alive_at) * 1e3
+            if max(put_off_ms, silent_ms) < self._timeouts.busy_note_ms:
                 self.waiting = ""
-            elif not self.waiting:
+            elif not self.waiting and put_off_ms:
                 self.waiting = f"{self._where} is busy: waiting ({self._put_off})"
+            elif not self.waiting:
+                self.waiting = f"{self._where} is silent: waiting for {patience_ms / 1e3:g} s in all"
         return None
 
     def _silence(self, connected: bool, closing: bool) -> LinkError:

@@ -16,7 +16,7 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.errors import BundleError, DeviceError, LinkError
 from isthmus.split.bundle import Bundle
 from isthmus.split.files import PARTIAL, is_there, locked, open_regular
-from isthmus.split.manifest import EMBEDDING, Manifest
+from isthmus.split.manifest import EMBEDDING, HEAD, Manifest
 
 MAX_TRIES = 3
 Progress = Callable[[str, int, int], None]
@@ -47,11 +47,11 @@ def provision(
         welcome = first.welcome()
         assert welcome is not None
         offer = choose(welcome.offers, model)
-        layers = layers_wanted(offer, mode, cut)
-        fetch_part(first, path, layers=layers, model_id=offer.model_id, progress=progress)
+        layers_wanted(offer, mode, cut)  # refuses a cut that the model has not, before anything is fetched
+        _fetch_all(first, path, offer.model_id, lambda manifest: wanted(manifest, mode, cut), progress)
         return Bundle.open(path)
     bundle = Bundle.open(path)
-    layers = layers_wanted(bundle.config, mode, cut, bundle.held_layers)
+    layers = wanted(bundle.manifest, mode, cut, bundle.held_layers)
     try:
         fetch_more(link(bundle.model_id), bundle, layers, progress)
     except LinkError:
@@ -60,10 +60,23 @@ def provision(
     return bundle
 
 
+def wanted(manifest: Manifest, mode: Mode, cut: int | None, held: int | None = None) -> int:
+    """As `options.layers_wanted`; in exit mode those before the exit that is to speak, by default the deepest.
+
+    Args:
+        held: a device that holds layers enough for some exit needs no deeper one.
+    """
+    layers = layers_wanted(manifest.config, mode, cut, held)
+    if mode != "exit" or cut is not None or not manifest.exits:
+        return layers
+    before = [entry.layer for entry in manifest.exits]
+    return max([layer for layer in before if layer <= (held or 0)] or before)
+
+
 def fetch_part(
     link: Link, path: Path, *, layers: int | None = None, model_id: str = "", progress: Progress | None = None
 ) -> Manifest:
-    """Fetches what a device needs to run layers [0, layers) into the folder `path`.
+    """Fetches what a device needs to run layers [0, layers), and the exits before them, into the folder `path`.
 
     Files that are there already and have the right hash stay; a file that was cut off goes on where it ended.
     `bundle.json` is written last, so that a folder that has one is complete.
@@ -78,6 +91,13 @@ def fetch_part(
         BundleError: what the cloud sends does not fit its hashes.
         DeviceError: the folder cannot be written, or another process writes it.
     """
+    return _fetch_all(link, path, model_id, lambda _: layers, progress)
+
+
+def _fetch_all(
+    link: Link, path: Path, model_id: str, layers: Callable[[Manifest], int | None], progress: Progress | None
+) -> Manifest:
+    """See `fetch_part`; so many layers as the manifest says."""
     link.welcome()
     answer = _ask(link, m.GetManifest(model_id))
     assert isinstance(answer, m.Manifest)
@@ -87,7 +107,7 @@ def fetch_part(
     with _writing(path):
         part = _partial(path / "bundle.json")
         part.write_bytes(answer.data)
-        for name in part_files(manifest, layers):
+        for name in part_files(manifest, layers(manifest)):
             _fetch(link, manifest, path, name, progress)
         part.replace(path / "bundle.json")
     return manifest
@@ -115,7 +135,8 @@ def fetch_more(link: Link, bundle: Bundle, layers: int, progress: Progress | Non
 
 
 def part_files(manifest: Manifest, layers: int | None) -> list[str]:
-    """The files of a device's part: tokenizer, embedding and its layers, and the head when it holds all layers.
+    """The files of a device's part: tokenizer, embedding, its layers and the exits before them, and the output head
+    where it holds all layers or an exit needs that.
 
     Raises:
         BundleError: the model has fewer layers.
@@ -125,7 +146,10 @@ def part_files(manifest: Manifest, layers: int | None) -> list[str]:
     if not 0 <= held <= n_layers:
         raise BundleError(f"{held} layers are wanted of {n_layers}", f"choose 0..{n_layers}")
     weights = list(manifest.part_files(0, held)) if held else []
-    return [manifest.tokenizer.file, *sorted(weights, key=lambda name: (name != EMBEDDING, name))]
+    exits = manifest.exit_files(entry.layer for entry in manifest.exits if entry.layer <= held)
+    if exits and not manifest.config.tied and HEAD not in weights:
+        weights.append(HEAD)
+    return [manifest.tokenizer.file, *sorted(weights, key=lambda name: (name != EMBEDDING, name)), *exits]
 
 
 def _fetch(link: Link, manifest: Manifest, path: Path, name: str, progress: Progress | None) -> None:

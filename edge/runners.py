@@ -149,7 +149,7 @@ class SplitRunner:
     def __init__(self, part: LocalPart, link: Link, log: Chain, sampling: Sampling, cut: int, codec: str) -> None:
         self._part, self._link, self._log, self._cut, self._codec = part, link, log, cut, codec
         self._sampler = sampler(sampling)
-        self._lane = link.session.lane(HIDDEN_LANE, cut)
+        self._lane = link.session.lane(HIDDEN_LANE, cut, codec)
         self._found: int | None = None
         self._asked: int | None = None  # position of the rows whose answer has not come
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from isthmus.edge import nonsense
 from isthmus.edge.events import Aligned, Answered, Behind, Event, Refused, Served, Streamed, Timeouts, Up, Verified
-from isthmus.edge.lane import Lane
+from isthmus.edge.lane import EXACT, Lane
 from isthmus.edge.offers import served
 from isthmus.edge.patience import Patience
 from isthmus.edge.pending import Pending, Requests, bulk_key
@@ -41,8 +41,7 @@ class Session:
 
     Attributes:
         round_trips: answers that were waited for.
-        cloud_us: engine time in the cloud that answers named, microseconds; a step's time counts for each of its rows'
-            sessions.
+        cloud_us: engine time in the cloud, as answers name it; a step's counts for each session that has rows in it.
         patience: how long it waits.
         restore: gives a fresh lane what was kept of it.
         connections: Welcomes so far.
@@ -76,22 +75,23 @@ class Session:
 
     # -- what the device asks for
 
-    def lane(self, alias: int, enter: int) -> Lane:
-        """The lane with that alias; its rows enter before layer `enter` from now on."""
+    def lane(self, alias: int, enter: int, codec: str = "") -> Lane:
+        """The lane with that alias; its rows enter before layer `enter` from now on, in that codec."""
         lane = self._lanes.get(alias)
         if lane is None:
-            lane = self._lanes[alias] = Lane(alias, enter)
+            lane = self._lanes[alias] = Lane(alias, enter, codec)
             if self.restore is not None:
                 self.restore(lane)
-        elif lane.enter != enter:
+        elif (lane.enter, lane.codec) != (enter, codec):
             self._drop(lane)
-            lane.moved(enter)
+            self.outbox += [m.Close(lane.alias, lane.epoch)] * (lane.opened and lane.enter == enter)
+            lane.moved(enter, codec)
         return lane
 
-    def agreed(self, alias: int, enter: int) -> int:
-        """Leading positions of the log that a lane's session holds, as far as this device knows."""
+    def agreed(self, alias: int, enter: int, exact: bool = True) -> int:
+        """Leading positions of the log that a lane is known to hold, of `exact` rows or of rounded ones."""
         lane = self._lanes.get(alias)
-        if lane is None or lane.enter != enter:
+        if lane is None or lane.enter != enter or exact != (lane.codec in EXACT):
             return 0
         lane.check(self.log)
         return lane.agreed

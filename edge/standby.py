@@ -23,8 +23,12 @@ class Ready(Protocol):
         """Leading positions of a log that it has KV of."""
         ...
 
-    def advance(self, log: Chain, rows: int) -> bool:
-        """Computes KV of up to `rows` more positions before the log's last; whether there were any."""
+    def advance(self, log: Chain, rows: int, anew: bool) -> bool:
+        """Computes KV of up to `rows` more positions before the log's last; whether there were any.
+
+        Args:
+            anew: whether that may take KV from those who work with a cut.
+        """
         ...
 
     def remembers(self, log: Chain, sampling: Sampling) -> bool:
@@ -54,12 +58,13 @@ class Standby:
         self._pass_s = self._sample_s = 0.0  # what a pass, and what the first token takes at most, usually
         self._failed = False
 
-    def work(self, sampling: Sampling, begins: bool, left_s: float) -> float:
+    def work(self, sampling: Sampling, begins: bool, anew: bool, left_s: float) -> float:
         """Does a slice of what is to be done; gives the seconds after which there may be more.
 
         Args:
             sampling: of the answer.
             begins: whether the cloud's first token is awaited, of whose time nothing should take any.
+            anew: whether nobody works with a cut, so that what was computed with one may be computed again.
             left_s: seconds until this device goes on alone, unless the cloud is heard: its first token is to be ready.
         """
         if left_s > 0.0 and (begins or not self._early):
@@ -68,18 +73,18 @@ class Standby:
         if not self._failed and not self._checked():
             return LOOK_S
         try:
-            return math.inf if self._failed else self._work(sampling, left_s)
+            return math.inf if self._failed else self._work(sampling, anew, left_s)
         except IsthmusError:  # no memory, no room, damaged weights: then it goes on more slowly, if at all
             self._failed = True
             return math.inf
 
-    def _work(self, sampling: Sampling, left_s: float) -> float:
+    def _work(self, sampling: Sampling, anew: bool, left_s: float) -> float:
         speaker = self._speaker()
         began, missing = time.perf_counter(), len(self._log) - 1 - speaker.held(self._log)
         before_s = self._sample_s + (self._pass_s if missing > 0 else 0.0)
         least = 1 if left_s <= before_s else LEAST  # nothing is left to be done with the token
         worth = missing > MOST or (missing >= least and left_s > self._pass_s)
-        if worth and speaker.advance(self._log, min(missing, MOST)):
+        if worth and speaker.advance(self._log, min(missing, MOST), anew):
             self._pass_s = _MARGIN * (time.perf_counter() - began)
         elif missing > MOST or speaker.remembers(self._log, sampling):
             return math.inf

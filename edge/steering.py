@@ -147,9 +147,14 @@ class Steering:
             return
         silent = bool(guessed) and link.heard_s <= self._silent_at
         if self._standby is not None and not guessed and self._rests(runner):
-            link.idle = partial(self._standby.work, options.sampling, not self._notes.stats.tokens)
-        due_s, confirm_s = link.session.trips.due_s, self._confirm_s(guessed) if ended else 0.0
-        if ended and silent and confirm_s > MOMENT_S and not self._waits:
+            begins, anew = not self._notes.stats.tokens, not isinstance(runner, SplitRunner)
+            link.idle = partial(self._standby.work, options.sampling, begins, anew)
+        due_s, confirm_s = link.session.trips.due_s, 0.0
+        if ended:
+            confirm_s = self._confirm_s(guessed)
+            if self._rest_s(link, guessed) <= MOMENT_S:  # it has been away for long
+                confirm_s = min(confirm_s, MOMENT_S)
+        if silent and confirm_s > MOMENT_S and not self._waits:
             self._waits = True
             self._notes.waits(
                 f"the answer is complete; its last {len(guessed)} tokens wait for the cloud to confirm them"
@@ -216,6 +221,9 @@ class Steering:
         following = self._controller.given_up(options, runner)
         if following is not runner:
             self._left(runner)
+            if following.source == "device" and runner.source != "device":
+                said = len(self._notes.stats.tokens)
+                self._notes.add(f"the cloud took too long after {said} tokens: this device went on by itself")
         return following
 
     def stop(self, runner: Runner) -> None:

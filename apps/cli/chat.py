@@ -108,4 +108,4 @@ def cut_off(device: Device, max_tokens: int) -> None:
     import sys
 
     if device.stats.finish == "length" and sys.stderr.isatty():
-        print(f"note: cut off after {max_tokens} tokens; --max-tokens allows more", file=sys.stderr)
+        print(f"note: it ended at --max-tokens {max_tokens}; allow more for a longer answer", file=sys.stderr)

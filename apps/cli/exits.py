@@ -31,7 +31,7 @@ AGREES = (
     "emits: of own answers, where 5 % of all tokens were wrong, which is no promise"
 )
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder")]
-Layers = Annotated[str | None, typer.Option(help="Before which layers, as 15,20,24,27")]
+Layers = Annotated[str | None, typer.Option(help="Before which layers, as 15,20,24,27 (of 30 layers the default)")]
 Text = Annotated[
     list[Path] | None,
     typer.Option(
@@ -197,9 +197,14 @@ def calibrate(
             kept = None if force or found else entry.certificate
             if kept and (kept.data, kept.disagreement, kept.confidence) == (data, disagreement, confidence):
                 kept = None  # it does not follow from its own data
-            travels = run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss)
+            travels, old = (
+                run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss),
+                entry.codec,
+            )
             if kept is None:
                 put_certificates(bundle, {entry.layer: found})
+            if not force and old is not None and old.exit == sha256 and old.tokens > travels.tokens:
+                travels = old  # more was known of that
             put_codecs(bundle, {entry.layer: travels})
             where = f"exit before layer {entry.layer}"
             if found is None:

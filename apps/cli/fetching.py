@@ -48,8 +48,8 @@ class Fetching:
             self._bar = None
 
     def _announcement(self) -> str:
-        from isthmus.edge.options import as_mode, layers_wanted
-        from isthmus.edge.provision import part_files
+        from isthmus.edge.options import as_mode
+        from isthmus.edge.provision import part_files, wanted
         from isthmus.protocol.errors import IsthmusError
         from isthmus.split.files import PARTIAL
         from isthmus.split.manifest import Manifest
@@ -57,7 +57,7 @@ class Fetching:
         folder = str(self._folder) if self._folder.is_absolute() else f"./{self._folder}"
         try:
             manifest = Manifest.parse((self._folder / f"bundle.json{PARTIAL}").read_bytes())
-            layers = layers_wanted(manifest.config, as_mode(self._mode), self._cut)
+            layers = wanted(manifest, as_mode(self._mode), self._cut)
             size = sum(manifest.files[name].bytes for name in part_files(manifest, layers))
         except (OSError, IsthmusError):  # the folder holds a part already
             return f"fetching more of the model into {folder}"

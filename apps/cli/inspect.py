@@ -173,7 +173,8 @@ def _exit(entry: dict[str, Any]) -> str:
     agreed = f"{agrees['documents']:.1%} of documents, {agrees['answers']:.1%} of own answers"
     reads = f"reads {entry['read_bytes'] / 1e6:.1f} MB a token"
     codec = entry["codec"]
-    lines = [f"exit     before layer {entry['layer']}, names {names}, {reads}; agrees on {agreed}", promise]
+    here = "" if entry["here"] else " (not here)"
+    lines = [f"exit     before layer {entry['layer']}{here}, names {names}, {reads}; agrees on {agreed}", promise]
     if codec:
         lines.append(codec_text(msgspec.convert(codec, CodecChoice)))
     return "\n         ".join(lines)

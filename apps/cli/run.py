@@ -147,10 +147,10 @@ def command(
     Without --cloud everything is computed on this device. With it, auto measures device, cloud and link, and works in
     the way that ends the answer first, token by token, among those that keep to the text of the cloud's model
     (--max-disagreement lets exits speak, too); it goes on alone when the cloud cannot be reached. In verify mode this
-    device guesses ahead and the cloud checks: the text is that of stream mode, in fewer round trips. In exit mode the
-    device says by itself what its exit is sure of, and asks the cloud about the rest; `isthmus inspect` shows what the
-    exit's certificate promises. With the codec f32 the text of split mode does not depend on where its tokens are
-    computed; the others send less and may change it.
+    device guesses ahead and the cloud checks: the text is that of stream mode, and the cloud makes fewer steps where
+    guesses are right. In exit mode the device says by itself what its exit is sure of, and asks the cloud about the
+    rest; `isthmus inspect` shows what the exit's certificate promises. With the codec f32 the text of split mode does
+    not depend on where its tokens are computed; the others send less and may change it.
 
     Of a network that was cut, the first part runs here. In auto the rest runs where it lately took less time, here or
     in the cloud; with --mode split always in the cloud, with --mode local always here.
@@ -163,8 +163,9 @@ def command(
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
     from isthmus.apps.cli.infer import infer
-    from isthmus.apps.cli.tokens import Screen
+    from isthmus.apps.cli.tokens import Screen, speak_up
     from isthmus.edge import Device
+    from isthmus.edge.drafting import files_for
     from isthmus.engine.sampling import Sampling
     from isthmus.protocol.errors import DeviceError
 
@@ -185,9 +186,10 @@ def command(
     if greedy:
         sampling = Sampling()
     screen, reasons = Screen(), list[str]()
+    speak_up(screen)
     mode = "local" if cloud is None and mode == "auto" and not explain else mode
     with (
-        Fetching(bundle, mode, cut) as fetching,
+        Fetching(bundle, files_for(mode, draft), cut) as fetching,
         Device(
             bundle,
             cloud,
@@ -220,10 +222,10 @@ def command(
         if device.answered is not None and not raw and device.messages[-2:-1] == [{"role": "user", "content": text}]:
             _again(device.answered, json, f"{resume} holds this answer already; another file gets another one")
         elif cut_off is not None and (prompt is None or cut_off.question == text):
-            _answer(device, screen, device.go_on(), max_tokens, cut_off.text, json=json, reasons=told)
+            _answer(device, screen, device.go_on(), max_tokens, cut_off.text, json=json, reasons=told, kept=True)
         elif prompt is not None:
             tokens = device.generate(text, **options) if raw else device.chat(text, **options)
-            _answer(device, screen, tokens, max_tokens, json=json, reasons=told)
+            _answer(device, screen, tokens, max_tokens, json=json, reasons=told, kept=resume is not None)
         if prompt is None:
             chat(device, screen, raw, cloud is not None, options)
 
@@ -336,12 +338,14 @@ def _answer(
     *,
     json: bool,
     reasons: list[str] | None,
+    kept: bool,
 ) -> None:
     import sys
     from json import dumps
 
     from isthmus.apps.cli.chat import cut_off, tell_note
     from isthmus.apps.cli.tokens import dim, has_color, summary
+    from isthmus.protocol.errors import LinkError
 
     note = tell_note(device)
     if json:
@@ -351,7 +355,14 @@ def _answer(
         told = device.stats.to_dict() | ({} if reasons is None else {"explain": reasons})
         print(dumps(told, ensure_ascii=False))
         return
-    screen.show(tokens, so_far)
+    try:
+        screen.show(tokens, so_far)
+    except LinkError as error:
+        if not (made := len(device.stats.tokens)):
+            raise
+        again = "the same command goes on" if kept else "with --resume FILE the same command would go on"
+        problem = f"{error.problem}: the answer broke off after {made} tokens"
+        raise LinkError(problem, f"{error.remedy}; {again}") from error
     tell_note(device, note)
     cut_off(device, max_tokens)
     if has_color(sys.stdout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import Counter
@@ -110,6 +111,17 @@ class Screen:
         self._text += text
         self._stream.write(text)
         self._stream.flush()
+
+
+def speak_up(screen: Screen) -> None:
+    """Says what a device waits for when it begins to, on standard error and on a line of its own."""
+
+    class Spoken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            screen.pause()
+            print(f"note: {record.getMessage()}", file=sys.stderr)
+
+    logging.getLogger("isthmus.edge").addHandler(Spoken())
 
 
 def summary(stats: Stats) -> str:

@@ -262,7 +262,7 @@ def busy_for(one: Any, wire: LossyWire, ready_s: float) -> None:
     """Has a device work while it waits, and be ready after so many seconds of silence."""
     silent_s = [0.0]
 
-    def work(sampling: Sampling, begins: bool, left_s: float) -> float:
+    def work(sampling: Sampling, begins: bool, anew: bool, left_s: float) -> float:
         wire.now += 0.01
         silent_s[0] = silent_s[0] + 0.01 if left_s <= 0.0 else 0.0
         return 0.0 if silent_s[0] <= ready_s else math.inf
@@ -276,7 +276,7 @@ def test_a_device_makes_itself_ready_while_it_waits(mode: str, slides: bool) -> 
     wire, slices = wired(), list[float]()
     options: dict[str, Any] = {"kv_tokens": 512, "overflow": "slide"} if slides else {}
 
-    def work(sampling: Sampling, begins: bool, left_s: float) -> float:
+    def work(sampling: Sampling, begins: bool, anew: bool, left_s: float) -> float:
         slices.append(left_s)
         return math.inf
 

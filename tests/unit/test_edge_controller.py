@@ -236,7 +236,7 @@ def test_a_cloud_that_falls_silent_is_not_waited_for(deciding: Any) -> None:
         assert wire.now - before < 1.0  # and not the three seconds after which a link counts as down
         text += ids(answer)
         assert set(one.stats.sources) == {"device"}
-        assert one.stats.note == ""
+        assert "the cloud took too long after" in one.stats.note
         asked = sum(isinstance(message, m.Generate) for message in wire.sent)
         text += ids(one.generate(max_tokens=200))
         assert sum(isinstance(message, m.Generate) for message in wire.sent) <= asked + 3  # in two seconds, at 10 ms

@@ -192,6 +192,22 @@ def test_split_mode_goes_on_from_states_that_were_sent_ahead() -> None:
         assert len(went) == len(set(went))
 
 
+@pytest.mark.parametrize("first", ["exit", "split"])
+def test_rounded_states_are_no_ground_for_others(first: str) -> None:
+    """What the cloud made of them is not what it makes of exact ones, at the same cut: they are sent anew."""
+    wire = LossyWire(ToyService())
+    with exiting(wire, 0.0, 0) as one:
+        ids(one.generate(PROMPT, max_tokens=30, mode=first, cut=CUT, codec="f16"))
+        log, at = one.tokens, len(wire.sent)
+        ids(one.generate(max_tokens=4, mode="split", cut=CUT, codec="f32"))
+        rows = [message for message in wire.sent[at:] if isinstance(message, m.Rows)]
+        assert rows[0].position == 0 and sum(len(message.tokens) for message in rows) >= len(log)
+        assert sum(isinstance(message, m.Close) for message in wire.sent[at:]) == 1
+        at = len(wire.sent)
+        ids(one.generate(max_tokens=4, mode="split", cut=CUT, codec="f32"))  # these are
+        assert min(message.position for message in wire.sent[at:] if isinstance(message, m.Rows)) >= len(log)
+
+
 def test_what_was_sent_ahead_and_is_not_said_is_taken_back() -> None:
     wire = LossyWire(ToyService())
     with exiting(wire, 0.3, 0) as one:

@@ -273,13 +273,17 @@ def test_a_device_of_the_systems_is_no_file(name: str) -> None:
         device(mode="local", resume=name)
 
 
-def line(body: Any) -> bytes:
-    """A record with a right checksum, whatever it says."""
-    text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return b"%08x " % zlib.crc32(text) + text + b"\n"
+def lines(*records: Any) -> bytes:
+    """A file of these records, as a device writes it: each line's checksum is of all up to it."""
+    found, told = b"", 0
+    for record in records:
+        text = record if isinstance(record, bytes) else json.dumps(record).encode()
+        told = zlib.crc32(text, told)
+        found += b"%08x " % told + text + b"\n"
+    return found
 
 
-HEAD = line(["isthmus", 1, MODEL_ID, "toy"])
+HEAD = ["isthmus", 2, MODEL_ID, "toy"]
 WISHED = GenerateOptions(mode="stream").to_dict()
 CRAFTED: dict[str, Any] = {
     "no JSON": b"hello",
@@ -326,7 +330,7 @@ CRAFTED: dict[str, Any] = {
 @pytest.mark.parametrize("what", list(CRAFTED))
 def test_a_record_that_is_none_is_said_in_one_line(tmp_path: Path, what: str) -> None:
     path = tmp_path / "talk"
-    data = HEAD + line(CRAFTED[what]) + line(["cut", 0])
+    data = lines(HEAD, CRAFTED[what], ["cut", 0])
     path.write_bytes(data)
     with pytest.raises(DeviceError) as raised:
         device(mode="local", resume=path)
@@ -335,11 +339,11 @@ def test_a_record_that_is_none_is_said_in_one_line(tmp_path: Path, what: str) ->
 
 
 @pytest.mark.parametrize(
-    "head", [b"hello", 5, ["isthmus"], ["isthmus", 1, 5, "toy"], ["isthmus", 1, MODEL_ID, None], {"isthmus": 1}]
+    "head", [b"hello", 5, ["isthmus"], ["isthmus", 2, 5, "toy"], ["isthmus", 2, MODEL_ID, None], {"isthmus": 1}]
 )
 def test_a_head_that_is_none_is_no_conversation(tmp_path: Path, head: Any) -> None:
     path = tmp_path / "talk"
-    path.write_bytes(line(head) + line(["cut", 0]))
+    path.write_bytes(lines(head, ["cut", 0]))
     with pytest.raises(DeviceError, match="is no conversation of isthmus"):
         device(mode="local", resume=path)
 
@@ -347,9 +351,24 @@ def test_a_head_that_is_none_is_no_conversation(tmp_path: Path, head: Any) -> No
 def test_options_that_an_older_version_wrote_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "talk"
     older = {"max_tokens": 5, "sampling": {}, "stop": []}
-    path.write_bytes(HEAD + line(["tokens", list(PROMPT.encode()), None]) + line(["asked", 11, older, None]))
+    path.write_bytes(lines(HEAD, ["tokens", list(PROMPT.encode()), None], ["asked", 11, older, None]))
     with device(mode="local", resume=path) as one:
         assert ids(one.go_on()) == local(max_tokens=5)
+
+
+@pytest.mark.parametrize("how", ["left out", "doubled", "swapped"])
+def test_a_file_with_other_lines_than_were_written_is_refused(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "talk"
+    with device(mode="local", resume=path) as one:
+        ids(one.generate(PROMPT, max_tokens=6))
+    written = path.read_bytes().splitlines(keepends=True)
+    assert len(written) > 6
+    for at in range(1, len(written) - 2):
+        one_, two = written[at : at + 2]
+        changed = {"left out": [two], "doubled": [one_, one_, two], "swapped": [two, one_]}[how]
+        path.write_bytes(b"".join([*written[:at], *changed, *written[at + 2 :]]))
+        with pytest.raises(DeviceError, match="is damaged in line"):
+            device(mode="local", resume=path)
 
 
 def test_a_full_disk_is_said_and_everything_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,34 @@ def test_without_the_states_it_leaves_the_work_with_the_cut_alone_and_computes_a
     assert counted.rows == {0: 2 * len(log)}
 
 
+def test_where_nobody_works_with_the_cut_it_is_computed_anew(one: tuple[LocalPart, Counted], bundle: Bundle) -> None:
+    part, counted = one
+    part._shallow = ShallowStates(most=0)
+    log = log_of(TOKENS)
+    list(part.hidden(log, 0, CUT))
+    slices = 0
+    while part.advance(log, 16, anew=True):
+        slices += 1
+    assert slices == -(-(len(log) - 1) // 16) and part.held(log) == len(log) - 1
+    assert part.sample(log, GREEDY) == alone(bundle, log)
+    assert counted.rows == {0: 2 * len(log)}
+
+
+def test_states_before_an_exit_serve_a_part_that_ends_later(bundle: Bundle) -> None:
+    part, _ = opened(bundle)
+    log = log_of(TOKENS)
+    list(part.hidden(log, 0, CUT))
+    assert part.gives(log, 5, CUT)
+    made = np.concatenate([states for _, states in part.hidden(log, 0, DEEPER, end=40)])
+    fresh, _ = opened(bundle)
+    right = np.concatenate([states for _, states in fresh.hidden(log, 0, DEEPER, end=40)])
+    np.testing.assert_array_equal(made, right)
+    assert part.held(log, DEEPER) == 40 and part.held(log, CUT) == len(log)
+    assert part.sample(log, GREEDY) == alone(bundle, log)
+    part.close()
+    fresh.close()
+
+
 def test_under_a_window_nothing_is_filled(bundle: Bundle) -> None:
     part, counted = opened(bundle, window=64)
     log = log_of(TOKENS)

@@ -14,13 +14,14 @@ from isthmus.apps.cli.fetching import Fetching
 from isthmus.edge import Timeouts, fetch_part
 from isthmus.edge.link import Link
 from isthmus.edge.options import layers_wanted
-from isthmus.edge.provision import fetch_more, part_files, provision
+from isthmus.edge.provision import fetch_more, part_files, provision, wanted
 from isthmus.edge.session import Session
 from isthmus.edge.token import Mode
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import BundleError, DeviceError, LinkError
 from isthmus.split.bundle import Bundle
+from isthmus.split.exit_entry import Agreement, ExitEntry, exit_file
 from isthmus.split.files import PARTIAL, locked
 from isthmus.split.manifest import FileEntry, Manifest, TokenizerEntry, model_id
 from tests.edge_world import CONFIG, LossyWire, ToyCloud
@@ -181,6 +182,28 @@ def test_more_of_another_model_or_with_another_hash_is_refused(tmp_path: Path) -
     with pytest.raises(BundleError, match="another sha256"):
         fetch_more(link(LossyWire(cloud), manifest.model_id), bundle, 2)
     assert not (tmp_path / name).exists() and Bundle.open(tmp_path).held_layers == 1
+
+
+def test_exits_come_with_the_layers_before_them(tmp_path: Path) -> None:
+    cloud, plain = served()
+    agreement = Agreement(0.5, 0.5)
+    exits = tuple(ExitEntry(layer, exit_file(layer), 8, 0, agreement) for layer in (2, 4))
+    noise = {entry.file: bytes([entry.layer]) * 1_000 for entry in exits}
+    listed = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in noise.items()}
+    manifest = Manifest("toy", plain.model_id, CONFIG, "keep", TokenizerEntry(), {**plain.files, **listed}, exits)
+    cloud.files, cloud.manifest = {**cloud.files, **noise}, manifest.encode()
+    assert [wanted(manifest, "exit", None, held) for held in (None, 1, 2, 3, 6)] == [4, 4, 2, 2, 4]
+    assert wanted(manifest, "exit", 2) == 2 and wanted(manifest, "stream", None) == 0
+    assert wanted(plain, "exit", None) == layers_wanted(CONFIG, "exit", None)
+    head = [] if CONFIG.tied else ["weights/head.safetensors"]
+    assert part_files(manifest, 3)[-1] == exit_file(2) and set(head) < set(part_files(manifest, 3))
+    assert not set(noise) & set(part_files(manifest, 1)) and not set(head) & set(part_files(manifest, 1))
+    bundle = provision(tmp_path / "b", lambda model: link(LossyWire(cloud), model), "exit", None)
+    assert bundle.held_layers == 4 and all(bundle.holds(name) for name in noise)
+    for name in noise:  # a folder that was fetched without them
+        (tmp_path / "b" / name).unlink()
+    bundle = provision(tmp_path / "b", lambda model: link(LossyWire(cloud), model), "exit", 2)
+    assert bundle.holds(exit_file(2)) and not bundle.holds(exit_file(4))
 
 
 def test_layers_that_a_mode_needs() -> None:

@@ -28,8 +28,8 @@ class Part:
     def remembers(self, log: Chain, sampling: Any) -> bool:
         return self.sampled == len(log)
 
-    def advance(self, log: Chain, rows: int) -> bool:
-        if self.stuck:
+    def advance(self, log: Chain, rows: int, anew: bool) -> bool:
+        if self.stuck and not anew:
             return False
         self.passes.append(rows)
         self.kv += rows
@@ -70,20 +70,20 @@ def ready(tokens: int, early: bool = True) -> tuple[Standby, Holding, Chain]:
 
 def test_it_catches_up_in_passes_that_end_soon() -> None:
     standby, holding, _ = ready(2 * MOST + 6)
-    while standby.work(GREEDY, False, AGES) == 0.0:
+    while standby.work(GREEDY, False, False, AGES) == 0.0:
         pass
     assert holding.part.passes == [MOST, MOST, 5]
 
 
 def test_a_few_tokens_are_not_worth_a_pass_until_the_device_is_about_to_go_on_alone() -> None:
     standby, holding, log = ready(40)
-    while standby.work(GREEDY, False, AGES) == 0.0:
+    while standby.work(GREEDY, False, False, AGES) == 0.0:
         pass
     log.extend((1, 2))
-    rest_s = standby.work(GREEDY, False, 0.5)
+    rest_s = standby.work(GREEDY, False, False, 0.5)
     assert 0.0 < rest_s < 0.5 and holding.part.sampled == 40  # once, to know what it takes
-    assert standby.work(GREEDY, False, 0.0) == 0.0 and holding.part.sampled == 42
-    assert standby.work(GREEDY, False, 0.0) == math.inf
+    assert standby.work(GREEDY, False, False, 0.0) == 0.0 and holding.part.sampled == 42
+    assert standby.work(GREEDY, False, False, 0.0) == math.inf
 
 
 def test_what_a_cut_left_is_filled_before_the_first_token_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,17 +98,17 @@ def test_what_a_cut_left_is_filled_before_the_first_token_is_due(monkeypatch: py
             return takes(*given)
 
         monkeypatch.setattr(holding.part, name, slowly)
-    while standby.work(GREEDY, False, AGES) == 0.0:
+    while standby.work(GREEDY, False, False, AGES) == 0.0:
         pass
     log.extend((1, 2, 3))
-    assert standby.work(GREEDY, False, 0.2) == pytest.approx(0.2 - 1.5 * (0.01 + 0.02))
-    assert standby.work(GREEDY, False, 0.04) == 0.0 and holding.part.passes[-1] == 2
-    assert standby.work(GREEDY, False, 0.03) == 0.0 and holding.part.sampled == 43
+    assert standby.work(GREEDY, False, False, 0.2) == pytest.approx(0.2 - 1.5 * (0.01 + 0.02))
+    assert standby.work(GREEDY, False, False, 0.04) == 0.0 and holding.part.passes[-1] == 2
+    assert standby.work(GREEDY, False, False, 0.03) == 0.0 and holding.part.sampled == 43
 
 
 def test_a_device_that_is_far_behind_catches_up_before_it_guesses() -> None:
     standby, holding, _ = ready(200)
-    assert standby.work(GREEDY, False, -1.0) == 0.0
+    assert standby.work(GREEDY, False, False, -1.0) == 0.0
     assert holding.part.sampled < 0 and holding.part.passes == [MOST]
 
 
@@ -116,25 +116,25 @@ def test_what_cannot_be_caught_up_is_left() -> None:
     standby, holding, log = ready(40)
     holding.part.stuck = True
     for left_s in (AGES, 0.0):
-        assert standby.work(GREEDY, False, left_s) == math.inf
+        assert standby.work(GREEDY, False, False, left_s) == math.inf
     holding.part.kv = len(log) - 1 - LEAST
-    assert standby.work(GREEDY, False, 0.5) == 0.5 and holding.part.sampled < 0
-    assert standby.work(GREEDY, False, 0.0) == 0.0 and holding.part.sampled == len(log)
+    assert standby.work(GREEDY, False, False, 0.5) == 0.5 and holding.part.sampled < 0
+    assert standby.work(GREEDY, False, False, 0.0) == 0.0 and holding.part.sampled == len(log)
 
 
 def test_weights_are_looked_over_first_and_nothing_is_opened_meanwhile() -> None:
     standby, holding, _ = ready(40)
     holding.checked = False
-    assert standby.work(GREEDY, False, AGES) == LOOK_S and not holding.opened
+    assert standby.work(GREEDY, False, False, AGES) == LOOK_S and not holding.opened
     holding.checked = True
-    assert standby.work(GREEDY, False, AGES) == 0.0
+    assert standby.work(GREEDY, False, False, AGES) == 0.0
 
 
 @pytest.mark.parametrize(("early", "begins"), [(True, True), (False, False), (False, True)])
 def test_a_device_that_is_to_leave_the_cloud_alone_begins_when_it_is_silent(early: bool, begins: bool) -> None:
     standby, holding, _ = ready(MOST, early)
-    assert standby.work(GREEDY, begins, 0.3) == 0.3 and not holding.opened
-    while standby.work(GREEDY, begins, -0.1) == 0.0:
+    assert standby.work(GREEDY, begins, False, 0.3) == 0.3 and not holding.opened
+    while standby.work(GREEDY, begins, False, -0.1) == 0.0:
         pass
     assert holding.part.sampled == MOST
 
@@ -143,8 +143,8 @@ def test_a_device_that_is_to_leave_the_cloud_alone_begins_when_it_is_silent(earl
 def test_a_device_that_cannot_be_ready_leaves_it(when: str) -> None:
     standby, holding, _ = ready(40)
     if when == "filling":
-        standby.work(GREEDY, False, AGES)
+        standby.work(GREEDY, False, False, AGES)
     holding.fails = DeviceError("no room", "take less")
-    assert standby.work(GREEDY, False, AGES) == math.inf
+    assert standby.work(GREEDY, False, False, AGES) == math.inf
     opened = holding.opened
-    assert standby.work(GREEDY, False, AGES) == math.inf and holding.opened == opened
+    assert standby.work(GREEDY, False, False, AGES) == math.inf and holding.opened == opened
