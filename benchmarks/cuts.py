@@ -17,7 +17,7 @@ from networks import Network, carried, networks
 from record import Cell, Record
 
 from isthmus.protocol.errors import PlanError
-from isthmus.split.graph_writer import difference
+from isthmus.split.graph_check import difference
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given, learn, outputs, session

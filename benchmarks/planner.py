@@ -156,6 +156,16 @@ def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]
         [one.network, one.link, one.way, "recommended" if one.best else "", one.planned_ms, one.measured_ms, one.off]
         for one in found
     ]
+    summary: list[list[Cell]] = []
+    for (network, link), plan in plans.items():
+        best = next(one for one in plan if one.best)
+        others = [one for one in plan if one.kind != "split"]
+        fastest = min(others, key=lambda one: one.measured_ms)
+        errors = [one.off for one in plan if one.kind == "split"]
+        row: list[Cell] = [network, link, best.way, best.planned_ms, best.measured_ms, fastest.way, fastest.measured_ms]
+        summary.append([*row, len(errors), statistics.median(errors) if errors else None])
+    columns = ["network", "link", "recommended", "planned, ms", "measured, ms", "best baseline", "it took, ms"]
+    record.table("summary", [*columns, "splits measured", "off by, median"], summary, note=NOTE)
     columns = ["network", "link", "way", "", "planned, ms", "measured, ms", "off by"]
     record.table("planner", columns, rows, note=NOTE)
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.peers import Peer
 from isthmus.cloud.work import Refusal
-from isthmus.engine.graph_part import GraphPart
 from isthmus.protocol.arrays import Array, GraphOffer, Shape, array_bytes, pack, unpack
 from isthmus.protocol.errors import EngineError, ProtocolError, ServiceError
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred
@@ -30,6 +29,14 @@ MAX_WAITING = 1024  # requests of all devices
 LIMIT_S = 30.0  # of a run
 UNCODED = 8  # times the largest message that its arrays may have bytes once they are decoded
 _WARM, _TIMED = 2, 5  # runs when the service is started
+
+
+class Runs(Protocol):
+    """The second part of a network: a `GraphPart`, or what runs it elsewhere."""
+
+    def run(self, arrays: Mapping[str, Array], wanted: Sequence[str] | None = None) -> Mapping[str, Any]:
+        """Its outputs, by name."""
+        ...
 
 
 class _Asked(NamedTuple):
@@ -68,14 +75,14 @@ class Graph:
     """
 
     offer: GraphOffer
-    part: GraphPart
+    part: Runs
     takes: tuple[Named, ...]
     gives: tuple[str, ...]
     pictures: bool = False
     waiting: deque[_Asked] = field(default_factory=deque)
 
 
-def serve_graph(manifest: GraphManifest, part: GraphPart, step_us: int = 0) -> Graph:
+def serve_graph(manifest: GraphManifest, part: Runs, step_us: int = 0) -> Graph:
     """A network from its second part, which is open already."""
     gives = tuple(one.name for one in manifest.outputs if one.name not in manifest.kept)
     offer = GraphOffer(manifest.model_id, manifest.name, manifest.batches, step_us)
@@ -85,8 +92,11 @@ def serve_graph(manifest: GraphManifest, part: GraphPart, step_us: int = 0) -> G
     return Graph(offer, part, manifest.crossing, gives, pictures)
 
 
-def load_graph(folder: Path, *, threads: int = 0, slow_down: float = 1.0) -> Graph:
+def load_graph(folder: Path, *, threads: int = 0, slow_down: float = 1.0, part: Runs | None = None) -> Graph:
     """A network from its bundle's folder; its part is timed where all shapes are known.
+
+    Args:
+        part: runs it in place of the bundle's own.
 
     Raises:
         BundleError: no bundle of a network that was cut, or one without the cloud's part.
@@ -95,7 +105,7 @@ def load_graph(folder: Path, *, threads: int = 0, slow_down: float = 1.0) -> Gra
     from isthmus.split.graph_bundle import GraphBundle
 
     bundle = GraphBundle.open(folder)
-    part = bundle.part(CLOUD, threads, slow_down, LIMIT_S)
+    part = part or bundle.part(CLOUD, threads, slow_down, LIMIT_S)
     return serve_graph(bundle.manifest, part, _timed(part, bundle.manifest.crossing))
 
 
@@ -274,7 +284,7 @@ def _check(shapes: Sequence[Shape], takes: Sequence[Named]) -> None:
             raise Refusal(Code.BAD_MESSAGE, problem, "use the same bundle on both sides")
 
 
-def _timed(part: GraphPart, takes: Sequence[Named]) -> int:
+def _timed(part: Runs, takes: Sequence[Named]) -> int:
     """Microseconds of a run on zeros, the best of some; 0 where a shape is open behind its first size."""
     if any(size is None for one in takes for size in one.shape[1:]):
         return 0

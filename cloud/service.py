@@ -88,7 +88,7 @@ class Service:
         clock: seconds, monotonic.
 
     Raises:
-        ServiceError: no model, or one twice.
+        ServiceError: a model twice.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Service:
         graphs: Sequence[Graph] = (),
     ) -> None:
         self.models = {model.offer.model_id: model for model in models}
-        if not (models or graphs) or len(self.models) < len(models):
-            raise ServiceError("no model, or the same model twice", "name each bundle once")
+        if len(self.models) < len(models):
+            raise ServiceError("the same model twice", "name each bundle once")
         self.limits = limits or ServiceLimits()
         self.metrics = Metrics()
         self._transport = transport

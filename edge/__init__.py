@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from isthmus.edge.aio import AsyncDevice
     from isthmus.edge.device import Device
     from isthmus.edge.events import Timeouts
-    from isthmus.edge.graph import GraphDevice, GraphStats
+    from isthmus.edge.graph import GraphDevice
+    from isthmus.edge.graph_stats import GraphStats
     from isthmus.edge.provision import fetch_part
     from isthmus.edge.token import CutOff, Rollback, Stats, Token
     from isthmus.engine.sampling import Sampling
@@ -33,7 +34,7 @@ _HOMES = {
     "CutOff": "token",
     "Device": "device",
     "GraphDevice": "graph",
-    "GraphStats": "graph",
+    "GraphStats": "graph_stats",
     "Rollback": "token",
     "Sampling": "isthmus.engine.sampling",
     "Stats": "token",

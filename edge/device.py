@@ -449,7 +449,7 @@ class Device:
             if asked is not None:
                 self._chat.answered(asked, text, self._log.tokens)
             if journal is not None:
-                unsure = self.stats.unverified if self._on_rollback == "replace" else 0
+                unsure = self.stats.unverified if self._on_rollback != "keep" else 0
                 journal.ended([one.to_dict() for one in self._chat.messages], self.stats.finish, unsure)
 
         def text() -> Text:

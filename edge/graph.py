@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from isthmus.edge.events import Timeouts
 from isthmus.edge.graph_pace import FIRST_MS, MOST_LOOK_S, GraphPace
+from isthmus.edge.graph_stats import GraphStats
 from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
 from isthmus.engine.certainty import certainty
 from isthmus.protocol.arrays import Array, pack, unpack
-from isthmus.protocol.errors import BundleError, DeviceError, LinkError, ProtocolError, ServiceError
+from isthmus.protocol.errors import BundleError, DeviceError, IsthmusError, LinkError, ProtocolError, ServiceError
 from isthmus.protocol.features import FEATURE_CODECS, UNIT, is_codec
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
 from isthmus.protocol.pictures import names_picture, pillow
@@ -37,34 +40,22 @@ LEAST_RETRY_S = 0.05  # until a busy cloud is asked again
 
 
 @dataclass(slots=True)
-class GraphStats:
-    """What one inference took.
+class _UnderWay:
+    """An input in a pipeline.
 
     Attributes:
-        where: "cloud" where the rest was run there, "device" where all was run here.
-        exit: the output at which it ended; "" for none.
-        device_ms: of the first part.
-        rest_ms: from then on to the outputs.
-        cloud_ms, queue_ms: the cloud's engine, and the time before it began; 0 where no answer came.
-        bytes_up, bytes_down: payload, while this went on.
-        together: requests of devices that the cloud ran as one.
-        note: what did not go as it should.
+        known: what is known of it.
+        began_s, asked_s: when, by the device's clock, and when the cloud was asked last.
+        request: to the cloud, 0 for none.
+        welcomes: that had come then: another one means that it was lost.
     """
 
-    where: Literal["cloud", "device"] = "device"
-    exit: str = ""
-    device_ms: float = 0.0
-    rest_ms: float = 0.0
-    cloud_ms: float = 0.0
-    queue_ms: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    together: int = 0
-    note: str = field(default="")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+    known: dict[str, Array]
+    stats: GraphStats
+    began_s: float
+    asked_s: float = 0.0
+    request: int = 0
+    welcomes: int = 0
 
 
 class GraphDevice:
@@ -141,6 +132,8 @@ class GraphDevice:
         self._pace = GraphPace(self._able)
         self._asked, self._met = 0, False
         self._late, self._asked_s = 0, 0.0  # the last request, as long as it is not answered, and when it was sent
+        self._awaited, self._news = set[int](), dict[int, Inferred | Fault]()  # of a pipeline
+        self._welcomes = 0
         opening = Opening(cloud if mode != "local" else None, self._timeouts, wire, clock, lambda _: None)
         self._where = opening.where
         if mode != "local":
@@ -163,22 +156,48 @@ class GraphDevice:
         """
         given = self._inputs(arrays)
         stats = self.stats = GraphStats()
-        up, down = (self._wire.bytes_up, self._wire.bytes_down) if self._wire is not None else (0, 0)
-        began = time.perf_counter()
-        known = dict(given)
-        for part, exit in self._stages:
-            known |= part.run(known) if part is not None else {}
-            if exit is not None and certainty(known[exit.output], exit.probabilities) >= exit.confidence:
-                stats.exit = exit.output
-                break
-        stats.device_ms = (time.perf_counter() - began) * 1e3
+        before = self._bytes
+        known = self._first(given, stats)
         if not stats.exit:
             began = time.perf_counter()
             known |= self._finished(known, stats)
             stats.rest_ms = (time.perf_counter() - began) * 1e3
-        if self._wire is not None:
-            stats.bytes_up, stats.bytes_down = self._wire.bytes_up - up, self._wire.bytes_down - down
-        return {one.name: known[one.name] for one in self._manifest.outputs if one.name in known}
+        stats.bytes_up, stats.bytes_down = (now - then for now, then in zip(self._bytes, before, strict=True))
+        return self._outputs(known)
+
+    def stream(
+        self, inputs: Iterable[Mapping[str, ArrayLike] | ArrayLike], depth: int = 4
+    ) -> Iterator[dict[str, Array]]:
+        """The outputs for one input after the other, as `infer` gives them, in a pipeline.
+
+        While the cloud runs the rest for some inputs, the first part runs here for the next ones, so that the slower
+        side's time counts, and no round trip. In "auto" the rest is run here where the cloud does not answer. `stats`
+        is of the outputs that were given last.
+
+        Args:
+            inputs: as for `infer`.
+            depth: inputs that may be under way in the cloud, from 1 on.
+
+        Raises:
+            DeviceError, EngineError, LinkError, ServiceError: as `infer`; or the depth is none.
+        """
+        if type(depth) is not int or depth < 1:
+            raise DeviceError(f"the depth is {depth!r}", "give a whole number from 1 on")
+        under, before = deque[_UnderWay](), self._bytes
+        try:
+            for arrays in chain(inputs, [None]):  # and then what is still under way
+                if arrays is not None:
+                    under.append(self._begun(arrays, depth))
+                while under and (arrays is None or len(under) > depth or self._came(under[0])):
+                    known, stats = self._ended(under.popleft(), depth)
+                    stats.bytes_up, stats.bytes_down = (
+                        now - then for now, then in zip(self._bytes, before, strict=True)
+                    )
+                    before, self.stats = self._bytes, stats
+                    yield self._outputs(known)
+        finally:
+            self._awaited.clear()
+            self._news.clear()
 
     def close(self) -> None:
         """Ends the connection; may be called twice."""
@@ -193,7 +212,96 @@ class GraphDevice:
     ) -> None:
         self.close()
 
+    # -- the first part
+
+    def _first(self, given: Mapping[str, Array], stats: GraphStats) -> dict[str, Array]:
+        """What is known after the first part, or at an exit that is sure."""
+        began, known = time.perf_counter(), dict(given)
+        for part, exit in self._stages:
+            known |= part.run(known) if part is not None else {}
+            if exit is not None and certainty(known[exit.output], exit.probabilities) >= exit.confidence:
+                stats.exit = exit.output
+                break
+        stats.device_ms = (time.perf_counter() - began) * 1e3
+        return known
+
+    def _outputs(self, known: Mapping[str, Array]) -> dict[str, Array]:
+        return {one.name: known[one.name] for one in self._manifest.outputs if one.name in known}
+
+    @property
+    def _bytes(self) -> tuple[int, int]:
+        """Payload up and down so far."""
+        return (self._wire.bytes_up, self._wire.bytes_down) if self._wire is not None else (0, 0)
+
     # -- the rest
+
+    def _begun(self, arrays: Mapping[str, ArrayLike] | ArrayLike, depth: int) -> _UnderWay:
+        """The first part, and a request about the rest, if there is one."""
+        one = _UnderWay(self._inputs(arrays), GraphStats(), self._clock())
+        one.known = self._first(one.known, one.stats)
+        if not one.stats.exit:
+            self._request(one, depth)
+        return one
+
+    def _request(self, one: _UnderWay, depth: int) -> None:
+        """Asks the cloud, or runs the rest here where it is not there."""
+        here = self._mode != "split" and self._pace.place(self._clock()) == "here"  # it took less there of late
+        try:
+            if self._wire is not None and not here:
+                self._meet(self._wire)
+                one.request, one.welcomes = self._ask(self._wire, one.known, depth * self._patience_ms), self._welcomes
+                one.asked_s = self._clock()
+                self._awaited.add(one.request)
+                self._wire.probe()
+                return
+        except (LinkError, ServiceError, ProtocolError) as error:
+            self._alone(one, error)
+        one.known |= self._here(one.known)
+
+    def _came(self, one: _UnderWay) -> bool:
+        """Whether nothing is waited for."""
+        while self._wire is not None and self._receive(self._wire, 0.0) is not None:
+            pass
+        return not one.request or one.request in self._news
+
+    def _ended(self, one: _UnderWay, depth: int) -> tuple[dict[str, Array], GraphStats]:
+        """All that is known of an input in the end."""
+        while one.request and self._wire is not None:
+            now, news = self._clock(), self._news.pop(one.request, None)
+            until = one.asked_s + depth * self._patience_ms * 1e-3
+            try:
+                if isinstance(news, Inferred):
+                    one.known |= self._taken(news, one.stats)
+                    break
+                if isinstance(news, Fault) and news.code is not Code.BUSY:
+                    raise ServiceError(f"{self._where} refused: {news.problem}", news.remedy)
+                gone = (
+                    not self._wire.up and now - max(self._wire.heard_s, one.began_s) > self._timeouts.give_up_ms / 1e3
+                )
+                if now >= until or gone:
+                    raise self._wire.failure or LinkError(f"{self._where} did not answer in time", "check the link")
+            except (LinkError, ServiceError) as error:
+                self._alone(one, error)
+                one.known |= self._here(one.known)
+                break
+            if isinstance(news, Fault):  # it is busy: later
+                self._receive(self._wire, min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
+            if isinstance(news, Fault) or one.welcomes < self._welcomes:  # what was under way is lost
+                self._awaited.discard(one.request)
+                one.request = 0
+                self._request(one, depth)
+            elif news is None:
+                self._receive(self._wire, min(until - now, 0.25))
+        self._awaited.discard(one.request)
+        one.stats.rest_ms = (self._clock() - one.began_s) * 1e3 - one.stats.device_ms
+        return one.known, one.stats
+
+    def _alone(self, one: _UnderWay, error: IsthmusError) -> None:
+        """Raises an error where this device cannot, or may not, go on without the cloud; else notes it."""
+        if self._mode == "split" or not self._able:
+            raise error
+        self._pace.missed(self._clock())
+        one.stats.note = f"went on alone: {error.problem}"
 
     def _finished(self, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
         """The outputs that the second part makes."""
@@ -288,7 +396,7 @@ class GraphDevice:
             names = ", ".join(offer.name for offer in graphs) or "no network"
             raise ServiceError(f"{self._where} serves {names}, not this bundle", "serve the same bundle there")
 
-    def _ask(self, wire: Wire, known: Mapping[str, Array]) -> int:
+    def _ask(self, wire: Wire, known: Mapping[str, Array], patience_ms: float | None = None) -> int:
         self._asked += 1
         began = time.perf_counter()
         shapes, data = pack([known[one.name] for one in self._manifest.crossing], self.codec)
@@ -300,7 +408,8 @@ class GraphDevice:
             problem = f"{len(data) / 1e6:.1f} MB would travel, and the cloud takes {most / 1e6:.1f} at once"
             raise LinkError(problem, "cut the network where less travels, or give it a smaller input")
         self._late, self._asked_s = self._asked, self._clock()
-        wire.send(Infer(self._asked, self._manifest.model_id, shapes, data, math.ceil(self._patience_ms)))
+        budget_ms = math.ceil(self._patience_ms if patience_ms is None else patience_ms)
+        wire.send(Infer(self._asked, self._manifest.model_id, shapes, data, budget_ms))
         return self._asked
 
     def _heard(self, wire: Wire, request: int, wait_s: float) -> Inferred | Fault | Welcome | None:
@@ -321,8 +430,11 @@ class GraphDevice:
         message = wire.receive(max(0.0, wait_s) * 1e3)
         if isinstance(message, Welcome):
             self._welcome, self._late = message, 0  # what was under way is lost
-        elif isinstance(message, Inferred | Fault) and message.request == self._late:
-            self._late = 0
+            self._welcomes += 1
+        elif isinstance(message, Inferred | Fault):
+            self._late = 0 if message.request == self._late else self._late
+            if message.request in self._awaited:
+                self._news[message.request] = message
         return message
 
     def _taken(self, news: Inferred, stats: GraphStats) -> Mapping[str, Array]:

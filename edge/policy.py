@@ -112,10 +112,11 @@ def explain(plan: Plan) -> str:
         shown.setdefault((one.mode, one.source, one.depth > 1), one)
     order = sorted(shown.values(), key=lambda one: (bool(one.why_not), one.total_ms))
     width = max(len(one.name) for one in order)
-    lines = [plan.reason, "", f"  {'mode':<{width}}  ms/token   first ms  cloud ms/token"]
+    lines = [plan.reason, "", f"  {'mode':<{width}}  s in all  ms/token   first ms  cloud ms/token"]
     for one in order:
         mark = "*" if one == plan.choice else " "
-        line = f"{mark} {one.name:<{width}}  {one.ms_per_token:8.1f}  {one.setup_ms:9.1f}  {one.cloud_ms:14.1f}"
+        times = f"{one.total_ms / 1e3:8.2f}  {one.ms_per_token:8.1f}  {one.setup_ms:9.1f}  {one.cloud_ms:14.1f}"
+        line = f"{mark} {one.name:<{width}}  {times}"
         lines.append(f"{line}  ({one.why_not})" if one.why_not else line)
     return "\n".join(lines)
 

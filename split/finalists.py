@@ -18,7 +18,7 @@ from isthmus.protocol.arrays import pack, unpack
 from isthmus.protocol.errors import PlanError, ProtocolError
 from isthmus.protocol.features import is_codec
 from isthmus.protocol.pictures import decode_picture, encode_picture
-from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_graph import Halves, OnnxGraph, within
 from isthmus.split.onnx_measure import outputs, session
 from isthmus.split.onnx_picture import pictured
 from isthmus.split.onnx_stages import stages
@@ -44,6 +44,7 @@ class Fused:
 
     stages_ms: tuple[float, ...]
     cloud_ms: float
+    edge_ms: float = 0.0
 
 
 class Finalists:
@@ -54,6 +55,7 @@ class Finalists:
     Args:
         file: of the model; its external weights lie beside it.
         feeds: inputs to run it on.
+        edge: a server's between them, where there is one.
         how, shown: what is done with pictures, and the one that `feeds` were made of.
     """
 
@@ -67,9 +69,10 @@ class Finalists:
         how: Preprocess | None = None,
         shown: Picture | None = None,
         seconds: float = SECONDS,
+        edge: Profile | None = None,
     ) -> None:
         self._graph, self._file, self._feeds, self._seconds = graph, file, feeds, seconds
-        self._device, self._cloud, self._how, self._shown = device, cloud, how, shown
+        self._device, self._edge, self._cloud, self._how, self._shown = device, edge, cloud, how, shown
         graph.learn([_info(name, size) for name, size in {**device.inputs, **device.tensors}.items()])
         self._here: dict[int, float] = {}
 
@@ -97,9 +100,12 @@ class Finalists:
         if row.kind == "device":
             here = graph.part(row.device, graph.inputs, graph.outputs)
         else:
-            halves = graph.handed_over() if row.kind == "cloud" else graph.halves(row.device)
+            halves = graph.halves(row.device) if row.device else graph.handed_over()
+            if row.three:
+                return self._three(row, halves)
             halves = transformed(halves, row.transforms)
-            here, cloud, crossing = halves.device, self._loaded(halves.cloud, self._cloud), halves.crossing
+            there_ = self._edge if row.edge and self._edge is not None else self._cloud
+            here, cloud, crossing = halves.device, self._loaded(halves.cloud, there_), halves.crossing
         parts = [self._run(part, values) for part in stages(here, exits)]
         if cloud is None:
             return self._fused(parts, None)
@@ -110,7 +116,23 @@ class Finalists:
             came = dict(zip(crossing, unpack(shapes, data, 1 << 31), strict=True))
             outputs(cloud, {one.name: came[one.name] for one in cloud.get_inputs()})
 
-        return self._fused([*parts[:-1], _both(parts[-1], lambda: pack(travels, codec))], there)
+        found = self._fused([*parts[:-1], _both(parts[-1], lambda: pack(travels, codec))], there)
+        if not row.edge or self._edge is None:
+            return found
+        edge_ms = found.cloud_ms / self._scale(self._cloud) * self._scale(self._edge)
+        return Fused(found.stages_ms, 0.0, edge_ms)
+
+    def _three(self, row: Row, halves: Halves) -> Fused:
+        """Of a device, an edge server and a cloud."""
+        assert self._edge is not None
+        values, inner = dict(self._feeds), OnnxGraph(halves.cloud)
+        second = inner.halves(within(row.device, row.edge))
+        first = self._run(halves.device, values) if row.device else _nothing
+        runs = [run for part in (second.device, second.cloud) if (run := self._run(part, values)) is not None]
+        took = [ms for ms, _ in timed_in_turns([first or _nothing, *runs], self._seconds)]
+        scales = [self._scale(profile) for profile in (self._device, self._edge, self._cloud)]
+        device_ms, edge_ms, cloud_ms = (ms * scale for ms, scale in zip(took, scales, strict=True))
+        return Fused((device_ms,), cloud_ms, edge_ms)
 
     def _picture(self, codec: str) -> Fused:
         assert self._how is not None and self._shown is not None
@@ -151,6 +173,10 @@ class Finalists:
             sittings = [timed(partial(outputs, whole, self._feeds), self._seconds)[0] for _ in range(2)]
             self._here[threads] = min(sittings)  # all rows hang on it
         return profile.whole_ms / self._here[threads]
+
+
+def _nothing() -> None:
+    """What a device does that only hands on."""
 
 
 def _both(first: Run | None, then: Run) -> Run:

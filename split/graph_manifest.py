@@ -16,6 +16,7 @@ from isthmus.split.manifest import FORMAT_VERSION, FileEntry, check_files, check
 from isthmus.split.pictures import Preprocess
 
 DEVICE, CLOUD = "device/model.onnx", "cloud/model.onnx"
+EDGE = "edge"  # the folder of a bundle by which an edge server shares the cloud's part with a cloud behind it
 STAGE = "device/stage-{}.onnx"  # of the device, behind its first exit: 2, 3, ...
 MOST_EXITS = 3
 _AGAIN = "split the model again"

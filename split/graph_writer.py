@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -16,9 +17,10 @@ from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import UNIT
 from isthmus.protocol.pictures import names_picture
-from isthmus.split.graph_manifest import CLOUD, DEVICE, STAGE, GraphExit, GraphManifest, Named, graph_id
+from isthmus.split.graph_check import batched, compared, difference, rounding, tolerance, undone
+from isthmus.split.graph_manifest import CLOUD, DEVICE, EDGE, STAGE, GraphExit, GraphManifest, Named, graph_id
 from isthmus.split.onnx_file import digest, read_model
-from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_graph import OnnxGraph, within
 from isthmus.split.onnx_measure import given, outputs, session, sizes
 from isthmus.split.onnx_picture import pictured
 from isthmus.split.onnx_stages import stages
@@ -28,12 +30,7 @@ from isthmus.split.pictures import Preprocess, called
 from isthmus.split.transform import Transform, axis_of, patches_of
 from isthmus.split.writer import BundleWriter
 
-UNDONE = 1e-4  # of its largest magnitude, that a tensor may be off when its transform is undone
 _AGAIN = "plan again: isthmus plan"
-TOLERANCE = {"float16": 4e-3}  # of the largest magnitude of an output: some roundings of its type
-_USUAL = 1e-5
-OWN, MOST_OWN = 2.0, 1e-2  # times what the whole is from itself, fused or not: so far parts may be; and in all
-OTHERS = 2  # requests that one is run together with, to see whether each gets its own
 
 
 def write_graph(
@@ -49,6 +46,7 @@ def write_graph(
     transforms: Sequence[Any] = (),
     exits: Sequence[Any] = (),
     preprocess: Mapping[str, Any] | None = None,
+    edge: Sequence[int] = (),
 ) -> Any:
     """Writes a bundle; what it says, as plain data.
 
@@ -60,6 +58,8 @@ def write_graph(
         transforms: of what travels, each as plain data.
         exits: at outputs that the device makes, in the order in which they are reached, each as plain data.
         preprocess: what is done with pictures before the network, as plain data.
+        edge: numbers of nodes of an edge server's, which shares the cloud's part with a cloud behind it: how, stands in
+            a bundle of its own in this one's folder `EDGE`.
 
     Raises:
         PlanError: it is another model, there is nothing to cut, something cannot travel, or the parts do not give what
@@ -84,7 +84,7 @@ def write_graph(
         feeds = given(graph, shapes or {}, arrays)
     crossing = graph.halves(here).crossing if here else graph.handed_over().crossing  # refused now, if it is no cut
     whole = dict(zip(graph.outputs, outputs(session(proto, file, 1), feeds), strict=True))
-    own = partial(_rounding, graph, file, feeds, whole)
+    own = partial(rounding, graph, file, feeds, whole)
     travels = _travelling(graph, file, crossing, feeds)
     leaving = tuple(msgspec.convert(list(exits), list[GraphExit]))
     types = {one: (str(value.dtype), value.ndim) for one, value in travels.items()}
@@ -115,10 +115,10 @@ def write_graph(
         second, *first = (_loaded(writer.place(target)) for target in parts)
         if shaped:  # what they round may decide between two answers that are alike: it is not counted
             apart = [session(plain.device, file, 1)], session(plain.cloud, file, 1)
-            worst = _compared(*apart, graph, feeds, whole, own)
-            _undone(first, session(undoing(cloud, shaped), writer.place(CLOUD), 1), features, feeds)
+            worst = compared(*apart, graph, feeds, whole, own)
+            undone(first, session(undoing(cloud, shaped), writer.place(CLOUD), 1), features, feeds)
         else:
-            worst = _compared(first, second, graph, feeds, whole, own)
+            worst = compared(first, second, graph, feeds, whole, own)
         title = name or file.stem
         given_to = tuple(_named(graph, one, feeds[one]) for one in graph.inputs)
         given_by = tuple(_named(graph, one, whole[one]) for one in graph.outputs)
@@ -137,6 +137,8 @@ def write_graph(
             preprocess=how,
         )
         found.check()
+        if edge:
+            _shared_on(writer.place(f"{EDGE}/bundle.json").parent, writer.place(CLOUD), travels, here, edge, title)
         writer.commit(found.encode())
     return {
         "name": title,
@@ -147,6 +149,19 @@ def write_graph(
         "codec": codec,
         "travels_bytes": sum(travels[one].nbytes for one in crossing),
     }
+
+
+def _shared_on(
+    folder: Path, part: Path, given_: Mapping[str, Any], device: Collection[int], edge: Sequence[int], name: str
+) -> None:
+    """Cuts the cloud's part once more, between an edge server and a cloud."""
+    with TemporaryDirectory(prefix="isthmus-split-") as work:
+        arrays = Path(work) / "given.npz"
+        np.savez(arrays, **{one: given_[one] for one in OnnxGraph(read_model(part)).inputs})
+        folder.rmdir()
+        write_graph(
+            str(part), "", within(device, edge), str(folder), f"{name}, from the edge server on", arrays=str(arrays)
+        )
 
 
 def _pictured(
@@ -160,7 +175,7 @@ def _pictured(
     feeds = {**others, left.input: left.array(noise)}
     wanted = outputs(session(proto, file, 1), {**others, how.input: how.array(noise)})
     for one, two in zip(outputs(session(found, file, 1), feeds), wanted, strict=True):
-        if difference(one, two) > TOLERANCE.get(str(getattr(two, "dtype", "")), _USUAL):
+        if difference(one, two) > tolerance(two):
             raise PlanError("the network answers pictures otherwise than what is made of them", "send another way")
     return found, left, feeds
 
@@ -216,150 +231,8 @@ def _travelling(graph: OnnxGraph, file: Path, crossing: Sequence[str], feeds: Ma
     return found
 
 
-def _undone(
-    first: Sequence[ort.InferenceSession],
-    back: ort.InferenceSession,
-    features: Mapping[str, Any],
-    feeds: Mapping[str, Any],
-) -> None:
-    """Has tensors transformed on the device and undone in the cloud.
-
-    Raises:
-        PlanError: they come out as others.
-    """
-    found = outputs(back, _wanted(back, _known(first, feeds)), list(features))
-    for (name, value), mine in zip(features.items(), found, strict=True):
-        if (off := difference(mine, value)) > UNDONE:
-            raise PlanError(f"the transform of {name[:60]!r} is undone to {off:.2g} of its largest value only", _AGAIN)
-
-
-def _compared(
-    first: Sequence[ort.InferenceSession],
-    second: ort.InferenceSession,
-    graph: OnnxGraph,
-    feeds: Mapping[str, Any],
-    whole: Mapping[str, Any],
-    own: Callable[[], Mapping[str, float]],
-) -> float:
-    """Runs the two parts after each other; the largest difference, of the largest magnitude of its output.
-
-    Args:
-        own: gives how far each output is from itself.
-    """
-    told, worst = _known([*first, second], feeds), 0.0
-    for name, value in whole.items():
-        if name in graph.inputs:
-            continue
-        off = difference(told[name], value)
-        if off > TOLERANCE.get(str(value.dtype), _USUAL) and not off <= OWN * own()[name] <= MOST_OWN:
-            problem = (
-                f"the parts give another {name!r} ({value.dtype}) than the whole, by {off:.2g} of its largest value"
-            )
-            raise PlanError(problem, "cut it elsewhere; a model that draws random numbers cannot be cut")
-        worst = max(worst, off)
-    return worst
-
-
-def _rounding(graph: OnnxGraph, file: Path, feeds: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, float]:
-    """How far the whole model's outputs are when the runtime computes every node as it stands; infinite of such that
-    are not always the same.
-    """
-    names = [name for name in whole if name not in graph.inputs]
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    every = graph.part(range(len(graph.nodes)), graph.inputs, names)
-    running = session(every, file, 1, options)
-    once, again = (dict(zip(names, outputs(running, feeds), strict=True)) for _ in range(2))
-    return {
-        name: difference(once[name], whole[name]) if not difference(once[name], again[name]) else np.inf
-        for name in names
-    }
-
-
-def batched(part: onnx.ModelProto, file: Path, given_: Mapping[str, Any]) -> tuple[onnx.ModelProto, bool]:
-    """A part that takes the rows of several requests at once, where it gives each its own; else the part as it is.
-
-    Args:
-        file: the whole model, beside which weights may lie.
-        given_: what one request gives it.
-    """
-    sizes = {value.shape[0] if value.ndim else 0 for value in given_.values()}
-    if len(sizes) != 1 or not (rows := sizes.pop()):
-        return part, False
-    open_ = onnx.ModelProto()
-    open_.CopyFrom(part)
-    del open_.graph.value_info[:]
-    for one in (*open_.graph.input, *open_.graph.output):
-        if one.type.tensor_type.shape.dim:
-            one.type.tensor_type.shape.dim[0].dim_param = "rows"
-    if any(node.op_type.startswith("Dynamic") for node in open_.graph.node):
-        return part, False  # it scales by what all rows hold
-    asked = [dict(given_), *(_others(given_, seed) for seed in range(OTHERS))]
-    if any(len({one[name].tobytes() for one in asked}) < len(asked) for name in given_):
-        return part, False  # nothing is known of what others would give it
-    try:
-        running = session(open_, file, 1)
-        apart = [outputs(running, one) for one in asked]
-        together = outputs(running, {name: np.concatenate([one[name] for one in asked]) for name in given_})
-    except PlanError:
-        return part, False
-    for at, found in enumerate(together):
-        if not isinstance(found, np.ndarray) or not found.ndim or len(found) != len(asked) * rows:
-            return part, False
-        bound = TOLERANCE.get(str(found.dtype), _USUAL)
-        for number, mine in enumerate(np.split(found, len(asked))):
-            if difference(mine, apart[number][at]) > bound:
-                return part, False
-    return open_, True
-
-
-def _others(given_: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What another request might give: numbers of another size and order; whole ones within the same range."""
-    chance, found = np.random.default_rng(seed), {}
-    for name, value in given_.items():
-        if value.dtype.kind == "f":
-            drawn = 10.0 ** (seed + 1) * chance.standard_normal(value.shape) * (np.std(value) + 1e-3) + np.mean(value)
-            found[name] = drawn.astype(value.dtype)
-        else:
-            found[name] = chance.permutation(value.ravel()).reshape(value.shape)
-    return found
-
-
-def difference(mine: Any, other: Any) -> float:
-    """How far one output is from another, as a share of the largest magnitude; infinite where they do not compare."""
-    if not isinstance(other, np.ndarray):
-        return 0.0 if repr(mine) == repr(other) else np.inf
-    if not isinstance(mine, np.ndarray) or (mine.shape, mine.dtype) != (other.shape, other.dtype):
-        return np.inf
-    if other.dtype.kind not in "fc":
-        return 0.0 if np.array_equal(mine, other) else np.inf
-    same = np.isnan(mine) == np.isnan(other)
-    infinite = np.isinf(other)
-    if not same.all() or (mine[infinite] != other[infinite]).any():
-        return np.inf
-    sound = np.isfinite(other)
-    if not sound.any():
-        return 0.0
-    off = np.abs(mine[sound].astype(np.float64) - other[sound].astype(np.float64)).max()
-    most = float(np.abs(other[sound].astype(np.float64)).max())
-    return float(off / most) if most else float(off)
-
-
 def _loaded(path: Path) -> ort.InferenceSession:
     return session(onnx.load(str(path), load_external_data=False), path, 1)
-
-
-def _known(parts: Sequence[ort.InferenceSession], feeds: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, and all that parts give, one after the other."""
-    found = dict(feeds)
-    for running in parts:
-        made = outputs(running, _wanted(running, found))
-        found |= dict(zip([one.name for one in running.get_outputs()], made, strict=True))
-    return found
-
-
-def _wanted(running: ort.InferenceSession, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {one.name: values[one.name] for one in running.get_inputs()}
 
 
 def _named(graph: OnnxGraph, name: str, value: Any) -> Named:

@@ -73,6 +73,11 @@ def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from _in_nodes(function.node, 0)
 
 
+def tensors_in(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    """Constant tensors that a node carries itself: in its attributes and its bodies."""
+    yield from _in_nodes(iter((node,)), 0)
+
+
 def _in_graph(graph: onnx.GraphProto, depth: int) -> Iterator[onnx.TensorProto]:
     if depth > MAX_DEPTH:
         raise PlanError(f"subgraphs lie more than {MAX_DEPTH} deep in each other", "simplify the model")

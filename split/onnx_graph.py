@@ -17,7 +17,7 @@ import onnx.shape_inference
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split.graph import Crossing
-from isthmus.split.onnx_file import MAX_DEPTH, tensor_bytes
+from isthmus.split.onnx_file import MAX_DEPTH, tensor_bytes, tensors_in
 
 _CONSTANT = "Constant"
 
@@ -84,6 +84,11 @@ class OnnxGraph:
     def constants_of(self, node: int) -> list[str]:
         """Names of the initializers and constants that a node uses."""
         return [name for name in used_names(self.nodes[node]) if name in self._fixed]
+
+    def weight_bytes(self, node: int) -> int:
+        """Of all constants that a node uses, and of those in its bodies; what several nodes use counts for each."""
+        inside = sum(tensor_bytes(one) for one in tensors_in(self.nodes[node]) if one.data_type)
+        return inside + sum(self.constant_bytes(name) for name in self.constants_of(node))
 
     def constant_bytes(self, name: str) -> int:
         """What the values of an initializer or a constant take, where that is known without them."""
@@ -231,6 +236,13 @@ class OnnxGraph:
 
     def _called(self, at: int) -> str:
         return _called(self.nodes[at])
+
+
+def within(device: Collection[int], chosen: Collection[int]) -> list[int]:
+    """Numbers of nodes in the model of all nodes that are not the device's."""
+    here, wanted = set(device), set(chosen)
+    rest = [at for at in range(max((*here, *wanted), default=-1) + 1) if at not in here]
+    return [place for place, at in enumerate(rest) if at in wanted]
 
 
 def declared(model: onnx.ModelProto) -> dict[str, list[int]]:

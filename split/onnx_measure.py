@@ -64,7 +64,7 @@ def measure(path: str, threads: int, shapes: Mapping[str, Sequence[int]], second
         "ops": [node.op_type for node in graph.nodes],
         "inputs": {name: size_of(feeds[name]) for name in graph.inputs},
         "tensors": tensors,
-        "weights": [sum(graph.constant_bytes(name) for name in graph.constants_of(at)) for at in range(len(node_ms))],
+        "weights": [graph.weight_bytes(at) for at in range(len(node_ms))],
     }
 
 

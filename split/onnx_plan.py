@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given
 from isthmus.split.onnx_network import ENERGY, MEMORY, Sharing
+from isthmus.split.onnx_tiers import Tiers, over_three
 from isthmus.split.plan import Plan, Row, choose, verdict
 from isthmus.split.planner import PLAIN, Wanted, candidates, coded, judged, remeasured, told_apart, ways
 from isthmus.split.profile import Profile, load_profile
@@ -52,6 +53,8 @@ class Asked:
         folder, preprocess: pictures or arrays to try codecs on, and what is done with pictures, a file; "" for none.
         agreement: share of answers that codecs and exits must leave as they are; `agree` says when one is.
         exits: by the name of an output that answers early, the probability from which its answer is final.
+        edge, edge_link: a server's profile between device and cloud, and the link from the device to it; the cloud is
+            then behind that. "" for none.
 
     Raises:
         PlanError: a number is none, or two wishes do not go together.
@@ -73,6 +76,8 @@ class Asked:
     agreement: float = 0.99
     agree: Agree = "top1"
     exits: Mapping[str, float] = field(default_factory=dict)
+    edge: str = ""
+    edge_link: str = ""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -95,6 +100,11 @@ class Asked:
         if self.exits and not self.folder:
             problem = "exits are given, and no inputs to see how often each is sure on"
             raise PlanError(problem, "name their folder with --inputs")
+        if bool(self.edge) != bool(self.edge_link):
+            raise PlanError("an edge server needs a profile and a link", "give both --edge and --edge-link, or neither")
+        if self.edge and (self.folder or self.load or self.aim == "throughput"):
+            problem = "over an edge server plain tensors are planned, for one input at a time"
+            raise PlanError(problem, "leave --inputs, --load and --throughput out, or the edge server")
         if self.load and self.aim == "throughput":
             raise PlanError("a pipeline has its cloud for itself", "leave --load or --throughput out")
 
@@ -121,6 +131,11 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
             problem = f"the profiles were made with other inputs: {one!r} was {list(size.shape)} on the device"
             raise PlanError(problem, "measure both with the same --shape: isthmus profile")
     sharing = Sharing(graph, here, there, over.rate(), PLAIN, 0.0, wish.device_watts, wish.radio_watts)
+    tiers = None
+    if wish.edge:
+        tiers = _tiers(graph, here, there, over, wish)
+        tiers.edge.check(name, len(graph.nodes), "edge server")
+        sharing = replace(sharing, rate=tiers.through)
     budgets = {MEMORY: wish.memory_mb, ENERGY: wish.energy_j}
     if wish.aim == "throughput" and not wish.folder:  # the best pipeline may be late; codecs may make it sooner
         budgets[LATENCY] = wish.slo_ms
@@ -136,6 +151,8 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         early = [one for one in early if (one.agreement or 0.0) >= wish.agreement] or early  # those say why they fail
         worth = candidates(sharing, wanted, early)
     rows = ways(sharing, [PLAIN], wanted, early)
+    if tiers is not None:
+        rows += over_three(tiers, replace(sharing, cloud=tiers.edge, rate=tiers.near), wanted)
     if isinstance(graph, OnnxGraph) and (wish.measure or inputs is not None):
         if inputs is None or wish.arrays:
             feeds: Mapping[str, Any] = given(
@@ -145,14 +162,14 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
             feeds = inputs.feeds[0]
         how = inputs.how if inputs is not None else None
         shown = inputs.pictures[0] if inputs is not None and inputs.pictures else None
-        finalists = Finalists(graph, file, here, there, feeds, how, shown)
+        finalists = Finalists(graph, file, here, there, feeds, how, shown, edge=tiers.edge if tiers else None)
         if inputs is not None and trials is not None:
             whole = [row for row in rows if row.kind == "cloud"]
             rows += _coded(sharing, trials, inputs, whole, worth, early, finalists.faster)
         if wish.measure:
             rows = remeasured(rows, sharing, finalists.timed)
     rows = [
-        judged(_replayed(row, over, wish), wanted, wish.slo_ms, wish.percentile, wish.agreement)
+        judged(_replayed(row, over, sharing, wish), wanted, wish.slo_ms, wish.percentile, wish.agreement)
         for row in told_apart(rows)
     ]
     best = choose(rows, wish.aim)
@@ -161,7 +178,7 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         name,
         here.name,
         len(graph.nodes),
-        over.words,
+        over.words if tiers is None else f"{read_link(wish.edge_link).words}, and behind an edge server {over.words}",
         tuple(rows),
         best,
         said,
@@ -169,6 +186,7 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         percentile=wish.percentile,
         inputs=here.inputs,
         tried=len(inputs.feeds) if inputs is not None else 0,
+        agree=wish.agree,
         preprocess=inputs.how if inputs is not None else None,
     )
     return msgspec.to_builtins(found)
@@ -196,6 +214,17 @@ def _coded(
     return found
 
 
+def _tiers(graph: Graph, here: Profile, there: Profile, over: Link, wish: Asked) -> Tiers:
+    """A device, an edge server and a cloud."""
+    near = read_link(wish.edge_link)
+    if near.changes or over.changes:
+        raise PlanError("over an edge server links have fixed rates", "give them as rtt=20,up=5,down=20")
+    if not isinstance(graph, OnnxGraph):
+        raise PlanError("a .tflite model is not cut", "plan it without the edge server")
+    middle = load_profile(Path(wish.edge))
+    return Tiers(graph, here, middle, there, near.rate(), over.rate(), wish.device_watts, wish.radio_watts)
+
+
 def _read(file: Path, profile: Profile) -> tuple[Graph, str]:
     """A model's graph, and its digest; of a .tflite file, its profile knows what it takes and gives."""
     if is_tflite(file):
@@ -210,10 +239,15 @@ def _faster(device: Profile, times: float) -> Profile:
     return msgspec.structs.replace(device, nodes_ms=nodes_ms, machine=f"declared, {times:g} times as fast", **whole)
 
 
-def _replayed(row: Row, link: Link, wish: Asked) -> Row:
+def _replayed(row: Row, link: Link, sharing: Sharing, wish: Asked) -> Row:
     """A row with what it takes over time, where that is not always the same."""
     if not (link.changes or wish.load):
         return row
     taken = latencies(row, link, wish.load)
-    tail_ms = float(np.percentile(taken, wish.percentile))
-    return msgspec.structs.replace(row, ms=float(taken.mean()), tail_ms=tail_ms)
+    ms, tail_ms = float(taken.mean()), float(np.percentile(taken, wish.percentile))
+    if link.changes and row.kind != "device":
+        alone_ms = float(latencies(row, link).mean()) if wish.load else ms  # waiting in the cloud is not on the link
+        link_ms = max(0.0, alone_ms - row.device_ms - row.cloud_ms)
+        energy_j = sharing.energy_j(row.device_ms, link_ms)
+        row = msgspec.structs.replace(row, link_ms=link_ms, energy_j=energy_j)
+    return msgspec.structs.replace(row, ms=ms, tail_ms=tail_ms)

@@ -10,6 +10,7 @@ import msgspec
 
 from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import UNIT
+from isthmus.split.agreement import Agree
 from isthmus.split.budget import Aim
 from isthmus.split.files import write_whole
 from isthmus.split.graph_manifest import GraphExit
@@ -61,6 +62,9 @@ class Row(msgspec.Struct, frozen=True):
         wait_ms: of `link_ms`, in which nothing is on the wire: the round trip.
         transforms: of tensors that travel, before they are coded.
         leaves: at exits, in the order in which they are reached.
+        edge: numbers of the nodes on an edge server between device and cloud, empty where there is none.
+        edge_ms: computing there.
+        beyond: names of the tensors that travel on from there to the cloud, of a way over three machines.
     """
 
     name: str
@@ -85,6 +89,14 @@ class Row(msgspec.Struct, frozen=True):
     broken: str = ""
     wait_ms: float = 0.0
     proven: bool = True
+    edge: tuple[int, ...] = ()
+    edge_ms: float = 0.0
+    beyond: tuple[str, ...] = ()
+
+    @property
+    def three(self) -> bool:
+        """Whether an edge server runs some nodes, and a cloud behind it others."""
+        return bool(self.edge and self.beyond)
 
     @property
     def goes_on(self) -> float:
@@ -114,6 +126,7 @@ class Plan(msgspec.Struct, frozen=True):
         percentile: that `tail_ms` of the rows is.
         inputs: that the model was profiled with.
         tried: inputs that codecs were chosen on, by which `agreement` of the rows is, too.
+        agree: when an answer counts as the same; see `agreement.share`.
         preprocess: what was done with pictures to make them.
         best: which of `rows`.
         verdict: in one sentence.
@@ -130,6 +143,7 @@ class Plan(msgspec.Struct, frozen=True):
     percentile: float = 95.0
     inputs: dict[str, TensorSize] = {}
     tried: int = 0
+    agree: Agree = "top1"
     preprocess: Preprocess | None = None
     format: Literal["isthmus-plan"] = "isthmus-plan"
     version: int = VERSION
@@ -140,7 +154,7 @@ class Plan(msgspec.Struct, frozen=True):
         if not 0 <= self.best < len(self.rows):
             raise PlanError("the plan names no way", _AGAIN)
         for row in self.rows:
-            if any(not 0 <= node < self.nodes for node in row.device):
+            if any(not 0 <= node < self.nodes for node in (*row.device, *row.edge)) or set(row.device) & set(row.edge):
                 raise PlanError(f"the plan's way {row.name!r} has a node that the model has not", _AGAIN)
             if (row.codec == UNIT) != bool(row.transforms):
                 raise PlanError(f"the plan's way {row.name!r} lacks its codec or its transforms", _AGAIN)

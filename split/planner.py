@@ -192,7 +192,7 @@ def remeasured(rows: Sequence[Row], sharing: Sharing, timed: Callable[[Row], Fus
 
 
 def _computes_ms(row: Row) -> float:
-    return row.device_ms + row.cloud_ms
+    return row.device_ms + row.edge_ms + row.cloud_ms
 
 
 def _refined(row: Row, sharing: Sharing, took: Fused) -> Row:
@@ -201,8 +201,9 @@ def _refined(row: Row, sharing: Sharing, took: Fused) -> Row:
     leaves = tuple(msgspec.structs.replace(one, ms=ms) for one, ms in zip(row.leaves, until, strict=False))
     device_ms = sum(one.share * one.ms for one in leaves) + row.goes_on * until[-1]
     cloud_ms = row.goes_on * took.cloud_ms
-    ms, energy_j = device_ms + row.link_ms + cloud_ms, sharing.energy_j(device_ms, row.link_ms)
-    return msgspec.structs.replace(row, device_ms=device_ms, cloud_ms=cloud_ms, ms=ms, energy_j=energy_j, leaves=leaves)
+    ms, more_j = device_ms + row.link_ms + took.edge_ms + cloud_ms, sharing.energy_j(device_ms - row.device_ms, 0.0)
+    times = {"device_ms": device_ms, "edge_ms": took.edge_ms, "cloud_ms": cloud_ms, "ms": ms}
+    return msgspec.structs.replace(row, **times, energy_j=row.energy_j + more_j, leaves=leaves)
 
 
 def judged(row: Row, wanted: Wanted, slo_ms: float | None = None, percentile: float = 0.0, least: float = 0.0) -> Row:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,8 +76,7 @@ class Survival(RuleBasedStateMachine):
         for _ in range(count if self.answer is not None else 0):
             token = next(self.answer, None)
             if token is None:
-                self._certain()
-                self.answer = None
+                self._over()
                 return
             self._see(token)
 
@@ -93,6 +94,16 @@ class Survival(RuleBasedStateMachine):
         self.read(count)
 
     @rule()
+    def forsake(self) -> None:
+        """The link is lost for good while an answer is said."""
+        if self.answer is not None:
+            self.wire.dark.append((self.wire.now, math.inf))
+            for token in self.answer:
+                self._see(token)
+            self._over()
+            self.wire.dark.clear()
+
+    @rule()
     def reconnect(self) -> None:
         self.wire.reconnect()
         self.done["broken connections"] += 1
@@ -106,6 +117,9 @@ class Survival(RuleBasedStateMachine):
     @rule(torn=st.integers(0, 40))
     def kill_device(self, torn: int) -> None:
         """Nobody hears of it, and the end of its file may be lost with the power."""
+        self._begin_again(torn)
+
+    def _begin_again(self, torn: int) -> None:
         data = self.path.read_bytes()
         self._drop()
         lines = data.rstrip(b"\n").rpartition(b"\n")
@@ -143,7 +157,7 @@ class Survival(RuleBasedStateMachine):
             ToyBundle() if self.whole else ToyBundle(held=3),  # type: ignore[arg-type]
             wire=self.wire,
             clock=self.wire.clock,
-            timeouts=PATIENT,
+            timeouts=replace(PATIENT, confirm_ms=3_000),
             mode="exit" if self.mode == "exit" else "stream",
             cut=CUT,
             codec="f32",
@@ -172,6 +186,18 @@ class Survival(RuleBasedStateMachine):
             self._certain()
             self.answer = None
             assert self.device.stats.unverified == 0
+
+    def _over(self) -> None:
+        """An answer has come to its end; who opens the file goes on before what nobody has confirmed."""
+        self.answer, unsure = None, self.device.stats.unverified
+        if not unsure:
+            self._certain()
+            return
+        sure = len(self.seen) - unsure
+        assert sure >= self.certain
+        self._begin_again(0)
+        assert len(self.seen) == sure and self.answer is not None
+        self.done["answers whose end nobody confirmed"] += 1
 
     def _see(self, token: Any) -> None:
         assert token.position == len(PROMPT) + len(self.seen)

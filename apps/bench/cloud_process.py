@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,21 +33,32 @@ class CloudProcess:
     """`isthmus serve` in a process of its own.
 
     Args:
+        bundle: what it serves; None for nothing.
         port: where it listens on this machine; 0 is any free port.
+        more: options of `isthmus serve`.
     """
 
-    def __init__(self, bundle: Path, keys: Path, threads: int, slow_down: float = 1.0, port: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Path | None,
+        keys: Path,
+        threads: int,
+        slow_down: float = 1.0,
+        port: int = 0,
+        more: Sequence[str] = (),
+    ) -> None:
         self._bundle, self._keys, self._threads, self._slow_down = bundle, keys, threads, slow_down
-        self._port = port
+        self._port, self._more = port, more
         self._process: Any = None
         self.address = ""
 
     def __enter__(self) -> CloudProcess:
         port = self._port or _free_port()
         self.address = f"tcp://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "isthmus.apps.cli", "serve", str(self._bundle), "--listen", self.address]
+        command = [sys.executable, "-m", "isthmus.apps.cli", "serve", "--listen", self.address]
+        command += [] if self._bundle is None else [str(self._bundle)]
         command += ["--keys", str(self._keys), "--threads", str(self._threads)]
-        command += ["--slow-down", str(self._slow_down)]
+        command += ["--slow-down", str(self._slow_down), *self._more]
         self._log = (self._keys / "cloud.log").open("w+")
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
         try:

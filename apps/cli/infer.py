@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
     import typer
 
-    from isthmus.edge.graph import GraphStats
     from isthmus.protocol.arrays import Array
     from isthmus.split.pictures import Preprocess
 
@@ -19,6 +18,7 @@ TAKEN = {
     "input_",
     "output",
     "times",
+    "depth",
     "no_exits",
     "mode",
     "cloud",
@@ -38,9 +38,13 @@ def infer(ctx: typer.Context) -> None:
         DeviceError: an option of language models, no input, or one that the network does not take.
     """
     import statistics
+    import time
+    from itertools import repeat
     from json import dumps
 
     from isthmus.edge.graph import GraphDevice
+    from isthmus.edge.graph_stats import GraphStats
+    from isthmus.protocol.arrays import Array
     from isthmus.protocol.errors import DeviceError
     from isthmus.split.graph_bundle import GraphBundle
 
@@ -67,10 +71,13 @@ def infer(ctx: typer.Context) -> None:
         codec=_codec(ctx),
         exits=not options["no_exits"],
     ) as device:
-        runs: list[GraphStats] = []
-        for _ in range(options["times"]):
-            found = device.infer(given)
+        runs, times, depth = list[GraphStats](), options["times"], options["depth"]
+        began = time.perf_counter()
+        inputs, found = repeat(given, times), dict[str, Array]()
+        for outputs in device.stream(inputs, depth) if depth else map(device.infer, inputs):
+            found = outputs
             runs.append(device.stats)
+        whole_s = time.perf_counter() - began
     if options["output"] is not None:
         _write(options["output"], found)
     last = runs[-1]
@@ -80,7 +87,7 @@ def infer(ctx: typer.Context) -> None:
         told[name] = round(statistics.median(same), 3)
     told |= {"times": len(runs), "in_the_cloud": sum(run.where == "cloud" for run in runs)}
     told |= {"left_early": sum(bool(run.exit) for run in runs)}
-    told["codec"] = device.codec or "raw"
+    told |= {"codec": device.codec or "raw", "inputs_s": round(times / whole_s, 3)}
     if options["json"]:
         shapes = {name: {"dtype": one.dtype.name, "shape": list(one.shape)} for name, one in found.items()}
         print(dumps(told | {"outputs": shapes}))
@@ -185,7 +192,7 @@ def _print(told: Mapping[str, Any]) -> None:
         there, bytes_ = f"and no more: {told['exit']} is sure", ""
     else:
         there, bytes_ = f"{told['rest_ms']:.1f} ms for the rest, here, too", ""
-    times = f" (medians of {told['times']} runs)" if told["times"] > 1 else ""
+    times = f" (medians of {told['times']} runs, {told['inputs_s']:.4g} a second)" if told["times"] > 1 else ""
     print(f"{whole:.1f} ms: {told['device_ms']:.1f} ms here, {there}{bytes_}{times}", file=sys.stderr)
     if told["note"]:
         print(f"note: {told['note']}", file=sys.stderr)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from isthmus.split.plan import Plan, Row
 
 SUFFIX = ".plan.json"
+PROFILE_S = 3.0  # that each of two rounds of runs takes, where this machine is measured first
 TRIES = 20  # times the processor's seconds that a plan may take where codecs are tried
 
 
@@ -37,6 +38,13 @@ def command(
         str,
         typer.Option(metavar="FILE|N", help="The cloud's profile, or how many times as fast as the device it is"),
     ] = "8",
+    edge: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The profile of a server between device and cloud")
+    ] = None,
+    edge_link: Annotated[
+        str | None,
+        typer.Option(metavar="LINK", help="From the device to that server; --link is from there to the cloud"),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="The plan to be; by default MODEL.plan.json here"),
@@ -81,6 +89,10 @@ def command(
     max_disagreement: Annotated[
         float, typer.Option(help="Of a language model: share of tokens that may differ from the cloud's, as in run")
     ] = 0.0,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIMS", help="Of an input whose shape is open, where no profile was made yet"),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Time the finalists as fused models, here")] = True,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it, too: .png, or .html with the table")
@@ -107,8 +119,12 @@ def command(
     Of a language model (a bundle) every mode is priced at every cut, for an answer of --tokens to a prompt of --prompt:
     local, stream, split, exit and verify, by the formulas by which auto decides.
 
-    Profiles come from isthmus profile, on each machine. A cloud without one is declared: --cloud 8 is eight times as
-    fast as the device.
+    With --edge a server stands between device and cloud, and ways over all three are compared, too: the best of all, by
+    layered minimum cuts. `isthmus split` writes two bundles for such a way, of which the server runs one through the
+    other (isthmus serve --upstream).
+
+    Profiles come from isthmus profile, on each machine; without one this machine is measured, as the device. A cloud
+    without one is declared: --cloud 8 is eight times as fast as the device.
     """
     import os
 
@@ -132,16 +148,17 @@ def command(
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
     here = device if device is not None else Path(model.stem + PROFILE)
-    if not is_there(here):
-        raise PlanError(
-            f"there is no profile {here}", f"measure it: isthmus profile {model}, or name one with --device"
-        )
     if plot is not None:
         check_drawing(plot)
     if not cloud:
         raise PlanError(
             "--cloud is empty", "name the cloud's profile, or say how many times as fast as the device it is"
         )
+    if device is None and not is_there(here):
+        _measure(model, here, shape or [], inputs)
+    elif not is_there(here) or shape:
+        problem = f"there is no profile {here}" if not shape else "--shape has no effect: there is a profile"
+        raise PlanError(problem, f"measure it: isthmus profile {model}, or name one with --device")
     times = number(cloud)
     asked = {
         "aim": "throughput" if throughput else "latency",
@@ -160,6 +177,8 @@ def command(
         "agreement": min_agreement,
         "agree": agree,
         "exits": named(exits or []),
+        "edge": str(edge) if edge is not None else "",
+        "edge_link": edge_link or "",
     }
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
@@ -179,6 +198,19 @@ def command(
         _print(found, target)
         if folder is None and not is_tflite(model):
             print("codecs, JPEG and WebP are tried on inputs: --inputs FOLDER, with --preprocess for pictures")
+
+
+def _measure(model: Path, target: Path, shape: list[str], inputs: Path | None) -> None:
+    """Makes the profile that is not there, as `isthmus profile` does."""
+    import sys
+
+    from isthmus.apps.bench.machine import read_machine
+    from isthmus.apps.cli.profile import measured
+
+    print(
+        f"measuring {model.name} on this machine, for {target} (isthmus profile does that by itself)", file=sys.stderr
+    )
+    measured(model, read_machine().physical, PROFILE_S, shape, inputs).save(target)
 
 
 def only(ctx: typer.Context, known: set[str], why: str) -> None:
@@ -234,7 +266,9 @@ def _print(plan: Plan, target: Path) -> None:
     tail = any(row.tail_ms is not None for row in plan.rows)
     tried = any(row.agreement is not None for row in plan.rows)
     table = Table("way", box=None, pad_edge=False)
-    titles = ["ms", *([f"p{plan.percentile:g}, ms"] if tail else []), "device", "link", "cloud", "kB up", "kB down"]
+    middle = any(row.edge for row in plan.rows)
+    titles = ["ms", *([f"p{plan.percentile:g}, ms"] if tail else []), "device", *(["edge"] if middle else [])]
+    titles += ["link", "cloud", "kB up", "kB down"]
     titles += ["agree"] if tried else []
     for title in titles:
         table.add_column(title, justify="right")
@@ -244,12 +278,14 @@ def _print(plan: Plan, target: Path) -> None:
     for at, row in enumerate(plan.rows):
         style = "bold" if at == plan.best else ""
         table.add_row(
-            escape(row.name), *_cells(row, tail, tried), *([escape(row.fails)] if failing else []), style=style
+            escape(row.name), *_cells(row, tail, middle, tried), *([escape(row.fails)] if failing else []), style=style
         )
     console.print(table)
     console.print(f"over {plan.link}", markup=False)
     if plan.tried:
-        console.print(f"agree: on {plan.tried} inputs, on which the codecs were chosen as well", markup=False)
+        how = "each value stays, to within 1 %" if plan.agree == "values" else "the largest value stays where it is"
+        told = f"agree: {how}, on {plan.tried} inputs, on which the codecs were chosen as well (--agree chooses)"
+        console.print(told, markup=False)
     for at, row in enumerate(plan.rows):
         if row.leaves and (at == plan.best or row.kind == "device"):
             left = ", ".join(
@@ -260,9 +296,9 @@ def _print(plan: Plan, target: Path) -> None:
     console.print(f"{target}", markup=False)
 
 
-def _cells(row: Row, tail: bool, tried: bool) -> list[str]:
+def _cells(row: Row, tail: bool, middle: bool, tried: bool) -> list[str]:
     late = [] if not tail else ["" if row.tail_ms is None else f"{row.tail_ms:.2f}"]
-    times = (row.device_ms, row.link_ms, row.cloud_ms)
+    times = (row.device_ms, *([row.edge_ms] if middle else []), row.link_ms, row.cloud_ms)
     sizes = (row.up_bytes / 1e3, row.down_bytes / 1e3)
     same = [] if not tried else ["" if row.agreement is None else f"{row.agreement:.1%}"]
     cells = [f"{row.ms:.2f}", *late, *(f"{ms:.2f}" for ms in times), *(f"{size:.1f}" for size in sizes)]

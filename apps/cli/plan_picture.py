@@ -15,11 +15,11 @@ import numpy as np
 from isthmus.protocol.errors import EngineError
 from isthmus.split.files import write_whole
 from isthmus.split.link import Link
-from isthmus.split.plan import Plan, Row
+from isthmus.split.plan import Plan, Row, shown
 from isthmus.split.profile import Profile
 
 RATES_BPS = np.geomspace(1e4, 1e9, 400)
-_DEVICE, _CLOUD = "C0", "C1"
+_DEVICE, _CLOUD, _EDGE = "C0", "C1", "C2"
 _SHOWN = 10  # ways with a line of their own
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ plan.name }}</title><style>
@@ -92,11 +92,14 @@ def _page(plan: Plan, svg: str) -> str:
 
 
 def over_rates(rows: Sequence[Row], link: Link) -> Any:
-    """Milliseconds of each row at each of `RATES_BPS` up, [rows, rates]; the downlink changes in proportion."""
+    """Milliseconds of each row at each of `RATES_BPS` up, [rows, rates]; the downlink changes in proportion.
+
+    Of ways over an edge server, as if the link to it were the cloud's.
+    """
     rate = link.rate()
     share = rate.down_bps / rate.up_bps
     trips = np.array([0.0 if row.kind == "device" else row.goes_on * link.trip_ms for row in rows])
-    computing = np.array([row.device_ms + row.cloud_ms for row in rows]) + trips
+    computing = np.array([row.device_ms + row.edge_ms + row.cloud_ms for row in rows]) + trips
     bits = np.array([0.0 if row.kind == "device" else 8e3 * (row.up_bytes + row.down_bytes / share) for row in rows])
     return computing[:, None] + bits[:, None] / RATES_BPS
 
@@ -109,10 +112,11 @@ def crossings(rows: Sequence[Row], link: Link) -> list[tuple[float, float]]:
 
 
 def _latency(axes: Any, plan: Plan, link: Link) -> None:
-    shown = sorted(plan.rows, key=lambda row: row.ms)[:_SHOWN]
-    for row, times in zip(shown, over_rates(shown, link), strict=True):
+    order = sorted(plan.rows, key=lambda row: row.ms)
+    drawn = [row for row in order if row in order[:_SHOWN] or row is plan.rows[plan.best]]
+    for row, times in zip(drawn, over_rates(drawn, link), strict=True):
         axes.plot(RATES_BPS / 1e6, times, label=_plain(row.name), linewidth=2.5 if row is plan.rows[plan.best] else 1.0)
-    for bps, ms in crossings(shown, link):
+    for bps, ms in crossings([row for row in drawn if not row.fails], link):
         axes.plot([bps / 1e6], [ms], marker="o", markersize=5, color="black")
         axes.annotate(
             f"{bps / 1e6:.3g}", (bps / 1e6, ms), textcoords="offset points", xytext=(4, 6), fontsize="x-small"
@@ -124,6 +128,9 @@ def _latency(axes: Any, plan: Plan, link: Link) -> None:
 
 
 def _pareto(axes: Any, plan: Plan) -> None:
+    able = sorted((row.device_ms, max(row.up_bytes, 1.0) / 1e3) for row in plan.rows if not row.fails)
+    front = [(ms, size) for at, (ms, size) in enumerate(able) if all(size < other for _, other in able[:at])]
+    axes.plot(*zip(*front, strict=True), color="gray", linestyle="--", linewidth=1.0, label="none is better in both")
     for at, row in enumerate(plan.rows):
         best = at == plan.best
         axes.plot(
@@ -132,16 +139,21 @@ def _pareto(axes: Any, plan: Plan) -> None:
         axes.annotate(_plain(row.name), (row.device_ms, max(row.up_bytes, 1.0) / 1e3), fontsize="xx-small")
     axes.set(yscale="log", xlabel="ms on the device", ylabel="kB up (0.001: none)")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize="xx-small")
 
 
 def _nodes(axes: Any, best: Row, device: Profile) -> None:
-    here = set(best.device)
+    here, near = set(best.device), set(best.edge)
     for side, color, chosen in (
         ("device", _DEVICE, [at for at in range(len(device.nodes_ms)) if at in here]),
-        ("cloud", _CLOUD, [at for at in range(len(device.nodes_ms)) if at not in here]),
+        ("edge server", _EDGE, [at for at in range(len(device.nodes_ms)) if at in near]),
+        ("cloud", _CLOUD, [at for at in range(len(device.nodes_ms)) if at not in here | near]),
     ):
         if chosen:
             axes.bar(chosen, [device.nodes_ms[at] for at in chosen], width=1.0, color=color, label=f"on the {side}")
+    if best.kind == "split":
+        further = f", and after {shown(best.beyond)}" if best.three else ""
+        axes.set_title(_plain(f"cut after {shown(best.crossing)}{further}"), fontsize="small")
     axes.set(xlabel="node", ylabel="ms on the device")
     axes.legend(fontsize="x-small")
 

@@ -63,9 +63,6 @@ def command(
     """
     from isthmus.apps.bench.machine import read_machine
     from isthmus.protocol.errors import PlanError
-    from isthmus.split.confined import SECONDS, confined
-    from isthmus.split.profile import Profile
-    from isthmus.split.tflite import is_tflite
 
     _check_options(ctx)
     if remote is not None:
@@ -76,30 +73,44 @@ def command(
     target = output if output is not None else Path((model.resolve().name if model.is_dir() else model.stem) + SUFFIX)
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
-    machine = read_machine()
-    threads = threads or machine.physical
+    threads = threads or read_machine().physical
     if model.is_dir():
         if shape or inputs is not None:
             option = "--shape" if shape else "--input"
             raise PlanError(f"{option} has no effect: {model} is a bundle of a language model", "leave it out")
         _measure_decoder(model, target, threads, seconds, as_json)
         return
-    told = confined(
-        f"isthmus.split.{'tflite' if is_tflite(model) else 'onnx_measure'}:measure",
-        str(model),
-        threads,
-        shapes(shape or []),
-        seconds,
-        str(inputs) if inputs is not None else "",
-        what=f"measuring {model.name}",
-        seconds=SECONDS * threads + int(4 * threads * seconds),  # of all processors together
-    )
-    found = Profile.of(told, machine.processor, machine.system)
+    found = measured(model, threads, seconds, shape or [], inputs)
     found.save(target)
     if as_json:
         print(target.read_text())
     else:
         _print(found, target, model)
+
+
+def measured(model: Path, threads: int, seconds: float, shape: list[str], inputs: Path | None) -> Profile:
+    """What a network takes on this machine.
+
+    Raises:
+        PlanError: it cannot be run, or an input's shape is not known.
+    """
+    from isthmus.apps.bench.machine import read_machine
+    from isthmus.split.confined import SECONDS, confined
+    from isthmus.split.profile import Profile
+    from isthmus.split.tflite import is_tflite
+
+    told = confined(
+        f"isthmus.split.{'tflite' if is_tflite(model) else 'onnx_measure'}:measure",
+        str(model),
+        threads,
+        shapes(shape),
+        seconds,
+        str(inputs) if inputs is not None else "",
+        what=f"measuring {model.name}",
+        seconds=SECONDS * threads + int(4 * threads * seconds),  # of all processors together
+    )
+    machine = read_machine()
+    return Profile.of(told, machine.processor, machine.system)
 
 
 def _check_options(ctx: typer.Context) -> None:

@@ -31,6 +31,10 @@ def command(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="For a network: write its outputs there, .npz")
     ] = None,
     times: Annotated[int, typer.Option(min=1, help="For a network: run it so many times, and tell the medians")] = 1,
+    depth: Annotated[
+        int,
+        typer.Option(min=0, help="For a network: a pipeline with so many inputs under way in the cloud; 0 for none"),
+    ] = 0,
     no_exits: Annotated[
         bool, typer.Option("--no-exits", help="For a network: go on to the end even where an exit is sure")
     ] = False,
@@ -86,7 +90,10 @@ def command(
         ),
     ] = 0.0,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say on standard error why auto works as it does, and when it changes")
+        bool,
+        typer.Option(
+            "--explain", help="Say on standard error why auto works as it does, and when it changes; see above"
+        ),
     ] = False,
     cloud: Annotated[str | None, typer.Option(help="The cloud's address: HOST:PORT")] = None,
     model: Annotated[
@@ -152,6 +159,10 @@ def command(
     rest; `isthmus inspect` shows what the exit's certificate promises. With the codec f32 the text of split mode does
     not depend on where its tokens are computed; the others send less and may change it.
 
+    --explain prints what each way would take for the rest of the answer: in all, for a token, until the first one, and
+    of the cloud's time for a token. "verify exit 27 x4" drafts four tokens at a time with the exit before layer 27, and
+    "pipelined" drafts on while they are checked; "exit 20 coded at 0.62" believes that exit from that confidence on.
+
     Of a network that was cut, the first part runs here. In auto the rest runs where it lately took less time, here or
     in the cloud; with --mode split always in the cloud, with --mode local always here.
 
@@ -173,7 +184,13 @@ def command(
     if is_network(bundle):
         infer(ctx)
         return
-    for name, value in (("input", input_), ("output", output), ("times", times - 1), ("no-exits", no_exits)):
+    for name, value in (
+        ("input", input_),
+        ("output", output),
+        ("times", times - 1),
+        ("depth", depth),
+        ("no-exits", no_exits),
+    ):
         if value:
             raise DeviceError(f"--{name} is for networks", "ask this language model with --prompt")
     if json and prompt is None:

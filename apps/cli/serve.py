@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders made by `isthmus split`")],
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[BUNDLE...]", help="Folders made by `isthmus split`; none lets devices measure the link"
+        ),
+    ] = None,
     listen: Annotated[str, typer.Option(metavar="ADDRESS", help="Where devices connect")] = "tcp://127.0.0.1:5757",
     threads: Annotated[int, typer.Option(min=0, help="Threads of the engine, 0 for one per core")] = 0,
     keys: Annotated[
@@ -32,6 +37,13 @@ def command(
         float, typer.Option(help="Part of that KV which one owner of keys may hold when several are let in")
     ] = 0.5,
     kv_format: Annotated[str, typer.Option(help="f16 or f32")] = "f16",
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A cloud behind this edge server, for networks that were cut for three"),
+    ] = None,
+    upstream_keys: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="This server's key as a device of that cloud, and the cloud's")
+    ] = None,
     slow_down: Annotated[
         float, typer.Option(help="For measurements: take so many times as long, as a larger model would")
     ] = 1.0,
@@ -45,6 +57,7 @@ def command(
     import signal
     import sys
 
+    from isthmus.apps.cli.onward import Onward
     from isthmus.apps.cli.run import check_bundle, is_network
     from isthmus.cloud.admission import ServiceLimits
     from isthmus.cloud.graphs import Graph, load_graph
@@ -56,12 +69,17 @@ def command(
     from isthmus.protocol.address import check_listening
     from isthmus.protocol.errors import ServiceError
     from isthmus.protocol.transport import RouterTransport, check_free
+    from isthmus.split.files import is_there
+    from isthmus.split.graph_manifest import EDGE
 
     # What costs least first: the options, the address, the keys, and only then the weights.
     limits = ServiceLimits(max_sessions=max_sessions, kv_share=kv_share)
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
     check_slow_down(slow_down)
+    bundles = bundles or []
+    if upstream is not None and not any(is_there(bundle / EDGE / "bundle.json") for bundle in bundles):
+        raise ServiceError("--upstream has no effect: no bundle here was cut for three machines", "leave it out")
     for bundle in bundles:
         check_bundle(bundle)
     if len({bundle.resolve() for bundle in bundles}) < len(bundles):
@@ -74,12 +92,18 @@ def command(
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("isthmus").setLevel(logging.INFO)
     models: list[Model] = []
+    closing: list[Onward] = []
     graphs: list[Graph] = []
     transport = status = None
     try:
         for bundle in bundles:
             if is_network(bundle):
-                graphs.append(load_graph(bundle, threads=threads, slow_down=slow_down))
+                onward = None
+                if upstream is not None and is_there(bundle / EDGE / "bundle.json"):
+                    device_keys = None if no_keys and upstream_keys is None else upstream_keys or keys
+                    onward = Onward(bundle / EDGE, upstream, device_keys, no_keys and upstream_keys is None, threads)
+                    closing.append(onward)
+                graphs.append(load_graph(bundle, threads=threads, slow_down=slow_down, part=onward))
             else:
                 models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens), slow_down=slow_down))
         # Only now: a device that connects earlier would wait for a handshake that nobody answers.
@@ -94,6 +118,8 @@ def command(
         for graph in graphs:
             together = "requests of several devices as one" if graph.offer.batches else "one request at a time"
             print(f"serving {graph.offer.name}: a network's second part, {together}")
+        if not bundles:
+            print("serving no model: isthmus profile --remote measures the link")
         print(f"on {service.address}{'' if pair else ' in the clear'}")
         if pair is not None and allowed is not None:
             print(f"on the device: isthmus keys trust '{pair.public}'")
@@ -107,9 +133,9 @@ def command(
         gc.freeze()
         service.run()
     finally:
-        for closing in (status, transport, *models):
-            if closing is not None:
-                closing.close()
+        for one in (status, transport, *models, *closing):
+            if one is not None:
+                one.close()
     print("stopped")
 
 

@@ -130,6 +130,7 @@ def _cut(
     from isthmus.protocol.features import is_codec
     from isthmus.protocol.limits import LIMITS
     from isthmus.split.confined import confined
+    from isthmus.split.graph_manifest import EDGE
     from isthmus.split.plan import load_plan, shown
 
     if plan is None:
@@ -156,6 +157,7 @@ def _cut(
             msgspec.to_builtins(row.transforms),
             [msgspec.to_builtins(one.exit) for one in row.leaves],
             msgspec.to_builtins(made.preprocess) if made.preprocess is not None else None,
+            row.edge if row.three else (),
             what=f"cutting {model.name}",
         )
     if row != made.rows[made.best]:
@@ -164,6 +166,14 @@ def _cut(
     print(f"{output}: {told['name']}, {here} nodes on the device, {there} in the cloud, model {told['model_id'][:12]}")
     same = f"the parts give what the whole gives, to {told['worst']:.1g} of its largest value"
     print(f"what travels: {shown(told['crossing'])}; {same}")
+    if row.three:
+        further = output / EDGE
+        print(f"{further}: {len(row.edge)} of those on the edge server, after which {shown(row.beyond)} travel on")
+        print(
+            f"next: isthmus serve {further} in the cloud; on the edge server: isthmus serve {output} --upstream ADDRESS"
+        )
+    elif row.edge:
+        print(f"next: isthmus serve {output} on the edge server")
     for one in row.leaves:
         print(f"exit at {shown([one.exit.output])}: where it is sure to {one.exit.confidence:.4g}, nothing travels")
     if not told["codec"] and (size := told["travels_bytes"]) > LIMITS.max_message_bytes:

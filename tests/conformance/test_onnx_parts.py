@@ -15,7 +15,7 @@ from isthmus.split.onnx_graph import OnnxGraph
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from isthmus.split.graph_writer import difference  # noqa: E402
+from isthmus.split.graph_check import difference  # noqa: E402
 from isthmus.split.onnx_file import read_model  # noqa: E402
 from isthmus.split.onnx_measure import given, outputs  # noqa: E402
 from isthmus.split.onnx_measure import session as fused  # noqa: E402

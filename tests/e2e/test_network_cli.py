@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,68 @@ def test_the_link_is_measured_and_planned_with(folder: Path, keys: Path, cloud: 
     assert 0 < told["rtt_ms"] < 500 and told["up_mbps"] > 1 and told["down_mbps"] > 1
     planned = isthmus("plan", "model.onnx", "--link", link, "-o", str(tmp_path / "plan.json"), folder=folder)
     assert planned.returncode == 0, planned.stderr
+
+
+def test_three_machines(folder: Path, keys: Path, tmp_path: Path) -> None:
+    """A device, an edge server that runs a part, and a cloud behind it; and on without that cloud."""
+    shutil.copy(folder / "model.onnx", tmp_path / "model.onnx")
+    profile = json.loads((folder / "model.profile.json").read_text())
+    nodes = len(profile["nodes_ms"])
+
+    def measured(name: str, cheap: range) -> str:
+        """A machine on which some nodes take no time, and others long."""
+        times = [0.01 if at in cheap else 50.0 for at in range(nodes)]
+        (tmp_path / name).write_text(json.dumps(profile | {"nodes_ms": times, "whole_ms": sum(times)}))
+        return name
+
+    asked = ["--device", measured("device.json", range(3)), "--cloud", measured("cloud.json", range(7, nodes))]
+    asked += ["--edge", measured("edge.json", range(3, 7)), "--edge-link", "rtt=1,up=100,down=100"]
+    asked += ["--link", "rtt=2,up=50,down=50"]
+    done = isthmus("plan", "model.onnx", *asked, "--no-measure", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "model.plan.json").read_text())
+    row = plan["rows"][plan["best"]]
+    assert (row["device"], row["edge"]) == ([0, 1, 2], [3, 4, 5, 6]) and "to the edge server, and after" in row["name"]
+    done = isthmus("plan", "model.onnx", *asked, "-o", "measured.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = isthmus("split", "model.onnx", "--plan", "model.plan.json", "-o", "cut", folder=tmp_path)
+    assert done.returncode == 0 and "on the edge server: isthmus serve cut --upstream" in done.stdout, done.stderr
+    with (
+        CloudProcess(tmp_path / "cut" / "edge", keys, 1) as cloud,
+        CloudProcess(tmp_path / "cut", keys, 1, more=["--upstream", cloud.address]) as edge,
+    ):
+        run = ["run", "cut", "--input", str(folder / "given.npz"), "--cloud", edge.address, "--keys", str(keys)]
+        run += ["--mode", "split", "-o", "out.npz"]
+        done = isthmus(*run, folder=tmp_path)
+        assert done.returncode == 0 and right(tmp_path / "out.npz", folder), done.stderr
+        (tmp_path / "out.npz").unlink()
+        cloud.kill()
+        done = isthmus(*run, folder=tmp_path)
+        assert done.returncode == 0 and right(tmp_path / "out.npz", folder), done.stderr
+    done = isthmus("serve", str(folder / "cut"), "--upstream", "127.0.0.1:9", "--keys", str(keys), folder=tmp_path)
+    assert done.returncode == 2 and "no bundle here was cut for three machines" in done.stderr
+
+
+def test_a_plan_measures_this_machine_where_nobody_has(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "model.onnx", tmp_path / "mine.onnx")
+    done = isthmus("plan", "mine.onnx", "--cloud", "4", "--link", "rtt=2,up=50,down=50", folder=tmp_path)
+    assert done.returncode == 2 and "open shape" in done.stderr and not (tmp_path / "mine.profile.json").exists()
+    asked = ["--cloud", "4", "--link", "rtt=2,up=50,down=50", "--shape", "x=1,3,32,32"]
+    done = isthmus("plan", "mine.onnx", *asked, folder=tmp_path)
+    assert done.returncode == 0 and "measuring mine.onnx on this machine" in done.stderr, done.stderr
+    assert (tmp_path / "mine.profile.json").exists() and (tmp_path / "mine.plan.json").exists()
+    done = isthmus("plan", "mine.onnx", *asked, folder=tmp_path)
+    assert done.returncode == 2 and "--shape has no effect: there is a profile" in done.stderr
+    done = isthmus("plan", "mine.onnx", *asked[:4], "--device", "none.json", folder=tmp_path)
+    assert done.returncode == 2 and "there is no profile none.json" in done.stderr
+
+
+def test_a_cloud_without_a_bundle_lets_the_link_be_measured(keys: Path, tmp_path: Path) -> None:
+    with CloudProcess(None, keys, 1) as running:
+        done = isthmus("profile", "--remote", running.address, "--keys", str(keys), folder=tmp_path)
+        assert done.returncode == 0 and (tmp_path / "link.json").exists(), done.stderr
+        done = isthmus("run", "none", "--cloud", running.address, "--keys", str(keys), "--prompt", "x", folder=tmp_path)
+        assert done.returncode == 2 and "serves no model" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

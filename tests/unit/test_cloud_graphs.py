@@ -28,7 +28,7 @@ class World:
     def __init__(self, batches: bool = True) -> None:
         self.part, self.server, self.now = AddsRows(), MemoryServer(), 50.0
         takes = (Named("x", "float32", (None, 2)),)
-        graph = Graph(GraphOffer(ID, "adds", batches), self.part, takes, ("y", "z"))  # type: ignore[arg-type]
+        graph = Graph(GraphOffer(ID, "adds", batches), self.part, takes, ("y", "z"))
         self.service = Service([], self.server, graphs=[graph], clock=lambda: self.now)
         for route in (b"a", b"b"):
             self.server.put(m.Hello(1, 1), route)

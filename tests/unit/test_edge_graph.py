@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from isthmus.cloud.graphs import load_graph
+from isthmus.edge.events import Timeouts
 from isthmus.edge.graph import GraphDevice
 from isthmus.edge.graph_pace import BETTER, FIRST_MS, MOST_LOOK_S, GraphPace
 from isthmus.protocol import messages as m
@@ -177,6 +178,55 @@ def test_a_cloud_that_is_gone_or_comes_late_or_back(
             wire.now += 1.5 * MOST_LOOK_S
             one.infer(image())
         assert (one.stats.note, one.stats.where) == ("", "cloud")
+
+
+@pytest.mark.parametrize("mode", ["auto", "split"])
+@pytest.mark.parametrize("depth", [1, 3, 50])
+def test_a_pipeline_gives_what_one_after_the_other_gives(
+    bundle: Path, whole: Callable[[Any], Any], wire: LossyWire, mode: Any, depth: int
+) -> None:
+    wire.spoil(0.0, 0.0, (0.05, 0.05))
+    images = [image(seed, 8 + seed % 3) for seed in range(12)]
+    with device(bundle, wire, mode=mode) as one:
+        began, wheres = wire.now, []
+        for x, found in zip(images, one.stream(images, depth), strict=True):
+            assert list(found) == ["y"] and np.allclose(found["y"], whole(x), atol=1e-6)
+            wheres.append(one.stats.where)
+        assert wheres == ["cloud"] * 12
+        assert wire.now - began <= 0.1 * (12 / depth + 2)  # and not a round trip for each
+        assert np.allclose(one.infer(images[0])["y"], whole(images[0]), atol=1e-6)
+        assert not one._awaited and not one._news
+
+
+def test_a_pipeline_outlives_its_cloud_and_a_lost_connection(
+    bundle: Path, whole: Callable[[Any], Any], wire: LossyWire
+) -> None:
+    images = [image(seed) for seed in range(12)]
+    for mode, away_s in (("auto", 0.3), ("auto", 1e9), ("split", 0.3)):
+        with device(bundle, wire, mode=mode, timeouts=Timeouts(give_up_ms=2_000)) as one:
+            wheres = []
+            for at, found in enumerate(one.stream(images, 4)):
+                assert np.allclose(found["y"], whole(images[at]), atol=1e-6)
+                wheres.append(one.stats.where)
+                if at == 3:
+                    wire.dark.append((wire.now, wire.now + away_s))
+                    wire.reconnect()
+            assert wheres[:4] == ["cloud"] * 4 and len(wheres) == 12
+            assert wheres[-1] == {("auto", 1e9): "device", ("split", 0.3): "cloud"}.get((mode, away_s), wheres[-1])
+        wire.dark.clear()
+
+
+def test_a_pipeline_says_what_cannot_be(bundle: Path, wire: LossyWire) -> None:
+    with device(bundle, wire, mode="split") as one:
+        with pytest.raises(DeviceError, match="depth is 0"):
+            next(one.stream([image()], 0))
+        with pytest.raises(DeviceError, match="has no input 'z'"):
+            list(one.stream([{"z": image()}]))
+        wire.cloud = None
+        with pytest.raises(LinkError):
+            list(one.stream([image()] * 3))
+    with device(bundle) as one:
+        assert len(list(one.stream([image()] * 3))) == 3 and one.stats.where == "device"
 
 
 def test_split_mode_insists(bundle: Path, wire: LossyWire, cloud: GraphService) -> None:

@@ -14,8 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.protocol.errors import BundleError, PlanError
+from isthmus.split.graph_check import difference
 from isthmus.split.graph_manifest import CLOUD, DEVICE, GraphManifest
-from isthmus.split.graph_writer import difference, write_graph
+from isthmus.split.graph_writer import write_graph
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_writer import ALIGN
@@ -174,6 +175,16 @@ def test_outputs_of_both_sides_bodies_and_shared_weights(tmp_path: Path, end: in
         told |= run(tmp_path / "cut" / CLOUD, told)
         for name in ("a", "y"):
             np.testing.assert_array_equal(told[name], whole[name])
+
+
+def test_weights_in_bodies_count_where_the_body_is(tmp_path: Path) -> None:
+    model = branching()
+    then = model.graph.node[3].attribute[0].g
+    then.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "inside"))
+    then.node.append(helper.make_node("Constant", [], ["more"], value=numpy_helper.from_array(np.ones(8, np.float32))))
+    graph = OnnxGraph(model)
+    assert [node.op_type for node in graph.nodes][3] == "If"
+    assert [graph.weight_bytes(at) for at in range(6)] == [64, 0, 4, 64 + 64 + 32, 64, 0]
 
 
 def test_outputs_that_are_constants_or_inputs_are_handed_through(tmp_path: Path) -> None:
