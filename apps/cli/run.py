@@ -174,7 +174,7 @@ def command(
     from isthmus.apps.cli.chat import chat
     from isthmus.apps.cli.fetching import Fetching
     from isthmus.apps.cli.infer import infer
-    from isthmus.apps.cli.tokens import Screen, speak_up
+    from isthmus.apps.cli.tokens import Screen, speaking_up
     from isthmus.edge import Device
     from isthmus.edge.drafting import files_for
     from isthmus.engine.sampling import Sampling
@@ -203,9 +203,9 @@ def command(
     if greedy:
         sampling = Sampling()
     screen, reasons = Screen(), list[str]()
-    speak_up(screen)
     mode = "local" if cloud is None and mode == "auto" and not explain else mode
     with (
+        speaking_up(screen),
         Fetching(bundle, files_for(mode, draft), cut) as fetching,
         Device(
             bundle,

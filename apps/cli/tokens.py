@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class Screen:
         self._stream.flush()
 
 
-def speak_up(screen: Screen) -> None:
+@contextmanager
+def speaking_up(screen: Screen) -> Iterator[None]:
     """Says what a device waits for when it begins to, on standard error and on a line of its own."""
 
     class Spoken(logging.Handler):
@@ -121,7 +123,12 @@ def speak_up(screen: Screen) -> None:
             screen.pause()
             print(f"note: {record.getMessage()}", file=sys.stderr)
 
-    logging.getLogger("isthmus.edge").addHandler(Spoken())
+    logger, spoken = logging.getLogger("isthmus.edge"), Spoken()
+    logger.addHandler(spoken)
+    try:
+        yield
+    finally:
+        logger.removeHandler(spoken)
 
 
 def summary(stats: Stats) -> str:

@@ -84,4 +84,4 @@ def test_a_cloud_without_its_statistics_gets_what_needs_none(
         assert uploaded(folder, bare, keys) == pytest.approx(uploaded(folder, bare, keys, UNMEASURED), rel=0.02)
         assert uploaded(folder, bare, keys, "ecsq2") < 0.9 * uploaded(folder, bare, keys)
         halves = calibrated(bundle, "f16", tmp_path / "f16")  # which needs none
-        assert uploaded(halves, bare, keys) == uploaded(halves, bare, keys, "f16")
+        assert uploaded(halves, bare, keys) == pytest.approx(uploaded(halves, bare, keys, "f16"), rel=0.02)
