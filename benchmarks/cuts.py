@@ -1,8 +1,9 @@
 """Do the halves of a network give what the whole gives? Every place at which its order of nodes can be cut, of many.
 
 Each prefix of the nodes, as `split.onnx_graph` orders them, runs as a model of its own, and what follows as another, on
-random inputs with one thread; outputs are held against the whole's. Models: EfficientNet-Lite0, PP-OCRv4 (detection and
-recognition), silero-vad, MiniLM, and those that the onnx package carries for its tests of runtimes.
+random inputs (PP-OCR: on lines of text) with one thread; outputs are held against the whole's. Models:
+EfficientNet-Lite0, PP-OCRv4 (detection and recognition), silero-vad, MiniLM, and those that the onnx package carries
+for its tests of runtimes.
 
 usage: python benchmarks/cuts.py [--only NAME,...]
 """
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names, with commas between")
     only = set(filter(None, parser.parse_args().only.split(",")))
-    record = Record("cuts", {"threads": 1, "inputs": "random, seeded"})
+    record = Record("cuts", {"threads": 1, "inputs": "random, seeded; text for PP-OCR"})
     rows: list[list[Cell]] = []
     total, worst = 0, 0.0
     for network in (*networks(), *carried()):

@@ -26,12 +26,12 @@ from record import ROOT, Cell, Record
 
 from isthmus.protocol.errors import PlanError
 from isthmus.split import onnx_measure, onnx_plan
-from isthmus.split.budget import LATENCY, Aim, best, taken
+from isthmus.split.budget import Aim, best, taken
 from isthmus.split.cut import Cut, fastest
 from isthmus.split.profile import Profile
 
 sys.path.insert(0, str(ROOT))
-from tests.random_network import every_cut, random_network
+from tests.random_network import every_cut, random_budgets, random_network
 
 NODES, MOST_NODES, TURNS = 5000, 16, 9
 NEAR = 1e-6
@@ -82,10 +82,7 @@ def solved(seed: int) -> tuple[bool, int]:
     tiers, aim = chance.choice([2, 2, 3]), chance.choice(get_args(Aim))
     network = random_network(chance, chance.randrange(1, MOST_NODES + 1), tiers)
     cuts = list(every_cut(network))
-    budgets = {}
-    for name in chance.sample([LATENCY, "memory", "energy"], chance.randrange(4)) if cuts else ():
-        amounts = sorted(taken(cut, name) for cut in cuts)
-        budgets[name] = amounts[int(len(amounts) * chance.random() / 2)] * chance.choice([1.001, 0.97])
+    budgets = random_budgets(chance, cuts)
     allowed = [cut for cut in cuts if all(taken(cut, name) <= most for name, most in budgets.items())]
     try:
         found = best(network, aim, budgets)

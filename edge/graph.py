@@ -45,7 +45,7 @@ class _UnderWay:
 
     Attributes:
         known: what is known of it.
-        began_s, asked_s: when, by the device's clock, and when the cloud was asked last.
+        began_s, asked_s: when, by the device's clock, and when the cloud was first asked.
         request: to the cloud, 0 for none.
         welcomes: that had come then: another one means that it was lost.
     """
@@ -250,7 +250,7 @@ class GraphDevice:
             if self._wire is not None and not here:
                 self._meet(self._wire)
                 one.request, one.welcomes = self._ask(self._wire, one.known, depth * self._patience_ms), self._welcomes
-                one.asked_s = self._clock()
+                one.asked_s = one.asked_s or self._clock()
                 self._awaited.add(one.request)
                 self._wire.probe()
                 return

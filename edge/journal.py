@@ -244,10 +244,10 @@ class Journal:
         elif kind == "lane":
             alias, session, enter, epoch, codec = told
             name = bytes.fromhex(session)
-            if len(name) != 16:
-                raise ValueError(session)
+            if len(name) != 16 or not isinstance(codec, str):
+                raise ValueError(told)
             layer, passed = _number(enter, 2**16 - 1), _number(epoch, MOST)
-            kept.lanes[alias] = (_number(alias, MOST), name, layer, passed, str(codec))
+            kept.lanes[alias] = (_number(alias, MOST), name, layer, passed, codec)
         else:
             raise ValueError(kind)
 

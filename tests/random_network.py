@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from isthmus.split.budget import LATENCY, taken
 from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, priced
 
 
@@ -47,6 +48,15 @@ def random_network(chance: random.Random, tasks: int, tiers: int, anywhere: bool
     use = {"memory": Use(memory, 0 * links), "energy": Use(energy, links)}
     trips = tuple(chance.choice([0.0, 2.0, 10.0]) for _ in links)
     return Network(ms, tuple(flows), trips, use, tuple(trip * chance.choice([0.0, 0.5, 1.0]) for trip in trips))
+
+
+def random_budgets(chance: random.Random, cuts: Sequence[Cut]) -> dict[str, float]:
+    """Some of what a way to share may take: about what one of the better half takes, a little more or less."""
+    budgets = {}
+    for name in chance.sample([LATENCY, "memory", "energy"], chance.randrange(4)) if cuts else ():
+        amounts = sorted(taken(cut, name) for cut in cuts)
+        budgets[name] = amounts[int(len(amounts) * chance.random() / 2)] * chance.choice([1.001, 0.97])
+    return budgets
 
 
 def every_cut(network: Network) -> Iterator[Cut]:

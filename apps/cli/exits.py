@@ -197,10 +197,8 @@ def calibrate(
             kept = None if force or found else entry.certificate
             if kept and (kept.data, kept.disagreement, kept.confidence) == (data, disagreement, confidence):
                 kept = None  # it does not follow from its own data
-            travels, old = (
-                run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss),
-                entry.codec,
-            )
+            old = entry.codec
+            travels = run.codec(opened.exit(entry.layer), sha256, entry.layer, states, data, codec_loss)
             if kept is None:
                 put_certificates(bundle, {entry.layer: found})
             if not force and old is not None and old.exit == sha256 and old.tokens > travels.tokens:

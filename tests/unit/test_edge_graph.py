@@ -216,6 +216,29 @@ def test_a_pipeline_outlives_its_cloud_and_a_lost_connection(
         wire.dark.clear()
 
 
+@pytest.mark.parametrize("mode", ["auto", "split"])
+def test_a_pipeline_does_not_wait_for_ever_for_a_busy_cloud(
+    bundle: Path, whole: Callable[[Any], Any], cloud: GraphService, wire: LossyWire, mode: Any
+) -> None:
+    class Busy:
+        def receive(self, message: Any) -> list[tuple[float, Any]]:
+            if not isinstance(message, m.Infer):
+                return cloud.receive(message)
+            return [(0.0, m.Fault(m.Code.BUSY, "full", "later", 50, request=message.request))]
+
+        forget = cloud.forget
+
+    wire.cloud = Busy()  # type: ignore[assignment]
+    with device(bundle, wire, mode=mode, timeouts=Timeouts(progress_ms=3_000)) as one:
+        began, found = wire.now, one.stream([image()] * 3, 2)
+        if mode == "split":
+            with pytest.raises(LinkError, match="did not answer in time"):
+                list(found)
+        else:
+            assert all(np.allclose(y["y"], whole(image()), atol=1e-6) for y in found) and one.stats.where == "device"
+        assert wire.now - began < 20.0
+
+
 def test_a_pipeline_says_what_cannot_be(bundle: Path, wire: LossyWire) -> None:
     with device(bundle, wire, mode="split") as one:
         with pytest.raises(DeviceError, match="depth is 0"):

@@ -315,15 +315,17 @@ CRAFTED: dict[str, Any] = {
     "a message without a content": ["asked", 0, WISHED, [{"role": "user"}]],
     "a content that is a number": ["ended", [{"role": "user", "content": 5}], "eos"],
     "messages that are none": ["ended", None, "eos"],
-    "a session that is no text": ["lane", 1, 5, 0, 1],
-    "a session that is no hex": ["lane", 1, "hello", 0, 1],
-    "a session that is too short": ["lane", 1, "abcd", 0, 1],
-    "an epoch that is a text": ["lane", 1, "ab" * 16, 0, "1"],
-    "an epoch that is a fraction": ["lane", 1, "ab" * 16, 0, 1.5],
-    "an epoch below 0": ["lane", 1, "ab" * 16, 0, -1],
-    "an epoch that no message can carry": ["lane", 1, "ab" * 16, 0, 2**32],
-    "an alias that is a list": ["lane", [1], "ab" * 16, 0, 1],
-    "a layer that is none": ["lane", 1, "ab" * 16, None, 1],
+    "a session that is no text": ["lane", 1, 5, 0, 1, ""],
+    "a session that is no hex": ["lane", 1, "hello", 0, 1, ""],
+    "a session that is too short": ["lane", 1, "abcd", 0, 1, ""],
+    "an epoch that is a text": ["lane", 1, "ab" * 16, 0, "1", ""],
+    "an epoch that is a fraction": ["lane", 1, "ab" * 16, 0, 1.5, ""],
+    "an epoch below 0": ["lane", 1, "ab" * 16, 0, -1, ""],
+    "an epoch that no message can carry": ["lane", 1, "ab" * 16, 0, 2**32, ""],
+    "an alias that is a list": ["lane", [1], "ab" * 16, 0, 1, ""],
+    "a layer that is none": ["lane", 1, "ab" * 16, None, 1, ""],
+    "a lane's codec that is a number": ["lane", 1, "ab" * 16, 0, 1, 5],
+    "a lane without a codec": ["lane", 1, "ab" * 16, 0, 1],
 }
 
 
@@ -336,6 +338,12 @@ def test_a_record_that_is_none_is_said_in_one_line(tmp_path: Path, what: str) ->
         device(mode="local", resume=path)
     assert raised.value.problem == f"{path} is damaged in line 2"
     assert path.read_bytes() == data
+
+
+def test_a_lane_as_it_is_written_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "talk"
+    path.write_bytes(lines(HEAD, ["lane", 1, "ab" * 16, 0, 1, ""], ["cut", 0]))
+    device(mode="local", resume=path).close()
 
 
 @pytest.mark.parametrize(

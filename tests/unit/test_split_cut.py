@@ -11,7 +11,7 @@ import pytest
 from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import LATENCY, Aim, best, taken
 from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, fastest, priced
-from tests.random_network import every_cut, random_network
+from tests.random_network import every_cut, random_budgets, random_network
 
 NEAR = 1e-6
 
@@ -40,10 +40,7 @@ def test_the_best_of_all_cuts_within_budgets(seed: int, aim: Aim) -> None:
     tiers = chance.choice([2, 2, 3])
     network = random_network(chance, chance.randrange(1, 10 if tiers == 3 else 13), tiers)
     cuts = list(every_cut(network))
-    budgets = {}
-    for name in chance.sample([LATENCY, "memory", "energy"], chance.randrange(4)) if cuts else ():
-        amounts = sorted(taken(cut, name) for cut in cuts)
-        budgets[name] = amounts[int(len(amounts) * chance.random() / 2)] * chance.choice([1.001, 0.97])
+    budgets = random_budgets(chance, cuts)
     allowed = [cut for cut in cuts if all(taken(cut, name) <= most for name, most in budgets.items())]
     if not allowed:
         with pytest.raises(PlanError):
