@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--answers", type=int, default=OTHERS, help="to prompts that no exit was certified with")
     options = parser.parse_args()
     source, held = bundle("keep"), divided(text_files([fetch("texts")])).held
-    certified, others = prompts()
+    certified, others, _ = prompts()
     others = others[: options.answers]
     topical = set(questions([], len(certified) * 10, topics=CHECK_TOPICS))
     about_texts = [number for number, question in enumerate(certified) if question not in topical]

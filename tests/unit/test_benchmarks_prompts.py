@@ -29,7 +29,7 @@ def test_what_exits_are_measured_with_is_nothing_that_they_were_made_with(
     from prompts import OTHERS, prompts
 
     files = [texts(tmp_path / "a.jsonl"), texts(tmp_path / "b.jsonl")]
-    certified, others = prompts(files)
+    certified, others, kept_back = prompts(files)
     assert certified == check_questions(divided(files).held, 320)
     assert len(others) == len(set(others)) == OTHERS
     topical = set(questions([], 10_000, topics=CHECK_TOPICS))
@@ -38,4 +38,7 @@ def test_what_exits_are_measured_with_is_nothing_that_they_were_made_with(
     quoted = [question.split()[-2:] for question in others[1::2]]
     assert {stem for stem, _ in quoted} == {"a", "b"}
     assert all(500 <= int(number.rstrip(".")) < 900 for _, number in quoted)
-    assert prompts(files) == (certified, others)
+    elsewhere = questions([], 200, topics=CHECK_TOPICS)
+    assert len(kept_back) >= 50 and set(kept_back) <= set(elsewhere[24:])
+    assert not set(kept_back) & {*certified, *others, *questions([], 10_000)}
+    assert prompts(files) == (certified, others, kept_back)
