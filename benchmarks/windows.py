@@ -292,7 +292,7 @@ class Stand:
         """Tokens of auto in the simulator, and of each of its ways."""
         source, device = self._source, times.device(case)
         figures = Figures(
-            device,
+            replace(device, codec_ms=priors.CODEC_MS),
             times.believed(case),
             None,
             priors.exits(source, able),

@@ -11,7 +11,7 @@ from isthmus.edge.exits import Exits
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.options import GenerateOptions, middle_cut
-from isthmus.edge.pace import Pace
+from isthmus.edge.pace import Pace, guessing_pace
 from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
 from isthmus.edge.standby import Ready
 from isthmus.edge.token import Source
@@ -22,8 +22,6 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError
 from isthmus.protocol.messages import CAN_VERIFY
 from isthmus.split.bundle import Bundle
-
-GUESSES = 8  # tokens that exit mode may go on for before it asks
 
 
 class Modes:
@@ -47,7 +45,7 @@ class Modes:
         self._bundle, self._holding, self._drafting, self._exits = bundle, holding, drafting, exits
         self._log, self._where, self.say = log, where, say
         self._eos = tuple(bundle.manifest.tokenizer.eos)
-        self._pace = Pace(acceptance=0.3, blocks=(GUESSES,))
+        self._pace = guessing_pace()
 
     def local(self, options: GenerateOptions) -> Runner:
         """The whole model on this device."""
@@ -141,7 +139,7 @@ class Modes:
         known = any(stats.digest in offer.channels for offer in welcome.offers)
         codec = options.codec or self._exits.codec(layer, known)
         self._check_offer(link, codec, self._holding.open(layer).part.numerics.id)
-        pace = self._pace if options.guesses is None else Pace(acceptance=0.3, blocks=(options.guesses,))
+        pace = self._pace if options.guesses is None else guessing_pace(options.guesses)
         return ExitRunner(
             link,
             self._log,

@@ -10,6 +10,7 @@ LIKELY = 0.25  # probability that all guesses are right below which they cost mo
 FREE_S = 2e-4  # drafting that takes less costs nothing
 _FORGET = 0.97  # of what was seen, with each answer
 ROW_SHARE = 0.2  # what a further row of a pass costs the cloud, of the first
+GUESSES = 8  # tokens that exit mode may go on for before it asks
 
 
 class Pace:
@@ -109,6 +110,11 @@ class Pace:
 
     def _check_s(self, rows: int) -> float:
         return self._pass_s * (1 + ROW_SHARE * (rows - 1))
+
+
+def guessing_pace(guesses: int = GUESSES) -> Pace:
+    """Exit mode's: one question at a time, of so many guesses at most."""
+    return Pace(acceptance=0.3, blocks=(guesses,))
 
 
 def _mean(mean: float, seen: float) -> float:

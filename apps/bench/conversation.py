@@ -11,6 +11,7 @@ from isthmus.apps.bench.virtual import Engine, Note, Way, World
 from isthmus.edge.costs import Candidate, Standing
 from isthmus.edge.estimator import BULK_BYTES, Estimator
 from isthmus.edge.figures import CloudFigures, DeviceFigures
+from isthmus.edge.pace import Pace, guessing_pace
 from isthmus.edge.rhythm import PING_S, Pulse
 from isthmus.protocol.limits import LinkLimits
 
@@ -52,6 +53,7 @@ class Sight:
         seen_s: when the link last showed its trip.
         heard_s, beat_s: when anything last arrived, and when the link itself last asked for it.
         tags: questions so far.
+        pace: how far exit mode goes on by itself.
     """
 
     estimator: Estimator | None = None
@@ -62,6 +64,7 @@ class Sight:
     heard_s: float = 0.0
     beat_s: float = 0.0
     tags: int = 0
+    pace: Pace = field(default_factory=guessing_pace)
 
 
 class Conversation:

@@ -155,7 +155,8 @@ def _rounds(answers: Sequence[Answer], layer: int, g: int) -> tuple[float, float
 def made_up(count: int, tokens: int, foresees: float, seed: int = 0, layer: int = 20) -> tuple[Answer, ...]:
     """Answers of which an exit foresees tokens independently with one probability, and n-grams nothing.
 
-    For checks against formulas that assume just this.
+    For checks against formulas that assume just this: where it is wrong the exit is too unsure to say what may follow
+    while it waits.
     """
     import random
 
@@ -163,7 +164,7 @@ def made_up(count: int, tokens: int, foresees: float, seed: int = 0, layer: int 
     found = []
     for _ in range(count):
         right = tuple(rng.random() < foresees for _ in range(tokens))
-        confidence = tuple(0.9 if one else 0.1 for one in right)
+        confidence = tuple(0.9 if one else 0.05 for one in right)
         found.append(Answer(100, (0,) * tokens, (0,) * tokens, {layer: ExitFacts(confidence, right)}))
     return tuple(found)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from isthmus.apps.bench.conversation import CHUNK, Conversation
-from isthmus.apps.bench.shaping import MS
 from isthmus.apps.bench.virtual import Note
 from isthmus.edge.costs import ANSWER_BYTES, NEWS_BYTES, TOKEN_BYTES, Candidate
 from isthmus.edge.exit import GAMBLE
 from isthmus.edge.figures import Figures
-from isthmus.edge.modes import GUESSES
-from isthmus.edge.pace import LIKELY, ROW_SHARE
+from isthmus.edge.pace import GUESSES, LIKELY
 
 
 class Player(Protocol):
@@ -140,7 +140,9 @@ class _Hidden:
         talk.sent[cut] = total
         return max(1, total - sent) * self._row_bytes
 
-    def _ask(self, size: float, sent_before: float, guesses: int = 0) -> Note:
+    def _ask(
+        self, size: float, sent_before: float, guesses: int = 0, meanwhile: Callable[[], None] | None = None
+    ) -> Note:
         """Asks for the next token, and whether so many guesses are right."""
         talk, cut, tag = self._talk, self.choice.cut, self._talk.tag()
         cloud, costs, total, asked = talk.cloud, talk.costs, talk.total, talk.world.now
@@ -154,6 +156,8 @@ class _Hidden:
             size,
             lambda: cloud.engine.submit(price, lambda _, took, queue: talk.reply(tag, 0, ANSWER_BYTES, took, queue)),
         )
+        if meanwhile is not None:
+            meanwhile()
         note = talk.await_note(lambda one: one.tag == tag)
         talk.tell_trip(asked, note, size + sent_before)
         return note
@@ -176,21 +180,19 @@ class Exit(_Hidden):
     """Layers [0, cut) and an exit on the device; the cloud is sent all states and asked where the exit is not sure.
 
     As the device does, it guesses on for a while before it asks, and while it waits it says what follows if all guesses
-    are right.
+    are right: as long as that is done before the answer is due, which it may be wrong about.
     """
 
     def __init__(self, talk: Conversation, choice: Candidate, row_bytes: float) -> None:
         super().__init__(talk, choice, row_bytes)
-        self._ahead_ms = 0.0  # of the device's work that was done while an answer was awaited
-        self._answer_ms = 0.0  # what an answer took
+        self._ahead = 0  # tokens that were said while an answer was awaited, and stand
 
     def round(self) -> None:
         """A token that the exit is sure of, or all that a question brings."""
         talk, cut = self._talk, self.choice.cut
         at = talk.made
-        facts = talk.answer.exits[cut]
-        step_ms = talk.device.drafted(cut)
-        size = self._compute(self._work(step_ms))
+        facts, pace = talk.answer.exits[cut], talk.sight.pace
+        size = self._compute(self._said_ms())
         if facts.confidence[at] >= self.choice.threshold:
             talk.lay(size, lambda: None)
             talk.wrong += not facts.right[at]
@@ -198,20 +200,24 @@ class Exit(_Hidden):
             talk.emit(1)
             return
         end, odds = at, facts.confidence[at]
-        while end - at < GUESSES and odds >= max(LIKELY, self._even(step_ms)) and end + 1 < talk.answer.tokens:
+        while end - at < GUESSES and odds >= max(LIKELY, pace.even()) and end + 1 < talk.answer.tokens:
             end += 1
-            talk.world.work(self._work(step_ms) + talk.device.codec_ms)
+            talk.world.work(self._said_ms() + talk.device.codec_ms)
             sure = facts.confidence[end] >= self.choice.threshold
             odds *= 1.0 if sure else facts.confidence[end]
         size += (end - at) * self._row_bytes
         talk.lay(size, lambda: None)
-        began = talk.world.now
-        self._ask(ANSWER_BYTES, size if size > 3 * self._row_bytes else 0.0, end - at)
-        self._answer_ms = (talk.world.now - began) / MS
-        stands = [facts.right[i] or facts.confidence[i] >= self.choice.threshold for i in range(at, end + 1)]
+        began, firm = talk.world.now, [facts.confidence[i] >= self.choice.threshold for i in range(at, end + 1)]
+        due = began + pace.answer_s() * 1e9
+        before = size if size > 3 * self._row_bytes else 0.0
+        note = self._ask(ANSWER_BYTES, before, end - at, partial(self._go_ahead, due, end) if odds >= GAMBLE else None)
+        stands = [facts.right[at + i] or one for i, one in enumerate(firm)]
         count = next((i + 1 for i, stood in enumerate(stands) if not stood), len(stands))
         talk.wrong += sum(not facts.right[at + i] for i in range(count) if stands[i])
-        self._ahead_ms = self._answer_ms if all(stands) and odds >= GAMBLE else 0.0
+        hits = sum(stood and not one for stood, one in zip(stands[:count], firm, strict=False))
+        took_s, engine_ms = (talk.world.now - began) / 1e9, note.took_ms - note.queue_ms
+        pace.answered(hits + (not stands[count - 1]), hits, end - at + 1, took_s, engine_ms * 1e-3)
+        self._ahead = self._ahead if all(stands) else 0
         rows = talk.total + count - 1
         talk.fill(cut, rows)
         talk.sent[cut] = talk.cloud.hidden[cut] = rows
@@ -219,15 +225,25 @@ class Exit(_Hidden):
             self._told(0 if number else 1)
         talk.emit(count)
 
-    def _work(self, ms: float) -> float:
-        """What is left of a step's time, of which some may be done."""
-        done = min(ms, self._ahead_ms)
-        self._ahead_ms -= done
-        return ms - done
+    def _said_ms(self) -> float:
+        """What the exit's next token takes, which it may have said already."""
+        if self._ahead:
+            self._ahead -= 1
+            return 0.0
+        step_ms = self._talk.device.drafted(self.choice.cut)
+        self._talk.sight.pace.drafted(1, step_ms * 1e-3)
+        return step_ms
 
-    def _even(self, step_ms: float) -> float:
-        pass_ms = self._talk.costs.rest(self.choice.cut)
-        return (step_ms + ROW_SHARE * pass_ms) / self._answer_ms if self._answer_ms else 0.0
+    def _go_ahead(self, due: float, end: int) -> None:
+        """Says what follows the guesses up to `end` while their answer is awaited."""
+        talk = self._talk
+        step_ms, pace = talk.device.drafted(self.choice.cut), talk.sight.pace
+        while end + 1 + self._ahead < talk.answer.tokens and not talk.world.inbox:
+            if talk.world.now + pace.draft_s * 1e9 > due:
+                break
+            talk.world.work(step_ms)
+            pace.drafted(1, step_ms * 1e-3)
+            self._ahead += 1
 
     def _told(self, asked: int) -> None:
         if self._talk.sight.estimator is not None:

@@ -25,6 +25,7 @@ HEAD_MS, PREFILL_MS = 2.0, 2.0
 TOKENS = 2000
 ANSWERS = facts.made_up(20, 60, 0.6)
 LONG = facts.made_up(1, TOKENS, 0.6, seed=1)
+STEP_MS = 5.0 + 0.25 + 2.0  # of a device that is as fast as this machine, before layer 20 and in an exit
 EXIT = ExitFigures(
     20, 0.9, 0.4, 0.0, 0.05, 384.0
 )  # of which made-up answers say that it is right wherever it is so sure
@@ -68,15 +69,19 @@ def test_split_pays_it_for_each_token() -> None:
 
 def test_exit_asks_where_it_is_not_sure() -> None:
     here = point(50, slow=1, factor=8, held=20)
-    outcome = fixed(here, "exit")
-    device = 99 * 2.0 * 20 / 30 + TOKENS * (5.0 + 0.25 + 2.0)
+    right, outcome = LONG[0].exits[20].right, fixed(here, "exit")
+    device = 99 * 2.0 * 20 / 30 + TOKENS * STEP_MS
     cloud, pending = 0.0, 100
-    for sure in LONG[0].exits[20].right:
+    for sure in right:
         if not sure:  # the rows that were skipped ride along
             cloud, pending = cloud + 50 + here.cloud.rest(20, pending), 0
         pending += 1
     assert outcome.seconds * 1e3 == pytest.approx(device + cloud, rel=1e-6)
     assert outcome.wrong == 0
+    gambles = ExitFacts(tuple(0.9 if one else 0.2 for one in right), right)
+    # In vain, and an answer that comes sooner than it is due waits for what is being said.
+    late = fixed(here, "exit", (replace(LONG[0], exits={20: gambles}),)).seconds - outcome.seconds
+    assert 0.0 < late * 1e3 < STEP_MS * right.count(False)
 
 
 def unsure(confidence: tuple[float, ...], right: tuple[bool, ...], times: int = 100) -> tuple[Answer, ...]:
@@ -98,9 +103,13 @@ def test_exit_guesses_on_and_asks_about_all_at_once() -> None:
 def test_what_was_said_while_an_answer_was_awaited_counts_if_all_was_right(right: bool) -> None:
     here = point(50, slow=1, factor=8, held=20)
     outcome = fixed(here, "exit", unsure((0.5, 0.3), (True, right)))
-    device = 99 * 2.0 * 20 / 30 + (2 if right else 200) * 7.25
-    cloud = 100 * 50 + here.cloud.rest(20, 101) + 99 * here.cloud.rest(20, 2)
-    assert outcome.seconds * 1e3 == pytest.approx(device + cloud, rel=1e-6)
+    prompt_ms = 99 * 2.0 * 20 / 30
+    cloud_ms = 100 * 50 + here.cloud.rest(20, 101) + 99 * here.cloud.rest(20, 2)
+    whole_ms = prompt_ms + 200 * STEP_MS + cloud_ms
+    if right:  # all but the first two tokens are said by then; the prompt's answer had the next ones due too late
+        assert prompt_ms + 2 * STEP_MS + cloud_ms < outcome.seconds * 1e3 < whole_ms - 180 * STEP_MS
+    else:
+        assert whole_ms < outcome.seconds * 1e3 < whole_ms + 20 * STEP_MS
 
 
 def test_a_block_is_verified_in_one_round() -> None:
