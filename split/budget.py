@@ -60,7 +60,8 @@ def _impossible(network: Network, budgets: Mapping[str, float]) -> PlanError:
 
 class _Program:
     """Variables: whether each task lies beyond each boundary; whether each tensor crosses it; whether anything does;
-    and, for a pipeline, its slowest stage. Each but the first is bounded from below by what the tasks do alone.
+    for a pipeline, its slowest stage; and whether what tasks share is spared on the first tier. Each but the first and
+    the last is bounded from below by what the tasks do alone, the last from above.
     """
 
     def __init__(self, network: Network, budgets: Mapping[str, float]) -> None:
@@ -71,7 +72,9 @@ class _Program:
         self._crosses = at + np.arange(boundaries * tensors).reshape(boundaries, tensors)
         self._any = at + boundaries * tensors + np.arange(boundaries)
         self._slowest = at + boundaries * (tensors + 1)
-        self._size = self._slowest + 1
+        self._shared = [(name, one) for name, use in network.use.items() for one in use.shared]
+        self._spared = self._slowest + 1 + np.arange(len(self._shared))
+        self._size = self._slowest + 1 + len(self._shared)
         self._rows: list[tuple[NDArray[np.float64], float]] = []  # dense ones: row @ variables <= bound
         self._pairs: list[NDArray[np.int64]] = []  # [n, 3]: first - second <= third, -1 for none
 
@@ -151,6 +154,10 @@ class _Program:
             return row + self._links(np.ones(network.tiers - 1)), constant
         use = network.use[name]
         row, constant = self._tiers(use.tasks)
+        for at, (resource, one) in zip(self._spared, self._shared, strict=True):
+            if resource == name:
+                row[at] = -one.amount
+                constant += one.amount
         return row + self._links(use.links), constant
 
     def _stages(self) -> list[tuple[NDArray[np.float64], float]]:
@@ -167,7 +174,9 @@ class _Program:
         return found
 
     def _order(self) -> None:
-        """Nothing travels back; a tensor crosses where its maker stays and a user does not; a trip serves all tasks."""
+        """Nothing travels back; a tensor crosses where its maker stays and a user does not; a trip serves all tasks;
+        what is shared is spared where all who need it are beyond.
+        """
         wires = self._network.wires
         makers = wires.makers[wires.owner]
         inner = makers != INPUT
@@ -181,6 +190,9 @@ class _Program:
             self._pairs.append(np.stack([beyond, np.full_like(beyond, self._any[boundary])], axis=1))
             if boundary:
                 self._pairs.append(np.stack([beyond, self._beyond[boundary - 1]], axis=1))
+        for at, (_, one) in zip(self._spared, self._shared, strict=True):
+            beyond = self._beyond[0][list(one.tasks)]
+            self._pairs.append(np.stack([np.full_like(beyond, at), beyond], axis=1))
         self._pairs = [group for group in self._pairs if len(group)]
 
     def _forbid(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:

@@ -57,6 +57,18 @@ class Wires(NamedTuple):
     ms: NDArray[np.float64]
 
 
+class Shared(NamedTuple):
+    """What several tasks need and a tier has once, as weights that two nodes use.
+
+    Attributes:
+        tasks: numbers of them.
+        amount: of a resource, where any of them runs on the first tier.
+    """
+
+    tasks: tuple[int, ...]
+    amount: float
+
+
 @dataclass(frozen=True)
 class Use:
     """What a way to share takes of a resource, such as a device's memory or its battery.
@@ -64,10 +76,12 @@ class Use:
     Attributes:
         tasks: by each task on each tier, [tiers, tasks] f64.
         links: by each millisecond of each boundary, [boundaries] f64.
+        shared: on the first tier, beside what its tasks take each for itself.
     """
 
     tasks: NDArray[np.float64]
     links: NDArray[np.float64]
+    shared: tuple[Shared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,8 @@ class Network:
         for name, one in self.use.items():
             if one.tasks.shape != self.ms.shape or one.links.shape != (self.tiers - 1,):
                 raise PlanError(f"{name} is not known for every task and link", "measure the profile again")
+            if any(not 0 <= task < self.tasks for shared in one.shared for task in shared.tasks):
+                raise PlanError(f"{name} is shared by a task that there is not", "measure the profile again")
         late = wires.users <= wires.makers[wires.owner]
         if late.any() or (wires.users >= self.tasks).any() or (wires.makers < INPUT).any():
             raise PlanError("a tensor is used before it is made", "number the tasks in the order of their work")
@@ -190,7 +206,8 @@ def priced(network: Network, tiers: Sequence[int]) -> Cut:
     use = {}
     for name, one in network.use.items():
         paid = one.links != 0.0  # a link that costs nothing may take for ever
-        use[name] = float(one.tasks[at, columns].sum() + one.links[paid] @ links[paid])
+        once = sum(amount for needing, amount in one.shared if not at[list(needing)].all())
+        use[name] = float(one.tasks[at, columns].sum() + one.links[paid] @ links[paid] + once)
     ms = float(stages.sum() + links.sum())
     return Cut(tuple(at.tolist()), ms, tuple(stages.tolist()), tuple(links.tolist()), use, tuple(waits.tolist()))
 

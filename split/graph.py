@@ -33,6 +33,11 @@ class Graph(Protocol):
         ...
 
     @property
+    def shared_weights(self) -> list[tuple[tuple[int, ...], int]]:
+        """Numbers of the nodes that use the same weights, and bytes of these, which count for each of them."""
+        ...
+
+    @property
     def tensors(self) -> list[Crossing]:
         """All that nodes hand on to each other, and the inputs."""
         ...

@@ -20,6 +20,7 @@ from isthmus.split.graph import Crossing
 from isthmus.split.onnx_file import MAX_DEPTH, tensor_bytes, tensors_in
 
 _CONSTANT = "Constant"
+_LARGE = 1024  # bytes of weights that are worth being counted once
 
 IR_VERSION = 4  # of parts, at least: before it weights had to be inputs as well
 
@@ -82,8 +83,8 @@ class OnnxGraph:
         return [Crossing(name, self._maker.get(name, -1), tuple(at)) for name, at in users.items()]
 
     def constants_of(self, node: int) -> list[str]:
-        """Names of the initializers and constants that a node uses."""
-        return [name for name in used_names(self.nodes[node]) if name in self._fixed]
+        """Names of the initializers and constants that a node uses, each once."""
+        return list(dict.fromkeys(name for name in used_names(self.nodes[node]) if name in self._fixed))
 
     def weight_bytes(self, node: int) -> int:
         """Of all constants that a node uses, and of those in its bodies; what several nodes use counts for each."""
@@ -97,6 +98,16 @@ class OnnxGraph:
             node = self._constants.get(name)
             fixed = next((one.t for one in node.attribute if one.name == "value"), None) if node is not None else None
         return tensor_bytes(fixed) if fixed is not None else 0
+
+    @cached_property
+    def shared_weights(self) -> list[tuple[tuple[int, ...], int]]:
+        """Numbers of the nodes that use the same constant, and its bytes, if these are a kilobyte or more."""
+        users: dict[str, list[int]] = {}
+        for node in range(len(self.nodes)):
+            for name in self.constants_of(node):
+                users.setdefault(name, []).append(node)
+        sizes = {name: self.constant_bytes(name) for name, nodes in users.items() if len(nodes) > 1}
+        return [(tuple(users[name]), size) for name, size in sizes.items() if size >= _LARGE]
 
     def made_by(self, name: str) -> int:
         """Number of the node that makes a tensor, -1 for an input of the model or a constant."""

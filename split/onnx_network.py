@@ -10,7 +10,7 @@ import numpy as np
 
 from isthmus.protocol.arrays import DTYPES
 from isthmus.protocol.errors import PlanError
-from isthmus.split.cut import Cut, Flow, Network, Use
+from isthmus.split.cut import Cut, Flow, Network, Shared, Use
 from isthmus.split.graph import Graph
 from isthmus.split.graph_exits import NONE, Leaving
 from isthmus.split.profile import Profile, TensorSize
@@ -133,9 +133,7 @@ class Sharing:
             flows.append(Flow(tensor.producer, tensor.consumers, (asks * sent_ms if sent_ms < np.inf else np.inf,)))
         trip = asks * (self.rate.trip_ms + self.rate.up_ms(MESSAGE) + self.rate.down_ms(MESSAGE) + self.cloud_ms)
         use: dict[str, Use] = {}
-        held = np.zeros((2, nodes))
-        held[DEVICE] = np.array(self.device.weights) / 1e6
-        use[MEMORY] = Use(held, np.zeros(1))
+        use[MEMORY] = weights_use(self.graph, self.device, 2)
         if self.device_watts or self.radio_watts:
             spent = np.zeros((2, nodes))
             spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3
@@ -182,6 +180,17 @@ class Sharing:
         if name not in sizes:
             raise PlanError(f"the size of {name!r} is not known", "measure the profile again")
         return sizes[name]
+
+
+def weights_use(graph: Graph, device: Profile, tiers: int) -> Use:
+    """What a way takes of `MEMORY`: weights on the device; what several nodes use is there once."""
+    held = np.zeros((tiers, len(graph.nodes)))
+    held[DEVICE] = np.array(device.weights) / 1e6
+    shared = [Shared(nodes, size / 1e6) for nodes, size in graph.shared_weights]
+    for nodes, amount in shared:
+        held[DEVICE, list(nodes)] -= amount
+    held[DEVICE] = held[DEVICE].clip(0.0)  # of rounding
+    return Use(held, np.zeros(tiers - 1), tuple(shared))
 
 
 def _travels(sizes: Mapping[str, TensorSize], name: str) -> bool:

@@ -11,7 +11,7 @@ from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import best
 from isthmus.split.cut import Cut, Flow, Network, Use, priced
 from isthmus.split.graph import Graph
-from isthmus.split.onnx_network import ENERGY, MEMORY, MESSAGE, Rate, Sharing
+from isthmus.split.onnx_network import ENERGY, MEMORY, MESSAGE, Rate, Sharing, weights_use
 from isthmus.split.plan import Row, shown
 from isthmus.split.planner import Wanted, judged, splits
 from isthmus.split.profile import Profile, TensorSize
@@ -65,9 +65,7 @@ class Tiers:
             for one in self.graph.tensors
         ]
         trips = tuple(link.trip_ms + link.up_ms(MESSAGE) + link.down_ms(MESSAGE) for link in self._links)
-        held = np.zeros((3, nodes))
-        held[DEVICE] = np.array(self.device.weights) / 1e6
-        use: dict[str, Use] = {MEMORY: Use(held, np.zeros(2))}
+        use: dict[str, Use] = {MEMORY: weights_use(self.graph, self.device, 3)}
         if self.device_watts or self.radio_watts:
             spent = np.zeros((3, nodes))
             spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3

@@ -35,6 +35,7 @@ class TfliteGraph:
         self.inputs = list(profile.inputs)
         self.outputs = [name for name in profile.tensors if name not in profile.inputs]
         self.tensors = [Crossing(name, -1, (0,)) for name in self.inputs]
+        self.shared_weights: list[tuple[tuple[int, ...], int]] = []
 
     def made_by(self, name: str) -> int:
         """0 for an output, -1 for an input."""

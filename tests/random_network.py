@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from isthmus.split.budget import LATENCY, taken
-from isthmus.split.cut import INPUT, Cut, Flow, Network, Use, priced
+from isthmus.split.cut import INPUT, Cut, Flow, Network, Shared, Use, priced
 
 
 def random_network(chance: random.Random, tasks: int, tiers: int, anywhere: bool = False) -> Network:
-    """With tensors that several tasks use, some free, some dear; two resources.
+    """With tensors that several tasks use, some free, some dear; two resources, of one of which tasks share some.
 
     Args:
         anywhere: whether all tasks run on every tier and all tensors travel; else some do not.
@@ -45,7 +45,11 @@ def random_network(chance: random.Random, tasks: int, tiers: int, anywhere: bool
         if not anywhere and chance.random() < 0.05:
             ms[chance.randrange(tiers), task] = np.inf
     links = np.ones(tiers - 1)
-    use = {"memory": Use(memory, 0 * links), "energy": Use(energy, links)}
+    shared = []
+    for _ in range(chance.randrange(3) if tasks > 1 else 0):
+        needing = chance.sample(range(tasks), chance.randrange(2, min(tasks, 4) + 1))
+        shared.append(Shared(tuple(needing), 12 * chance.random()))
+    use = {"memory": Use(memory, 0 * links, tuple(shared)), "energy": Use(energy, links)}
     trips = tuple(chance.choice([0.0, 2.0, 10.0]) for _ in links)
     return Network(ms, tuple(flows), trips, use, tuple(trip * chance.choice([0.0, 0.5, 1.0]) for trip in trips))
 

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.protocol.errors import PlanError
 from isthmus.protocol.features import UNIT
 from isthmus.split.budget import best
-from isthmus.split.cut import fastest
+from isthmus.split.cut import Shared, Use, fastest, priced
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_network import ENERGY, MEMORY, Codec, Rate, Sharing
 from isthmus.split.plan import Plan, Row, choose, load_plan, verdict
@@ -137,6 +137,35 @@ def test_budgets_of_memory_and_energy_are_kept() -> None:
     assert found.use[MEMORY] <= 12.0 and any(found.tiers)
     with pytest.raises(PlanError, match=r"J 1e-06 cannot be met: .* more"):
         best(one.network(), budgets={ENERGY: 1e-6})
+
+
+def tied() -> OnnxGraph:
+    """x -> a -> b -> c, of which the first and the last use the same megabyte of weights, and all a small constant."""
+    weights = [(np.zeros((500, 500), np.float32), "w"), (np.zeros(8, np.float32), "bias")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "bias"], ["b"]),
+        helper.make_node("Gemm", ["b", "w", "bias"], ["c"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 500]) for name in "xc"]
+    fixed = [numpy_helper.from_array(value, name) for value, name in weights]
+    return OnnxGraph(helper.make_model(helper.make_graph(nodes, "tied", ends[:1], ends[1:], fixed)))
+
+
+def test_weights_that_nodes_share_are_held_once() -> None:
+    graph = tied()
+    assert graph.shared_weights == [((0, 2), 1_000_000)]
+    weights = tuple(graph.weight_bytes(at) for at in range(3))
+    assert weights == (1_000_000, 32, 1_000_032)
+    here = profile((1.0, 1.0, 1.0), weights=weights, ops=("MatMul", "Add", "Gemm"))
+    network = Sharing(graph, here, here, Rate(1.0, 8e6, 8e6)).network()
+    for tiers, held in (((0, 0, 0), 1.000064), ((0, 0, 1), 1.000032), ((0, 1, 1), 1.0), ((1, 1, 1), 0.0)):
+        assert priced(network, tiers).use[MEMORY] == pytest.approx(held)
+    whole = best(network, budgets={MEMORY: 1.001})
+    assert whole.tiers == (0, 0, 0)  # which counted twice would take two
+    assert best(network, budgets={MEMORY: 0.5}).tiers == (1, 1, 1)
+    with pytest.raises(PlanError, match="shared by a task that there is not"):
+        replace(network, use={MEMORY: Use(np.zeros((2, 3)), np.zeros(1), (Shared((0, 3), 1.0),))})
 
 
 def test_what_is_no_tensor_stays_where_it_is_made() -> None:
