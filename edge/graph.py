@@ -129,6 +129,8 @@ class GraphDevice:
                 raise BundleError(f"{self.bundle.path} does not make {exit.output!r} before it ends there", AGAIN)
         self._rest: GraphPart | None = None
         self._able = self.bundle.has(CLOUD)
+        if self._able and mode != "split":
+            self.bundle.try_part(CLOUD)  # not when the cloud is gone and its part is needed
         self._pace = GraphPace(self._able)
         self._asked, self._met = 0, False
         self._late, self._asked_s = 0, 0.0  # the last request, as long as it is not answered, and when it was sent

@@ -56,8 +56,24 @@ class GraphBundle:
         folder = part.partition("/")[0] + "/"
         return all(self.holds(name) for name in self.manifest.files if name.startswith(folder))
 
+    def try_part(self, part: str) -> None:
+        """Opens a part in a child process with limits, unless it was cut or opened on this machine before.
+
+        Raises:
+            BundleError: a file is absent or was altered.
+            PlanError: it is no model, or exceeds the limits.
+        """
+        from isthmus.split.tried import known, try_part
+
+        sha256 = self.manifest.files[part].sha256
+        if not known(sha256):
+            self._whole(part)
+            try_part(self.path / part, sha256)
+
     def part(self, part: str, threads: int = 0, slow_down: float = 1.0, limit_s: float = 0.0) -> GraphPart:
         """The cloud's part (`graph_manifest.CLOUD`) or a piece of the device's, its files compared with their hashes.
+
+        A part that was neither cut nor opened on this machine before is first opened in a child process with limits.
 
         Args:
             part: the name of its file.
@@ -65,21 +81,25 @@ class GraphBundle:
 
         Raises:
             BundleError: a file is absent or was altered.
-            PlanError: it is no model, or its weights do not lie beside it.
+            PlanError: it is no model, its weights do not lie beside it, or it exceeds the limits.
             EngineError: nothing runs it here.
         """
-        for name in self.manifest.files:
-            if not name.startswith(part.removesuffix("onnx")):
-                continue
-            if not self.holds(name):
-                raise BundleError(f"{self.path} has no {name}", "split or copy the model again")
-            self._check(name)
+        self._whole(part)
         try:
             from isthmus.split.onnx_file import read_model
         except ImportError as error:
             raise EngineError("onnx is not installed", "pip install 'isthmus[edge]'") from error
         read_model(self.path / part)  # weights beside it are where they should be
+        self.try_part(part)
         return GraphPart(self.path / part, threads, slow_down, limit_s)
+
+    def _whole(self, part: str) -> None:
+        """Compares the files of a part with their hashes."""
+        for name in self.manifest.files:
+            if name.startswith(part.removesuffix("onnx")):
+                if not self.holds(name):
+                    raise BundleError(f"{self.path} has no {name}", "split or copy the model again")
+                self._check(name)
 
     def verify(self) -> None:
         """Compares the hash of every file that is here.
