@@ -30,14 +30,12 @@ class Network:
     Attributes:
         shapes: of inputs whose shape is open.
         values: of inputs that random numbers would not do for.
-        nodes: that it has, once it was read.
     """
 
     name: str
     path: Path
     shapes: dict[str, list[int]] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
-    nodes: int = 0
 
     @property
     def known_shapes(self) -> dict[str, list[int]]:
@@ -63,15 +61,23 @@ def efficientnet() -> Network:
 
 
 def photographs() -> list[Picture]:
-    """Crops [224, 224, 3] of 20 photographs: the middle, and others of random places and sizes, seeded."""
+    """Crops [224, 224, 3] of 20 photographs, `CROPS` of each: the middle, and others of random places and sizes."""
+    folder, how = fetch_package("photographs", PHOTOGRAPHS), msgspec.convert(PREPROCESS, Preprocess)
+    random, each = crops(CROPS - 1, seed=7), CROPS - 1
+    found = list[Picture]()
+    for at, member in enumerate(PHOTOGRAPHS.members):
+        found += [how.shown(folder / member.name), *random[at * each : (at + 1) * each]]
+    return found
+
+
+def crops(each: int, seed: int) -> list[Picture]:
+    """So many crops [224, 224, 3] of each of the 20 photographs, of random places and sizes."""
     from PIL import Image
 
-    folder, chance, found = fetch_package("photographs", PHOTOGRAPHS), np.random.default_rng(7), list[Picture]()
-    how = msgspec.convert(PREPROCESS, Preprocess)
+    folder, chance, found = fetch_package("photographs", PHOTOGRAPHS), np.random.default_rng(seed), list[Picture]()
     for member in PHOTOGRAPHS.members:
-        found.append(how.shown(folder / member.name))
         picture = Image.open(folder / member.name).convert("RGB")
-        for _ in range(CROPS - 1):
+        for _ in range(each):
             side = int(min(picture.size) * chance.uniform(0.6, 1.0))
             left, top = (int(chance.integers(0, size - side + 1)) for size in picture.size)
             crop = picture.crop((left, top, left + side, top + side))
