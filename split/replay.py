@@ -59,7 +59,7 @@ def passed(way: Trace | float, at_ms: Times, size: float) -> Times:
         return at_ms
     if not isinstance(way, Trace):
         return at_ms + size * 8e3 / way
-    times = np.asarray(way.times_ms, np.float64)
+    times = way.array_ms
     cycle, within = np.divmod(at_ms, way.period_ms)
     ends = (within == 0) & (cycle > 0)  # the last time of a period is also time 0 of the next
     cycle, within = cycle - ends, within + ends * way.period_ms

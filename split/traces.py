@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.protocol.errors import IsthmusError
 
@@ -25,7 +29,7 @@ class TraceError(IsthmusError):
     """A trace that cannot be read or made."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trace:
     """When a link can deliver; it repeats from its last time on.
 
@@ -50,6 +54,11 @@ class Trace:
         if not before:
             why = f"ends at 0 ms (line {len(self.times_ms)})" if self.times_ms else "has no lines"
             raise TraceError(f"{self.name} {why}", "a trace must last for at least 1 ms")
+
+    @cached_property
+    def array_ms(self) -> NDArray[np.float64]:
+        """`times_ms` as an array."""
+        return np.array(self.times_ms, np.float64)
 
     @property
     def period_ms(self) -> int:

@@ -1,7 +1,7 @@
 """How to share a language model between a device and a cloud: every mode at every cut, priced before anything runs.
 
-The prices are those by which `auto` decides (`edge.costs`), over profiles of both machines and a link, or the trace of
-one, in place of what a device would measure.
+The prices are those by which `auto` decides (`edge.costs`), over profiles of both machines and a link in place of what
+a device would measure. Where the link is a trace, or others use the cloud, answers are replayed (`decoder_replay`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,18 @@ import msgspec
 import numpy as np
 
 from isthmus.apps.cli.decoder_profile import DecoderProfile
+from isthmus.apps.cli.decoder_replay import Rounds, replayed
 from isthmus.edge import budget, priors
-from isthmus.edge.costs import MESSAGE_BYTES, TOKEN_BYTES, Candidate, Standing, candidates
+from isthmus.edge.costs import (
+    ANSWER_BYTES,
+    MESSAGE_BYTES,
+    NEWS_BYTES,
+    SEGMENT_BYTES,
+    TOKEN_BYTES,
+    Candidate,
+    Standing,
+    candidates,
+)
 from isthmus.edge.estimator import BETWEEN_MS, quantile
 from isthmus.edge.figures import CloudFigures, CodecFigures, DraftFigures, Figures, LinkFigures, Wish, between
 from isthmus.engine import KvConfig
@@ -41,10 +51,13 @@ class Answer:
         prompt, tokens: of an answer.
         memory_mb: that the device may hold, weights, KV and the rest together; None for no bound.
         disagreement: share of tokens that exits may decide otherwise than the model.
-        slo_ms: for a token, None for none.
+        slo_ms: for a token, at the `percentile` of answers where not all take the same; None for none.
+        energy_j: that the device may spend on an answer, None for no bound, from its watts while it computes and while
+            it waits for something that travels.
+        load: the share of the cloud's time that others take.
 
     Raises:
-        PlanError: a number is none.
+        PlanError: a number is none, or a budget of energy without watts.
     """
 
     prompt: int = 64
@@ -52,15 +65,29 @@ class Answer:
     memory_mb: float | None = None
     disagreement: float = 0.0
     slo_ms: float | None = None
+    percentile: float = 95.0
+    energy_j: float | None = None
+    device_watts: float = 0.0
+    radio_watts: float = 0.0
+    load: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.tokens < 1:
             raise PlanError(f"an answer of {self.tokens} tokens to a prompt of {self.prompt}", "give 1 or more of both")
         if not 0.0 <= self.disagreement <= 1.0:
             raise PlanError(f"{self.disagreement:g} of tokens may differ", "give a share from 0 to 1")
-        for name, value in (("--memory-mb", self.memory_mb), ("--slo-ms", self.slo_ms)):
+        bounds = {"--memory-mb": self.memory_mb, "--slo-ms": self.slo_ms, "--energy-j": self.energy_j}
+        for name, value in bounds.items():
             if value is not None and not 0.0 < value < float("inf"):
                 raise PlanError(f"{name} is {value:g}", "give a number above 0")
+        if not 0.0 < self.percentile < 100.0:
+            raise PlanError(f"the percentile is {self.percentile:g}", "give one between 0 and 100, as 95")
+        if not 0.0 <= self.load < 1.0:
+            raise PlanError(f"others take {self.load:g} of the cloud's time", "give a share from 0 to below 1")
+        watts = self.device_watts + self.radio_watts
+        if not 0.0 <= watts < float("inf") or (self.energy_j is not None and not watts):
+            problem = "a budget of energy is given, and no watts" if not watts else f"{watts:g} watts are declared"
+            raise PlanError(problem, "declare --device-watts and --radio-watts")
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -71,8 +98,11 @@ class Way(msgspec.Struct, frozen=True):
         codec: of hidden states.
         token_ms: of a token, in the mean; `first_ms` of the first.
         total_ms: of the whole answer.
+        tail_ms: of a token at the plan's percentile of answers, None where all take the same.
+        device_ms: of the device for a token.
         cloud_ms: of the cloud's engine for a token.
         up_bytes: for a token, the prompt apart.
+        energy_j: that the device spends on an answer, 0 where no watts are declared.
         device_mb: of weights, KV and the rest that the device holds for it.
         exact: whether the text is the cloud model's own.
         fails: what it does not keep to, "" if nothing.
@@ -90,6 +120,9 @@ class Way(msgspec.Struct, frozen=True):
     device_mb: float
     exact: bool
     fails: str = ""
+    tail_ms: float | None = None
+    device_ms: float = 0.0
+    energy_j: float = 0.0
 
 
 class DecoderPlan(msgspec.Struct, frozen=True):
@@ -98,6 +131,7 @@ class DecoderPlan(msgspec.Struct, frozen=True):
     Attributes:
         model: the bundle's model_id.
         link: in words.
+        percentile: that `tail_ms` of the ways is.
         best: which of `ways`, which begin with the best of each mode.
         verdict: in one sentence.
     """
@@ -110,6 +144,7 @@ class DecoderPlan(msgspec.Struct, frozen=True):
     ways: tuple[Way, ...]
     best: int
     verdict: str
+    percentile: float = 95.0
     format: Literal["isthmus-decoder-plan"] = "isthmus-decoder-plan"
     version: int = 1
 
@@ -135,8 +170,7 @@ def plan(
             raise PlanError(problem, "measure it with the same bundle: isthmus profile")
     if not 0.0 < times < float("inf"):
         raise PlanError(f"the cloud is {times:g} times as fast as the device", "give a number above 0")
-    ways_ = _Ways(bundle, device, cloud.cloud(times), link_figures(link), answer)
-    found = sorted(ways_.all(), key=lambda way: way.total_ms)
+    found = sorted(priced(bundle, device, cloud.cloud(times), link, answer), key=lambda way: way.total_ms)
     able = [way for way in found if not way.fails]
     if not able:
         nearest = next((way for way in found if way.fails.endswith("wanted")), found[0])
@@ -147,9 +181,13 @@ def plan(
     ways = (*firsts, *(way for way in order if way not in firsts))
     best = ways.index(able[0])
     said = _verdict(able[0], able, answer)
-    return DecoderPlan(
-        bundle.manifest.model_id, bundle.manifest.name, link.words, answer.prompt, answer.tokens, ways, best, said
-    )
+    settings = (link.words, answer.prompt, answer.tokens, ways, best, said, answer.percentile)
+    return DecoderPlan(bundle.manifest.model_id, bundle.manifest.name, *settings)
+
+
+def priced(bundle: Bundle, device: DecoderProfile, cloud: CloudFigures, link: Link, answer: Answer) -> list[Way]:
+    """All ways over a link, in no order."""
+    return list(_Ways(bundle, device, cloud, link, answer).all())
 
 
 def link_figures(link: Link, seed: int = 0) -> LinkFigures:
@@ -178,10 +216,9 @@ class _Ways:
         device, cloud: times of both.
     """
 
-    def __init__(
-        self, bundle: Bundle, device: DecoderProfile, cloud: CloudFigures, link: LinkFigures, answer: Answer
-    ) -> None:
+    def __init__(self, bundle: Bundle, device: DecoderProfile, cloud: CloudFigures, link: Link, answer: Answer) -> None:
         self._config, self._device, self._answer = bundle.config, device, answer
+        self._cloud, self._over, self._link = cloud, link, link_figures(link)
         files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
         self._sizes = budget.PartSizes.from_files(self._config.n_layers, files)
         self._kv = KvConfig("f16", answer.prompt + answer.tokens)
@@ -195,7 +232,7 @@ class _Ways:
         self._figures = Figures(
             here,
             cloud,
-            link,
+            self._link,
             priors.exits(bundle, self._exits),
             priors.drafts(bundle, self._exits, here),
             codecs,
@@ -219,21 +256,78 @@ class _Ways:
                     yield self._way(one)
 
     def _way(self, one: Candidate) -> Way:
-        layers = self._config.n_layers if one.mode == "local" else one.cut
+        answer, layers = self._answer, self._config.n_layers if one.mode == "local" else one.cut
         needed = budget.needed_bytes(self._sizes, self._config, self._kv, layers) / budget.MB if layers else 0.0
-        return Way(
+        rounds, tail_ms = self._rounds(one), None
+        first_ms, token_ms, total_ms = one.setup_ms + one.ms_per_token, one.ms_per_token, one.total_ms
+        if one.mode != "local" and (self._over.changes or answer.load):
+            taken = replayed(rounds, self._over, answer.tokens, answer.load)
+            first_ms, token_ms, total_ms = (float(ms.mean()) for ms in (taken.first, taken.token, taken.total))
+            tail_ms = float(np.percentile(taken.token, answer.percentile))
+        device_ms = rounds.device_total_ms(answer.tokens)
+        radio_ms = total_ms if rounds.streamed else total_ms - device_ms - rounds.cloud_total_ms(answer.tokens)
+        energy_j = device_ms * answer.device_watts + (max(0.0, radio_ms) * answer.radio_watts if rounds.asks else 0.0)
+        way = Way(
             one.name,
             one.mode,
             one.cut,
             one.codec,
-            one.ms_per_token,
-            one.setup_ms + one.ms_per_token,
-            one.total_ms,
+            token_ms,
+            first_ms,
+            total_ms,
             one.cloud_ms,
             self._up_bytes(one),
             needed,
             one.mode != "exit" and one.codec in ("", EXACT),
-            self._fails(one, layers, needed),
+            tail_ms=tail_ms,
+            device_ms=rounds.device_ms / rounds.tokens,
+            energy_j=energy_j * 1e-3,
+        )
+        return msgspec.structs.replace(way, fails=one.why_not or self._fails(way, layers))
+
+    def _rounds(self, one: Candidate) -> Rounds:
+        """A way as the replay takes it; what the device computes is what the formula has beside trip and cloud."""
+        rows = float(self._answer.prompt - 1)
+        if one.mode == "local":
+            return Rounds(device_ms=one.ms_per_token, prompt_ms=one.setup_ms)
+        cloud_prompt_ms = self._cloud.prefill(rows, one.cut if one.mode in ("split", "exit") else 0)
+        if one.mode == "stream":
+            size, more = NEWS_BYTES + MESSAGE_BYTES, {"prompt_bytes": TOKEN_BYTES * rows + MESSAGE_BYTES}
+            return Rounds(
+                asks=1.0,
+                down_bytes=size,
+                cloud_ms=one.cloud_ms,
+                streamed=True,
+                cloud_prompt_ms=cloud_prompt_ms,
+                **more,
+            )
+        tokens, asks, row, cloud_ms = 1.0, 1.0, 0.0, one.cloud_ms
+        match one.mode:
+            case "split":
+                row = self._row_bytes[one.codec]
+            case "exit":
+                row, asks = self._exit_bytes[one.cut], one.asked
+                cloud_ms = one.cloud_ms / asks if asks else 0.0
+            case "verify":
+                drafts, g = self._drafts[one.source, one.cut], one.draft_tokens
+                if one.depth > 1:
+                    asks = 1.0 - drafts.accepted
+                    cloud_ms = one.cloud_ms / (drafts.accepted / g + asks)
+                else:
+                    tokens = max(1.0, between(drafts.tokens_a_round, g))
+                    cloud_ms = one.cloud_ms * tokens
+        up_bytes = (row or TOKEN_BYTES * one.draft_tokens) + MESSAGE_BYTES
+        trip_ms = self._link.expected_trip_ms + max(0.0, up_bytes - SEGMENT_BYTES) * 8e3 / self._link.up_bps
+        return Rounds(
+            tokens,
+            max(0.0, one.ms_per_token * tokens - asks * (trip_ms + cloud_ms)),
+            asks,
+            up_bytes,
+            ANSWER_BYTES + MESSAGE_BYTES,
+            cloud_ms,
+            prompt_bytes=rows * (row or TOKEN_BYTES) + MESSAGE_BYTES,
+            prompt_ms=self._figures.device.prefill(rows, one.cut),
+            cloud_prompt_ms=cloud_prompt_ms,
         )
 
     def _up_bytes(self, one: Candidate) -> float:
@@ -250,16 +344,18 @@ class _Ways:
                 return block / max(1.0, between(drafts.tokens_a_round, one.draft_tokens))
         return 0.0
 
-    def _fails(self, one: Candidate, layers: int, needed_mb: float) -> str:
+    def _fails(self, way: Way, layers: int) -> str:
         answer = self._answer
-        if one.why_not:
-            return one.why_not
-        if one.mode == "split" and one.codec != EXACT and not answer.disagreement:
+        if way.mode == "split" and not way.exact and not answer.disagreement:
             return "rounding turns some tokens"
         if layers > self._most:
-            return f"{needed_mb:.4g} MB on the device, {answer.memory_mb:g} wanted"
-        if answer.slo_ms is not None and one.ms_per_token > answer.slo_ms:
-            return f"{one.ms_per_token:.3g} ms a token, {answer.slo_ms:g} wanted"
+            return f"{way.device_mb:.4g} MB on the device, {answer.memory_mb:g} wanted"
+        late_ms = way.token_ms if way.tail_ms is None else way.tail_ms
+        if answer.slo_ms is not None and late_ms > answer.slo_ms:
+            at = "" if way.tail_ms is None else f" at p{answer.percentile:g}"
+            return f"{late_ms:.3g} ms a token{at}, {answer.slo_ms:g} wanted"
+        if answer.energy_j is not None and way.energy_j > answer.energy_j:
+            return f"{way.energy_j:.3g} J an answer, {answer.energy_j:g} wanted"
         return ""
 
 

@@ -16,7 +16,8 @@ TRIES = 20  # times the processor's seconds that a plan may take where codecs ar
 
 
 OF_DECODERS = {"prompt", "tokens", "max_disagreement"}
-OF_BOTH = {"ctx", "model", "link", "device", "cloud", "output", "slo_ms", "memory_mb", "as_json"}
+OF_BOTH = {"ctx", "model", "link", "device", "cloud", "output", "slo_ms", "percentile", "memory_mb", "energy_j"}
+OF_BOTH |= {"device_watts", "radio_watts", "load", "plot", "as_json"}
 
 
 def command(
@@ -50,11 +51,14 @@ def command(
         typer.Option("--output", "-o", metavar="FILE", help="The plan to be; by default MODEL.plan.json here"),
     ] = None,
     slo_ms: Annotated[
-        float | None, typer.Option(help="That an input may take at most, at the --p th percentile")
+        float | None,
+        typer.Option(help="That an input (of a language model a token) may take at most, at the --p th percentile"),
     ] = None,
     percentile: Annotated[float, typer.Option("--p", help="Of changing links and busy clouds")] = 95.0,
     memory_mb: Annotated[float | None, typer.Option(help="Of weights that the device may hold")] = None,
-    energy_j: Annotated[float | None, typer.Option(help="That the device may spend on an input")] = None,
+    energy_j: Annotated[
+        float | None, typer.Option(help="That the device may spend on an input, or on an answer")
+    ] = None,
     device_watts: Annotated[float, typer.Option(min=0.0, help="Of the device while it computes, declared")] = 0.0,
     radio_watts: Annotated[float, typer.Option(min=0.0, help="Of the device while something travels, declared")] = 0.0,
     load: Annotated[float, typer.Option(help="Share of the cloud's time that others take")] = 0.0,
@@ -117,7 +121,8 @@ def command(
     the averages.
 
     Of a language model (a bundle) every mode is priced at every cut, for an answer of --tokens to a prompt of --prompt:
-    local, stream, split, exit and verify, by the formulas by which auto decides.
+    local, stream, split, exit and verify, by the formulas by which auto decides; over a trace, or with --load, 400
+    answers are replayed in each.
 
     With --edge a server stands between device and cloud, and ways over all three are compared, too: the best of all, by
     layered minimum cuts. `isthmus split` writes two bundles for such a way, of which the server runs one through the

@@ -20,10 +20,16 @@ def plan_decoder(ctx: typer.Context) -> None:
     Raises:
         PlanError: an option of networks, no profile, or no way that keeps to what was asked for.
     """
-    from isthmus.apps.cli.decoder_plan import Answer, plan
+    import sys
+    from dataclasses import replace
+
+    from isthmus.apps.bench.machine import read_machine
+    from isthmus.apps.bench.plot import check_drawing
+    from isthmus.apps.cli.decoder_plan import Answer, plan, priced
     from isthmus.apps.cli.decoder_profile import load_decoder_profile
-    from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, SUFFIX, number, only
+    from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, PROFILE_S, SUFFIX, number, only
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
+    from isthmus.apps.cli.profile import measured_decoder
     from isthmus.protocol.errors import PlanError
     from isthmus.split.bundle import Bundle, is_graph
     from isthmus.split.files import is_there
@@ -39,20 +45,36 @@ def plan_decoder(ctx: typer.Context) -> None:
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
     here = asked["device"] or Path(name + PROFILE)
-    if not is_there(here):
-        remedy = f"measure it: isthmus profile {folder}, or name one with --device"
-        raise PlanError(f"there is no profile {here}", remedy)
+    if asked["plot"] is not None:
+        check_drawing(asked["plot"])
     if not asked["cloud"]:
         remedy = "name the cloud's profile, or say how many times as fast as the device it is"
         raise PlanError("--cloud is empty", remedy)
-    answer = Answer(asked["prompt"], asked["tokens"], asked["memory_mb"], asked["max_disagreement"], asked["slo_ms"])
-    device, times = load_decoder_profile(here), number(asked["cloud"])
+    answer = Answer(
+        asked["prompt"],
+        asked["tokens"],
+        asked["memory_mb"],
+        asked["max_disagreement"],
+        *(asked[name] for name in ("slo_ms", "percentile", "energy_j", "device_watts", "radio_watts", "load")),
+    )
+    times, link, bundle = number(asked["cloud"]), read_link(asked["link"]), Bundle.open(folder)
     if times is None and not is_there(Path(asked["cloud"])):
         raise PlanError(f"there is no profile {asked['cloud']}", "copy the cloud's here, or say how fast it is")
+    if not is_there(here):
+        if asked["device"] is not None:
+            raise PlanError(f"there is no profile {here}", f"measure it: isthmus profile {folder} -o {here}")
+        print(f"measuring {name} on this machine, for {here} (isthmus profile does that by itself)", file=sys.stderr)
+        measured_decoder(bundle, read_machine().physical, PROFILE_S).save(here)
+    device = load_decoder_profile(here)
     cloud = load_decoder_profile(Path(asked["cloud"])) if times is None else device
-    bundle, link = Bundle.open(folder), read_link(asked["link"])
-    found = plan(bundle, device, cloud, 1.0 if times is None else times, link, answer)
+    faster = 1.0 if times is None else times
+    found = plan(bundle, device, cloud, faster, link, answer)
     found.save(target)
+    if asked["plot"] is not None:
+        from isthmus.apps.cli.decoder_picture import draw
+
+        plain = replace(answer, load=0.0)
+        draw(asked["plot"], found, link, lambda over: priced(bundle, device, cloud.cloud(faster), over, plain))
     if asked["as_json"]:
         print(target.read_text())
     else:
@@ -76,15 +98,19 @@ def _print(plan: DecoderPlan, target: Path) -> None:
         if counts[way.mode] <= SHOWN:
             shown.append(way)
     shown.sort(key=lambda way: (bool(way.fails), way.total_ms))
-    table = Table("way", box=None, pad_edge=False)
-    for title in ("s in all", "ms a token", "first, ms", "cloud, ms", "bytes up", "device, MB"):
+    table, tail = Table("way", box=None, pad_edge=False), any(way.tail_ms is not None for way in shown)
+    late, spent = ([f"p{plan.percentile:g}, ms"] if tail else []), any(way.energy_j for way in shown)
+    titles = ["s in all", "ms a token", *late, "first, ms", "cloud, ms", "bytes up", "device, MB"]
+    for title in [*titles, *(["J"] if spent else [])]:
         table.add_column(title, justify="right")
     failing = any(way.fails for way in shown)
     if failing:
         table.add_column("fails")
     for way in shown:
-        cells = [f"{way.total_ms / 1e3:.2f}", f"{way.token_ms:.1f}", f"{way.first_ms:.0f}", f"{way.cloud_ms:.1f}"]
-        cells += [f"{way.up_bytes:.0f}", f"{way.device_mb:.0f}"] + ([escape(way.fails)] if failing else [])
+        cells = [f"{way.total_ms / 1e3:.2f}", f"{way.token_ms:.1f}"]
+        cells += [f"{way.tail_ms or way.token_ms:.1f}"] if tail else []
+        cells += [f"{way.first_ms:.0f}", f"{way.cloud_ms:.1f}", f"{way.up_bytes:.0f}", f"{way.device_mb:.0f}"]
+        cells += ([f"{way.energy_j:.3g}"] if spent else []) + ([escape(way.fails)] if failing else [])
         table.add_row(escape(way.name), *cells, style="bold" if way == plan.ways[plan.best] else "")
     console.print(table)
     console.print(f"over {plan.link}; {plan.tokens} tokens to a prompt of {plan.prompt}", markup=False)

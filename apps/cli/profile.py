@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from isthmus.apps.cli.decoder_profile import DecoderProfile
+    from isthmus.split.bundle import Bundle
     from isthmus.split.profile import Profile
 
 SUFFIX = ".profile.json"
@@ -113,6 +115,19 @@ def measured(model: Path, threads: int, seconds: float, shape: list[str], inputs
     return Profile.of(told, machine.processor, machine.system)
 
 
+def measured_decoder(bundle: Bundle, threads: int, seconds: float) -> DecoderProfile:
+    """What a language model takes on this machine.
+
+    Raises:
+        EngineError: nothing runs it here.
+    """
+    from isthmus.apps.bench.machine import read_machine
+    from isthmus.apps.cli.decoder_profile import measure
+
+    machine = read_machine()
+    return measure(bundle, threads, machine.system, machine.processor, 2 * seconds)
+
+
 def _check_options(ctx: typer.Context) -> None:
     """Refuses options that would have no effect.
 
@@ -163,15 +178,12 @@ def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool
 
 
 def _measure_decoder(folder: Path, target: Path, threads: int, seconds: float, as_json: bool) -> None:
-    from isthmus.apps.bench.machine import read_machine
-    from isthmus.apps.cli.decoder_profile import measure
     from isthmus.protocol.errors import PlanError
     from isthmus.split.bundle import Bundle, is_graph
 
     if is_graph(folder):
         raise PlanError(f"{folder} is a network that was cut", "measure the .onnx model that it was made from")
-    machine = read_machine()
-    found = measure(Bundle.open(folder), threads, machine.system, machine.processor, 2 * seconds)
+    found = measured_decoder(Bundle.open(folder), threads, seconds)
     found.save(target)
     if as_json:
         print(target.read_text())

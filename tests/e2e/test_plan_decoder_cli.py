@@ -45,6 +45,26 @@ def test_as_one_object_over_a_trace_with_a_budget(folder: Path) -> None:
     assert told["tokens"] == 10 and all(way["device_mb"] <= 200 for way in told["ways"] if not way["fails"])
 
 
+def test_over_a_trace_it_is_replayed_and_drawn(folder: Path) -> None:
+    asked = ["--link", "rtt=20,trace=synthetic", "--p", "90", "--load", "0.3", "--tokens", "20"]
+    asked += ["--device-watts", "2", "--radio-watts", "1", "--energy-j", "1000"]
+    for name in ("plan.html", "plan.png"):
+        done = isthmus("plan", "tiny", *asked, "--plot", name, folder=folder)
+        assert done.returncode == 0, done.stderr
+        assert "p90, ms" in done.stdout and " J" in done.stdout
+    page = (folder / "plan.html").read_text()
+    told = json.loads((folder / "tiny.plan.json").read_text())
+    assert "<svg" in page and told["ways"][told["best"]]["name"] in page and 'class="best"' in page
+    assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_machine_without_a_profile_is_measured(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny")
+    done = isthmus("plan", "tiny", "--link", "rtt=20,up=5,down=20", "--json", folder=tmp_path)
+    assert done.returncode == 0 and "measuring tiny on this machine" in done.stderr
+    assert json.loads(done.stdout)["ways"] and (tmp_path / "tiny.profile.json").exists()
+
+
 def test_a_mixture_of_experts_is_planned_at_every_cut(tmp_path: Path) -> None:
     write_tiny(tmp_path / "moe", experts=ExpertsConfig(8, 2, 96, True))
     done = isthmus("profile", "moe", "--seconds", "0.1", "--threads", "1", folder=tmp_path)
@@ -61,7 +81,10 @@ def test_a_mixture_of_experts_is_planned_at_every_cut(tmp_path: Path) -> None:
     [
         (["--exit", "a=1"], "--exit has no effect"),
         (["--throughput"], "--throughput has no effect: tiny is a bundle"),
-        (["--p", "90"], "--p has no effect"),
+        (["--p", "100"], "the percentile is 100"),
+        (["--energy-j", "1"], "a budget of energy is given, and no watts"),
+        (["--load", "1"], "others take 1 of the cloud's time"),
+        (["--plot", "none/x.png"], "there is no folder none"),
         (["--inputs", "x"], "--inputs has no effect"),
         (["--cloud", "none.json"], "none.json"),
         (["--cloud", ""], "--cloud is empty"),

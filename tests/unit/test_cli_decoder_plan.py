@@ -97,6 +97,11 @@ def test_what_no_way_keeps_to(bundle: Bundle, profile: DecoderProfile) -> None:
         ({"disagreement": 1.5}, "1.5 of tokens"),
         ({"memory_mb": -1.0}, "--memory-mb is -1"),
         ({"slo_ms": float("nan")}, "--slo-ms is nan"),
+        ({"energy_j": 1.0}, "a budget of energy is given, and no watts"),
+        ({"energy_j": -1.0, "device_watts": 1.0}, "--energy-j is -1"),
+        ({"device_watts": float("inf")}, "inf watts are declared"),
+        ({"percentile": 100.0}, "the percentile is 100"),
+        ({"load": 1.0}, "others take 1 of the cloud's time"),
     ],
 )
 def test_wishes_that_cannot_be(asked: dict[str, Any], problem: str) -> None:
@@ -120,6 +125,50 @@ def test_a_trace_is_known_as_questions_meet_it() -> None:
     assert 20.0 <= changing.trip_ms < 24.0
     assert changing.up_bps == pytest.approx(8 * 1500 * 800, rel=0.01) and changing.up_low_bps < changing.up_bps
     assert changing.trip_high_ms < 500.0  # a stall delays few of the questions that are asked
+
+
+def test_over_a_trace_answers_are_replayed_and_the_tail_counts(bundle: Bundle, profile: DecoderProfile) -> None:
+    trace = "rtt=20,trace=synthetic"
+    found = planned(bundle, profile, trace)
+    for way in found.ways:
+        assert (way.tail_ms is None) == (way.mode == "local")
+        assert way.tail_ms is None or way.tail_ms >= way.token_ms * 0.99
+    split = next(way for way in found.ways if way.mode == "split" and way.exact)
+    assert split.tail_ms is not None
+    bound = (split.token_ms + split.tail_ms) / 2  # which the mean keeps to, and the percentile does not
+    late = planned(bundle, profile, trace, slo_ms=bound)
+    (same,) = [way for way in late.ways if way.name == split.name]
+    assert f"at p95, {bound:g} wanted" in same.fails
+    (median,) = [w for w in planned(bundle, profile, trace, slo_ms=bound, percentile=10.0).ways if w.name == split.name]
+    assert not median.fails
+
+
+def test_prices_and_replays_agree_where_nothing_changes(bundle: Bundle, profile: DecoderProfile) -> None:
+    plain, steady = (planned(bundle, profile, "rtt=20,up=50,down=50", load=load) for load in (0.0, 1e-9))
+    known = {way.name: way for way in steady.ways}
+    for way in plain.ways:
+        again = known[way.name]
+        assert way.tail_ms is None and (again.tail_ms is not None or way.mode == "local")
+        assert again.token_ms == pytest.approx(way.token_ms, rel=0.05), way.name
+        assert again.total_ms == pytest.approx(way.total_ms, rel=0.06), way.name
+
+
+def test_a_busy_cloud_drives_work_away(bundle: Bundle, profile: DecoderProfile) -> None:
+    free, busy = (planned(bundle, profile, FAR, load=load) for load in (0.0, 0.95))
+    assert free.ways[free.best].mode == "stream" and busy.ways[busy.best].mode != "stream"
+
+
+def test_energy_is_the_devices_own_and_bounds_ways(bundle: Bundle, profile: DecoderProfile) -> None:
+    watts = {"device_watts": 2.0, "radio_watts": 1.0}
+    found = planned(bundle, profile, FAR, **watts)
+    local = next(way for way in found.ways if way.mode == "local")
+    stream = next(way for way in found.ways if way.mode == "stream")
+    assert local.energy_j == pytest.approx(2.0 * local.total_ms * 1e-3)
+    assert stream.energy_j == pytest.approx(1.0 * stream.total_ms * 1e-3) and stream.device_ms == 0.0
+    bounded = planned(bundle, profile, FAR, energy_j=local.energy_j * 0.99, **watts)
+    again = next(way for way in bounded.ways if way.mode == "local")
+    assert again.fails.endswith("J an answer, " + f"{local.energy_j * 0.99:g} wanted")
+    assert bounded.ways[bounded.best].energy_j <= local.energy_j * 0.99
 
 
 def test_rates_by_the_second() -> None:
