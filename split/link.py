@@ -55,13 +55,38 @@ class Link:
         return f"{told} in the mean of a trace" if self.changes else told
 
 
+class Served(msgspec.Struct, frozen=True):
+    """What a language model takes in the cloud at a link's other end, as that cloud says.
+
+    Attributes:
+        model: its model_id.
+        rows_ms: (n, ms) of a step of n rows that gives n tokens.
+        prefill_row_ms: of one row of a prompt, 0 where the cloud does not say.
+    """
+
+    model: str
+    name: str
+    rows_ms: tuple[tuple[int, float], ...]
+    prefill_row_ms: float
+
+    def __post_init__(self) -> None:
+        times = [ms for _, ms in self.rows_ms]
+        if not times or not all(0 < ms < math.inf for ms in times) or not 0 <= self.prefill_row_ms < math.inf:
+            raise PlanError(f"the link's cloud has no times of {self.name}", "measure it again")
+
+
 class LinkFile(msgspec.Struct, frozen=True):
-    """A link that was measured, as its file has it; rates in 10^6 bit/s."""
+    """A link that was measured, as its file has it; rates in 10^6 bit/s.
+
+    Attributes:
+        served: language models of the cloud that it was measured with, those that are timed.
+    """
 
     rtt_ms: float
     up_mbps: float
     down_mbps: float
     format: str = "isthmus-link"
+    served: tuple[Served, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format != "isthmus-link":
@@ -81,12 +106,22 @@ def read_link(text: str) -> Link:
         OSError: the file cannot be read.
     """
     if text.endswith(".json"):
-        file = load(Path(text), LinkFile, "link", _EXAMPLES)
+        file = read_link_file(Path(text))
         found = Link(file.rtt_ms, file.up_mbps * 1e6, file.down_mbps * 1e6)
     else:
         found = _of_words(text)
     found.rate()
     return found
+
+
+def read_link_file(path: Path) -> LinkFile:
+    """A link that was measured.
+
+    Raises:
+        PlanError: the file holds none.
+        OSError: it cannot be read.
+    """
+    return load(path, LinkFile, "link", _EXAMPLES)
 
 
 def _of_words(text: str) -> Link:

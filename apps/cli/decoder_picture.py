@@ -70,7 +70,7 @@ def _lines(axes: Any, along: Any, ways: Sequence[Sequence[Way]]) -> None:
         axes.plot(along, line / 1e3, label=mode, color=f"C{MODES.index(mode)}")
     for at in switches(times) if modes else []:
         mark(axes, along[at], float(times[:, at].min()) / 1e3, f"{along[at]:.3g}")
-    axes.set(xscale="log", yscale="log", ylabel="s an answer, best of each mode")
+    axes.set(xscale="log", yscale="log", ylabel="s an answer, best of each mode\n(steady rates, cloud not busy)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="xx-small")
 

@@ -19,6 +19,7 @@ from isthmus.apps.cli.decoder_replay import Rounds, replayed
 from isthmus.edge import budget, priors
 from isthmus.edge.costs import (
     ANSWER_BYTES,
+    IN_VAIN,
     MESSAGE_BYTES,
     NEWS_BYTES,
     SEGMENT_BYTES,
@@ -28,6 +29,7 @@ from isthmus.edge.costs import (
     candidates,
 )
 from isthmus.edge.estimator import BETWEEN_MS, quantile
+from isthmus.edge.exit import AHEAD_ROWS
 from isthmus.edge.figures import CloudFigures, CodecFigures, DraftFigures, Figures, LinkFigures, Wish, between
 from isthmus.engine import KvConfig
 from isthmus.protocol.errors import PlanError
@@ -130,7 +132,7 @@ class DecoderPlan(msgspec.Struct, frozen=True):
 
     Attributes:
         model: the bundle's model_id.
-        link: in words.
+        link, cloud: in words.
         percentile: that `tail_ms` of the ways is.
         best: which of `ways`, which begin with the best of each mode.
         verdict: in one sentence.
@@ -145,6 +147,7 @@ class DecoderPlan(msgspec.Struct, frozen=True):
     best: int
     verdict: str
     percentile: float = 95.0
+    cloud: str = ""
     format: Literal["isthmus-decoder-plan"] = "isthmus-decoder-plan"
     version: int = 1
 
@@ -168,6 +171,9 @@ def plan(
         if profile.model != bundle.manifest.model_id:
             problem = f"the {what}'s profile is of {profile.name} ({profile.model[:12]}), another model or version"
             raise PlanError(problem, "measure it with the same bundle: isthmus profile")
+    if (most := bundle.config.context_length) < answer.prompt + answer.tokens:
+        problem = f"an answer of {answer.tokens} tokens to a prompt of {answer.prompt} is longer than the model takes"
+        raise PlanError(problem, f"give {most} or fewer of both together")
     if not 0.0 < times < float("inf"):
         raise PlanError(f"the cloud is {times:g} times as fast as the device", "give a number above 0")
     found = sorted(priced(bundle, device, cloud.cloud(times), link, answer), key=lambda way: way.total_ms)
@@ -181,7 +187,8 @@ def plan(
     ways = (*firsts, *(way for way in order if way not in firsts))
     best = ways.index(able[0])
     said = _verdict(able[0], able, answer)
-    settings = (link.words, answer.prompt, answer.tokens, ways, best, said, answer.percentile)
+    faster = f"{times:g} times as fast as the device" if cloud is device else f"like {cloud.processor}"
+    settings = (link.words, answer.prompt, answer.tokens, ways, best, said, answer.percentile, f"a cloud {faster}")
     return DecoderPlan(bundle.manifest.model_id, bundle.manifest.name, *settings)
 
 
@@ -226,6 +233,7 @@ class _Ways:
         if answer.memory_mb is not None:
             self._most = budget.layers_that_fit(self._sizes, self._config, self._kv, answer.memory_mb)
         self._exits = [one.layer for one in bundle.exits if one.layer <= self._most]
+        self._exit_files = {one.layer: files[one.file] for one in bundle.exits}
         width = self._config.d_model
         codecs = tuple(CodecFigures(name, size * width, 0.0) for name, size in CODECS.items())
         here = device.device(self._most)
@@ -256,79 +264,101 @@ class _Ways:
                     yield self._way(one)
 
     def _way(self, one: Candidate) -> Way:
-        answer, layers = self._answer, self._config.n_layers if one.mode == "local" else one.cut
-        needed = budget.needed_bytes(self._sizes, self._config, self._kv, layers) / budget.MB if layers else 0.0
-        rounds, tail_ms = self._rounds(one), None
-        first_ms, token_ms, total_ms = one.setup_ms + one.ms_per_token, one.ms_per_token, one.total_ms
-        if one.mode != "local" and (self._over.changes or answer.load):
-            taken = replayed(rounds, self._over, answer.tokens, answer.load)
-            first_ms, token_ms, total_ms = (float(ms.mean()) for ms in (taken.first, taken.token, taken.total))
-            tail_ms = float(np.percentile(taken.token, answer.percentile))
-        device_ms = rounds.device_total_ms(answer.tokens)
-        radio_ms = total_ms if rounds.streamed else total_ms - device_ms - rounds.cloud_total_ms(answer.tokens)
-        energy_j = device_ms * answer.device_watts + (max(0.0, radio_ms) * answer.radio_watts if rounds.asks else 0.0)
+        answer, rounds = self._answer, self._rounds(one)
         way = Way(
             one.name,
             one.mode,
             one.cut,
             one.codec,
-            token_ms,
-            first_ms,
-            total_ms,
+            one.ms_per_token,
+            one.setup_ms + one.ms_per_token,
+            one.total_ms,
             one.cloud_ms,
             self._up_bytes(one),
-            needed,
+            self._device_mb(one),
             one.mode != "exit" and one.codec in ("", EXACT),
-            tail_ms=tail_ms,
             device_ms=rounds.device_ms / rounds.tokens,
-            energy_j=energy_j * 1e-3,
         )
-        return msgspec.structs.replace(way, fails=one.why_not or self._fails(way, layers))
+        refused = one.why_not
+        if way.mode == "split" and not way.exact and answer.disagreement < 1.0:
+            refused = "rounding turns some tokens, how many was not measured"
+        alone_ms = way.total_ms  # without others in the cloud
+        if one.mode != "local" and not refused and (self._over.changes or answer.load):
+            others_ms = self._cloud.step(1)
+            taken = replayed(rounds, self._over, answer.tokens, answer.load, others_ms)
+            first_ms, token_ms, total_ms = (float(ms.mean()) for ms in (taken.first, taken.token, taken.total))
+            tail_ms = float(np.percentile(taken.token, answer.percentile))
+            way = msgspec.structs.replace(way, first_ms=first_ms, token_ms=token_ms, total_ms=total_ms, tail_ms=tail_ms)
+            if answer.load and answer.radio_watts:
+                alone_ms = float(replayed(rounds, self._over, answer.tokens).total.mean())
+            else:
+                alone_ms = total_ms
+        energy_j = self._energy_j(rounds, alone_ms)
+        way = msgspec.structs.replace(way, energy_j=energy_j)
+        return msgspec.structs.replace(way, fails=refused or self._fails(way))
+
+    def _device_mb(self, one: Candidate) -> float:
+        """What the device holds for a way: layers, KV and the rest, and the exit that speaks or drafts."""
+        layers = self._config.n_layers if one.mode == "local" else one.cut
+        if not layers:
+            return 0.0
+        needed = budget.needed_bytes(self._sizes, self._config, self._kv, layers)
+        if one.cut in self._exit_files and one.mode in ("exit", "verify"):
+            needed += self._exit_files[one.cut] + budget.kv_bytes(self._config, 1, self._kv)
+            needed += 0 if self._config.tied else self._sizes.head
+        return needed / budget.MB
+
+    def _energy_j(self, rounds: Rounds, total_ms: float) -> float:
+        """What the device spends on an answer: while it computes, and while something is under way."""
+        answer, device_ms = self._answer, rounds.device_total_ms(self._answer.tokens)
+        radio_ms = 0.0
+        if rounds.asks or rounds.sent_bytes:
+            waits_ms = total_ms - device_ms - rounds.cloud_total_ms(answer.tokens)
+            sent_ms = answer.tokens * rounds.sent_bytes * 8e3 / self._link.up_bps
+            radio_ms = total_ms if rounds.streamed else max(waits_ms, sent_ms, 0.0)
+        return (device_ms * answer.device_watts + radio_ms * answer.radio_watts) * 1e-3
 
     def _rounds(self, one: Candidate) -> Rounds:
         """A way as the replay takes it; what the device computes is what the formula has beside trip and cloud."""
-        rows = float(self._answer.prompt - 1)
+        rows, device = float(self._answer.prompt - 1), self._figures.device
         if one.mode == "local":
             return Rounds(device_ms=one.ms_per_token, prompt_ms=one.setup_ms)
-        cloud_prompt_ms = self._cloud.prefill(rows, one.cut if one.mode in ("split", "exit") else 0)
-        if one.mode == "stream":
-            size, more = NEWS_BYTES + MESSAGE_BYTES, {"prompt_bytes": TOKEN_BYTES * rows + MESSAGE_BYTES}
-            return Rounds(
-                asks=1.0,
-                down_bytes=size,
-                cloud_ms=one.cloud_ms,
-                streamed=True,
-                cloud_prompt_ms=cloud_prompt_ms,
-                **more,
-            )
-        tokens, asks, row, cloud_ms = 1.0, 1.0, 0.0, one.cloud_ms
-        match one.mode:
-            case "split":
-                row = self._row_bytes[one.codec]
-            case "exit":
-                row, asks = self._exit_bytes[one.cut], one.asked
-                cloud_ms = one.cloud_ms / asks if asks else 0.0
-            case "verify":
-                drafts, g = self._drafts[one.source, one.cut], one.draft_tokens
-                if one.depth > 1:
-                    asks = 1.0 - drafts.accepted
-                    cloud_ms = one.cloud_ms / (drafts.accepted / g + asks)
-                else:
-                    tokens = max(1.0, between(drafts.tokens_a_round, g))
-                    cloud_ms = one.cloud_ms * tokens
-        up_bytes = (row or TOKEN_BYTES * one.draft_tokens) + MESSAGE_BYTES
-        trip_ms = self._link.expected_trip_ms + max(0.0, up_bytes - SEGMENT_BYTES) * 8e3 / self._link.up_bps
-        return Rounds(
-            tokens,
-            max(0.0, one.ms_per_token * tokens - asks * (trip_ms + cloud_ms)),
-            asks,
-            up_bytes,
-            ANSWER_BYTES + MESSAGE_BYTES,
-            cloud_ms,
+        row = 0.0  # bytes of a state, where states travel
+        if one.mode in ("split", "exit"):
+            row = self._row_bytes[one.codec] if one.mode == "split" else self._exit_bytes[one.cut]
+        base = Rounds(
+            asks=1.0,
+            up_bytes=(row or TOKEN_BYTES * one.draft_tokens) + MESSAGE_BYTES,
+            down_bytes=ANSWER_BYTES + MESSAGE_BYTES,
+            cloud_ms=one.cloud_ms,
             prompt_bytes=rows * (row or TOKEN_BYTES) + MESSAGE_BYTES,
-            prompt_ms=self._figures.device.prefill(rows, one.cut),
-            cloud_prompt_ms=cloud_prompt_ms,
+            prompt_ms=device.prefill(rows, one.cut),
+            cloud_prompt_ms=self._cloud.prefill(rows, one.cut if row else 0),
         )
+        if one.mode == "stream":
+            return replace(base, streamed=True, down_bytes=NEWS_BYTES + MESSAGE_BYTES)
+        if one.mode == "exit":
+            step_ms = device.drafted(one.cut) + device.codec_ms
+            unsure = next(exit.unsure for exit in self._figures.exits if exit.layer == one.cut)
+            return replace(
+                base,
+                device_ms=step_ms * (1.0 + IN_VAIN * (unsure - one.asked)),
+                asks=one.asked,
+                sent_bytes=row + MESSAGE_BYTES / AHEAD_ROWS,
+                up_bytes=QUESTION_BYTES + MESSAGE_BYTES,
+                cloud_ms=one.cloud_ms / one.asked if one.asked else 0.0,
+            )
+        if one.mode == "verify" and one.depth > 1:
+            accepted = self._drafts[one.source, one.cut].accepted
+            share = accepted / one.draft_tokens + 1.0 - accepted
+            base = replace(base, asks=1.0 - accepted, cloud_ms=one.cloud_ms / share)
+        elif one.mode == "verify":
+            tokens = max(1.0, between(self._drafts[one.source, one.cut].tokens_a_round, one.draft_tokens))
+            base = replace(base, tokens=tokens, cloud_ms=one.cloud_ms * tokens)
+        trip_ms = self._link.expected_trip_ms
+        trip_ms += max(0.0, base.up_bytes - SEGMENT_BYTES) * 8e3 / self._link.up_bps
+        waits_ms = base.asks * (trip_ms + base.cloud_ms)
+        return replace(base, device_ms=max(0.0, one.ms_per_token * base.tokens - waits_ms))
 
     def _up_bytes(self, one: Candidate) -> float:
         """For a token, framing included."""
@@ -344,11 +374,9 @@ class _Ways:
                 return block / max(1.0, between(drafts.tokens_a_round, one.draft_tokens))
         return 0.0
 
-    def _fails(self, way: Way, layers: int) -> str:
+    def _fails(self, way: Way) -> str:
         answer = self._answer
-        if way.mode == "split" and not way.exact and not answer.disagreement:
-            return "rounding turns some tokens"
-        if layers > self._most:
+        if answer.memory_mb is not None and way.device_mb > answer.memory_mb:
             return f"{way.device_mb:.4g} MB on the device, {answer.memory_mb:g} wanted"
         late_ms = way.token_ms if way.tail_ms is None else way.tail_ms
         if answer.slo_ms is not None and late_ms > answer.slo_ms:

@@ -12,17 +12,19 @@ from typing import Literal
 import msgspec
 
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Points
-from isthmus.edge.priors import CODEC_MS
+from isthmus.edge.priors import CODEC_MS, PREFILL_SHARE, sizes
 from isthmus.engine import KvConfig, Rows, Want, open_part
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
 from isthmus.split.files import write_whole
+from isthmus.split.link import Served
 from isthmus.split.profile import MOST_THREADS, load
 
 VERSION = 1
 ROWS = (1, 2, 4, 8)  # of steps that give as many tokens
 PROMPT, CHUNK = 128, 64  # rows that are held while steps are timed, and of a prompt's step
 WARM, LEAST = 2, 8  # steps that are not counted, and that are
+OF_ITSELF = "the one at the link's other end"  # a processor
 _AGAIN = "measure it again: isthmus profile"
 
 
@@ -82,6 +84,20 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         """It as a cloud, so many times as fast."""
         rows = tuple((n, ms / times) for n, ms in self.rows_ms)
         return CloudFigures(self.n_layers, rows, self.head_ms / times, self.prefill_row_ms / times)
+
+    @classmethod
+    def of_cloud(cls, bundle: Bundle, served: Served) -> DecoderProfile:
+        """Of a cloud that says what its steps take: layers share what the output head leaves, as their bytes do.
+
+        Raises:
+            PlanError: the cloud says times that are none.
+        """
+        known, step_ms = sizes(bundle), served.rows_ms[0][1]
+        body_ms = step_ms * (1.0 - known.head / known.of(known.n_layers, True))
+        layers = tuple((k, body_ms * k / known.n_layers) for k in sorted({1, known.n_layers}))
+        prefill_ms = served.prefill_row_ms or PREFILL_SHARE * step_ms
+        where = ("", "", OF_ITSELF, 1)  # it does not say how many threads
+        return cls(served.model, served.name, *where, layers, served.rows_ms, prefill_ms)
 
     def save(self, path: Path) -> None:
         """Writes it, as JSON for people to read as well."""

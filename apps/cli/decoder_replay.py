@@ -26,6 +26,7 @@ class Rounds:
         tokens: that a round yields, in the mean.
         device_ms: that a round takes before it asks.
         asks: the share of rounds that ask.
+        sent_bytes: that go up in each round, with nobody waiting for them.
         up_bytes, down_bytes: of a question, and of its answer.
         cloud_ms: of the cloud's engine for a question.
         streamed: whether the cloud goes on unasked, so that only the first token waits for a trip.
@@ -36,6 +37,7 @@ class Rounds:
     tokens: float = 1.0
     device_ms: float = 0.0
     asks: float = 0.0
+    sent_bytes: float = 0.0
     up_bytes: float = 0.0
     down_bytes: float = 0.0
     cloud_ms: float = 0.0
@@ -59,7 +61,7 @@ class Taken(NamedTuple):
     Attributes:
         first: until its first token.
         total: until its last.
-        token: of each token after the first, in the mean.
+        token: of each token, in the mean: without what the prompt takes first.
     """
 
     first: Times
@@ -67,31 +69,44 @@ class Taken(NamedTuple):
     token: Times
 
 
-def replayed(way: Rounds, link: Link, tokens: int, load: float = 0.0, answers: int = ANSWERS, seed: int = 0) -> Taken:
+def replayed(
+    way: Rounds,
+    link: Link,
+    tokens: int,
+    load: float = 0.0,
+    others_ms: float = 0.0,
+    answers: int = ANSWERS,
+    seed: int = 0,
+) -> Taken:
     """What so many answers take.
 
     Args:
         tokens: of an answer.
-        load: the share of the cloud's time that others take, from 0 to below 1.
+        load: the share of the cloud's time that others take, from 0 to below 1, by steps of `others_ms`.
     """
     generator = np.random.default_rng(seed)
     period_ms = max((one.period_ms for one in (link.up, link.down) if isinstance(one, Trace)), default=1)
     starts = generator.uniform(0.0, period_ms, answers)
-    half_ms, at, ready = link.trip_ms / 2, starts + way.prompt_ms, starts
-    if way.asks:  # the cloud has the prompt
-        there = np.maximum(passed(link.up, starts, way.prompt_bytes), at)
-        ready = there + half_ms + waits(load, way.cloud_prompt_ms, generator, answers) + way.cloud_prompt_ms
+    half_ms, at, ready, sent = link.trip_ms / 2, starts + way.prompt_ms, starts, starts
+    begun = at
+    if way.asks or way.sent_bytes:  # the cloud has the prompt
+        sent = passed(link.up, starts, way.prompt_bytes)
+        waited = waits(load, others_ms, generator, answers)
+        ready = np.maximum(sent, at) + half_ms + waited + way.cloud_prompt_ms
+        begun = ready + half_ms if way.streamed else np.maximum(at, ready - half_ms)
     first, before, rounds = at, at, max(1.0, tokens / way.tokens)
     for number in range(int(np.ceil(rounds))):
         before, at = at, at + way.device_ms
+        if way.sent_bytes:
+            sent = passed(link.up, np.maximum(sent, at), way.sent_bytes)
         if way.asks:
-            came = ready if way.streamed else np.maximum(ready, passed(link.up, at, way.up_bytes) + half_ms)
-            done = came + waits(load, way.cloud_ms, generator, answers) + way.cloud_ms
+            there = passed(link.up, np.maximum(sent, at), way.up_bytes) + half_ms
+            came = ready if way.streamed else np.maximum(ready, there)
+            done = came + waits(load, others_ms, generator, answers) + way.cloud_ms
             back = np.maximum(at, passed(link.down, done, way.down_bytes) + half_ms)
             asked = way.asks >= 1.0 or generator.uniform(size=answers) < way.asks
             ready, at = np.where(asked, done, ready), np.where(asked, back, at)
         if not number:
             first = at
     last = before + (at - before) * (1.0 - (np.ceil(rounds) - rounds))  # of the last round only a part may be wanted
-    total = last - starts
-    return Taken(first - starts, total, (total - (first - starts)) / (tokens - 1) if tokens > 1 else total)
+    return Taken(first - starts, last - starts, np.maximum(last - begun, 0.0) / tokens)

@@ -37,7 +37,11 @@ def command(
     ] = None,
     cloud: Annotated[
         str,
-        typer.Option(metavar="FILE|N", help="The cloud's profile, or how many times as fast as the device it is"),
+        typer.Option(
+            metavar="FILE|N",
+            help="The cloud's profile, or how many times as fast as the device it is; of a language model by default "
+            "what the link's file says of it",
+        ),
     ] = "8",
     edge: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The profile of a server between device and cloud")

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import typer
 
     from isthmus.apps.cli.decoder_plan import DecoderPlan, Way
+    from isthmus.apps.cli.decoder_profile import DecoderProfile
+    from isthmus.split.bundle import Bundle
 
 SHOWN = 3  # ways of a mode; all stand in the file
 WIDE = 160  # columns where the output is no terminal
@@ -27,7 +29,7 @@ def plan_decoder(ctx: typer.Context) -> None:
     from isthmus.apps.bench.plot import check_drawing
     from isthmus.apps.cli.decoder_plan import Answer, plan, priced
     from isthmus.apps.cli.decoder_profile import load_decoder_profile
-    from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, PROFILE_S, SUFFIX, number, only
+    from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, PROFILE_S, SUFFIX, only
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
     from isthmus.apps.cli.profile import measured_decoder
     from isthmus.protocol.errors import PlanError
@@ -57,28 +59,47 @@ def plan_decoder(ctx: typer.Context) -> None:
         asked["max_disagreement"],
         *(asked[name] for name in ("slo_ms", "percentile", "energy_j", "device_watts", "radio_watts", "load")),
     )
-    times, link, bundle = number(asked["cloud"]), read_link(asked["link"]), Bundle.open(folder)
-    if times is None and not is_there(Path(asked["cloud"])):
-        raise PlanError(f"there is no profile {asked['cloud']}", "copy the cloud's here, or say how fast it is")
+    bundle, link = Bundle.open(folder), read_link(asked["link"])
+    cloud, times = _cloud(ctx, bundle)
     if not is_there(here):
         if asked["device"] is not None:
             raise PlanError(f"there is no profile {here}", f"measure it: isthmus profile {folder} -o {here}")
         print(f"measuring {name} on this machine, for {here} (isthmus profile does that by itself)", file=sys.stderr)
         measured_decoder(bundle, read_machine().physical, PROFILE_S).save(here)
     device = load_decoder_profile(here)
-    cloud = load_decoder_profile(Path(asked["cloud"])) if times is None else device
-    faster = 1.0 if times is None else times
-    found = plan(bundle, device, cloud, faster, link, answer)
+    cloud = cloud or device
+    found = plan(bundle, device, cloud, times, link, answer)
     found.save(target)
     if asked["plot"] is not None:
         from isthmus.apps.cli.decoder_picture import draw
 
         plain = replace(answer, load=0.0)
-        draw(asked["plot"], found, link, lambda over: priced(bundle, device, cloud.cloud(faster), over, plain))
+        draw(asked["plot"], found, link, lambda over: priced(bundle, device, cloud.cloud(times), over, plain))
     if asked["as_json"]:
         print(target.read_text())
     else:
         _print(found, target)
+
+
+def _cloud(ctx: typer.Context, bundle: Bundle) -> tuple[DecoderProfile | None, float]:
+    """The cloud's profile, and how many times as fast it is: a file, or what the link's says; None for the device's."""
+    from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile
+    from isthmus.apps.cli.plan import number
+    from isthmus.protocol.errors import PlanError
+    from isthmus.split.files import is_there
+    from isthmus.split.link import read_link_file
+
+    cloud, link = ctx.params["cloud"], ctx.params["link"]
+    source = ctx.get_parameter_source("cloud")
+    if (source is None or source.name != "COMMANDLINE") and link.endswith(".json"):
+        for served in read_link_file(Path(link)).served:
+            if served.model == bundle.manifest.model_id:
+                return DecoderProfile.of_cloud(bundle, served), 1.0
+    if (times := number(cloud)) is not None:
+        return None, times
+    if not is_there(Path(cloud)):
+        raise PlanError(f"there is no profile {cloud}", "copy the cloud's here, or say how fast it is")
+    return load_decoder_profile(Path(cloud)), 1.0
 
 
 def _print(plan: DecoderPlan, target: Path) -> None:
@@ -113,7 +134,8 @@ def _print(plan: DecoderPlan, target: Path) -> None:
         cells += ([f"{way.energy_j:.3g}"] if spent else []) + ([escape(way.fails)] if failing else [])
         table.add_row(escape(way.name), *cells, style="bold" if way == plan.ways[plan.best] else "")
     console.print(table)
-    console.print(f"over {plan.link}; {plan.tokens} tokens to a prompt of {plan.prompt}", markup=False)
+    console.print(f"over {plan.link}, with {plan.cloud}", markup=False)
+    console.print(f"{plan.tokens} tokens to a prompt of {plan.prompt}", markup=False)
     console.print(plan.verdict, style="bold", markup=False)
     if (rest := len(plan.ways) - len(shown)) > 0:
         console.print(f"{target} has {rest} more ways", markup=False)

@@ -51,7 +51,7 @@ def over_rates(rows: Sequence[Row], link: Link) -> Any:
     """
     rate = link.rate()
     share = rate.down_bps / rate.up_bps
-    trips = np.array([0.0 if row.kind == "device" else row.goes_on * link.trip_ms for row in rows])
+    trips = np.array([0.0 if row.kind == "device" else row.wait_ms or row.goes_on * link.trip_ms for row in rows])
     computing = np.array([row.device_ms + row.edge_ms + row.cloud_ms for row in rows]) + trips
     bits = np.array([0.0 if row.kind == "device" else 8e3 * (row.up_bytes + row.down_bytes / share) for row in rows])
     return computing[:, None] + bits[:, None] / RATES_BPS

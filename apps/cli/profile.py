@@ -151,7 +151,7 @@ def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool
     from isthmus.protocol.keys import default_folder, read_device
     from isthmus.protocol.survey import survey
     from isthmus.protocol.transport import DealerTransport
-    from isthmus.split.link import LinkFile
+    from isthmus.split.link import LinkFile, Served
 
     if not target.parent.is_dir():
         raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
@@ -160,7 +160,13 @@ def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool
         found = survey(transport)
     finally:
         transport.close()
-    link = LinkFile(round(found.trip_ms, 3), round(found.up_bps / 1e6, 6), round(found.down_bps / 1e6, 6))
+    rates = round(found.up_bps / 1e6, 6), round(found.down_bps / 1e6, 6)
+    served = tuple(
+        Served(one.model_id, one.name, tuple((rows, us * 1e-3) for rows, us in one.steps), one.row_us * 1e-3)
+        for one in found.welcome.offers
+        if one.steps
+    )
+    link = LinkFile(round(found.trip_ms, 3), *rates, served=served)
     link.save(target)
     if as_json:
         print(target.read_text())
@@ -174,7 +180,8 @@ def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool
         print(f"{offer.name}: {step}")
     for graph in found.welcome.graphs:
         print(f"{graph.name}, the second part: {f'{graph.step_us / 1e3:.2f} ms' if graph.step_us else 'not timed'}")
-    print(f"{target}; next: isthmus plan MODEL.onnx --link {target}")
+    model = "BUNDLE" if served else "MODEL.onnx"
+    print(f"{target}; next: isthmus plan {model} --link {target}")
 
 
 def _measure_decoder(folder: Path, target: Path, threads: int, seconds: float, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from isthmus.engine.config import ExpertsConfig
 from tests.edge_bundle import write_tiny
 
@@ -56,6 +57,26 @@ def test_over_a_trace_it_is_replayed_and_drawn(folder: Path) -> None:
     told = json.loads((folder / "tiny.plan.json").read_text())
     assert "<svg" in page and told["ways"][told["best"]]["name"] in page and 'class="best"' in page
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cloud_at_the_links_other_end_says_what_it_takes(folder: Path, tmp_path: Path) -> None:
+    link = str(tmp_path / "link.json")
+    with fresh_keys() as keys, CloudProcess(folder / "tiny", keys, 1, 4.0) as cloud:
+        done = isthmus("profile", "--remote", cloud.address, "--keys", str(keys), "-o", link, folder=folder)
+    assert done.returncode == 0 and "next: isthmus plan BUNDLE" in done.stdout, done.stderr
+    (served,) = json.loads(Path(link).read_text())["served"]
+    done = isthmus("plan", "tiny", "--link", link, "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    stream = next(way for way in told["ways"] if way["mode"] == "stream")
+    assert stream["cloud_ms"] == pytest.approx(served["rows_ms"][0][1]) and "the link's other end" in told["cloud"]
+    declared = json.loads(isthmus("plan", "tiny", "--link", link, "--cloud", "8", "--json", folder=folder).stdout)
+    assert declared["cloud"] == "a cloud 8 times as fast as the device"
+    other = json.loads(Path(link).read_text())
+    other["served"][0]["rows_ms"] = [[1, -1.0]]
+    Path(link).write_text(json.dumps(other))
+    done = isthmus("plan", "tiny", "--link", link, folder=folder)
+    assert done.returncode == 2 and "has no times of" in done.stderr
 
 
 def test_a_machine_without_a_profile_is_measured(tmp_path: Path) -> None:

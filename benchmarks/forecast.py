@@ -1,0 +1,148 @@
+"""How far is a language model's plan from what its modes really take? Each mode over emulated links, and as planned.
+
+A device that is declared to be four times as slow as this machine, with a cloud that is as fast, answers the questions
+that modes.py asks, each anew, in every mode by itself. Plans are made on profiles that were measured just before and
+just after; of a plan the best way of a mode counts, at the same cut and with the same drafts. Over a trace answers
+begin at three of its moments, and the plan's at any.
+
+usage: python benchmarks/forecast.py [--prompts 8] [--tokens 48]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+from models import bundle
+from planner import LINKS, SLOW
+from prompts import prompts
+from record import Cell, Record
+
+from isthmus.apps.bench.calm import Calm
+from isthmus.apps.bench.relay import LinkProfile
+from isthmus.apps.bench.stage import Stage
+from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, Way, plan
+from isthmus.apps.cli.decoder_profile import DecoderProfile, measure
+from isthmus.edge import Device
+from isthmus.split.bundle import Bundle
+from isthmus.split.link import Link, read_link
+from isthmus.split.traces import turned
+
+CUT = 24
+WAYS: Mapping[str, tuple[dict[str, Any], Callable[[Way], bool]]] = {
+    "local": ({"mode": "local"}, lambda way: way.mode == "local"),
+    "stream": ({"mode": "stream"}, lambda way: way.mode == "stream"),
+    f"split {CUT} {EXACT}": (
+        {"mode": "split", "cut": CUT, "codec": EXACT},
+        lambda way: way.mode == "split" and (way.cut, way.codec) == (CUT, EXACT),
+    ),
+    f"exit {CUT}": ({"mode": "exit", "cut": CUT}, lambda way: way.mode == "exit" and way.cut == CUT),
+    "verify ngram": (
+        {"mode": "verify", "draft": "ngrams", "draft_depth": 1},
+        lambda way: way.mode == "verify" and "ngram" in way.name,
+    ),
+    "verify exit, pipelined": (
+        {"mode": "verify", "draft": "exit", "draft_depth": 8},
+        lambda way: way.mode == "verify" and way.name.endswith("pipelined"),
+    ),
+}
+STARTS_S = (10.0, 70.0, 130.0)  # of a trace
+PROFILE_S, CALM_S = 6.0, 30.0
+
+
+def main() -> int:
+    """Measures and writes results/forecast.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48)
+    options = parser.parse_args()
+    source, asked = bundle("keep"), prompts().kept_back[: options.prompts]
+    record = Record("forecast", vars(options) | {"device slow-down": SLOW, "threads": "1 on each side"})
+    rows: list[list[Cell]] = []
+    offs = list[float]()
+    for name, profile in LINKS.items():
+        cloud = measure(source, 1, "this", "this", PROFILE_S)
+        told = {way: taken(source, profile, WAYS[way][0], asked, options.tokens) for way in WAYS}
+        again = measure(source, 1, "this", "this", PROFILE_S)  # the host may be another one by now: the mean of both
+        cloud = mean(cloud, again)
+        prompt = round(statistics.fmean(one for _, _, one in told.values()))
+        found = planned(source, profile, cloud, Answer(prompt, options.tokens, disagreement=1.0))
+        fastest = min(told, key=lambda way: told[way][0])
+        for way, (ms, tokens, _) in told.items():
+            best = min((one for one in found.ways if WAYS[way][1](one)), key=lambda one: one.total_ms)
+            off = abs(best.total_ms - ms) / ms
+            offs.append(off)
+            rows.append([name, way, best.name, best.total_ms, ms, off, "fastest" if way == fastest else "", tokens])
+            print(*rows[-1], sep="; ", file=sys.stderr, flush=True)
+    record.figure("ways over links", len(offs), "ways")
+    record.figure("off by, median", statistics.median(offs), "of the measured")
+    record.figure("off by, 95 %", float(np.quantile(offs, 0.95)), "of the measured")
+    columns = ["link", "way", "as planned", "planned, ms", "measured, ms", "off by", "", "tokens"]
+    record.table("forecast", columns, rows, note="Of an answer, the prompt included, in the mean.")
+    record.write()
+    return 0
+
+
+def mean(one: DecoderProfile, other: DecoderProfile) -> DecoderProfile:
+    """Between two profiles of a machine."""
+    pairs = {
+        name: tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(getattr(one, name), getattr(other, name), strict=True))
+        for name in ("layers_ms", "rows_ms")
+    }
+    prefill_ms = (one.prefill_row_ms + other.prefill_row_ms) / 2
+    return msgspec.structs.replace(one, **pairs, prefill_row_ms=prefill_ms)
+
+
+def planned(source: Bundle, profile: LinkProfile, cloud: DecoderProfile, answer: Answer) -> DecoderPlan:
+    """The plan over a link."""
+    slower = {name: tuple((n, SLOW * ms) for n, ms in getattr(cloud, name)) for name in ("layers_ms", "rows_ms")}
+    device = msgspec.structs.replace(cloud, **slower, prefill_row_ms=SLOW * cloud.prefill_row_ms)
+    if profile.trace_up is not None and profile.trace_down is not None:
+        link = Link(profile.rtt_ms, profile.trace_up, profile.trace_down)
+    else:
+        assert profile.rate_up_bps is not None and profile.rate_down_bps is not None
+        up, down = profile.rate_up_bps / 1e6, profile.rate_down_bps / 1e6
+        link = read_link(f"rtt={profile.rtt_ms},up={up},down={down}")
+    return plan(source, device, cloud, 1.0, link, answer)
+
+
+def taken(
+    source: Bundle, profile: LinkProfile, options: dict[str, Any], asked: list[str], tokens: int
+) -> tuple[float, float, float]:
+    """Of an answer in the mean: ms, tokens, and tokens of its prompt."""
+    found = list[tuple[float, int, int]]()
+    for link in _from(profile):
+        with Stage(source, link, SLOW) as stage, stage.device(**options) as device:
+            list(device.chat(asked[0], max_tokens=2))  # connects
+            Calm().wait(CALM_S)
+            for question in asked if link is profile else asked[: -(-len(asked) // len(STARTS_S))]:
+                found.append(_answered(device, question, tokens))
+    longest = [one for one in found if one[1] == tokens] or found  # a plan is for so many tokens
+    ms, count, prompt = (statistics.fmean(one[at] for one in longest) for at in range(3))
+    return ms, count, prompt
+
+
+def _answered(device: Device, question: str, tokens: int) -> tuple[float, int, int]:
+    device.reset()
+    began = time.perf_counter()
+    list(device.chat(question, max_tokens=tokens))
+    return (time.perf_counter() - began) * 1e3, len(device.stats.tokens), device.stats.prompt_tokens
+
+
+def _from(profile: LinkProfile) -> list[LinkProfile]:
+    """A link, or its trace from several moments on."""
+    up, down = profile.trace_up, profile.trace_down
+    if up is None or down is None:
+        return [profile]
+    return [replace(profile, trace_up=turned(up, at), trace_down=turned(down, at)) for at in STARTS_S]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
