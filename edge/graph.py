@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -22,7 +23,15 @@ from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
 from isthmus.engine.certainty import certainty
 from isthmus.protocol.arrays import Array, pack, unpack
-from isthmus.protocol.errors import BundleError, DeviceError, IsthmusError, LinkError, ProtocolError, ServiceError
+from isthmus.protocol.errors import (
+    BundleError,
+    DeviceError,
+    IsthmusError,
+    LinkError,
+    PlanError,
+    ProtocolError,
+    ServiceError,
+)
 from isthmus.protocol.features import FEATURE_CODECS, UNIT, is_codec
 from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
 from isthmus.protocol.pictures import names_picture, pillow
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
 GraphMode = Literal["auto", "split", "local"]
 MODES: tuple[GraphMode, ...] = ("auto", "split", "local")
 LEAST_RETRY_S = 0.05  # until a busy cloud is asked again
+RUN_S = 300.0  # after which a part that is run here is given up
+_log = logging.getLogger("isthmus.edge")
 
 
 @dataclass(slots=True)
@@ -81,6 +92,7 @@ class GraphDevice:
     Raises:
         BundleError: no such bundle, or one that was altered or lacks a part.
         DeviceError: an unknown mode, or one that needs a cloud.
+        PlanError: a part cannot be run within limits, and no cloud could do without.
         LinkError: the cloud cannot be reached, in "split".
     """
 
@@ -119,7 +131,7 @@ class GraphDevice:
         self._threads, self._slow_down = threads, slow_down
         self._timeouts = timeouts or Timeouts()
         self._stages = [
-            (self.bundle.part(file, threads, slow_down) if file else None, exit if exits else None)
+            (self.bundle.part(file, threads, slow_down, RUN_S) if file else None, exit if exits else None)
             for file, exit in self._manifest.stages
         ]
         known = {one.name for one in self._manifest.inputs}
@@ -130,7 +142,13 @@ class GraphDevice:
         self._rest: GraphPart | None = None
         self._able = self.bundle.has(CLOUD)
         if self._able and mode != "split":
-            self.bundle.try_part(CLOUD)  # not when the cloud is gone and its part is needed
+            try:
+                self.bundle.try_part(CLOUD)  # not when the cloud is gone and its part is needed
+            except PlanError as error:
+                if mode == "local" or (cloud is None and wire is None):
+                    raise
+                self._able = False
+                _log.warning("cannot go on without the cloud: %s", error.problem)
         self._pace = GraphPace(self._able)
         self._asked, self._met = 0, False
         self._late, self._asked_s = 0, 0.0  # the last request, as long as it is not answered, and when it was sent
@@ -329,7 +347,7 @@ class GraphDevice:
 
     def _here(self, known: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._rest is None:
-            self._rest = self.bundle.part(CLOUD, self._threads, self._slow_down)
+            self._rest = self.bundle.part(CLOUD, self._threads, self._slow_down, RUN_S)
         began = self._clock()
         found = self._rest.run(known)
         self._pace.here((self._clock() - began) * 1e3)

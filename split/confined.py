@@ -14,6 +14,7 @@ from isthmus.protocol.errors import IsthmusError, PlanError
 
 MEMORY_BYTES = 24 << 30  # of addresses, not of memory in use: runtimes reserve more than they take
 SECONDS = 600  # of the processor
+PATIENCE = 3  # times the processor's seconds that it may take by the clock
 FILE_BYTES = 64 << 30  # of a file that it writes
 
 
@@ -31,14 +32,18 @@ def confined(call: str, *arguments: Any, what: str, memory_bytes: int = MEMORY_B
         PlanError: as the function did; or the child was ended by a limit, or crashed.
     """
     limits = {"memory_bytes": memory_bytes, "seconds": seconds}
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", __name__],  # nothing is imported from the folder where the model lies
-        input=json.dumps({"call": call, "arguments": arguments, "limits": limits}),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", __name__],  # nothing is imported from the folder where the model lies
+            input=json.dumps({"call": call, "arguments": arguments, "limits": limits}),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=PATIENCE * seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PlanError(f"{what} took more than {PATIENCE * seconds} s", "simplify the model") from error
     if child.returncode == 0:
         told = json.loads(child.stdout.rpartition("\n")[2])
         if "problem" in told:
@@ -60,9 +65,9 @@ def main() -> int:
     asked = json.load(sys.stdin)
     limits = asked["limits"]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"],) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"] + 5))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES,) * 2)
+    _limit(resource.RLIMIT_AS, limits["memory_bytes"], limits["memory_bytes"])
+    _limit(resource.RLIMIT_CPU, limits["seconds"], limits["seconds"] + 5)
+    _limit(resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES)
     module, _, name = asked["call"].partition(":")
     try:
         told = {"result": getattr(import_module(module), name)(*asked["arguments"])}
@@ -76,6 +81,14 @@ def main() -> int:
         told = {"problem": f"{error.strerror}{where}", "remedy": "the system refused it"}
     print("\n" + json.dumps(told), end="")
     return 0
+
+
+def _limit(what: int, soft: int, hard: int) -> None:
+    """Sets a limit, or leaves the one that this process has if that is lower."""
+    _, most = resource.getrlimit(what)
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
+    resource.setrlimit(what, (soft, hard))
 
 
 if __name__ == "__main__":

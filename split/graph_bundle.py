@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 from isthmus.engine.graph_part import GraphPart
-from isthmus.protocol.errors import BundleError, EngineError
+from isthmus.protocol.errors import BundleError
+from isthmus.split import tried
 from isthmus.split.bundle import AGAIN, read_manifest
 from isthmus.split.files import open_regular, regular_size
-from isthmus.split.graph_manifest import GraphManifest
+from isthmus.split.graph_manifest import GraphManifest, part_files
 
 
 class GraphBundle:
@@ -56,20 +57,6 @@ class GraphBundle:
         folder = part.partition("/")[0] + "/"
         return all(self.holds(name) for name in self.manifest.files if name.startswith(folder))
 
-    def try_part(self, part: str) -> None:
-        """Opens a part in a child process with limits, unless it was cut or opened on this machine before.
-
-        Raises:
-            BundleError: a file is absent or was altered.
-            PlanError: it is no model, or exceeds the limits.
-        """
-        from isthmus.split.tried import known, try_part
-
-        sha256 = self.manifest.files[part].sha256
-        if not known(sha256):
-            self._whole(part)
-            try_part(self.path / part, sha256)
-
     def part(self, part: str, threads: int = 0, slow_down: float = 1.0, limit_s: float = 0.0) -> GraphPart:
         """The cloud's part (`graph_manifest.CLOUD`) or a piece of the device's, its files compared with their hashes.
 
@@ -80,26 +67,34 @@ class GraphBundle:
             threads, slow_down, limit_s: as in `GraphPart`.
 
         Raises:
-            BundleError: a file is absent or was altered.
+            BundleError: a file is absent, was altered, or has weights that bundle.json does not list.
             PlanError: it is no model, its weights do not lie beside it, or it exceeds the limits.
             EngineError: nothing runs it here.
         """
-        self._whole(part)
-        try:
-            from isthmus.split.onnx_file import read_model
-        except ImportError as error:
-            raise EngineError("onnx is not installed", "pip install 'isthmus[edge]'") from error
-        read_model(self.path / part)  # weights beside it are where they should be
         self.try_part(part)
         return GraphPart(self.path / part, threads, slow_down, limit_s)
 
-    def _whole(self, part: str) -> None:
-        """Compares the files of a part with their hashes."""
-        for name in self.manifest.files:
-            if name.startswith(part.removesuffix("onnx")):
-                if not self.holds(name):
-                    raise BundleError(f"{self.path} has no {name}", "split or copy the model again")
-                self._check(name)
+    def try_part(self, part: str) -> None:
+        """Compares a part's files with their hashes, and opens it in a child process with limits, unless it was cut or
+        opened on this machine before.
+
+        Raises:
+            BundleError, PlanError: as in `part`.
+        """
+        names = part_files(part, self.manifest.files)
+        if part not in names or not all(self.holds(name) for name in names):
+            absent = next((name for name in names if not self.holds(name)), part)
+            raise BundleError(f"{self.path} has no {absent}", "split or copy the model again")
+        for name in names:
+            self._check(name)
+        key = tried.key(part, self.manifest.files)
+        if tried.known(key):
+            return
+        folder = part.rpartition("/")[0]
+        for name in tried.weights_of(self.path / part):
+            if f"{folder}/{name}" not in names:
+                raise BundleError(f"{self.path / part} has weights in {name!r}, which bundle.json does not list", AGAIN)
+        tried.remember(key)
 
     def verify(self) -> None:
         """Compares the hash of every file that is here.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -108,6 +108,9 @@ class GraphManifest(msgspec.Struct, frozen=True):
         try:
             found = msgspec.json.decode(data, type=cls)
         except (msgspec.MsgspecError, RecursionError) as error:
+            if "'decoder'" in str(error) and "$.kind" in str(error):
+                remedy = "open it with isthmus.edge.Device"
+                raise BundleError("the bundle is of a language model", remedy) from error
             raise BundleError(f"bundle.json cannot be read: {error}", _AGAIN) from error
         found.check()
         return found
@@ -156,6 +159,11 @@ class GraphManifest(msgspec.Struct, frozen=True):
     def encode(self) -> bytes:
         """The bytes of a `bundle.json`."""
         return json.dumps(msgspec.to_builtins(self), indent=1).encode() + b"\n"
+
+
+def part_files(part: str, files: Iterable[str]) -> list[str]:
+    """Of the names of a bundle's files, a part's: the model, and weights beside it."""
+    return sorted(name for name in files if name.startswith(part.removesuffix("onnx")))
 
 
 def graph_id(files: Mapping[str, FileEntry], tensors: tuple[tuple[Named, ...], ...]) -> str:

@@ -28,7 +28,7 @@ from isthmus.split.onnx_transform import transformed, undoing
 from isthmus.split.onnx_writer import write_part
 from isthmus.split.pictures import Preprocess, called
 from isthmus.split.transform import Transform, axis_of, patches_of
-from isthmus.split.tried import remember
+from isthmus.split.tried import key, remember
 from isthmus.split.writer import BundleWriter
 
 _AGAIN = "plan again: isthmus plan"
@@ -142,7 +142,7 @@ def write_graph(
             _shared_on(writer.place(f"{EDGE}/bundle.json").parent, writer.place(CLOUD), travels, here, edge, title)
         writer.commit(found.encode())
         for target in parts:
-            remember(files[target].sha256)
+            remember(key(target, files))
     return {
         "name": title,
         "model_id": found.model_id,

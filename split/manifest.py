@@ -15,7 +15,7 @@ from isthmus.protocol.errors import BundleError, EngineError, IsthmusError
 from isthmus.split.exit_entry import ExitEntry, check_exits
 
 FORMAT_VERSION = 1
-KIND = "decoder"
+KIND, GRAPH_KIND = "decoder", "graph"
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 MAX_NAME_CHARS = 200
 MAX_EOS = 256  # as many as a request to a cloud may name
@@ -156,6 +156,8 @@ class Manifest(msgspec.Struct, frozen=True):
             wire = msgspec.json.decode(data, type=_Wire)
         except (msgspec.MsgspecError, RecursionError) as error:
             raise BundleError(f"bundle.json cannot be read: {error}", again) from error
+        if wire.kind == GRAPH_KIND:
+            raise BundleError("the bundle is of a network that was cut", "open it with isthmus.edge.GraphDevice")
         if wire.kind != KIND:
             raise BundleError(f"the bundle's kind is {wire.kind!r}", f"this version runs {KIND!r}")
         family = wire.config.get("family")

@@ -60,10 +60,17 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 def digest(path: Path, model: onnx.ModelProto) -> str:
     """The sha256 of a model's file and of the weights beside it: 64 hex digits."""
-    beside = {
-        external(one, path.parent).file for one in tensors_of(model) if one.data_location == onnx.TensorProto.EXTERNAL
-    }
-    return digest_of(path, *sorted(beside))
+    return digest_of(path, *beside(path, model))
+
+
+def beside(path: Path, model: onnx.ModelProto) -> list[Path]:
+    """The files that a model's weights lie in beside its own.
+
+    Raises:
+        PlanError: as in `external`.
+    """
+    kept = (one for one in tensors_of(model) if one.data_location == onnx.TensorProto.EXTERNAL)
+    return sorted({external(one, path.parent).file for one in kept})
 
 
 def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -332,6 +332,10 @@ def test_refused_before_anything_is_run(bundle: Path, tmp_path: Path) -> None:
         device(bundle, mode="split")
     with pytest.raises(BundleError, match="holds no bundle"):
         device(tmp_path)
+    told = json.loads((bundle / "bundle.json").read_text())
+    (tmp_path / "bundle.json").write_text(json.dumps(told | {"kind": "decoder"}))
+    with pytest.raises(BundleError, match=r"of a language model; open it with isthmus\.edge\.Device"):
+        device(tmp_path)
 
 
 def test_an_altered_file_is_not_run(bundle: Path, tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_files_of_a_part(folder: Path) -> None:
         ({"format_version": 0}, "format_version 0.*split the model again"),
         ({"format_version": "1"}, "cannot be read"),
         ({"kind": "encoder"}, "kind is 'encoder'"),
+        ({"kind": "graph"}, "of a network that was cut; open it with isthmus.edge.GraphDevice"),
         ({"files": {}}, "lists 0 files for 3 layers"),
         ({"model_id": "00"}, "does not follow"),
         ({"name": None}, "cannot be read"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -67,3 +69,21 @@ def test_a_child_that_takes_too_much_or_breaks_is_one_error(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where `tests` is
     with pytest.raises(PlanError, match=problem):
         confined(call, what="measuring", **limits)
+
+
+def test_a_shell_with_lower_limits_may_plan_as_well(tmp_path: Path) -> None:
+    """`ulimit -v` stands, where it is below what the child would be given."""
+    path = saved(tmp_path)
+    script = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+from isthmus.split.confined import confined
+print(confined({MEASURE!r}, {str(path)!r}, 1, {{"x": [4, 8]}}, 0.05, what="measuring")["name"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == path.stem, done.stderr
+
+
+def test_what_sleeps_is_ended_as_well() -> None:
+    with pytest.raises(PlanError, match="resting took more than 3 s"):
+        confined("time:sleep", 60, what="resting", seconds=1)

@@ -323,7 +323,7 @@ def test_what_is_no_cut_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("kind", "decoder", "cannot be read"),
+        ("kind", "decoder", "of a language model"),
         ("format_version", 9, "format_version 9"),
         ("model_id", "00" * 16, "does not follow"),
         ("name", "a\nb", "model's name"),
