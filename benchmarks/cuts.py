@@ -30,7 +30,12 @@ from isthmus.split.onnx_measure import given, learn, outputs, session
 
 WORST = 1e-5  # of the largest magnitude of an output
 NICE = 10
-MADE_BY = ("split", *(f"benchmarks/{name}.py" for name in ("cuts", "networks", "efficientnet", "minilm")))
+MADE_BY = (
+    "split",
+    "engine",
+    "protocol",
+    *(f"benchmarks/{name}.py" for name in ("cuts", "networks", "efficientnet", "minilm")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ def tell(record: Record, found: list[Found]) -> None:
             record.notes.append(f"{one.network} was cut at commit {one.commit}")
     record.figure("networks", len(rows), "networks")
     record.figure("cuts", sum(one.cuts for one in found), "cuts")
-    worst = max(found, key=lambda one: one.worst)
+    worst = max(found, key=lambda one: one.worst, default=Found("", None))
     record.figure("worst difference", worst.worst, "of the largest magnitude", target=WORST, at_most=True)
     record.figure("of the runtime from itself, there", worst.own, "of the largest magnitude")
     columns = ["network", "nodes", "cuts", "worst difference", "of the runtime from itself"]

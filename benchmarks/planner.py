@@ -50,6 +50,7 @@ from isthmus.split.graph_writer import write_graph
 from isthmus.split.link import Link, LinkFile
 from isthmus.split.onnx_file import read_model
 from isthmus.split.onnx_graph import OnnxGraph
+from isthmus.split.onnx_network import SERVICE_MS
 from isthmus.split.pictures import Preprocess
 from isthmus.split.plan import Plan, Row
 from isthmus.split.profile import Profile
@@ -291,7 +292,8 @@ class Stand:
                     took = self._inferred(bundle, relay, self._runs // STARTS, chance)
                 at_ms = np.array([(at_s - began_s) * 1e3 for at_s, _ in took])
                 assert there.trace_up is not None and there.trace_down is not None
-                planned += list(latencies(row, Link(there.rtt_ms, there.trace_up, there.trace_down), at_ms=at_ms))
+                link = Link(there.rtt_ms, there.trace_up, there.trace_down)
+                planned += list(latencies(row, link, beside_ms=SERVICE_MS, at_ms=at_ms))
                 found += [ms for _, ms in took]
             return statistics.fmean(planned), statistics.fmean(found)
 

@@ -102,12 +102,19 @@ class _Program:
                 self._rows.append((row, -constant))
         else:
             cost, _ = self._resource(LATENCY if aim == "latency" else aim)
-        for name, most in self._budgets.items():
-            row, constant = self._resource(name)
-            unit = max(abs(most), float(np.abs(row).max()), 1e-300)
-            self._rows.append((row / unit, (most - constant) / unit + _SLACK / 10))
         self._order()
         self._forbid(low, high)
+        for name, most in self._budgets.items():
+            row, constant = self._resource(name)
+            if name != LATENCY:  # a task that takes more than all there is would hide what the others take
+                never = network.use[name].tasks[0] > most * (1 + _SLACK)
+                low[self._beyond[0][never]] = 1.0
+            fixed = low == high
+            constant, row = constant + float(row[fixed] @ low[fixed]), np.where(fixed, 0.0, row)
+            unit = max(abs(most), float(np.abs(row).max()), 1e-300)
+            self._rows.append((row / unit, (most - constant) / unit + _SLACK / 10))
+        if (low > high).any():
+            return None
         parts, bounds = [], []
         if self._rows:
             parts.append(coo_array(np.array([row for row, _ in self._rows])))
@@ -165,8 +172,11 @@ class _Program:
         network, found = self._network, []
         for tier in range(network.tiers):
             alone = np.zeros_like(network.ms)
-            alone[tier] = network.ms[tier]
+            alone[tier] = network.ms[tier] - (network.way_back_ms if tier else 0.0)
             found.append(self._tiers(alone))
+        back = np.zeros_like(network.ms)
+        back[1:] = network.way_back_ms
+        found.append(self._tiers(back))
         for boundary in range(network.tiers - 1):
             row = self._links((np.arange(network.tiers - 1) == boundary).astype(float))
             row[self._any[boundary]] = network.busy_ms[boundary]

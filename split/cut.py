@@ -94,6 +94,8 @@ class Network:
         trip_ms: what a boundary costs when anything crosses it, however little.
         use: resources that may be budgeted, by name.
         wait_ms: of `trip_ms`, in which nothing is on the wire; a pipeline does not wait for it. None for none.
+        back_ms: of `ms` beyond the first tier, in which what a task gives travels back, [tasks] f64: no machine of a
+            pipeline waits for that. None for none.
 
     Raises:
         PlanError: the parts do not fit together.
@@ -104,6 +106,7 @@ class Network:
     trip_ms: tuple[float, ...]
     use: Mapping[str, Use] = field(default_factory=dict)
     wait_ms: tuple[float, ...] | None = None
+    back_ms: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if self.ms.ndim != 2 or not len(self.ms) or np.isnan(self.ms).any() or (self.ms < 0).any():
@@ -112,6 +115,9 @@ class Network:
             raise PlanError(f"{len(self.trip_ms)} links between {self.tiers} machines", "give one for each boundary")
         if len(self.busy_ms) != len(self.trip_ms) or min(self.busy_ms, default=0.0) < 0.0:
             raise PlanError("a link waits for longer than its trip", "give no more than the trip for each boundary")
+        back = self.way_back_ms
+        if back.shape != (self.tasks,) or not ((back >= 0) & (back <= self.ms[1:].min(axis=0, initial=np.inf))).all():
+            raise PlanError("the way back takes longer than the task whose it is", "measure the profile again")
         wires = self.wires
         if wires.ms.shape[1] != self.tiers - 1 or not (wires.ms >= 0).all():
             raise PlanError("a tensor's time is not a number from 0 on for each link", "give the link's rate")
@@ -130,6 +136,11 @@ class Network:
         if self.wait_ms is None:
             return self.trip_ms
         return tuple(trip - wait for trip, wait in zip(self.trip_ms, self.wait_ms, strict=False))
+
+    @property
+    def way_back_ms(self) -> NDArray[np.float64]:
+        """`back_ms`, zeros for none."""
+        return np.zeros(self.tasks) if self.back_ms is None else self.back_ms
 
     @property
     def tiers(self) -> int:
@@ -166,6 +177,7 @@ class Cut:
         links: milliseconds of each boundary, its trip included where anything crosses.
         use: of each resource.
         waits: of `links`, in which nothing is on the wire.
+        backs: of `stages`, in which something is on its way back.
         proven: whether no other way is better; else a search was ended before it knew.
     """
 
@@ -175,13 +187,15 @@ class Cut:
     links: tuple[float, ...]
     use: Mapping[str, float]
     waits: tuple[float, ...] = ()
+    backs: tuple[float, ...] = ()
     proven: bool = True
 
     @property
     def slowest_ms(self) -> float:
         """The stage or link that bounds how many inputs a second go through a pipeline."""
         busy = (link - wait for link, wait in zip(self.links, self.waits or (0.0,) * len(self.links), strict=True))
-        return max(*self.stages, *busy, 0.0)
+        own = (stage - back for stage, back in zip(self.stages, self.backs or (0.0,) * len(self.stages), strict=True))
+        return max(*own, *busy, sum(self.backs), 0.0)
 
 
 def priced(network: Network, tiers: Sequence[int]) -> Cut:
@@ -209,7 +223,9 @@ def priced(network: Network, tiers: Sequence[int]) -> Cut:
         once = sum(amount for needing, amount in one.shared if not at[list(needing)].all())
         use[name] = float(one.tasks[at, columns].sum() + one.links[paid] @ links[paid] + once)
     ms = float(stages.sum() + links.sum())
-    return Cut(tuple(at.tolist()), ms, tuple(stages.tolist()), tuple(links.tolist()), use, tuple(waits.tolist()))
+    backs = np.bincount(at, np.where(at > 0, network.way_back_ms, 0.0), network.tiers)
+    times = tuple(stages.tolist()), tuple(links.tolist()), use, tuple(waits.tolist()), tuple(backs.tolist())
+    return Cut(tuple(at.tolist()), ms, *times)
 
 
 def fastest(network: Network) -> Cut:
@@ -281,6 +297,10 @@ class _Layers:
                 self._arcs(source, task[~able[last]], np.inf)
         tails, heads = np.concatenate(self._tails), np.concatenate(self._heads)
         weights = np.concatenate(self._weights)
+        # No best cut pays for an arc that is dearer than all on one machine, and what is dear takes others' precision.
+        dear = min(priced(network, [tier] * network.tasks).ms for tier in range(last + 1))
+        if np.isfinite(dear):
+            weights = np.where(np.isfinite(weights), np.minimum(weights, 1.001 * dear + 1e-9), weights)
         finite = np.isfinite(weights)
         scale = _UNITS / max(float(weights[finite].sum()), 1e-300)
         units = np.where(finite, np.rint(np.where(finite, weights, 0.0) * scale), 2.0 * _UNITS).astype(np.int64)

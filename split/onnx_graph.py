@@ -101,13 +101,16 @@ class OnnxGraph:
 
     @cached_property
     def shared_weights(self) -> list[tuple[tuple[int, ...], int]]:
-        """Numbers of the nodes that use the same constant, and its bytes, if these are a kilobyte or more."""
+        """Numbers of the nodes that use the same constants, and bytes of these, if that is a kilobyte or more."""
         users: dict[str, list[int]] = {}
         for node in range(len(self.nodes)):
             for name in self.constants_of(node):
                 users.setdefault(name, []).append(node)
-        sizes = {name: self.constant_bytes(name) for name, nodes in users.items() if len(nodes) > 1}
-        return [(tuple(users[name]), size) for name, size in sizes.items() if size >= _LARGE]
+        sizes: dict[tuple[int, ...], int] = {}
+        for name, nodes in users.items():
+            if len(nodes) > 1:
+                sizes[tuple(nodes)] = sizes.get(tuple(nodes), 0) + self.constant_bytes(name)
+        return [(nodes_, size) for nodes_, size in sizes.items() if size >= _LARGE]
 
     def made_by(self, name: str) -> int:
         """Number of the node that makes a tensor, -1 for an input of the model or a constant."""

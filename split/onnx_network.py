@@ -19,6 +19,9 @@ FLOATS = ("float32", "float16", "float64")
 DEVICE, CLOUD = 0, 1
 MEMORY, ENERGY = "MB", "J"  # what may be budgeted beside time
 MESSAGE = 120  # bytes of a message beside its tensors, encryption included
+SERVICE_MS = (
+    1.0  # of a request beside trip, bytes and nodes, as measured: threads that wake on both sides, and messages
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Sharing:
     """A model between a device and a cloud.
 
     Attributes:
-        cloud_ms: that a request takes there beside the model's nodes: messages, and waiting for others.
+        cloud_ms: that a request takes beside the model's nodes and what is on the wire; see `SERVICE_MS`.
         device_watts, radio_watts: of the device, while it computes, and while something travels.
         leaving: exits on the device; who leaves there asks nothing of the link and the cloud.
 
@@ -124,7 +127,7 @@ class Sharing:
         for name in self.graph.outputs:
             at = self.graph.made_by(name)
             if at >= 0:
-                back_ms = asks * self.rate.down_ms(sizes[name].bytes) if _travels(sizes, name) else np.inf
+                back_ms = asks * self.rate.down_ms(sizes[name].bytes) if travels(sizes, name) else np.inf
                 down_ms[at] += back_ms
         ms[CLOUD] += down_ms
         flows = []
@@ -139,14 +142,15 @@ class Sharing:
             spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3
             spent[CLOUD] = np.where(np.isfinite(down_ms), down_ms, 0.0) * self.radio_watts * 1e-3
             use[ENERGY] = Use(spent, np.array([self.radio_watts * 1e-3]))
-        return Network(ms, tuple(flows), (trip,), use, (asks * (self.rate.trip_ms + self.cloud_ms),))
+        waits = (asks * (self.rate.trip_ms + self.cloud_ms),)
+        return Network(ms, tuple(flows), (trip,), use, waits, np.where(np.isfinite(down_ms), down_ms, 0.0))
 
     @property
     def odd(self) -> str:
         """An output of nodes that is no array of numbers, "" where there is none."""
         known = self.device.tensors
         made = (name for name in self.graph.outputs if self.graph.made_by(name) >= 0)
-        return next((name for name in made if not _travels(known, name)), "")
+        return next((name for name in made if not travels(known, name)), "")
 
     def crossing(self, cut: Cut) -> list[str]:
         """Names of the tensors that travel up."""
@@ -172,7 +176,7 @@ class Sharing:
         return (device_ms * self.device_watts + link_ms * self.radio_watts) * 1e-3
 
     def _sent_ms(self, sizes: Mapping[str, TensorSize], name: str) -> float:
-        if not _travels(sizes, name):
+        if not travels(sizes, name):
             return np.inf
         return self.rate.up_ms(self.codec.size(sizes[name])) + self.codec.work_ms(sizes[name])
 
@@ -193,6 +197,6 @@ def weights_use(graph: Graph, device: Profile, tiers: int) -> Use:
     return Use(held, np.zeros(tiers - 1), tuple(shared))
 
 
-def _travels(sizes: Mapping[str, TensorSize], name: str) -> bool:
+def travels(sizes: Mapping[str, TensorSize], name: str) -> bool:
     """Whether it is a tensor of numbers; sequences, maps and texts stay where they are."""
     return name in sizes and sizes[name].dtype in DTYPES

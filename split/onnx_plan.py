@@ -26,7 +26,7 @@ from isthmus.split.link import Link, read_link
 from isthmus.split.onnx_file import digest, read_model
 from isthmus.split.onnx_graph import OnnxGraph
 from isthmus.split.onnx_measure import given
-from isthmus.split.onnx_network import ENERGY, MEMORY, Sharing
+from isthmus.split.onnx_network import ENERGY, MEMORY, SERVICE_MS, Sharing
 from isthmus.split.onnx_tiers import Tiers, over_three
 from isthmus.split.plan import Plan, Row, choose, verdict
 from isthmus.split.planner import PLAIN, Wanted, candidates, coded, judged, remeasured, told_apart, ways
@@ -130,7 +130,7 @@ def plan(model: str, device: str, cloud: str, link: str, asked: Mapping[str, Any
         if there.inputs.get(one) != size:
             problem = f"the profiles were made with other inputs: {one!r} was {list(size.shape)} on the device"
             raise PlanError(problem, "measure both with the same --shape: isthmus profile")
-    sharing = Sharing(graph, here, there, over.rate(), PLAIN, 0.0, wish.device_watts, wish.radio_watts)
+    sharing = Sharing(graph, here, there, over.rate(), PLAIN, SERVICE_MS, wish.device_watts, wish.radio_watts)
     tiers = None
     if wish.edge:
         tiers = _tiers(graph, here, there, over, wish)
@@ -222,7 +222,8 @@ def _tiers(graph: Graph, here: Profile, there: Profile, over: Link, wish: Asked)
     if not isinstance(graph, OnnxGraph):
         raise PlanError("a .tflite model is not cut", "plan it without the edge server")
     middle = load_profile(Path(wish.edge))
-    return Tiers(graph, here, middle, there, near.rate(), over.rate(), wish.device_watts, wish.radio_watts)
+    links = near.rate(), over.rate()
+    return Tiers(graph, here, middle, there, *links, wish.device_watts, wish.radio_watts, SERVICE_MS)
 
 
 def _read(file: Path, profile: Profile) -> tuple[Graph, str]:
@@ -243,10 +244,12 @@ def _replayed(row: Row, link: Link, sharing: Sharing, wish: Asked) -> Row:
     """A row with what it takes over time, where that is not always the same."""
     if not (link.changes or wish.load):
         return row
-    taken = latencies(row, link, wish.load)
+    others_ms = sharing.cloud.whole_ms  # who has all of it in the cloud
+    taken = latencies(row, link, wish.load, sharing.cloud_ms, others_ms)
     ms, tail_ms = float(taken.mean()), float(np.percentile(taken, wish.percentile))
     if link.changes and row.kind != "device":
-        alone_ms = float(latencies(row, link).mean()) if wish.load else ms  # waiting in the cloud is not on the link
+        # Waiting in the cloud is not on the link.
+        alone_ms = float(latencies(row, link, beside_ms=sharing.cloud_ms).mean()) if wish.load else ms
         link_ms = max(0.0, alone_ms - row.device_ms - row.cloud_ms)
         energy_j = sharing.energy_j(row.device_ms, link_ms)
         row = msgspec.structs.replace(row, link_ms=link_ms, energy_j=energy_j)

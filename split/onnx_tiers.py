@@ -11,7 +11,7 @@ from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import best
 from isthmus.split.cut import Cut, Flow, Network, Use, priced
 from isthmus.split.graph import Graph
-from isthmus.split.onnx_network import ENERGY, MEMORY, MESSAGE, Rate, Sharing, weights_use
+from isthmus.split.onnx_network import ENERGY, MEMORY, MESSAGE, Rate, Sharing, travels, weights_use
 from isthmus.split.plan import Row, shown
 from isthmus.split.planner import Wanted, judged, splits
 from isthmus.split.profile import Profile, TensorSize
@@ -26,6 +26,7 @@ class Tiers:
     Attributes:
         near, far: the links from the device to the edge server, and from that to the cloud.
         device_watts, radio_watts: of the device, while it computes, and while something travels on the near link.
+        service_ms: that a request takes on each link beside nodes and what is on the wire.
 
     Raises:
         PlanError: a profile is another model's.
@@ -39,6 +40,7 @@ class Tiers:
     far: Rate
     device_watts: float = 0.0
     radio_watts: float = 0.0
+    service_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.device.model == self.edge.model == self.cloud.model:
@@ -57,14 +59,25 @@ class Tiers:
         back = np.zeros((3, nodes))  # of outputs, to the device
         for name in self.graph.outputs:
             if (at := self.graph.made_by(name)) >= 0:
-                near, far = (link.down_ms(sizes[name].bytes) for link in (self.near, self.far))
+                near, far = (
+                    link.down_ms(sizes[name].bytes) if travels(sizes, name) else np.inf for link in self._links
+                )
                 back[EDGE, at] += near
                 back[CLOUD, at] += near + far
         flows = [
-            Flow(one.producer, one.consumers, tuple(link.up_ms(sizes[one.name].bytes) for link in self._links))
+            Flow(
+                one.producer,
+                one.consumers,
+                tuple(
+                    link.up_ms(sizes[one.name].bytes) if travels(sizes, one.name) else np.inf for link in self._links
+                ),
+            )
             for one in self.graph.tensors
         ]
-        trips = tuple(link.trip_ms + link.up_ms(MESSAGE) + link.down_ms(MESSAGE) for link in self._links)
+        waits = tuple(link.trip_ms + self.service_ms for link in self._links)
+        trips = tuple(
+            ms + link.up_ms(MESSAGE) + link.down_ms(MESSAGE) for ms, link in zip(waits, self._links, strict=True)
+        )
         use: dict[str, Use] = {MEMORY: weights_use(self.graph, self.device, 3)}
         if self.device_watts or self.radio_watts:
             spent = np.zeros((3, nodes))
@@ -72,9 +85,10 @@ class Tiers:
             for tier in (EDGE, CLOUD):
                 outputs = {self.graph.made_by(name) for name in self.graph.outputs} - {-1}
                 for at in outputs:
-                    spent[tier, at] = back[EDGE, at] * self.radio_watts * 1e-3
+                    near_ms = back[EDGE, at] if np.isfinite(back[EDGE, at]) else 0.0
+                    spent[tier, at] = near_ms * self.radio_watts * 1e-3
             use[ENERGY] = Use(spent, np.array([self.radio_watts * 1e-3, 0.0]))
-        return Network(ms + back, tuple(flows), trips, use, tuple(link.trip_ms for link in self._links))
+        return Network(ms + back, tuple(flows), trips, use, waits)
 
     def row(self, cut: Cut) -> Row:
         """A way, with its costs."""
@@ -84,14 +98,15 @@ class Tiers:
         beyond = self.graph.crossing((*here, *near)) if last > EDGE else []
         sizes, outputs = self._sizes, [one for one in self.graph.outputs if self.graph.made_by(one) >= 0]
         tiers = {one: cut.tiers[self.graph.made_by(one)] for one in outputs}
-        down = sum(sizes[one].bytes for one in outputs if tiers[one] > DEVICE)
-        further = sum(sizes[one].bytes for one in outputs if tiers[one] > EDGE)
+        known = {one: sizes[one].bytes for one in (*outputs, *crossing, *beyond) if one in sizes}
+        down = sum(known.get(one, 0) for one in outputs if tiers[one] > DEVICE)
+        further = sum(known.get(one, 0) for one in outputs if tiers[one] > EDGE)
         down_ms = self.near.down_ms(down) + self.far.down_ms(further)
         own = [
             sum(profile.nodes_ms[at] for at, tier in enumerate(cut.tiers) if tier == one)
             for one, profile in enumerate((self.device, self.edge, self.cloud))
         ]
-        up = sum(sizes[one].bytes for one in crossing)
+        up = sum(known.get(one, 0) for one in crossing)
         radio_ms = cut.links[0] + self.near.down_ms(down)
         return Row(
             name=_called(here, near, last, crossing, beyond),

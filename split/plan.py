@@ -113,7 +113,7 @@ class Row(msgspec.Struct, frozen=True):
         """What is to be small: its time, or in a pipeline that of its slowest stage."""
         if aim == "latency":
             return self.ms
-        return max(self.device_ms, self.link_ms - self.wait_ms - self.down_ms, self.cloud_ms + self.down_ms)
+        return max(self.device_ms, self.link_ms - self.wait_ms - self.down_ms, self.cloud_ms, self.down_ms)
 
 
 class Plan(msgspec.Struct, frozen=True):

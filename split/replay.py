@@ -1,8 +1,8 @@
 """What a way to share takes again and again: over a link that changes, and in a cloud that others use as well.
 
 Inputs come at random moments of the link's trace. What is under way takes the opportunities that the trace gives from
-then on; nothing else uses the link. Others' requests come to the cloud independently of each other and take as long as
-this one, so that one waits as in an M/D/1 queue.
+then on; nothing else uses the link. Others' requests come to the cloud independently of each other and take all as
+long, so that one waits as in an M/D/1 queue.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ Times = NDArray[np.float64]
 
 
 def latencies(
-    row: Row, link: Link, load: float = 0.0, beside_ms: float = 0.0, seed: int = 0, at_ms: Times | None = None
+    row: Row,
+    link: Link,
+    load: float = 0.0,
+    beside_ms: float = 0.0,
+    others_ms: float = 0.0,
+    seed: int = 0,
+    at_ms: Times | None = None,
 ) -> Times:
     """Milliseconds from input to output.
 
     Args:
-        load: the share of the cloud's time that others take, below 1.
+        load: the share of the cloud's time that others take, below 1, by requests of `others_ms`.
         beside_ms: that a request takes in the cloud beside the model.
         at_ms: when inputs come, in ms of the trace; None for `INPUTS` random moments.
 
@@ -43,7 +49,7 @@ def latencies(
     if row.kind != "device" and goes_on:
         cloud_ms = row.cloud_ms / goes_on
         there = passed(link.up, starts + found, row.up_bytes / goes_on) + link.trip_ms / 2
-        done = there + waits(load, cloud_ms, generator, len(starts)) + cloud_ms + beside_ms
+        done = there + waits(load, others_ms, generator, len(starts)) + cloud_ms + beside_ms
         found = passed(link.down, done, row.down_bytes / goes_on) + link.trip_ms / 2 - starts
     if row.leaves:
         ends = np.cumsum([one.share for one in row.leaves])

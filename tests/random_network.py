@@ -37,6 +37,7 @@ def random_network(chance: random.Random, tasks: int, tiers: int, anywhere: bool
             flows.append(Flow(at, tuple(part), wire_ms))
     base = np.array([10 * chance.random() for _ in range(tasks)])
     ms = np.stack([base * 4.0**-tier * [chance.uniform(0.5, 2) for _ in range(tasks)] for tier in range(tiers)])
+    back = np.array([chance.choice([0.0, 0.0, 0.5, 1.0]) for _ in range(tasks)]) * ms[1:].min(axis=0, initial=99.0)
     memory = np.zeros_like(ms)
     memory[0] = [9 * chance.random() for _ in range(tasks)]
     energy = np.zeros_like(ms)
@@ -51,7 +52,8 @@ def random_network(chance: random.Random, tasks: int, tiers: int, anywhere: bool
         shared.append(Shared(tuple(needing), 12 * chance.random()))
     use = {"memory": Use(memory, 0 * links, tuple(shared)), "energy": Use(energy, links)}
     trips = tuple(chance.choice([0.0, 2.0, 10.0]) for _ in links)
-    return Network(ms, tuple(flows), trips, use, tuple(trip * chance.choice([0.0, 0.5, 1.0]) for trip in trips))
+    waits = tuple(trip * chance.choice([0.0, 0.5, 1.0]) for trip in trips)
+    return Network(ms, tuple(flows), trips, use, waits, back)
 
 
 def random_budgets(chance: random.Random, cuts: Sequence[Cut]) -> dict[str, float]:

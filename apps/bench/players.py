@@ -259,7 +259,7 @@ class Verify:
     def round(self) -> None:
         """The tokens that were taken and the cloud's own."""
         talk, choice = self._talk, self.choice
-        at, tag, asked, layer = talk.made, talk.tag(), talk.world.now, choice.cut
+        at, tag, layer = talk.made, talk.tag(), choice.cut
         count = min(choice.draft_tokens, talk.left - 1)
         if layer:
             missing = talk.total - talk.held(layer)

@@ -89,6 +89,41 @@ def test_a_pipeline_does_not_wait_for_the_round_trip() -> None:
         Network(base.ms, base.flows, base.trip_ms, wait_ms=(103.0,))
 
 
+def test_a_pipeline_works_on_while_answers_travel_back() -> None:
+    base = chain(60.0, 50.0, wire_ms=5.0, factor=1.0)
+    ms = base.ms.copy()
+    ms[1, 1] += 50.0  # the way back of the last task's
+    network = Network(ms, base.flows, base.trip_ms, back_ms=np.array([0.0, 50.0]))
+    assert priced(network, (0, 1)).slowest_ms == 60.0 and best(network, "throughput").tiers == (0, 1)
+    assert priced(Network(ms, base.flows, base.trip_ms), (0, 1)).slowest_ms == 100.0
+    assert priced(network, (1, 1)).backs == (0.0, 50.0) and priced(network, (1, 1)).slowest_ms == 110.0
+    assert fastest(network).ms == fastest(Network(ms, base.flows, base.trip_ms)).ms
+    for back in ([0.0, 101.0], [-1.0, 0.0], [0.0]):
+        with pytest.raises(PlanError, match="longer than the task"):
+            Network(ms, base.flows, base.trip_ms, back_ms=np.array(back))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_wires_that_take_for_ever_cost_no_precision(seed: int) -> None:
+    chance = random.Random(seed)
+    free = random_network(chance, 9, 2, anywhere=True)
+    flows = tuple(
+        Flow(one.producer, one.consumers, (one.ms[0] if at % 3 else 1e9,)) for at, one in enumerate(free.flows)
+    )
+    network = Network(free.ms, flows, free.trip_ms)
+    assert fastest(network).ms == pytest.approx(min(cut.ms for cut in every_cut(network)), rel=1e-6)
+
+
+def test_a_task_larger_than_the_budget_does_not_blur_it() -> None:
+    base = chain(1.0, 1.0, 1.0, wire_ms=0.1)
+    memory = np.array([[0.6, 0.6, 1e4], [0.0, 0.0, 0.0]])  # two of them are a fifth more than there may be
+    network = Network(base.ms, base.flows, base.trip_ms, {"memory_mb": Use(memory, np.zeros(1))})
+    found = best(network, budgets={"memory_mb": 1.0})
+    assert found.use["memory_mb"] <= 1.0 and found.ms == min(
+        cut.ms for cut in every_cut(network) if cut.use["memory_mb"] <= 1.0
+    )
+
+
 def test_a_search_that_was_ended_says_that_nothing_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     import scipy.optimize
 

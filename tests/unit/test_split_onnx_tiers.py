@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from isthmus.protocol.errors import PlanError
 from isthmus.split.budget import best
 from isthmus.split.cut import priced
 from isthmus.split.onnx_graph import within
-from isthmus.split.onnx_network import MEMORY, MESSAGE, Rate
+from isthmus.split.onnx_network import ENERGY, MEMORY, MESSAGE, Rate
 from isthmus.split.onnx_tiers import CLOUD, DEVICE, EDGE, Tiers, over_three
 from isthmus.split.planner import Wanted
 from tests.unit.test_split_profile import sharing
@@ -102,3 +103,17 @@ def test_profiles_of_several_models_are_refused() -> None:
     other = msgspec.structs.replace(one.edge, model="cd" * 32)
     with pytest.raises(PlanError, match="several models"):
         Tiers(one.graph, one.device, other, one.cloud, NEAR, FAR)
+
+
+def test_what_is_no_tensor_stays_where_it_is_made() -> None:
+    one = tiers(device_watts=1.0, radio_watts=1.0)
+    for lacks in ("a", "d"):
+        left = {name: size for name, size in one.device.tensors.items() if name != lacks}
+        odd = replace(one, device=msgspec.structs.replace(one.device, tensors=left))
+        found = best(odd.network())
+        if lacks == "a":  # whoever makes it goes on with it
+            assert len({found.tiers[0], found.tiers[1], found.tiers[2]}) == 1
+        else:  # the device is to have it
+            assert set(found.tiers) == {DEVICE}
+        assert odd.row(found).ms == pytest.approx(found.ms)
+        best(odd.network(), budgets={ENERGY: 1e6})
