@@ -5,11 +5,13 @@ that its plan lists, over a relay; the link is measured first, as a user would (
 a trace. Held against each other are the plan's milliseconds for an input and the median of inferences from a device
 process to a cloud process; over a trace, where the plan's are a mean over all moments, what its replay says of the
 moments at which these inferences began and what they took, both in the mean. The way that a plan recommends is held
-against what its baselines (all on the device; the input, or the picture as JPEG or WebP, to the cloud) really took.
-EfficientNet-Lite0 is planned with photographs, so that codecs are tried on it. Each network is kept when it is done, by
-commit: a run that was stopped is gone on with, and `--only` measures some again.
+against what its baselines (all on the device; the input, or the picture as JPEG or WebP, to the cloud) really took;
+over a trace, a few of whose moments were measured, each is brought to all of them: it takes as many times what the plan
+says as it did then. EfficientNet-Lite0 is planned with photographs, so that codecs are tried on it. Each network over
+each link is kept when it is done, by commit: a run that was stopped is gone on with, and `--only` and `--links` measure
+some again.
 
-usage: python benchmarks/planner.py [--only NAME,...] [--runs 21]
+usage: python benchmarks/planner.py [--only NAME,...] [--links WORD,...] [--runs 21]
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,6 +90,7 @@ class Found:
         best: whether the plan recommends it.
         up_bytes: that the plan says travel up for an input.
         agreement: with the unsplit model, where that was tried.
+        mean_ms: that the plan says of all moments of a trace; 0 where they are alike.
     """
 
     network: str
@@ -100,6 +103,12 @@ class Found:
     commit: str | None
     up_bytes: float
     agreement: float | None
+    mean_ms: float = 0.0
+
+    @property
+    def took_ms(self) -> float:
+        """What it takes, of a trace over all its moments."""
+        return self.measured_ms * (self.mean_ms / self.planned_ms if self.mean_ms else 1.0)
 
     @property
     def off(self) -> float:
@@ -111,28 +120,34 @@ def main() -> int:
     """Measures and writes results/planner.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="networks, by name, with commas between")
+    parser.add_argument("--links", default="", help="links, by words of their names, with commas between")
     parser.add_argument("--runs", type=int, default=21, help="inferences of each way")
     options = parser.parse_args()
-    only = set(filter(None, options.only.split(",")))
+    only, words = (set(filter(None, text.split(","))) for text in (options.only, options.links))
     kept = Kept(BENCH / f"planner-{options.runs}.jsonl", Found)
-    known, made = {one.network: one.commit for one in kept.found}, commit(PLANS)  # the last of each
-    names = list[str]()
+    known = {(one.network, one.link): one.commit for one in kept.found}  # the last of each
+    made, names = commit(PLANS), list[str]()
     with TemporaryDirectory(prefix="isthmus-planner-") as work, fresh_keys() as keys:
         for network in networks():
             names.append(network.name)
-            old = known.get(network.name) != made or made is None or made.endswith("+")
-            if network.name in only or (not only and old):
-                found = list(Stand(network, Path(work), keys, options.runs).found())
-                kept.add(found)
-                known[network.name] = found[0].commit
+            wanted = list[str]()
+            for link in (link for link in LINKS if not words or any(word in link for word in words)):
+                old = known.get((network.name, link)) != made or made is None or made.endswith("+")
+                wanted += [link] if network.name in only or (not only and (old or words)) else []
+            stand = Stand(network, Path(work), keys, options.runs) if wanted else None
+            for link in wanted:
+                assert stand is not None
+                kept.add(stand.found(link))
+                known[network.name, link] = made
     record = Record("planner", {"device slow-down": SLOW, "threads": "1 on each side", "runs": options.runs})
-    played = {(one.network, one.link, one.way): one for one in kept.found if one.commit == known[one.network]}
+    last = (one for one in kept.found if one.commit == known[one.network, one.link])
+    played = {(one.network, one.link, one.way): one for one in last}
     tell(record, sorted(played.values(), key=lambda one: names.index(one.network)), known)
     record.write()
     return 0
 
 
-def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]) -> None:
+def tell(record: Record, found: Sequence[Found], known: Mapping[tuple[str, str], str | None]) -> None:
     """Figures and the table."""
     off = [one.off for one in found if one.kind == "split"]
     plans: dict[tuple[str, str], list[Found]] = {}
@@ -143,16 +158,16 @@ def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]
     record.figure("splits", len(off), "splits")
     record.figure("off by, median", statistics.median(off), "of the measured", target=MEDIAN, at_most=True)
     record.figure("off by, 95 %", float(np.quantile(off, 0.95)), "of the measured", target=P95, at_most=True)
-    lost = [_best(plan) / min(one.measured_ms for one in plan if one.kind != "split") for plan in plans.values()]
+    lost = [_best(plan) / min(one.took_ms for one in plan if one.kind != "split") for plan in plans.values()]
     record.figure("recommended over best baseline, worst", max(lost), "ratio", target=1.0, at_most=True)
-    beaten = [_best(plan) / min(one.measured_ms for one in plan) for plan in plans.values()]
+    beaten = [_best(plan) / min(one.took_ms for one in plan) for plan in plans.values()]
     record.figure("recommended over best way, worst", max(beaten), "ratio")
     webp = [share for plan in plans.values() if (share := _of_webp(plan)) is not None]
     if webp:
         record.figure("recommended split's bytes of WebP's, worst", max(webp), "ratio", target=1.0, at_most=True)
-    for name, made in known.items():
+    for (name, link), made in known.items():
         if made != commit(PLANS):
-            record.notes.append(f"{name} was measured at commit {made}")
+            record.notes.append(f"{name} over {link} was measured at commit {made}")
     rows: list[list[Cell]] = [
         [one.network, one.link, one.way, "recommended" if one.best else "", one.planned_ms, one.measured_ms, one.off]
         for one in found
@@ -161,7 +176,7 @@ def tell(record: Record, found: Sequence[Found], known: Mapping[str, str | None]
     for (network, link), plan in plans.items():
         best = next(one for one in plan if one.best)
         others = [one for one in plan if one.kind != "split"]
-        fastest = min(others, key=lambda one: one.measured_ms)
+        fastest = min(others, key=lambda one: one.took_ms)
         errors = [one.off for one in plan if one.kind == "split"]
         row: list[Cell] = [network, link, best.way, best.planned_ms, best.measured_ms, fastest.way, fastest.measured_ms]
         summary.append([*row, len(errors), statistics.median(errors) if errors else None])
@@ -180,7 +195,7 @@ def _of_webp(plan: Sequence[Found]) -> float | None:
 
 def _best(plan: Sequence[Found]) -> float:
     """What the recommended way took."""
-    return next(one.measured_ms for one in plan if one.best)
+    return next(one.took_ms for one in plan if one.best)
 
 
 class Stand:
@@ -211,17 +226,16 @@ class Stand:
             self._tries = {"folder": str(folder), "preprocess": str(how)}
             self._pictures = sorted(folder.iterdir())
 
-    def found(self) -> Iterator[Found]:
-        """Each way of the plan for each link that keeps to what was asked for, and what it really took."""
-        for link, profile in LINKS.items():
-            plan = self.planned(link)
-            for row in (row for row in plan.rows if not row.fails):
-                planned_ms, measured_ms = self._took(plan, row, profile)
-                best = row is plan.rows[plan.best]
-                name, sent = self._network.name, (row.up_bytes, row.agreement)
-                found = (name, link, row.name, row.kind, best, planned_ms, measured_ms, commit(PLANS), *sent)
-                yield Found(*found)
-                print(*found, sep="; ", file=sys.stderr, flush=True)
+    def found(self, link: str) -> list[Found]:
+        """Each way of the plan for a link that keeps to what was asked for, and what it really took."""
+        plan, profile, ways = self.planned(link), LINKS[link], list[Found]()
+        for row in (row for row in plan.rows if not row.fails):
+            planned_ms, measured_ms = self._took(plan, row, profile)
+            name, best, mean_ms = self._network.name, row is plan.rows[plan.best], row.ms if profile.trace_up else 0.0
+            sent = (row.up_bytes, row.agreement, mean_ms)
+            ways.append(Found(name, link, row.name, row.kind, best, planned_ms, measured_ms, commit(PLANS), *sent))
+            print(ways[-1], file=sys.stderr, flush=True)
+        return ways
 
     def planned(self, link: str) -> Plan:
         """The plan for a link, on what device and cloud take now."""

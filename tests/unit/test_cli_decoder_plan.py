@@ -12,9 +12,11 @@ from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, link_figur
 from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile, measure
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
+from isthmus.split.exit_writer import put_certificates, put_exits
 from isthmus.split.link import Link, read_link
 from isthmus.split.traces import Trace, per_second
-from tests.edge_bundle import CONFIG, write_tiny
+from tests.edge_bundle import CONFIG, an_exit, write_tiny
+from tests.unit.test_split_exits import certificate
 
 LAYERS = CONFIG.n_layers
 NEAR, FAR, SLOW = "rtt=0.1,rate=1000", "rtt=200,up=1,down=10", "rtt=20,rate=0.01"
@@ -219,3 +221,38 @@ def test_a_profile_that_cannot_be(profile: DecoderProfile, tmp_path: Path, chang
     (tmp_path / "x.json").write_bytes(msgspec.json.encode(told))
     with pytest.raises(PlanError):
         load_decoder_profile(tmp_path / "x.json")
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With a certified exit before layer 2."""
+    folder = write_tiny(tmp_path_factory.mktemp("early") / "tiny")
+    entry, data = an_exit(Bundle.open(folder).manifest.model_id)
+    put_exits(folder, Bundle.open(folder).manifest.model_id, [(entry, data)])
+    put_certificates(folder, {2: certificate(data)})
+    return Bundle.open(folder)
+
+
+def test_an_exit_is_held_and_its_states_take_the_uplink(early: Bundle, profile: DecoderProfile) -> None:
+    watts: dict[str, Any] = {"device_watts": 1.0, "radio_watts": 1.0, "disagreement": 0.05}
+    found = planned(early, profile, NEAR, **watts)
+    speaks = next(way for way in found.ways if way.mode == "exit")
+    drafts = next(way for way in found.ways if way.mode == "verify" and way.cut == 2)
+    split = next(way for way in found.ways if way.mode == "split" and way.cut == 2)
+    size = early.manifest.files[early.exits[0].file].bytes
+    for way in (speaks, drafts):
+        assert way.device_mb > split.device_mb + size / 1e6
+    bound = (split.device_mb + speaks.device_mb) / 2
+    tight = planned(early, profile, NEAR, memory_mb=bound, disagreement=0.05)
+    assert not next(way for way in tight.ways if way.name == split.name).fails
+    assert all("MB on the device" in way.fails for way in tight.ways if way.mode == "exit")
+    # 60 kbit/s carry a state of 43 bytes and its frame each 9 ms: fewer than are made; all of them go up.
+    trace = Trace(tuple(range(200, 100_001, 200)))
+    slow = plan(early, profile, profile, 8.0, Link(20.0, trace, trace), Answer(disagreement=0.05))
+    late = next(way for way in slow.ways if way.mode == "exit")
+    assert late.token_ms > speaks.token_ms + 100.0
+
+
+def test_no_exit_speaks_beyond_what_it_promises(early: Bundle, profile: DecoderProfile) -> None:
+    found = planned(early, profile, NEAR, disagreement=0.04)
+    assert all(way.fails == "5 % of tokens may differ" for way in found.ways if way.mode == "exit")
