@@ -1,7 +1,8 @@
 """How far is a language model's plan from what its modes really take? Each mode over emulated links, and as planned.
 
-A device that is declared to be four times as slow as this machine, with a cloud that is as fast, answers the questions
-that modes.py asks, each anew, in every mode by itself. Plans are made on profiles that were measured just before and
+A device and a cloud, both as fast as a processor of this machine (who pretends to be slower by waiting finds its
+processor asleep, which no profile says), answer the questions that modes.py asks, each anew, in every mode by itself.
+Plans are made on profiles that were measured just before and
 just after; of a plan the best way of a mode counts, at the same cut and with the same drafts. Over a trace answers
 begin at three of its moments, and the plan's at any.
 
@@ -21,7 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from models import bundle
-from planner import LINKS, SLOW
+from planner import LINKS
 from prompts import prompts
 from record import Cell, Record
 
@@ -64,7 +65,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
     source, asked = bundle("keep"), prompts().kept_back[: options.prompts]
-    record = Record("forecast", vars(options) | {"device slow-down": SLOW, "threads": "1 on each side"})
+    record = Record("forecast", vars(options) | {"threads": "1 on each side"})
     rows: list[list[Cell]] = []
     offs = list[float]()
     for name, profile in LINKS.items():
@@ -102,15 +103,13 @@ def mean(one: DecoderProfile, other: DecoderProfile) -> DecoderProfile:
 
 def planned(source: Bundle, profile: LinkProfile, cloud: DecoderProfile, answer: Answer) -> DecoderPlan:
     """The plan over a link."""
-    slower = {name: tuple((n, SLOW * ms) for n, ms in getattr(cloud, name)) for name in ("layers_ms", "rows_ms")}
-    device = msgspec.structs.replace(cloud, **slower, prefill_row_ms=SLOW * cloud.prefill_row_ms)
     if profile.trace_up is not None and profile.trace_down is not None:
         link = Link(profile.rtt_ms, profile.trace_up, profile.trace_down)
     else:
         assert profile.rate_up_bps is not None and profile.rate_down_bps is not None
         up, down = profile.rate_up_bps / 1e6, profile.rate_down_bps / 1e6
         link = read_link(f"rtt={profile.rtt_ms},up={up},down={down}")
-    return plan(source, device, cloud, 1.0, link, answer)
+    return plan(source, cloud, cloud, 1.0, link, answer)
 
 
 def taken(
@@ -119,7 +118,7 @@ def taken(
     """Of an answer in the mean: ms, tokens, and tokens of its prompt."""
     found = list[tuple[float, int, int]]()
     for link in _from(profile):
-        with Stage(source, link, SLOW) as stage, stage.device(**options) as device:
+        with Stage(source, link) as stage, stage.device(**options) as device:
             list(device.chat(asked[0], max_tokens=2))  # connects
             Calm().wait(CALM_S)
             for question in asked if link is profile else asked[: -(-len(asked) // len(STARTS_S))]:

@@ -71,19 +71,19 @@ def key(part: str, files: Mapping[str, FileEntry]) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
-def known(key: str) -> bool:
+def known(note: str) -> bool:
     """Whether a part was tried."""
     try:
-        return (folder() / key).exists()
+        return (folder() / note).exists()
     except (OSError, ModelError):
         return False
 
 
-def remember(key: str) -> None:
+def remember(note: str) -> None:
     """Notes that a part was tried; where that cannot be noted, it is tried again."""
     with suppress(OSError, ModelError):
         folder().mkdir(parents=True, exist_ok=True)
-        (folder() / key).touch()
+        (folder() / note).touch()
 
 
 def folder() -> Path:
