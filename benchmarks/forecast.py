@@ -2,8 +2,8 @@
 
 A device and a cloud, both as fast as a processor of this machine (who pretends to be slower by waiting finds its
 processor asleep, which no profile says), answer the questions that modes.py asks, each anew, in every mode by itself.
-Plans are made on profiles that were measured just before and just after; of a plan the best way of a mode counts, at the
-same cut and with the same drafts. Over a trace answers begin at three of its moments, and the plan's at any.
+Plans are made on profiles that were measured just before and just after; of a plan the best way of a mode counts, at
+the same cut and with the same drafts. Over a trace answers begin at three of its moments, and the plan's at any.
 
 usage: python benchmarks/forecast.py [--prompts 8] [--tokens 48]
 """
