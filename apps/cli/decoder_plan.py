@@ -36,6 +36,7 @@ from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
 from isthmus.split.files import write_whole
 from isthmus.split.link import Link
+from isthmus.split.onnx_network import SERVICE_MS
 from isthmus.split.replay import INPUTS, passed
 from isthmus.split.traces import Trace, per_second
 
@@ -193,8 +194,9 @@ def plan(
 
 
 def priced(bundle: Bundle, device: DecoderProfile, cloud: CloudFigures, link: Link, answer: Answer) -> list[Way]:
-    """All ways over a link, in no order."""
-    return list(_Ways(bundle, device, cloud, link, answer).all())
+    """All ways over a link, in no order; a question takes `SERVICE_MS` more than its trip."""
+    over = replace(link, trip_ms=link.trip_ms + SERVICE_MS)
+    return list(_Ways(bundle, device, cloud, over, answer).all())
 
 
 def link_figures(link: Link, seed: int = 0) -> LinkFigures:
