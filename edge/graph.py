@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 GraphMode = Literal["auto", "split", "local"]
 MODES: tuple[GraphMode, ...] = ("auto", "split", "local")
 LEAST_RETRY_S = 0.05  # until a busy cloud is asked again
-RUN_S = 300.0  # after which a part that is run here is given up
+RUN_S = 120.0  # after which a part that is run here is given up
 _log = logging.getLogger("isthmus.edge")
 
 

@@ -72,6 +72,9 @@ class GraphPart:
         finally:
             if watchdog is not None:
                 watchdog.cancel()
+        for name, value in zip(names, found, strict=True):
+            if not isinstance(value, np.ndarray) or value.dtype.hasobject:
+                raise EngineError(f"{self._path.name} gives {name!r}, which is no array of numbers", _SHAPES)
         if self._slow_down > 1.0:
             time.sleep((self._slow_down - 1.0) * (time.perf_counter() - began))
         return dict(zip(names, found, strict=True))

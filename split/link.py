@@ -72,7 +72,7 @@ class Served(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         times = [ms for _, ms in self.rows_ms]
         if not times or not all(0 < ms < math.inf for ms in times) or not 0 <= self.prefill_row_ms < math.inf:
-            raise PlanError(f"the link's cloud has no times of {self.name}", "measure it again")
+            raise PlanError(f"the link's cloud has no times of {self.name[:80]!r}", "measure it again")
 
 
 class LinkFile(msgspec.Struct, frozen=True):

@@ -119,12 +119,16 @@ def load(path: Path, kind: type[Kept], called: str, again: str) -> Kept:
         called, again: what it is, and how to make another, for error messages.
 
     Raises:
-        PlanError: the file holds something else, or the type refuses it.
-        OSError: it cannot be read.
+        PlanError: the file cannot be read, holds something else, or the type refuses it.
     """
-    data = read_regular(path)
+    try:
+        data = read_regular(path)
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read: {error.strerror}", f"name a {called}") from error
     try:
         return msgspec.json.decode(data, type=kind)
+    except RecursionError as error:
+        raise PlanError(f"{path} is no {called}: it is nested too deep", again) from error
     except msgspec.DecodeError as error:
         if isinstance(error.__cause__, PlanError):
             raise PlanError(f"{path}: {error.__cause__.problem}", error.__cause__.remedy) from error

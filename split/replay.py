@@ -16,6 +16,7 @@ from isthmus.split.plan import Row
 from isthmus.split.traces import SEGMENT, Trace
 
 INPUTS = 4000
+_LEAST_LOAD = 1e-6  # below which nobody is ever waited for
 _WARM = 2000  # requests until a queue has forgotten that it began empty
 Times = NDArray[np.float64]
 
@@ -77,7 +78,7 @@ def passed(way: Trace | float, at_ms: Times, size: float) -> Times:
 
 def waits(load: float, service_ms: float, generator: np.random.Generator, count: int = INPUTS) -> Times:
     """What so many requests wait for others before them."""
-    if not load or not service_ms:
+    if load < _LEAST_LOAD or not service_ms:
         return np.zeros(count)
     gaps = generator.exponential(service_ms / load, count + _WARM)
     walk = np.cumsum(service_ms - gaps)  # Lindley's recursion, unrolled

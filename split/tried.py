@@ -41,7 +41,7 @@ def opened(path: str) -> list[str]:
     does.
 
     Raises:
-        PlanError: it is no model, or takes more memory than there is.
+        PlanError: it is no model, or takes more memory or time than there is.
         EngineError: nothing runs it.
     """
     from isthmus.engine.graph_part import GraphPart
@@ -60,8 +60,8 @@ def opened(path: str) -> list[str]:
     except PlanError:
         pass  # an input that is no tensor
     except EngineError as error:  # not any numbers will do, which harms nobody
-        if _OUT_OF_MEMORY.search(error.problem):
-            raise PlanError(error.problem, "the model takes more memory than a bundle may") from error
+        if _OUT_OF_MEMORY.search(error.problem) or "given up after" in error.problem:
+            raise PlanError(error.problem, "the model takes more than a bundle may") from error
     return names
 
 

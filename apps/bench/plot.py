@@ -15,12 +15,14 @@ def check_drawing(path: Path) -> None:
     """Refuses before anything is measured what could not be drawn.
 
     Raises:
-        EngineError: matplotlib is not installed, or there is no such folder.
+        EngineError: matplotlib is not installed, there is no such folder, or something else than a file is there.
     """
     if find_spec("matplotlib") is None:
         raise EngineError("drawing needs matplotlib", "pip install matplotlib, or leave --plot out")
     if not path.parent.is_dir():
         raise EngineError(f"there is no folder {path.parent}", "make it, or choose another file")
+    if not path.name or (path.exists() and not path.is_file()):
+        raise EngineError(f"{str(path)!r} is no file that could be replaced", "choose another file with --plot")
 
 
 def draw(

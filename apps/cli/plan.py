@@ -141,6 +141,7 @@ def command(
 
     from isthmus.apps.bench.plot import check_drawing
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
+    from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.errors import PlanError
     from isthmus.split.confined import SECONDS, confined
     from isthmus.split.files import is_there
@@ -154,9 +155,9 @@ def command(
         return
     only(ctx, set(ctx.params) - OF_DECODERS, f"{model.name} is no bundle of a language model")
     target = output if output is not None else Path(model.stem + SUFFIX)
-    if not target.parent.is_dir():
-        raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
     here = device if device is not None else Path(model.stem + PROFILE)
+    given = (model, here, edge, inputs, preprocess, plot, Path(cloud), Path(link))
+    check_target(target, (path for path in given if path is not None))
     if plot is not None:
         check_drawing(plot)
     if not cloud:
@@ -166,7 +167,7 @@ def command(
     if device is None and not is_there(here):
         _measure(model, here, shape or [], inputs)
     elif not is_there(here) or shape:
-        problem = f"there is no profile {here}" if not shape else "--shape has no effect: there is a profile"
+        problem = "--shape has no effect: there is a profile" if is_there(here) else f"there is no profile {here}"
         raise PlanError(problem, f"measure it: isthmus profile {model}, or name one with --device")
     times = number(cloud)
     asked = {

@@ -32,6 +32,7 @@ def plan_decoder(ctx: typer.Context) -> None:
     from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, PROFILE_S, SUFFIX, only
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
     from isthmus.apps.cli.profile import measured_decoder
+    from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.errors import PlanError
     from isthmus.split.bundle import Bundle, is_graph
     from isthmus.split.files import is_there
@@ -44,9 +45,9 @@ def plan_decoder(ctx: typer.Context) -> None:
     only(ctx, OF_BOTH | OF_DECODERS, f"{folder} is a bundle of a language model")
     name = folder.resolve().name
     target = asked["output"] or Path(name + SUFFIX)
-    if not target.parent.is_dir():
-        raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
     here = asked["device"] or Path(name + PROFILE)
+    given = (here, asked["plot"], Path(asked["cloud"]), Path(asked["link"]))
+    check_target(target, (path for path in given if path is not None))
     if asked["plot"] is not None:
         check_drawing(asked["plot"])
     if not asked["cloud"]:

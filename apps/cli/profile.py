@@ -64,6 +64,7 @@ def command(
     cloud says of its models are measured through the protocol that devices speak.
     """
     from isthmus.apps.bench.machine import read_machine
+    from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.errors import PlanError
 
     _check_options(ctx)
@@ -73,8 +74,7 @@ def command(
     if model is None:
         raise PlanError("nothing to measure", "name a model, or a cloud with --remote HOST:PORT")
     target = output if output is not None else Path((model.resolve().name if model.is_dir() else model.stem) + SUFFIX)
-    if not target.parent.is_dir():
-        raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
+    check_target(target, (path for path in (model, inputs) if path is not None))
     threads = threads or read_machine().physical
     if model.is_dir():
         if shape or inputs is not None:
@@ -147,14 +147,13 @@ def _check_options(ctx: typer.Context) -> None:
 
 
 def _measure_remote(address: str, target: Path, keys: Path | None, no_keys: bool, as_json: bool) -> None:
-    from isthmus.protocol.errors import PlanError
+    from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.keys import default_folder, read_device
     from isthmus.protocol.survey import survey
     from isthmus.protocol.transport import DealerTransport
     from isthmus.split.link import LinkFile, Served
 
-    if not target.parent.is_dir():
-        raise PlanError(f"there is no folder {target.parent}", "make it, or choose another file with -o")
+    check_target(target)
     transport = DealerTransport(address, None if no_keys else read_device(keys or default_folder()))
     try:
         found = survey(transport)

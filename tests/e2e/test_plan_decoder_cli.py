@@ -106,6 +106,16 @@ def test_a_mixture_of_experts_is_planned_at_every_cut(tmp_path: Path) -> None:
         (["--energy-j", "1"], "a budget of energy is given, and no watts"),
         (["--load", "1"], "others take 1 of the cloud's time"),
         (["--plot", "none/x.png"], "there is no folder none"),
+        (["--plot", "/tmp"], "is no file that could be replaced"),
+        (["-o", "/dev/null"], "/dev/null is no file that could be replaced"),
+        (["-o", ""], "names no file"),
+        (["-o", "/tmp"], "is no file that could be replaced"),
+        (["-o", "tiny.profile.json"], "tiny.profile.json would be replaced"),
+        (["-o", "x.png", "--plot", "x.png"], "x.png would be replaced"),
+        (["--cloud", "/tmp"], "/tmp cannot be read"),
+        (["--device", "/tmp"], "/tmp cannot be read"),
+        (["--link", "none.json"], "none.json cannot be read"),
+        (["--link", "deep.json"], "nested too deep"),
         (["--inputs", "x"], "--inputs has no effect"),
         (["--cloud", "none.json"], "none.json"),
         (["--cloud", ""], "--cloud is empty"),
@@ -116,6 +126,9 @@ def test_a_mixture_of_experts_is_planned_at_every_cut(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_one_line(folder: Path, asked: list[str], problem: str) -> None:
+    (folder / "deep.json").write_text(
+        '{"rtt_ms": 20, "up_mbps": 5, "down_mbps": 20, "q": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    )
     link = [] if "--link" in asked else ["--link", "rtt=20,up=5,down=20"]
     done = isthmus("plan", "tiny", *link, *asked, folder=folder)
     assert done.returncode == 2 and problem in done.stderr and len(done.stderr.strip().splitlines()) <= 2

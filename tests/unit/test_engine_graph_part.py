@@ -48,3 +48,25 @@ def test_what_is_absent_or_no_model_is_named(loop: Path, tmp_path: Path) -> None
         GraphPart(tmp_path / "bad.onnx")
     with pytest.raises(EngineError, match=r"slow-down is 0\.5"):
         GraphPart(loop, slow_down=0.5)
+
+
+def test_what_is_no_array_of_numbers_is_refused(tmp_path: Path) -> None:
+    """Sequences and texts, whatever bundle.json says of them."""
+    value, kinds = (
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+        (
+            helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, [4]),
+            helper.make_tensor_value_info("y", TensorProto.STRING, [4]),
+        ),
+    )
+    nodes = (
+        helper.make_node("SequenceConstruct", ["x"], ["y"]),
+        helper.make_node("Cast", ["x"], ["y"], to=TensorProto.STRING),
+    )
+    for kind, node in zip(kinds, nodes, strict=True):
+        graph = helper.make_graph([node], "odd", [value], [kind])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.save_model(model, str(tmp_path / "odd.onnx"))
+        part = GraphPart(tmp_path / "odd.onnx")
+        with pytest.raises(EngineError, match="gives 'y', which is no array of numbers"):
+            part.run({"x": np.zeros(4, np.float32)})
