@@ -49,9 +49,7 @@ class Link:
     def words(self) -> str:
         """It, for people."""
         rate = self.rate()
-        told = (
-            f"a round trip of {self.trip_ms:g} ms, {rate.up_bps / 1e6:.3g} Mbit/s up and {rate.down_bps / 1e6:.3g} down"
-        )
+        told = f"a round trip of {self.trip_ms:g} ms, {_rate(rate.up_bps)} Mbit/s up and {_rate(rate.down_bps)} down"
         return f"{told} in the mean of a trace" if self.changes else told
 
 
@@ -139,6 +137,10 @@ def _of_words(text: str) -> Link:
         return Link(trip_ms, *named_pair(told["trace"]))
     up, down = (_number(name, told[name]) * 1e6 for name in (("rate", "rate") if "rate" in told else ("up", "down")))
     return Link(trip_ms, up, down)
+
+
+def _rate(bps: float) -> str:
+    return f"{bps / 1e6:.3g}" if bps < 1e9 else f"{bps / 1e6:.0f}"
 
 
 def _number(name: str, text: str) -> float:

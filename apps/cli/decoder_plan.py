@@ -297,7 +297,7 @@ class _Ways:
                 alone_ms = total_ms
         energy_j = self._energy_j(rounds, alone_ms)
         way = msgspec.structs.replace(way, energy_j=energy_j)
-        return msgspec.structs.replace(way, fails=refused or self._fails(way))
+        return msgspec.structs.replace(way, fails="; ".join(filter(None, (refused, self._fails(way)))))
 
     def _device_mb(self, one: Candidate) -> float:
         """What the device holds for a way: layers, KV and the rest, and the exit that speaks or drafts."""

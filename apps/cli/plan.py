@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SUFFIX = ".plan.json"
 PROFILE_S = 3.0  # that each of two rounds of runs takes, where this machine is measured first
 TRIES = 20  # times the processor's seconds that a plan may take where codecs are tried
+WIDE = 160  # columns where the output is no terminal
 
 
 OF_DECODERS = {"prompt", "tokens", "max_disagreement"}
@@ -58,7 +59,9 @@ def command(
         float | None,
         typer.Option(help="That an input (of a language model a token) may take at most, at the --p th percentile"),
     ] = None,
-    percentile: Annotated[float, typer.Option("--p", help="Of changing links and busy clouds")] = 95.0,
+    percentile: Annotated[
+        float, typer.Option("--p", help="The percentile, where links change or others use the cloud")
+    ] = 95.0,
     memory_mb: Annotated[float | None, typer.Option(help="Of weights that the device may hold")] = None,
     energy_j: Annotated[
         float | None, typer.Option(help="That the device may spend on an input, or on an answer")
@@ -205,7 +208,7 @@ def command(
     if as_json:
         print(target.read_text())
     else:
-        _print(found, target)
+        _print(found, target, load)
         if folder is None and not is_tflite(model):
             print("codecs, JPEG and WebP are tried on inputs: --inputs FOLDER, with --preprocess for pictures")
 
@@ -263,23 +266,26 @@ def number(text: str) -> float | None:
         return None
 
 
-def _print(plan: Plan, target: Path) -> None:
+def _print(plan: Plan, target: Path, load: float) -> None:
     import sys
 
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from isthmus.split.onnx_network import SERVICE_MS
     from isthmus.split.plan import shown
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, soft_wrap=not terminal, width=None if terminal else WIDE)
+    spent = any(row.energy_j for row in plan.rows)
     tail = any(row.tail_ms is not None for row in plan.rows)
     tried = any(row.agreement is not None for row in plan.rows)
     table = Table("way", box=None, pad_edge=False)
     middle = any(row.edge for row in plan.rows)
     titles = ["ms", *([f"p{plan.percentile:g}, ms"] if tail else []), "device", *(["edge"] if middle else [])]
     titles += ["link", "cloud", "kB up", "kB down"]
-    titles += ["agree"] if tried else []
+    titles += (["J"] if spent else []) + (["agree"] if tried else [])
     for title in titles:
         table.add_column(title, justify="right")
     failing = any(row.fails for row in plan.rows)
@@ -288,10 +294,14 @@ def _print(plan: Plan, target: Path) -> None:
     for at, row in enumerate(plan.rows):
         style = "bold" if at == plan.best else ""
         table.add_row(
-            escape(row.name), *_cells(row, tail, middle, tried), *([escape(row.fails)] if failing else []), style=style
+            escape(row.name),
+            *_cells(row, tail, middle, spent, tried),
+            *([escape(row.fails)] if failing else []),
+            style=style,
         )
     console.print(table)
-    console.print(f"over {plan.link}", markup=False)
+    others = f"; others take {load:.0%} of the cloud's time" if load else ""
+    console.print(f"over {plan.link}; a request takes {SERVICE_MS:g} ms beside that{others}", markup=False)
     if plan.tried:
         how = "each value stays, to within 1 %" if plan.agree == "values" else "the largest value stays where it is"
         told = f"agree: {how}, on {plan.tried} inputs, on which the codecs were chosen as well (--agree chooses)"
@@ -306,10 +316,10 @@ def _print(plan: Plan, target: Path) -> None:
     console.print(f"{target}", markup=False)
 
 
-def _cells(row: Row, tail: bool, middle: bool, tried: bool) -> list[str]:
+def _cells(row: Row, tail: bool, middle: bool, spent: bool, tried: bool) -> list[str]:
     late = [] if not tail else ["" if row.tail_ms is None else f"{row.tail_ms:.2f}"]
     times = (row.device_ms, *([row.edge_ms] if middle else []), row.link_ms, row.cloud_ms)
     sizes = (row.up_bytes / 1e3, row.down_bytes / 1e3)
     same = [] if not tried else ["" if row.agreement is None else f"{row.agreement:.1%}"]
     cells = [f"{row.ms:.2f}", *late, *(f"{ms:.2f}" for ms in times), *(f"{size:.1f}" for size in sizes)]
-    return cells + same
+    return cells + ([f"{row.energy_j:.3g}"] if spent else []) + same

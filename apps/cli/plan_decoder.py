@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from isthmus.split.bundle import Bundle
 
 SHOWN = 3  # ways of a mode; all stand in the file
-WIDE = 160  # columns where the output is no terminal
 
 
 def plan_decoder(ctx: typer.Context) -> None:
@@ -111,6 +110,8 @@ def _print(plan: DecoderPlan, target: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from isthmus.apps.cli.plan import WIDE
+
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, soft_wrap=not terminal, width=None if terminal else WIDE)
     shown: list[Way] = []
@@ -130,7 +131,7 @@ def _print(plan: DecoderPlan, target: Path) -> None:
         table.add_column("fails")
     for way in shown:
         cells = [f"{way.total_ms / 1e3:.2f}", f"{way.token_ms:.1f}"]
-        cells += [f"{way.tail_ms or way.token_ms:.1f}"] if tail else []
+        cells += ["" if way.tail_ms is None else f"{way.tail_ms:.1f}"] if tail else []
         cells += [f"{way.first_ms:.0f}", f"{way.cloud_ms:.1f}", f"{way.up_bytes:.0f}", f"{way.device_mb:.0f}"]
         cells += ([f"{way.energy_j:.3g}"] if spent else []) + ([escape(way.fails)] if failing else [])
         table.add_row(escape(way.name), *cells, style="bold" if way == plan.ways[plan.best] else "")

@@ -245,5 +245,5 @@ def _print(found: Profile, target: Path, model: Path) -> None:
     line = f"{found.name}: {found.whole_ms:.3f} ms an input, the first {found.first_ms:.3f}; {len(found.ops)} nodes, "
     line += f"{found.threads} threads, {found.runtime}"
     console.print(line, markup=False)
-    device = "" if target == Path(model.stem + SUFFIX) else f" --device {target}"
+    device = "" if target == Path(model.stem + SUFFIX) else f" --device {target} (or --cloud {target})"
     console.print(f"{target}; next: isthmus plan {model}{device} --link rtt=20,up=5,down=20", markup=False)

@@ -10,7 +10,9 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A .gguf file, a Hugging Face folder, or the name of a fetched model")],
+    model: Annotated[
+        str, typer.Argument(help="An .onnx model, a .gguf file, a Hugging Face folder, or the name of a fetched model")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder to be")],
     format: Annotated[
         str,
