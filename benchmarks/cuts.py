@@ -99,6 +99,21 @@ def tell(record: Record, found: list[Found]) -> None:
     columns = ["network", "nodes", "cuts", "worst difference", "of the runtime from itself"]
     note = "Differences are of the output's largest magnitude; 0 is bit-equal."
     record.table("cuts", [*columns, "places where it cannot be cut"], rows, note=note)
+    record.table("summary", columns, summary([one for one in found if not one.skipped]), note=note)
+
+
+def summary(found: list[Found]) -> list[list[Cell]]:
+    """A row for each network, and one for all of a folder of small ones."""
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        folder, _, _ = one.network.rpartition("/")
+        groups.setdefault(f"{folder}/*" if folder else one.network, []).append(one)
+    rows: list[list[Cell]] = []
+    for name, some in groups.items():
+        called = f"{name}, {len(some)} networks" if len(some) > 1 else name
+        worst, own = (f"{max(sizes):.1e}" for sizes in ([one.worst for one in some], [one.own for one in some]))
+        rows.append([called, sum(one.nodes for one in some), sum(one.cuts for one in some), worst, own])
+    return rows
 
 
 def tried(network: Network) -> Found:
