@@ -29,6 +29,8 @@ def cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
+        if 0 < abs(value) < 1e-4:
+            return f"{value:.1e}"
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) > 2 else f"{value:.4f}"
     return str(value)
 
