@@ -71,30 +71,34 @@ class GraphBundle:
             PlanError: it is no model, its weights do not lie beside it, or it exceeds the limits.
             EngineError: nothing runs it here.
         """
+        self._compare(part)
         self.try_part(part)
         return GraphPart(self.path / part, threads, slow_down, limit_s)
 
     def try_part(self, part: str) -> None:
-        """Compares a part's files with their hashes, and opens it in a child process with limits, unless it was cut or
-        opened on this machine before.
+        """Opens a part in a child process with limits, unless it was cut or opened on this machine before.
 
         Raises:
             BundleError, PlanError: as in `part`.
         """
-        names = part_files(part, self.manifest.files)
-        if part not in names or not all(self.holds(name) for name in names):
-            absent = next((name for name in names if not self.holds(name)), part)
-            raise BundleError(f"{self.path} has no {absent}", "split or copy the model again")
-        for name in names:
-            self._check(name)
         key = tried.key(part, self.manifest.files)
         if tried.known(key):
             return
-        folder = part.rpartition("/")[0]
+        names, folder = self._compare(part), part.rpartition("/")[0]
         for name in tried.weights_of(self.path / part):
             if f"{folder}/{name}" not in names:
                 raise BundleError(f"{self.path / part} has weights in {name!r}, which bundle.json does not list", AGAIN)
         tried.remember(key)
+
+    def _compare(self, part: str) -> list[str]:
+        """Compares a part's files with their hashes; their names."""
+        names = part_files(part, self.manifest.files)
+        absent = next((name for name in (part, *names) if name not in names or not self.holds(name)), None)
+        if absent is not None:
+            raise BundleError(f"{self.path} has no {absent}", "split or copy the model again")
+        for name in names:
+            self._check(name)
+        return names
 
     def verify(self) -> None:
         """Compares the hash of every file that is here.

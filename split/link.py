@@ -101,7 +101,6 @@ def read_link(text: str) -> Link:
     Raises:
         PlanError: the words say no link, or one that never delivers.
         TraceError: a trace cannot be read.
-        OSError: the file cannot be read.
     """
     if text.endswith(".json"):
         file = read_link_file(Path(text))
@@ -116,8 +115,7 @@ def read_link_file(path: Path) -> LinkFile:
     """A link that was measured.
 
     Raises:
-        PlanError: the file holds none.
-        OSError: it cannot be read.
+        PlanError: the file cannot be read, or holds none.
     """
     return load(path, LinkFile, "link", _EXAMPLES)
 

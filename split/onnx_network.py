@@ -19,9 +19,7 @@ FLOATS = ("float32", "float16", "float64")
 DEVICE, CLOUD = 0, 1
 MEMORY, ENERGY = "MB", "J"  # what may be budgeted beside time
 MESSAGE = 120  # bytes of a message beside its tensors, encryption included
-SERVICE_MS = (
-    1.0  # of a request beside trip, bytes and nodes, as measured: threads that wake on both sides, and messages
-)
+SERVICE_MS = 1.0  # of a request beside trip, bytes and nodes, as measured: messages, and threads that wake
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +133,7 @@ class Sharing:
             sent_ms = self._sent_ms(sizes, tensor.name)
             flows.append(Flow(tensor.producer, tensor.consumers, (asks * sent_ms if sent_ms < np.inf else np.inf,)))
         trip = asks * (self.rate.trip_ms + self.rate.up_ms(MESSAGE) + self.rate.down_ms(MESSAGE) + self.cloud_ms)
-        use: dict[str, Use] = {}
-        use[MEMORY] = weights_use(self.graph, self.device, 2)
+        use = {MEMORY: weights_use(self.graph, self.device, 2)}
         if self.device_watts or self.radio_watts:
             spent = np.zeros((2, nodes))
             spent[DEVICE] = ms[DEVICE] * self.device_watts * 1e-3

@@ -184,8 +184,7 @@ def load_plan(path: Path) -> Plan:
     """A plan from a file.
 
     Raises:
-        PlanError: it holds none, or one of another version.
-        OSError: it cannot be read.
+        PlanError: it cannot be read, holds none, or one of another version.
     """
     return load(path, Plan, "plan", _AGAIN)
 

@@ -106,8 +106,7 @@ def load_profile(path: Path) -> Profile:
     """A profile from a file.
 
     Raises:
-        PlanError: it holds none, or one of another version.
-        OSError: it cannot be read.
+        PlanError: it cannot be read, holds none, or one of another version.
     """
     return load(path, Profile, "device profile", _AGAIN)
 

@@ -108,8 +108,7 @@ def load_decoder_profile(path: Path) -> DecoderProfile:
     """A profile from a file.
 
     Raises:
-        PlanError: it holds none, or one of another version.
-        OSError: it cannot be read.
+        PlanError: it cannot be read, holds none, or one of another version.
     """
     return load(path, DecoderProfile, "profile of a language model", _AGAIN)
 
