@@ -6,7 +6,7 @@ import math
 
 BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens that may be drafted for one question
 SEVERAL = 2  # tokens at least of a block that follows another: a message has more bytes around them than they have
-LIKELY = 0.25  # probability that all guesses are right below which they cost more bytes than they save trips
+LIKELY = 0.22  # probability that all guesses are right below which they cost more than the questions that they save
 FREE_S = 2e-4  # drafting that takes less costs nothing
 _FORGET = 0.97  # of what was seen, with each answer
 ROW_SHARE = 0.2  # what a further row of a pass costs the cloud, of the first
