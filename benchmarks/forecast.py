@@ -2,8 +2,9 @@
 
 A device and a cloud, both as fast as a processor of this machine (who pretends to be slower by waiting finds its
 processor asleep, which no profile says), answer the questions that modes.py asks, each anew, in every mode by itself.
-Plans are made on profiles that were measured just before and just after; of a plan the best way of a mode counts, at
-the same cut and with the same drafts. Over a trace answers begin at three of its moments, and the plan's at any.
+Plans are made on profiles that were measured just before and just after, and count what drafts and exits foresee along
+answers to other questions of the kind; of a plan the best way of a mode counts, at the same cut and with the same
+drafts. Over a trace answers begin at three of its moments, and the plan's at any.
 
 usage: python benchmarks/forecast.py [--prompts 8] [--tokens 48]
 """
@@ -11,6 +12,7 @@ usage: python benchmarks/forecast.py [--prompts 8] [--tokens 48]
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -20,8 +22,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from models import bundle
+from models import BENCH, bundle
 from planner import LINKS
+from progress import tenths
 from prompts import prompts
 from record import Cell, Record
 
@@ -30,8 +33,10 @@ from isthmus.apps.bench.relay import LinkProfile
 from isthmus.apps.bench.stage import Stage
 from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, Way, plan
 from isthmus.apps.cli.decoder_profile import DecoderProfile, measure
+from isthmus.apps.cli.foreseen import Foreseen, foreseen
 from isthmus.edge import Device
 from isthmus.split.bundle import Bundle
+from isthmus.split.exit_run import ExitRun, working_in
 from isthmus.split.link import Link, read_link
 from isthmus.split.traces import turned
 
@@ -55,6 +60,7 @@ WAYS: Mapping[str, tuple[dict[str, Any], Callable[[Way], bool]]] = {
 }
 STARTS_S = (10.0, 70.0, 130.0)  # of a trace
 PROFILE_S, CALM_S = 6.0, 30.0
+COUNTED = 48  # questions along whose answers is counted
 
 
 def main() -> int:
@@ -65,6 +71,10 @@ def main() -> int:
     options = parser.parse_args()
     source, asked = bundle("keep"), prompts().kept_back[: options.prompts]
     record = Record("forecast", vars(options) | {"threads": "1 on each side"})
+    with working_in(BENCH / "exits"):
+        along = foreseen(
+            ExitRun(source, BENCH / "exits", tenths, os.cpu_count() or 1), prompts().others[: 2 * COUNTED : 2]
+        )
     rows: list[list[Cell]] = []
     offs = list[float]()
     for name, profile in LINKS.items():
@@ -73,7 +83,7 @@ def main() -> int:
         again = measure(source, 1, "this", "this", PROFILE_S)  # the host may be another one by now: the mean of both
         cloud = mean(cloud, again)
         prompt = round(statistics.fmean(one for _, _, one in told.values()))
-        found = planned(source, profile, cloud, Answer(prompt, options.tokens, disagreement=1.0))
+        found = planned(source, profile, cloud, Answer(prompt, options.tokens, disagreement=1.0), along)
         fastest = min(told, key=lambda way: told[way][0])
         for way, (ms, tokens, _) in told.items():
             best = min((one for one in found.ways if WAYS[way][1](one)), key=lambda one: one.total_ms)
@@ -94,13 +104,15 @@ def mean(one: DecoderProfile, other: DecoderProfile) -> DecoderProfile:
     """Between two profiles of a machine."""
     pairs = {
         name: tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(getattr(one, name), getattr(other, name), strict=True))
-        for name in ("layers_ms", "rows_ms")
+        for name in ("layers_ms", "rows_ms", "apart")
     }
     prefill_ms = (one.prefill_row_ms + other.prefill_row_ms) / 2
     return msgspec.structs.replace(one, **pairs, prefill_row_ms=prefill_ms)
 
 
-def planned(source: Bundle, profile: LinkProfile, cloud: DecoderProfile, answer: Answer) -> DecoderPlan:
+def planned(
+    source: Bundle, profile: LinkProfile, cloud: DecoderProfile, answer: Answer, along: Foreseen
+) -> DecoderPlan:
     """The plan over a link."""
     if profile.trace_up is not None and profile.trace_down is not None:
         link = Link(profile.rtt_ms, profile.trace_up, profile.trace_down)
@@ -108,7 +120,7 @@ def planned(source: Bundle, profile: LinkProfile, cloud: DecoderProfile, answer:
         assert profile.rate_up_bps is not None and profile.rate_down_bps is not None
         up, down = profile.rate_up_bps / 1e6, profile.rate_down_bps / 1e6
         link = read_link(f"rtt={profile.rtt_ms},up={up},down={down}")
-    return plan(source, cloud, cloud, 1.0, link, answer)
+    return plan(source, cloud, cloud, 1.0, link, answer, along)
 
 
 def taken(

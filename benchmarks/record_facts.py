@@ -7,14 +7,14 @@ measures them; `python benchmarks/auto.py --record` runs this.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from models import BENCH, bundle
 from progress import tenths
 from prompts import prompts
 
-from isthmus.apps.bench.facts import ExitFacts, Facts, guessed, write
+from isthmus.apps.bench.facts import Facts, write
+from isthmus.apps.cli.foreseen import foreseen
 from isthmus.edge import priors
 from isthmus.split.exit_run import ExitRun, working_in
 
@@ -22,18 +22,10 @@ from isthmus.split.exit_run import ExitRun, working_in
 def record(path: Path, count: int = 100) -> None:
     """Writes what all exits that ship foresee of so many answers."""
     source = bundle("keep")
-    layers = [entry.layer for entry in source.exits]
     with working_in(BENCH / "exits"):
         run = ExitRun(source, BENCH / "exits", tenths, os.cpu_count() or 1)
-        wrote = run.answered(prompts().others)
-        states = run.states("others", wrote, layers)
-        answers = [guessed(sample.tokens, sample.answer) for sample in wrote[:count]]
-        for layer in layers:
-            sha256 = source.manifest.files[source.manifest.exit(layer).file].sha256
-            said = run.said(source.exit(layer), sha256, layer, states)
-            for at, (answer, one) in enumerate(zip(answers, said, strict=False)):
-                facts = ExitFacts(tuple(map(float, one.confidence)), tuple(map(bool, one.right)))
-                answers[at] = replace(answer, exits={**answer.exits, layer: facts})
+        answers = foreseen(run, prompts().others, "others").answers[:count]
     vocabulary = source.config.vocab_size
     heads = {entry.layer: (entry.head_tokens or vocabulary) / vocabulary for entry in source.exits}
-    write(Facts(priors.exits(source, layers), tuple(answers), heads), path)
+    exits = priors.exits(source, [entry.layer for entry in source.exits])
+    write(Facts(exits, answers, heads), path)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Of a head's matrices. A linear map in 4 bits, too, cost the exit of SmolLM2 before layer 20 1.5 points of 51.5 %.
 FORMAT, INPUT_FORMAT = "q4", "q8"
-_ELSEWHERE = "choose another folder (--work)"
+_ELSEWHERE = "choose another folder (--work, or ISTHMUS_CACHE for all)"
 Say = Callable[[str], Progress]  # begins a step of that name
 
 

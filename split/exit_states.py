@@ -248,7 +248,9 @@ class States:
             for file in [] if self.done else files:
                 file.path.unlink(missing_ok=True)
             problem = f"no room in {folder} for {sum(file.bytes for file in files) / 1e6:.1f} MB of states"
-            raise ModelError(f"{problem}: {error.strerror}", "make room, or choose another folder (--work)") from error
+            raise ModelError(
+                f"{problem}: {error.strerror}", "make room, or choose another folder (--work, or ISTHMUS_CACHE for all)"
+            ) from error
         *self._states, self._choices = [array for array in arrays if array is not None]
 
     def collect(self, part: Part, progress: Progress | None = None) -> None:

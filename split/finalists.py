@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from isthmus.engine.binding import default_threads
 from isthmus.engine.graph_part import part_options
 from isthmus.protocol.arrays import pack, unpack
 from isthmus.protocol.errors import PlanError, ProtocolError
@@ -192,7 +192,7 @@ def _both(first: Run | None, then: Run) -> Run:
 
 def _threads(profile: Profile) -> int:
     """As many as the profile's machine took, of those that are here."""
-    return min(profile.threads, os.cpu_count() or 1)
+    return min(profile.threads, default_threads())
 
 
 def _info(name: str, size: TensorSize) -> onnx.ValueInfoProto:

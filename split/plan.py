@@ -21,6 +21,7 @@ from isthmus.split.transform import Transform
 VERSION = 1
 _AGAIN = "plan again: isthmus plan"
 _NAME_CHARS = 60  # of a tensor, for people
+_DIGITS = 6  # of a row's number
 _ROUNDING = 1e-9  # of shares that come to 1
 Kind = Literal["device", "cloud", "image", "split"]
 Way = tuple[tuple[int, ...], tuple[str, ...]]
@@ -162,9 +163,14 @@ class Plan(msgspec.Struct, frozen=True):
     def split(self, name: str = "") -> Row:
         """A way that cuts the model, the best; or one of that name, which may have all of it in the cloud, too.
 
+        Args:
+            name: or the row's number, from 1 on.
+
         Raises:
             PlanError: there is none.
         """
+        if name.isdecimal() and len(name) <= _DIGITS and 1 <= int(name) <= len(self.rows):
+            name = self.rows[int(name) - 1].name
         ways = [row for row in self.rows if row.kind == "split" and name in ("", row.name)]
         ways += [row for row in self.rows if row.kind in ("cloud", "image") and name == row.name]
         if not ways:

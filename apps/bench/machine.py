@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -64,6 +65,12 @@ class Machine:
     load_1m: float
     memory: Memory
     compiler: str | None
+
+    @property
+    def cores(self) -> int:
+        """Cores that this process may keep busy, as far as affinity and quota tell."""
+        allowed = self.threads if self.quota_cpus is None else min(self.threads, math.ceil(self.quota_cpus))
+        return max(1, min(self.physical, allowed))
 
 
 def read_machine(root: Path = Path("/")) -> Machine:

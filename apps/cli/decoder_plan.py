@@ -6,7 +6,7 @@ a device would measure. Where the link is a trace, or others use the cloud, answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import numpy as np
 
 from isthmus.apps.cli.decoder_profile import DecoderProfile
 from isthmus.apps.cli.decoder_replay import Rounds, replayed
+from isthmus.apps.cli.foreseen import Foreseen
 from isthmus.edge import budget, priors
 from isthmus.edge.costs import (
     ANSWER_BYTES,
@@ -30,7 +31,7 @@ from isthmus.edge.costs import (
 )
 from isthmus.edge.estimator import BETWEEN_MS, quantile
 from isthmus.edge.exit import AHEAD_ROWS
-from isthmus.edge.figures import CloudFigures, CodecFigures, DraftFigures, Figures, LinkFigures, Wish, between
+from isthmus.edge.figures import CodecFigures, DeviceFigures, DraftFigures, Figures, LinkFigures, Wish, between
 from isthmus.engine import KvConfig
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
@@ -44,6 +45,7 @@ LOW = 0.1  # the share of a trace's seconds in which its rate is lower than the 
 EXACT = "f32"
 CODECS = {EXACT: 4.0, "f16": 2.0, "int8": 1.0}  # bytes of a value
 QUESTION_BYTES = 40
+PRIORS = "other answers, and those that exits were certified with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class DecoderPlan(msgspec.Struct, frozen=True):
         model: the bundle's model_id.
         link, cloud: in words.
         percentile: that `tail_ms` of the ways is.
+        foreseen: along what it was counted how much drafts and exits foresee, in words.
         best: which of `ways`, which begin with the best of each mode.
         verdict: in one sentence.
     """
@@ -149,6 +152,7 @@ class DecoderPlan(msgspec.Struct, frozen=True):
     verdict: str
     percentile: float = 95.0
     cloud: str = ""
+    foreseen: str = ""
     format: Literal["isthmus-decoder-plan"] = "isthmus-decoder-plan"
     version: int = 1
 
@@ -158,26 +162,28 @@ class DecoderPlan(msgspec.Struct, frozen=True):
 
 
 def plan(
-    bundle: Bundle, device: DecoderProfile, cloud: DecoderProfile, times: float, link: Link, answer: Answer
+    bundle: Bundle,
+    device: DecoderProfile,
+    cloud: DecoderProfile,
+    times: float,
+    link: Link,
+    answer: Answer,
+    foreseen: Foreseen | None = None,
 ) -> DecoderPlan:
     """All ways, and which is best.
 
     Args:
         device, cloud: of the same model; the cloud is so many `times` as fast as its profile says.
+        foreseen: what drafts and exits were right about; None for what priors say.
 
     Raises:
         PlanError: a profile is another model's, or no way keeps to what was asked for.
     """
-    for what, profile in (("device", device), ("cloud", cloud)):
-        if profile.model != bundle.manifest.model_id:
-            problem = f"the {what}'s profile is of {profile.name} ({profile.model[:12]}), another model or version"
-            raise PlanError(problem, "measure it with the same bundle: isthmus profile")
+    check(bundle, device, cloud, times)
     if (most := bundle.config.context_length) < answer.prompt + answer.tokens:
         problem = f"an answer of {answer.tokens} tokens to a prompt of {answer.prompt} is longer than the model takes"
         raise PlanError(problem, f"give {most} or fewer of both together")
-    if not 0.0 < times < float("inf"):
-        raise PlanError(f"the cloud is {times:g} times as fast as the device", "give a number above 0")
-    found = sorted(priced(bundle, device, cloud.cloud(times), link, answer), key=lambda way: way.total_ms)
+    found = sorted(priced(bundle, device, cloud, times, link, answer, foreseen), key=lambda way: way.total_ms)
     able = [way for way in found if not way.fails]
     if not able:
         nearest = next((way for way in found if way.fails.endswith("wanted")), found[0])
@@ -190,13 +196,36 @@ def plan(
     said = _verdict(able[0], able, answer)
     faster = f"{times:g} times as fast as the device" if cloud is device else f"like {cloud.processor}"
     settings = (link.words, answer.prompt, answer.tokens, ways, best, said, answer.percentile, f"a cloud {faster}")
-    return DecoderPlan(bundle.manifest.model_id, bundle.manifest.name, *settings)
+    along = PRIORS if foreseen is None else f"{len(foreseen.answers)} of its own answers, {foreseen.tokens} tokens each"
+    return DecoderPlan(bundle.manifest.model_id, bundle.manifest.name, *settings, along)
 
 
-def priced(bundle: Bundle, device: DecoderProfile, cloud: CloudFigures, link: Link, answer: Answer) -> list[Way]:
-    """All ways over a link, in no order; a question takes `SERVICE_MS` more than its trip."""
+def check(bundle: Bundle, device: DecoderProfile, cloud: DecoderProfile, times: float) -> None:
+    """Refuses what no plan can be made with.
+
+    Raises:
+        PlanError: a profile is another model's, or the cloud's speed is none.
+    """
+    for what, profile in (("device", device), ("cloud", cloud)):
+        if profile.model != bundle.manifest.model_id:
+            problem = f"the {what}'s profile is of {profile.name} ({profile.model[:12]}), another model or version"
+            raise PlanError(problem, "measure it with the same bundle: isthmus profile")
+    if not 0.0 < times < float("inf"):
+        raise PlanError(f"the cloud is {times:g} times as fast as the device", "give a number above 0")
+
+
+def priced(
+    bundle: Bundle,
+    device: DecoderProfile,
+    cloud: DecoderProfile,
+    times: float,
+    link: Link,
+    answer: Answer,
+    foreseen: Foreseen | None = None,
+) -> list[Way]:
+    """All ways over a link, in no order; a question takes `SERVICE_MS` more than its trip. See `plan`."""
     over = replace(link, trip_ms=link.trip_ms + SERVICE_MS)
-    return list(_Ways(bundle, device, cloud, over, answer).all())
+    return list(_Ways(bundle, device, cloud, times, over, answer, foreseen).all())
 
 
 def link_figures(link: Link, seed: int = 0) -> LinkFigures:
@@ -222,12 +251,22 @@ class _Ways:
     """Prices ways for one answer.
 
     Args:
-        device, cloud: times of both.
+        device, cloud, times: of both; see `plan`.
     """
 
-    def __init__(self, bundle: Bundle, device: DecoderProfile, cloud: CloudFigures, link: Link, answer: Answer) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: DecoderProfile,
+        cloud: DecoderProfile,
+        times: float,
+        link: Link,
+        answer: Answer,
+        foreseen: Foreseen | None,
+    ) -> None:
         self._config, self._device, self._answer = bundle.config, device, answer
-        self._cloud, self._over, self._link = cloud, link, link_figures(link)
+        self._there, self._times, self._cloud = cloud, times, cloud.cloud(times)
+        self._over, self._link = link, link_figures(link)
         files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
         self._sizes = budget.PartSizes.from_files(self._config.n_layers, files)
         self._kv = KvConfig("f16", answer.prompt + answer.tokens)
@@ -239,14 +278,11 @@ class _Ways:
         width = self._config.d_model
         codecs = tuple(CodecFigures(name, size * width, 0.0) for name, size in CODECS.items())
         here = device.device(self._most)
-        self._figures = Figures(
-            here,
-            cloud,
-            self._link,
-            priors.exits(bundle, self._exits),
-            priors.drafts(bundle, self._exits, here),
-            codecs,
-        )
+        exits, drafts = priors.exits(bundle, self._exits), priors.drafts(bundle, self._exits, here)
+        if foreseen is not None:
+            along = foreseen.first(answer.tokens)
+            exits, drafts = along.exits(exits), along.drafts(drafts)
+        self._figures = Figures(here, self._cloud, self._link, exits, drafts, codecs)
         self._row_bytes = {one.name: one.row_bytes for one in codecs}
         self._exit_bytes = {one.layer: one.row_bytes for one in self._figures.exits}
         self._drafts: dict[tuple[str, int], DraftFigures] = {
@@ -258,15 +294,52 @@ class _Ways:
         n_layers = self._config.n_layers
         wish = Wish("speed", self._answer.disagreement)
         for held in range(1, n_layers + 1):
-            figures = replace(self._figures, device=self._device.device(held))
             missing = tuple((k, float(self._answer.prompt)) for k in sorted({held, *self._exits, n_layers}))
             standing = Standing(self._answer.tokens, missing, self._answer.prompt, missing)
-            for one in candidates(figures, wish, standing):
-                if (one.cut == held) if one.mode == "split" else (held == n_layers):
-                    yield self._way(one)
+            for figures, meant in self._paces(held):
+                for one in candidates(figures, wish, standing):
+                    if meant(one):
+                        yield self._way(one, figures)
 
-    def _way(self, one: Candidate) -> Way:
-        answer, rounds = self._answer, self._rounds(one)
+    def _paces(self, held: int) -> Iterator[tuple[Figures, Callable[[Candidate], bool]]]:
+        """Figures of a device that holds so many layers, and the ways at whose pace they are.
+
+        Who waits for the other side, or for the link, finds its caches cold: in split mode both for each token, in exit
+        mode the cloud, and the device where it has asked, in verify mode who waits for drafts or for the answer.
+        """
+        n_layers, trip_ms = self._config.n_layers, self._link.expected_trip_ms
+        warm = replace(self._figures, device=self._device.device(held))
+        if held < n_layers:
+            here_ms, there_ms = warm.device.through(held), self._cloud.rest(held)
+            cold = self._cold(held, self._device.slower(trip_ms + there_ms), trip_ms + here_ms)
+            yield cold, lambda one: one.mode == "split" and one.cut == held
+            return
+        yield warm, lambda one: one.mode in ("local", "stream")
+        for exit in self._figures.exits:
+            asked = max(0.0, exit.unsure - exit.guessed)
+            slower = 1.0 + asked * (self._device.slower(trip_ms + self._cloud.rest(exit.layer)) - 1.0)
+            step_ms = warm.device.drafted(exit.layer)
+            said_ms = step_ms / max(asked, 1.0 / self._answer.tokens)
+            cold = self._cold(held, slower, trip_ms + said_ms)
+            yield replace(cold, exits=(exit,), drafts=()), lambda one: one.mode == "exit"
+        for drafts in self._figures.drafts:
+            for g, tokens in drafts.tokens_a_round:
+                check_ms, drafts_ms = self._cloud.step(round(between(drafts.rows_a_round, g))), g * drafts.draft_ms
+                more = (self._device.slower(trip_ms + check_ms) - 1.0) / g  # the first of a round is the cold one
+                one = replace(drafts, tokens_a_round=((g, tokens),), draft_ms=drafts.draft_ms * (1.0 + more))
+                cold = self._cold(held, 1.0, trip_ms + drafts_ms)
+                yield replace(cold, exits=(), drafts=(one,)), _verifies(piped=False)
+                one = replace(drafts, tokens_a_round=((g, tokens),))
+                cold = self._cold(held, 1.0, max(0.0, drafts_ms - self._cloud.step(g)))
+                yield replace(cold, exits=(), drafts=(one,)), _verifies(piped=True)
+
+    def _cold(self, held: int, slower: float, pause_ms: float) -> Figures:
+        """Figures of a device whose tokens take so many times as long, and of a cloud that pauses before each step."""
+        there = self._there.cloud(self._times, self._there.slower(pause_ms))
+        return replace(self._figures, device=self._device.device(held, slower), cloud=there)
+
+    def _way(self, one: Candidate, figures: Figures) -> Way:
+        answer, rounds = self._answer, self._rounds(one, figures.device)
         way = Way(
             one.name,
             one.mode,
@@ -320,9 +393,9 @@ class _Ways:
             radio_ms = total_ms if rounds.streamed else max(waits_ms, sent_ms, 0.0)
         return (device_ms * answer.device_watts + radio_ms * answer.radio_watts) * 1e-3
 
-    def _rounds(self, one: Candidate) -> Rounds:
+    def _rounds(self, one: Candidate, device: DeviceFigures) -> Rounds:
         """A way as the replay takes it; what the device computes is what the formula has beside trip and cloud."""
-        rows, device = float(self._answer.prompt - 1), self._figures.device
+        rows = float(self._answer.prompt - 1)
         if one.mode == "local":
             return Rounds(device_ms=one.ms_per_token, prompt_ms=one.setup_ms)
         row = 0.0  # bytes of a state, where states travel
@@ -387,6 +460,10 @@ class _Ways:
         if answer.energy_j is not None and way.energy_j > answer.energy_j:
             return f"{way.energy_j:.3g} J an answer, {answer.energy_j:g} wanted"
         return ""
+
+
+def _verifies(piped: bool) -> Callable[[Candidate], bool]:
+    return lambda way: way.mode == "verify" and (way.depth > 1) == piped
 
 
 def _verdict(best: Way, able: Sequence[Way], answer: Answer) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Points
 from isthmus.edge.priors import CODEC_MS, PREFILL_SHARE, sizes
@@ -22,6 +23,7 @@ from isthmus.split.profile import MOST_THREADS, load
 
 VERSION = 1
 ROWS = (1, 2, 4, 8)  # of steps that give as many tokens
+PAUSES_MS = (3, 10, 30)  # as those in which one side waits for the other
 PROMPT, CHUNK = 128, 64  # rows that are held while steps are timed, and of a prompt's step
 WARM, LEAST = 2, 8  # steps that are not counted, and that are
 OF_ITSELF = "the one at the link's other end"  # a processor
@@ -38,6 +40,8 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         layers_ms: (k, ms) of one token through layers [0, k).
         rows_ms: (n, ms) of a step of n rows through the whole model that gives n tokens.
         prefill_row_ms: of one row of a prompt.
+        apart: (pause in ms, how many times as long a token takes after it), as caches and clocks forget; ascending,
+            empty where that was not measured.
     """
 
     model: str
@@ -49,6 +53,7 @@ class DecoderProfile(msgspec.Struct, frozen=True):
     layers_ms: Points
     rows_ms: Points
     prefill_row_ms: float
+    apart: Points = ()
     format: Literal["isthmus-decoder-profile"] = "isthmus-decoder-profile"
     version: int = VERSION
 
@@ -61,6 +66,9 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         for counts in ([n for n, _ in self.layers_ms], [n for n, _ in self.rows_ms]):
             if counts != sorted(set(counts)) or counts[0] != 1:
                 raise PlanError("the profile's times are not in order", _AGAIN)
+        pauses = [pause for pause, _ in self.apart]
+        if pauses != sorted(set(pauses)) or any(not (n > 0 and 1 <= times < 1e6) for n, times in self.apart):
+            raise PlanError("the profile's times after pauses are none", _AGAIN)
         if not 0 < self.prefill_row_ms < 1e9 or not 1 <= self.threads <= MOST_THREADS:
             raise PlanError("the profile has a time that is none", _AGAIN)
 
@@ -74,16 +82,24 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         """Of the output head, for one token."""
         return max(0.0, self.rows_ms[0][1] - self.layers_ms[-1][1])
 
-    def device(self, held: int) -> DeviceFigures:
-        """It as a device that holds so many layers."""
-        layer_ms = self.layers_ms[-1][1] / self.n_layers
-        times = self.layers_ms, self.head_ms, layer_ms, self.prefill_row_ms
+    def slower(self, pause_ms: float) -> float:
+        """How many times as long a token takes after a pause as without one."""
+        pauses, times = zip((0.0, 1.0), *self.apart, strict=True)
+        return float(np.interp(pause_ms, pauses, times))
+
+    def device(self, held: int, slower: float = 1.0) -> DeviceFigures:
+        """It as a device that holds so many layers, whose tokens take so many times as long."""
+        layers = tuple((k, slower * ms) for k, ms in self.layers_ms)
+        times = layers, slower * self.head_ms, layers[-1][1] / self.n_layers, self.prefill_row_ms
         return DeviceFigures(held, self.n_layers, *times, CODEC_MS)
 
-    def cloud(self, times: float = 1.0) -> CloudFigures:
-        """It as a cloud, so many times as fast."""
-        rows = tuple((n, ms / times) for n, ms in self.rows_ms)
-        return CloudFigures(self.n_layers, rows, self.head_ms / times, self.prefill_row_ms / times)
+    def cloud(self, times: float = 1.0, slower: float = 1.0) -> CloudFigures:
+        """It as a cloud, so many times as fast, where a step of one row takes so many times as long; one of more takes
+        as much longer, as weights are read once for all of them.
+        """
+        more_ms = (slower - 1.0) * self.rows_ms[0][1]
+        rows = tuple((n, (ms + more_ms) / times) for n, ms in self.rows_ms)
+        return CloudFigures(self.n_layers, rows, slower * self.head_ms / times, self.prefill_row_ms / times)
 
     @classmethod
     def of_cloud(cls, bundle: Bundle, served: Served) -> DecoderProfile:
@@ -120,6 +136,7 @@ def measure(
     processor: str,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> DecoderProfile:
     """Times a model here, for about so many seconds in all.
 
@@ -133,16 +150,18 @@ def measure(
         {1, n_layers // 4, n_layers // 2, 3 * n_layers // 4, n_layers, *(one.layer for one in bundle.exits)}
     )
     depths = [depth for depth in depths if depth >= 1]
-    each_s = seconds / (len(depths) + len(ROWS) + 1)
+    each_s = seconds / (len(depths) + len(ROWS) + len(PAUSES_MS) + 1)
     chance = random.Random(0)  # tokens of one kind would all go to the same experts
     said = [chance.randrange(bundle.config.vocab_size) for _ in range(PROMPT + max(CHUNK, *ROWS))]
 
-    def step_ms(count: int, leave: int | None, want: Want) -> float:
+    def step_ms(count: int, leave: int | None, want: Want, pause_ms: float = 0.0) -> float:
         sequence = part.open()
         try:
             part.step(Rows().tokens(sequence, 0, said[:PROMPT], want=Want.NONE))
             took, began = list[float](), clock()
             while len(took) < WARM + LEAST or clock() - began < each_s:
+                if pause_ms:
+                    sleep(pause_ms * 1e-3)
                 start = clock()
                 more = said[PROMPT : PROMPT + count]
                 rows = Rows().tokens(sequence, PROMPT, more, leave=leave, want=want, want_all=want is not Want.NONE)
@@ -157,6 +176,8 @@ def measure(
         layers_ms = tuple((depth, step_ms(1, depth, Want.HIDDEN)) for depth in depths)
         rows_ms = tuple((count, step_ms(count, None, Want.SAMPLE)) for count in ROWS)
         prefill_row_ms = step_ms(CHUNK, None, Want.NONE) / CHUNK
+        alone_ms = rows_ms[0][1]
+        apart = tuple((pause, max(1.0, step_ms(1, None, Want.SAMPLE, pause) / alone_ms)) for pause in PAUSES_MS)
         manifest = bundle.manifest
         return DecoderProfile(
             manifest.model_id,
@@ -168,13 +189,14 @@ def measure(
             _rising(layers_ms),
             _rising(rows_ms),
             prefill_row_ms,
+            _rising(apart),
         )
     finally:
         part.close()
 
 
 def _rising(points: Points) -> Points:
-    """Times that do not fall where more is computed, as noise may have it."""
+    """Times that do not fall where more is computed, or after longer pauses, as noise may have it."""
     found, least = list[tuple[int, float]](), 0.0
     for count, ms in points:
         least = max(least, ms)

@@ -81,7 +81,7 @@ def examine(bundle: Path | None = None) -> Checkup:
     stolen, ticks = steal_ticks()
     bandwidth = {
         threads: read_bandwidth(threads, buffer_bytes=size or BUFFER_BYTES)
-        for threads in sorted({1, machine.threads, min(machine.threads, machine.physical)})
+        for threads in sorted({1, machine.threads, machine.cores})
     }
     stolen_now, ticks_now = steal_ticks()
     steal = (stolen_now - stolen) / max(1, ticks_now - ticks)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from isthmus.apps.cli.exit_work import working
+
 if TYPE_CHECKING:
     from isthmus.split.bundle import Bundle
     from isthmus.split.certificate import Certificate, Said
     from isthmus.split.exit_entry import CodecChoice, ExitEntry
-    from isthmus.split.exit_run import ExitRun, Say
-    from isthmus.split.exit_states import Progress as Tell
+    from isthmus.split.exit_run import ExitRun
     from isthmus.split.exit_states import Sample, States
 
 app = typer.Typer(
@@ -103,7 +103,7 @@ def train(
     except ModuleNotFoundError as error:
         raise ModelError("training exits needs PyTorch", _get_torch()) from error
     rows, stays = [], []
-    with _run(opened, work, threads) as run:
+    with working(opened, work, threads) as run:
         tokenizer, room = opened.tokenizer(), opened.config.context_length
         taught = [*chunks(tokenizer, texts.taught, room), *run.answered(questions(texts.taught, answers))]
         states = run.states("taught", taught, chosen)
@@ -188,7 +188,7 @@ def calibrate(
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     console = Console(highlight=False, soft_wrap=True)
-    with _run(opened, work, threads) as run:
+    with working(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
         states, data = _states(run, samples), data_hash(samples)
         for entry, said in _said(run, entries, states):
@@ -247,7 +247,7 @@ def measure(
     opened = Bundle.open(bundle)
     entries = _chosen(opened, layers)
     rows = []
-    with _run(opened, work, threads) as run:
+    with working(opened, work, threads) as run:
         samples = _asked(run, text, prompts, count)
         for entry in entries if check else []:
             _check_data(entry, samples)
@@ -354,16 +354,6 @@ def _check(entry: ExitEntry, said: list[Said]) -> None:
         raise ModelError(problem, "calibrate it again")
 
 
-@contextmanager
-def _run(bundle: Bundle, work: Path | None, threads: int) -> Iterator[ExitRun]:
-    from isthmus.apps.cli.signals import ending_cleanly
-    from isthmus.split.exit_run import ExitRun, work_folder, working_in
-
-    folder = work or work_folder(bundle.model_id)
-    with ending_cleanly(), working_in(folder), _progress() as say:
-        yield ExitRun(bundle, folder, say, threads)
-
-
 def _states(run: ExitRun, samples: list[Sample]) -> States:
     return run.states("answers", samples, [entry.layer for entry in run.bundle.exits])
 
@@ -416,40 +406,6 @@ def _numbers(layers: str, n_layers: int) -> list[int]:
         wrong = found[0] if found[0] < 1 else found[-1]
         raise ModelError(f"there is no exit before layer {wrong}", f"choose 1..{n_layers - 1}")
     return found
-
-
-@contextmanager
-def _progress() -> Iterator[Say]:
-    """Bars on a terminal; without one a line when a step begins and when it is done."""
-    import sys
-
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-
-        def say(step: str) -> Tell:
-            task = bar.add_task(step, total=None, visible=False)
-
-            def tell(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, visible=done < total)
-                if not console.is_terminal and done * 10 // total != (done - 1) * 10 // total:
-                    print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
-
-            return tell
-
-        yield say
 
 
 def _table(titles: list[str], rows: Sequence[tuple[str, ...]]) -> None:

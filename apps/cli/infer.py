@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import typer
 
@@ -42,6 +42,7 @@ def infer(ctx: typer.Context) -> None:
     from itertools import repeat
     from json import dumps
 
+    from isthmus.apps.cli.given import given_options
     from isthmus.edge.graph import GraphDevice
     from isthmus.edge.graph_stats import GraphStats
     from isthmus.protocol.arrays import Array
@@ -49,11 +50,9 @@ def infer(ctx: typer.Context) -> None:
     from isthmus.split.graph_bundle import GraphBundle
 
     options = ctx.params
-    for name in options:
-        source = ctx.get_parameter_source(name)
-        if name not in TAKEN and source is not None and source.name == "COMMANDLINE":
-            option = "--" + name.strip("_").replace("_", "-")
-            raise DeviceError(f"{option} is for language models", "this bundle is a network: leave it out")
+    for name in (name for name in options if name in given_options(ctx) - TAKEN):
+        option = "--" + name.strip("_").replace("_", "-")
+        raise DeviceError(f"{option} is for language models", "this bundle is a network: leave it out")
     if options["input_"] is None:
         raise DeviceError(
             f"{options['bundle']} is a network", "give it arrays: --input FILE.npz (or .npy, or a picture)"
@@ -72,12 +71,12 @@ def infer(ctx: typer.Context) -> None:
         exits=not options["no_exits"],
     ) as device:
         runs, times, depth = list[GraphStats](), options["times"], options["depth"]
-        began = time.perf_counter()
+        done_s = [time.perf_counter()]
         inputs, found = repeat(given, times), dict[str, Array]()
         for outputs in device.stream(inputs, depth) if depth else map(device.infer, inputs):
             found = outputs
+            done_s.append(time.perf_counter())
             runs.append(device.stats)
-        whole_s = time.perf_counter() - began
     if options["output"] is not None:
         _write(options["output"], found)
     last = runs[-1]
@@ -87,7 +86,7 @@ def infer(ctx: typer.Context) -> None:
         told[name] = round(statistics.median(same), 3)
     told |= {"times": len(runs), "in_the_cloud": sum(run.where == "cloud" for run in runs)}
     told |= {"left_early": sum(bool(run.exit) for run in runs)}
-    told |= {"codec": device.codec or "raw", "inputs_s": round(times / whole_s, 3)}
+    told |= {"codec": device.codec or "raw", "inputs_s": round(_rate(done_s, depth), 3)}
     if options["json"]:
         shapes = {name: {"dtype": one.dtype.name, "shape": list(one.shape)} for name, one in found.items()}
         print(dumps(told | {"outputs": shapes}))
@@ -97,12 +96,21 @@ def infer(ctx: typer.Context) -> None:
     _print(told)
 
 
+def _rate(done_s: Sequence[float], depth: int) -> float:
+    """Inputs a second, once it runs: the first one also warms up, and the first `depth` fill a pipeline.
+
+    Args:
+        done_s: when it began, and when each was done; of too few of them all count.
+    """
+    first = max(1, depth) if len(done_s) - 1 > max(1, depth) else 0
+    return (len(done_s) - 1 - first) / max(done_s[-1] - done_s[first], 1e-9)
+
+
 def _codec(ctx: typer.Context) -> str | None:
     """What was asked for on the command line; None for the bundle's own."""
-    source = ctx.get_parameter_source("codec")
-    if source is None or source.name != "COMMANDLINE":
-        return None
-    return str(ctx.params["codec"])
+    from isthmus.apps.cli.given import given_options
+
+    return str(ctx.params["codec"]) if "codec" in given_options(ctx) else None
 
 
 def read_given(path: Path, how: Preprocess | None) -> Any:

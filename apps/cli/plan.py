@@ -16,7 +16,7 @@ TRIES = 20  # times the processor's seconds that a plan may take where codecs ar
 WIDE = 160  # columns where the output is no terminal
 
 
-OF_DECODERS = {"prompt", "tokens", "max_disagreement"}
+OF_DECODERS = {"prompt", "tokens", "prompts", "max_disagreement"}
 OF_BOTH = {"ctx", "model", "link", "device", "cloud", "output", "slo_ms", "percentile", "memory_mb", "energy_j"}
 OF_BOTH |= {"device_watts", "radio_watts", "load", "plot", "as_json"}
 
@@ -97,6 +97,10 @@ def command(
     ] = "top1",
     prompt: Annotated[int, typer.Option(min=1, help="Of a language model: tokens of a prompt")] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Of a language model: tokens of an answer")] = 120,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of a language model: a prompt a line, or .jsonl, to be answered; see above"),
+    ] = None,
     max_disagreement: Annotated[
         float, typer.Option(help="Of a language model: share of tokens that may differ from the cloud's, as in run")
     ] = 0.0,
@@ -129,7 +133,9 @@ def command(
 
     Of a language model (a bundle) every mode is priced at every cut, for an answer of --tokens to a prompt of --prompt:
     local, stream, split, exit and verify, by the formulas by which auto decides; over a trace, or with --load, 400
-    answers are replayed in each.
+    answers are replayed in each. How much exits, and drafts for the cloud to check, foresee of an answer depends on
+    what is asked: with --prompts the model answers those, with 120 tokens at most, and it is counted; --prompt and
+    --tokens are then their means unless they are given.
 
     With --edge a server stands between device and cloud, and ways over all three are compared, too: the best of all, by
     layered minimum cuts. `isthmus split` writes two bundles for such a way, of which the server runs one through the
@@ -223,7 +229,7 @@ def _measure(model: Path, target: Path, shape: list[str], inputs: Path | None) -
     print(
         f"measuring {model.name} on this machine, for {target} (isthmus profile does that by itself)", file=sys.stderr
     )
-    measured(model, read_machine().physical, PROFILE_S, shape, inputs).save(target)
+    measured(model, read_machine().cores, PROFILE_S, shape, inputs).save(target)
 
 
 def only(ctx: typer.Context, known: set[str], why: str) -> None:
@@ -232,14 +238,13 @@ def only(ctx: typer.Context, known: set[str], why: str) -> None:
     Raises:
         PlanError: there is one.
     """
+    from isthmus.apps.cli.given import given_options
     from isthmus.protocol.errors import PlanError
 
     names = {"inputs": "--input", "folder": "--inputs", "percentile": "--p", "exits": "--exit"}
-    for name in ctx.params:
-        source = ctx.get_parameter_source(name)
-        if name not in known and source is not None and source.name == "COMMANDLINE":
-            option = names.get(name, f"--{name.replace('_', '-')}")
-            raise PlanError(f"{option} has no effect: {why}", "leave it out")
+    for name in (name for name in ctx.params if name in given_options(ctx) - known):
+        option = names.get(name, f"--{name.replace('_', '-')}")
+        raise PlanError(f"{option} has no effect: {why}", "leave it out")
 
 
 def named(exits: list[str]) -> dict[str, float]:
@@ -281,7 +286,9 @@ def _print(plan: Plan, target: Path, load: float) -> None:
     spent = any(row.energy_j for row in plan.rows)
     tail = any(row.tail_ms is not None for row in plan.rows)
     tried = any(row.agreement is not None for row in plan.rows)
-    table = Table("way", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("row", justify="right")
+    table.add_column("way")
     middle = any(row.edge for row in plan.rows)
     titles = ["ms", *([f"p{plan.percentile:g}, ms"] if tail else []), "device", *(["edge"] if middle else [])]
     titles += ["link", "cloud", "kB up", "kB down"]
@@ -294,6 +301,7 @@ def _print(plan: Plan, target: Path, load: float) -> None:
     for at, row in enumerate(plan.rows):
         style = "bold" if at == plan.best else ""
         table.add_row(
+            str(at + 1),
             escape(row.name),
             *_cells(row, tail, middle, spent, tried),
             *([escape(row.fails)] if failing else []),

@@ -26,14 +26,18 @@ def plan_decoder(ctx: typer.Context) -> None:
 
     from isthmus.apps.bench.machine import read_machine
     from isthmus.apps.bench.plot import check_drawing
-    from isthmus.apps.cli.decoder_plan import Answer, plan, priced
+    from isthmus.apps.cli.decoder_plan import Answer, check, plan, priced
     from isthmus.apps.cli.decoder_profile import load_decoder_profile
+    from isthmus.apps.cli.exit_work import working
+    from isthmus.apps.cli.foreseen import foreseen
+    from isthmus.apps.cli.given import given_options
     from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, PROFILE_S, SUFFIX, only
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
     from isthmus.apps.cli.profile import measured_decoder
     from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.errors import PlanError
     from isthmus.split.bundle import Bundle, is_graph
+    from isthmus.split.exit_run import read_prompts
     from isthmus.split.files import is_there
     from isthmus.split.link import read_link
 
@@ -45,7 +49,7 @@ def plan_decoder(ctx: typer.Context) -> None:
     name = folder.resolve().name
     target = asked["output"] or Path(name + SUFFIX)
     here = asked["device"] or Path(name + PROFILE)
-    given = (here, asked["plot"], Path(asked["cloud"]), Path(asked["link"]))
+    given = (here, asked["plot"], asked["prompts"], Path(asked["cloud"]), Path(asked["link"]))
     check_target(target, (path for path in given if path is not None))
     if asked["plot"] is not None:
         check_drawing(asked["plot"])
@@ -61,20 +65,28 @@ def plan_decoder(ctx: typer.Context) -> None:
     )
     bundle, link = Bundle.open(folder), read_link(asked["link"])
     cloud, times = _cloud(ctx, bundle)
+    prompts = read_prompts(asked["prompts"]) if asked["prompts"] is not None else None
     if not is_there(here):
         if asked["device"] is not None:
             raise PlanError(f"there is no profile {here}", f"measure it: isthmus profile {folder} -o {here}")
         print(f"measuring {name} on this machine, for {here} (isthmus profile does that by itself)", file=sys.stderr)
-        measured_decoder(bundle, read_machine().physical, PROFILE_S).save(here)
+        measured_decoder(bundle, read_machine().cores, PROFILE_S).save(here)
     device = load_decoder_profile(here)
     cloud = cloud or device
-    found = plan(bundle, device, cloud, times, link, answer)
+    check(bundle, device, cloud, times)
+    counted = None
+    if prompts is not None:
+        with working(bundle) as run:
+            counted = foreseen(run, prompts)
+        means = {"prompt": counted.prompt, "tokens": counted.tokens}
+        answer = replace(answer, **{name: mean for name, mean in means.items() if name not in given_options(ctx)})
+    found = plan(bundle, device, cloud, times, link, answer, counted)
     found.save(target)
     if asked["plot"] is not None:
         from isthmus.apps.cli.decoder_picture import draw
 
         plain = replace(answer, load=0.0)
-        draw(asked["plot"], found, link, lambda over: priced(bundle, device, cloud.cloud(times), over, plain))
+        draw(asked["plot"], found, link, lambda over: priced(bundle, device, cloud, times, over, plain, counted))
     if asked["as_json"]:
         print(target.read_text())
     else:
@@ -84,14 +96,14 @@ def plan_decoder(ctx: typer.Context) -> None:
 def _cloud(ctx: typer.Context, bundle: Bundle) -> tuple[DecoderProfile | None, float]:
     """The cloud's profile, and how many times as fast it is: a file, or what the link's says; None for the device's."""
     from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile
+    from isthmus.apps.cli.given import given_options
     from isthmus.apps.cli.plan import number
     from isthmus.protocol.errors import PlanError
     from isthmus.split.files import is_there
     from isthmus.split.link import read_link_file
 
     cloud, link = ctx.params["cloud"], ctx.params["link"]
-    source = ctx.get_parameter_source("cloud")
-    if (source is None or source.name != "COMMANDLINE") and link.endswith(".json"):
+    if "cloud" not in given_options(ctx) and link.endswith(".json"):
         for served in read_link_file(Path(link)).served:
             if served.model == bundle.manifest.model_id:
                 return DecoderProfile.of_cloud(bundle, served), 1.0
@@ -110,6 +122,7 @@ def _print(plan: DecoderPlan, target: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from isthmus.apps.cli.decoder_plan import PRIORS
     from isthmus.apps.cli.plan import WIDE
 
     terminal = sys.stdout.isatty()
@@ -138,6 +151,8 @@ def _print(plan: DecoderPlan, target: Path) -> None:
     console.print(table)
     console.print(f"over {plan.link}, with {plan.cloud}", markup=False)
     console.print(f"{plan.tokens} tokens to a prompt of {plan.prompt}", markup=False)
+    hint = "" if plan.foreseen != PRIORS else " (--prompts FILE: along answers to yours)"
+    console.print(f"what drafts and exits foresee was counted along {plan.foreseen}{hint}", markup=False)
     console.print(plan.verdict, style="bold", markup=False)
     if (rest := len(plan.ways) - len(shown)) > 0:
         console.print(f"{target} has {rest} more ways", markup=False)

@@ -75,7 +75,7 @@ def command(
         raise PlanError("nothing to measure", "name a model, or a cloud with --remote HOST:PORT")
     target = output if output is not None else Path((model.resolve().name if model.is_dir() else model.stem) + SUFFIX)
     check_target(target, (path for path in (model, inputs) if path is not None))
-    threads = threads or read_machine().physical
+    threads = threads or read_machine().cores
     if model.is_dir():
         if shape or inputs is not None:
             option = "--shape" if shape else "--input"
@@ -134,9 +134,10 @@ def _check_options(ctx: typer.Context) -> None:
     Raises:
         PlanError: there is one.
     """
+    from isthmus.apps.cli.given import given_options
     from isthmus.protocol.errors import PlanError
 
-    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    given = given_options(ctx)
     idle = (
         given - {"remote", "output", "keys", "no_keys", "as_json"} if "remote" in given else given & {"keys", "no_keys"}
     )

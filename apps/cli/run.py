@@ -288,13 +288,14 @@ def _check_effects(ctx: typer.Context) -> None:
     Raises:
         DeviceError: there is one.
     """
+    from isthmus.apps.cli.given import given_options
     from isthmus.edge.options import as_mode
     from isthmus.protocol.errors import DeviceError
 
     def refuse(option: str, why: str, remedy: str = "") -> None:
         raise DeviceError(f"--{option} {why}", remedy or f"leave --{option} out")
 
-    given = {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    given = given_options(ctx)
     mode = as_mode(ctx.params["mode"])
     if "cloud" not in given:
         if mode in ("split", "stream", "verify", "exit"):

@@ -28,7 +28,7 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Of an .onnx model: the plan that says where to cut it")
     ] = None,
     way: Annotated[
-        str, typer.Option(help="Of an .onnx model: which row of the plan, by its name; by default the best split")
+        str, typer.Option(help="Of an .onnx model: which row of the plan, by number or name; by default the best split")
     ] = "",
     shape: Annotated[
         list[str] | None,

@@ -252,9 +252,10 @@ def test_a_picture_is_sent_in_place_of_what_is_made_of_it(folder: Path, keys: Pa
     asked = ["--link", "rtt=2,up=5,down=50", "--inputs", "photos", "--preprocess", "how.json", "--json"]
     done = isthmus("plan", "model.onnx", *asked, "-o", "pictures.json", folder=folder)
     assert done.returncode == 0, done.stderr
-    row = next(row for row in json.loads(done.stdout)["rows"] if row["kind"] == "image")
+    rows = json.loads(done.stdout)["rows"]
+    number, row = next((at, row) for at, row in enumerate(rows, 1) if row["kind"] == "image")
     assert row["codec"].startswith("jpeg") and row["name"].startswith("the picture as JPEG ")
-    cut = ("split", "model.onnx", "--plan", "pictures.json", "--way", row["name"], "-o", "picture")
+    cut = ("split", "model.onnx", "--plan", "pictures.json", "--way", str(number), "-o", "picture")
     done = isthmus(*cut, folder=folder)
     assert done.returncode == 0, done.stderr
     with CloudProcess(folder / "picture", keys, 1) as running:

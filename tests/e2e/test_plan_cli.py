@@ -105,7 +105,10 @@ def test_a_plan_cuts_a_model_into_two(folder: Path, tmp_path: Path) -> None:
     assert "--format means nothing" in refused(*split, "--force", "--format", "q8", folder=folder)
     assert "--plan means nothing" in refused("split", "smollm2", "--plan", str(plan), "-o", "x", folder=folder)
     assert "needs a plan" in refused("split", "model.onnx", "-o", str(tmp_path / "other"), folder=folder)
-    assert "has no way 'x'" in refused(*split, "--way", "x", "--force", folder=folder)
+    rows = json.loads(plan.read_text())["rows"]
+    whole = next(at for at, row in enumerate(rows, 1) if row["kind"] == "device")
+    for way, said in (("x", "'x'"), ("0", "'0'"), (str(len(rows) + 1), f"'{len(rows) + 1}'"), (str(whole), "all on")):
+        assert "has no way " in (line := refused(*split, "--way", way, "--force", folder=folder)) and said in line
     assert "no plan" in refused("split", "model.onnx", "--plan", "model.onnx", "-o", str(tmp_path / "x"), folder=folder)
 
 

@@ -138,3 +138,26 @@ def test_options_of_language_models_are_refused_with_a_network(folder: Path) -> 
     (folder / "model.onnx").touch()
     done = isthmus("plan", "model.onnx", "--link", "rtt=20,up=5,down=20", "--tokens", "5", folder=folder)
     assert done.returncode == 2 and "--tokens has no effect" in done.stderr
+
+
+def test_what_drafts_bring_is_counted_along_answers_to_ones_own_prompts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("what is this\n\nand that\n")
+    asked = ["--link", "rtt=20,up=5,down=20", "--prompts", str(tmp_path / "mine.txt")]
+    done = isthmus("plan", "tiny", *asked, folder=folder)
+    assert done.returncode == 0 and "2 answers: 2 of 2" in done.stderr, done.stderr
+    assert "what drafts and exits foresee was counted along 2 of its own answers" in done.stdout
+    means = json.loads((folder / "tiny.plan.json").read_text())
+    done = isthmus("plan", "tiny", *asked, "--tokens", "7", "--prompt", "9", "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["prompt"], told["tokens"]) == (9, 7) != (means["prompt"], means["tokens"])
+    for text, problem in ((None, "cannot be read"), ("\n", "holds no text"), ("x" * 600, "no prompt leaves room")):
+        path = tmp_path / "bad.txt"
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        done = isthmus("plan", "tiny", "--link", "rtt=20,up=5,down=20", "--prompts", str(path), folder=folder)
+        assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -9,14 +9,13 @@ import msgspec
 import pytest
 
 from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, link_figures, plan
-from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile, measure
+from isthmus.apps.cli.decoder_profile import PAUSES_MS, DecoderProfile, load_decoder_profile, measure
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
-from isthmus.split.exit_writer import put_certificates, put_exits
 from isthmus.split.link import Link, read_link
 from isthmus.split.traces import Trace, per_second
-from tests.edge_bundle import CONFIG, an_exit, write_tiny
-from tests.unit.test_split_exits import certificate
+from tests.decoder_plans import a_profile, write_early
+from tests.edge_bundle import CONFIG, write_tiny
 
 LAYERS = CONFIG.n_layers
 NEAR, FAR, SLOW = "rtt=0.1,rate=1000", "rtt=200,up=1,down=10", "rtt=20,rate=0.01"
@@ -30,9 +29,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture
 def profile(bundle: Bundle) -> DecoderProfile:
     """Ten ms a layer, five the head."""
-    layers = tuple((k, 10.0 * k) for k in range(1, LAYERS + 1))
-    rows = ((1, 10.0 * LAYERS + 5.0), (4, 10.0 * LAYERS + 25.0))
-    return DecoderProfile(bundle.manifest.model_id, "tiny", "toy", "toy", "toy", 1, layers, rows, 8.0)
+    return a_profile(bundle.manifest.model_id)
 
 
 def planned(bundle: Bundle, profile: DecoderProfile, link: str, times: float = 8.0, **asked: Any) -> DecoderPlan:
@@ -59,6 +56,23 @@ def test_every_cut_is_a_way(bundle: Bundle, profile: DecoderProfile) -> None:
         steps = [splits[k + 1].token_ms - splits[k].token_ms for k in range(1, LAYERS - 1)]
         assert steps == pytest.approx([8.75] * len(steps), rel=0.01)
         assert all(way.exact == (codec == EXACT) for way in splits.values())
+
+
+def test_who_waits_for_the_other_side_computes_more_slowly(early: Bundle, profile: DecoderProfile) -> None:
+    cold = msgspec.structs.replace(profile, apart=((10, 2.0),))
+    assert [cold.slower(pause) for pause in (0.0, 5.0, 10.0, 99.0)] == [1.0, 1.5, 2.0, 2.0] and profile.slower(9.0) == 1
+    warm_ways, cold_ways = ({way.name: way for way in planned(early, one, FAR).ways} for one in (profile, cold))
+    for name, way in warm_ways.items():
+        more_ms = cold_ways[name].token_ms - way.token_ms
+        if way.mode in ("local", "stream"):
+            assert more_ms == 0.0
+        elif way.mode == "split":  # both sides, twice as long
+            assert more_ms == pytest.approx(10.0 * way.cut + way.cloud_ms)
+        elif way.mode == "verify" and not way.cut:  # a step of one row more for each question
+            step_ms, rounds = way.cloud_ms, 2.0  # NGRAMS
+            assert 0.0 < more_ms <= step_ms < rounds * step_ms
+        else:
+            assert more_ms > 0.0
 
 
 def test_what_rounds_is_no_exact_way(bundle: Bundle, profile: DecoderProfile) -> None:
@@ -194,10 +208,18 @@ def test_rates_by_the_second() -> None:
     assert per_second(Trace((10, 20))) == [pytest.approx(2 * 1500 * 8 * 50)]
 
 
+def test_tokens_after_pauses_are_timed_after_pauses(bundle: Bundle) -> None:
+    slept = list[float]()
+    measure(bundle, 1, "here", "this", 0.01, sleep=slept.append)
+    assert sorted(set(slept)) == [pause / 1e3 for pause in PAUSES_MS]
+
+
 def test_a_model_is_measured_here_and_its_profile_comes_back_from_its_file(bundle: Bundle, tmp_path: Path) -> None:
     found = measure(bundle, 1, "here", "this", 0.05)
     assert found.model == bundle.manifest.model_id and found.n_layers == LAYERS
     assert [n for n, _ in found.rows_ms] == [1, 2, 4, 8] and found.prefill_row_ms > 0
+    assert [pause for pause, _ in found.apart] == list(PAUSES_MS)
+    assert 1.0 <= found.slower(PAUSES_MS[0]) <= found.slower(1e3)
     assert found.device(2).held == 2 and found.cloud(2.0).step(1) == pytest.approx(found.rows_ms[0][1] / 2)
     found.save(tmp_path / "tiny.json")
     assert load_decoder_profile(tmp_path / "tiny.json") == found
@@ -213,6 +235,10 @@ def test_a_model_is_measured_here_and_its_profile_comes_back_from_its_file(bundl
         {"rows_ms": ((2, 1.0),)},
         {"prefill_row_ms": float("nan")},
         {"threads": 0},
+        {"apart": ((3, 0.9),)},
+        {"apart": ((3, float("inf")),)},
+        {"apart": ((10, 2.0), (3, 2.0))},
+        {"apart": ((0, 2.0),)},
         {"format": "isthmus-profile"},
     ],
 )
@@ -226,11 +252,7 @@ def test_a_profile_that_cannot_be(profile: DecoderProfile, tmp_path: Path, chang
 @pytest.fixture(scope="module")
 def early(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With a certified exit before layer 2."""
-    folder = write_tiny(tmp_path_factory.mktemp("early") / "tiny")
-    entry, data = an_exit(Bundle.open(folder).manifest.model_id)
-    put_exits(folder, Bundle.open(folder).manifest.model_id, [(entry, data)])
-    put_certificates(folder, {2: certificate(data)})
-    return Bundle.open(folder)
+    return write_early(tmp_path_factory.mktemp("early") / "tiny")
 
 
 def test_an_exit_is_held_and_its_states_take_the_uplink(early: Bundle, profile: DecoderProfile) -> None:

@@ -85,6 +85,7 @@ def test_first_layout_of_control_groups(tmp_path: Path) -> None:
 def test_arm_machine(tmp_path: Path) -> None:
     machine = read_machine(files(tmp_path, {"proc/cpuinfo": ARM}))
     assert machine.features == ("NEON", "NEON dot product")
+    assert replace(machine, threads=1).cores == 1 and replace(machine, threads=8).cores == 2
     assert machine.logical == machine.physical == 2
 
 
