@@ -4,7 +4,7 @@ A device and a cloud, both as fast as a processor of this machine (who pretends 
 processor asleep, which no profile says), answer the questions that modes.py asks, each anew, in every mode by itself.
 Plans are made on profiles that were measured just before and just after, and count what drafts and exits foresee along
 answers to other questions of the kind; of a plan the best way of a mode counts, at the same cut and with the same
-drafts. Over a trace answers begin at three of its moments, and the plan's at any.
+drafts. Over a trace each question is asked at another of its moments, and the plan's at any.
 
 usage: python benchmarks/forecast.py [--prompts 8] [--tokens 48]
 """
@@ -58,7 +58,7 @@ WAYS: Mapping[str, tuple[dict[str, Any], Callable[[Way], bool]]] = {
         lambda way: way.mode == "verify" and way.name.endswith("pipelined"),
     ),
 }
-STARTS_S = (10.0, 70.0, 130.0)  # of a trace
+STARTS_S = tuple(15.0 * at for at in range(8))  # over the synthetic trace, which repeats after 120
 PROFILE_S, CALM_S = 6.0, 30.0
 COUNTED = 48  # questions along whose answers is counted
 
@@ -128,11 +128,12 @@ def taken(
 ) -> tuple[float, float, float]:
     """Of an answer in the mean: ms, tokens, and tokens of its prompt."""
     found = list[tuple[float, int, int]]()
-    for link in _from(profile):
+    links = _from(profile)
+    for at, link in enumerate(links):
         with Stage(source, link) as stage, stage.device(**options) as device:
             list(device.chat(asked[0], max_tokens=2))  # connects
             Calm().wait(CALM_S)
-            for question in asked if link is profile else asked[: -(-len(asked) // len(STARTS_S))]:
+            for question in asked[at :: len(links)]:
                 found.append(_answered(device, question, tokens))
     longest = [one for one in found if one[1] == tokens] or found  # a plan is for so many tokens
     ms, count, prompt = (statistics.fmean(one[at] for one in longest) for at in range(3))

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def check_target(target: Path, reads: Iterable[Path] = ()) -> Path:
-    """The place, if a file may be put there.
+def check_target(target: Path, reads: Iterable[Path] = ()) -> None:
+    """Refuses a place where no file may be put.
 
     Args:
         reads: files that the command reads, or writes beside this one.
@@ -26,4 +26,3 @@ def check_target(target: Path, reads: Iterable[Path] = ()) -> Path:
         raise PlanError(f"{target} is no file that could be replaced", remedy)
     if any(target.resolve() == one.resolve() for one in reads):
         raise PlanError(f"{target} would be replaced, which this command needs", remedy)
-    return target
