@@ -38,7 +38,7 @@ from isthmus.split.bundle import Bundle
 from isthmus.split.files import write_whole
 from isthmus.split.link import Link
 from isthmus.split.onnx_network import SERVICE_MS
-from isthmus.split.replay import INPUTS, passed
+from isthmus.split.replay import INPUTS, Times, passed
 from isthmus.split.traces import Trace, per_second
 
 LOW = 0.1  # the share of a trace's seconds in which its rate is lower than the low one
@@ -169,12 +169,14 @@ def plan(
     link: Link,
     answer: Answer,
     foreseen: Foreseen | None = None,
+    at_ms: Times | None = None,
 ) -> DecoderPlan:
     """All ways, and which is best.
 
     Args:
         device, cloud: of the same model; the cloud is so many `times` as fast as its profile says.
         foreseen: what drafts and exits were right about; None for what priors say.
+        at_ms: moments of the link's traces at which answers begin, 1 or more; None for any.
 
     Raises:
         PlanError: a profile is another model's, or no way keeps to what was asked for.
@@ -183,7 +185,7 @@ def plan(
     if (most := bundle.config.context_length) < answer.prompt + answer.tokens:
         problem = f"an answer of {answer.tokens} tokens to a prompt of {answer.prompt} is longer than the model takes"
         raise PlanError(problem, f"give {most} or fewer of both together")
-    found = sorted(priced(bundle, device, cloud, times, link, answer, foreseen), key=lambda way: way.total_ms)
+    found = sorted(priced(bundle, device, cloud, times, link, answer, foreseen, at_ms), key=lambda way: way.total_ms)
     able = [way for way in found if not way.fails]
     if not able:
         nearest = next((way for way in found if way.fails.endswith("wanted")), found[0])
@@ -222,10 +224,11 @@ def priced(
     link: Link,
     answer: Answer,
     foreseen: Foreseen | None = None,
+    at_ms: Times | None = None,
 ) -> list[Way]:
     """All ways over a link, in no order; a question takes `SERVICE_MS` more than its trip. See `plan`."""
     over = replace(link, trip_ms=link.trip_ms + SERVICE_MS)
-    return list(_Ways(bundle, device, cloud, times, over, answer, foreseen).all())
+    return list(_Ways(bundle, device, cloud, times, over, answer, foreseen, at_ms).all())
 
 
 def link_figures(link: Link, seed: int = 0) -> LinkFigures:
@@ -263,10 +266,11 @@ class _Ways:
         link: Link,
         answer: Answer,
         foreseen: Foreseen | None,
+        at_ms: Times | None,
     ) -> None:
         self._config, self._device, self._answer = bundle.config, device, answer
         self._there, self._times, self._cloud = cloud, times, cloud.cloud(times)
-        self._over, self._link = link, link_figures(link)
+        self._over, self._link, self._at_ms = link, link_figures(link), at_ms
         files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
         self._sizes = budget.PartSizes.from_files(self._config.n_layers, files)
         self._kv = KvConfig("f16", answer.prompt + answer.tokens)
@@ -360,12 +364,12 @@ class _Ways:
         alone_ms = way.total_ms  # without others in the cloud
         if one.mode != "local" and not refused and (self._over.changes or answer.load):
             others_ms = self._cloud.step(1)
-            taken = replayed(rounds, self._over, answer.tokens, answer.load, others_ms)
+            taken = replayed(rounds, self._over, answer.tokens, answer.load, others_ms, self._at_ms)
             first_ms, token_ms, total_ms = (float(ms.mean()) for ms in (taken.first, taken.token, taken.total))
             tail_ms = float(np.percentile(taken.token, answer.percentile))
             way = msgspec.structs.replace(way, first_ms=first_ms, token_ms=token_ms, total_ms=total_ms, tail_ms=tail_ms)
             if answer.load and answer.radio_watts:
-                alone_ms = float(replayed(rounds, self._over, answer.tokens).total.mean())
+                alone_ms = float(replayed(rounds, self._over, answer.tokens, at_ms=self._at_ms).total.mean())
             else:
                 alone_ms = total_ms
         energy_j = self._energy_j(rounds, alone_ms)

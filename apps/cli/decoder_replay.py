@@ -75,18 +75,20 @@ def replayed(
     tokens: int,
     load: float = 0.0,
     others_ms: float = 0.0,
-    answers: int = ANSWERS,
+    at_ms: Times | None = None,
     seed: int = 0,
 ) -> Taken:
-    """What so many answers take.
+    """What answers take.
 
     Args:
         tokens: of an answer.
         load: the share of the cloud's time that others take, from 0 to below 1, by steps of `others_ms`.
+        at_ms: moments of the link's traces at which answers begin; None for `ANSWERS` of all.
     """
     generator = np.random.default_rng(seed)
     period_ms = max((one.period_ms for one in (link.up, link.down) if isinstance(one, Trace)), default=1)
-    starts = generator.uniform(0.0, period_ms, answers)
+    starts = generator.uniform(0.0, period_ms, ANSWERS) if at_ms is None else np.asarray(at_ms, float)
+    answers = len(starts)
     half_ms, at, ready, sent = link.trip_ms / 2, starts + way.prompt_ms, starts, starts
     begun = at
     if way.asks or way.sent_bytes:  # the cloud has the prompt
