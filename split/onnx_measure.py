@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from isthmus.engine.graph_part import part_options
+from isthmus.engine.graph_part import part_options, use_threads
 from isthmus.protocol.errors import PlanError, first_line
 from isthmus.split.feeds import closed, drawn, read_feeds, size_of
 from isthmus.split.onnx_file import digest, read_model
@@ -77,7 +77,7 @@ def session(
         PlanError: the runtime cannot run it (which operator, and where).
     """
     options = options or ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    use_threads(options, threads)
     options.log_severity_level = 4
     options.add_session_config_entry(_FOLDER, str(file.parent.resolve()))
     try:
