@@ -2,8 +2,8 @@
 
 The others are of the same two kinds, half about topics and half about texts. Neither the calibration nor verify.py asks
 one of them, and their texts are documents that the exits were neither trained nor certified with. Those kept back, all
-about topics, are for modes.py, whose settings were chosen while it asked others. Topics come again, in other questions:
-there are 45.
+about topics, are for modes.py, whose settings were chosen on the first of them: it asks those behind. Topics come
+again, in other questions: there are 45.
 """
 
 from __future__ import annotations

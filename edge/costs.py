@@ -29,7 +29,6 @@ ANSWER_BYTES = 40
 FRESH_S, FADE_S, STALE_BPS = 3.0, 5.0, 5e5  # a rate that was seen longer ago fades by halves, down to here
 RATE_TRUST = 0.5  # of a rate that was seen, for many bytes that are still to go
 DEPTH = 8  # blocks of drafts under way at most
-IN_VAIN = 2.0  # guesses that an exit makes in vain for each that spares a question
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +116,14 @@ class Candidate:
 def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candidate]:
     """Every way that these figures know of, priced, those that may not be chosen included.
 
-    With k the cut, R the trip, u the share of tokens that an exit is not sure of, q its questions for each token
-    (`ExitFigures.asked`), v its guesses in vain for each that is right (`IN_VAIN`), a the share of drafts that is
+    With k the cut, R the trip, q the questions for each token of an exit that is not always sure
+    (`ExitFigures.asked`), w what it says for each, guesses in vain included (`words`), a the share of drafts that is
     taken, E the tokens of a round:
 
         local       t_device
         stream      max(t_cloud, bytes / downlink)
         split       t(k) + codec + R + t_rest(k)
-        exit        max(t + v (u - q) t + q (R + t_rest(k, 1 / q rows)), bytes / uplink), t = t(k) + t_exit + codec
+        exit        max(w t + q (R + t_rest(k, 1 / q rows)), bytes / uplink), t = t(k) + t_exit + codec
         verify      (g t_d + a^g t_row + R + t_v(rows)) / E
         pipelined   a max(t_d, t_v(g) / g) + (1 - a) (R + t_v(g) + t_d (g + 2) / 2)
 
@@ -209,7 +208,7 @@ class _Priced:
         once = self._cloud.rest(one.layer)
         asked = one.asked((step + ROW_SHARE * once) / max(trip + once, 1e-3))
         rest = self._cloud.rest(one.layer, 1.0 / max(asked, 1e-2))
-        chain = step + IN_VAIN * (one.unsure - asked) * step + asked * (trip + rest)
+        chain = one.words(asked) * step + asked * (trip + rest)
         on_wire = (one.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
         missing = self._standing.hidden_missing if self._standing.exit_missing is None else self._standing.exit_missing
         setup, ms = self._hidden_ms(one.layer, one.row_bytes, missing), max(chain, on_wire)
@@ -281,7 +280,9 @@ class _Priced:
             return f"the device holds {device.held} of {device.n_layers} layers"
         if mode in ("split", "exit") and not self._cloud.same_model:
             return "the cloud's model is another one"
-        return f"{100 * lost:.3g} % of tokens may differ" if lost > self._wish.max_disagreement else ""
+        if lost <= self._wish.max_disagreement:
+            return ""
+        return f"{100 * lost:.3g} % of tokens may differ (--max-disagreement {lost:.3g} allows it)"
 
     def _check(self, rows: float) -> float:
         low = int(rows)

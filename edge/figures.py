@@ -13,6 +13,7 @@ from isthmus.protocol.errors import DeviceError
 Prefer = Literal["speed", "cloud-cost", "privacy"]
 DraftSource = Literal["ngram", "exit", "model"]
 PREFERENCES: tuple[Prefer, ...] = ("speed", "cloud-cost", "privacy")
+IN_VAIN = 2.0  # guesses that an exit makes in vain for each that spares a question
 DRAFT_SOURCES: tuple[DraftSource, ...] = ("ngram", "exit", "model")
 Points = tuple[tuple[int, float], ...]  # (count, value), counts ascending
 
@@ -161,6 +162,8 @@ class ExitFigures:
         guessed: share of tokens that it guesses right all the same, and goes on from, where guesses cost nothing.
         disagreement: certified bound on the share of tokens that differ from the whole model's.
         row_bytes: of one row of hidden states, as they travel from before it.
+        counted: for each token questions to the cloud, and words of the exit for which nothing else is waited, where
+            both were counted along answers; None for what the shares tell.
     """
 
     layer: int
@@ -169,6 +172,7 @@ class ExitFigures:
     guessed: float
     disagreement: float
     row_bytes: float
+    counted: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _check_shares(self, "unsure", "guessed", "disagreement")
@@ -179,8 +183,18 @@ class ExitFigures:
         Args:
             even: the probability from which on a guess pays; one that it is not sure of lies below its threshold.
         """
+        if self.counted is not None:
+            return self.counted[0]
         made = (self.threshold - max(even, LIKELY)) / max(self.threshold - LIKELY, 1e-3)
         return max(0.0, self.unsure - self.guessed * max(0.0, made))
+
+    def words(self, asked: float) -> float:
+        """What the exit says for each token, guesses in vain included, while nothing else is waited for.
+
+        Args:
+            asked: questions for each token.
+        """
+        return self.counted[1] if self.counted is not None else 1.0 + IN_VAIN * (self.unsure - asked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isthmus.edge.events import Timeouts
+from isthmus.edge.graph_cloud import GraphCloud
 from isthmus.edge.graph_pace import FIRST_MS, MOST_LOOK_S, GraphPace
 from isthmus.edge.graph_stats import GraphStats
 from isthmus.edge.link import Wire
 from isthmus.edge.opening import Opening
 from isthmus.engine.certainty import certainty
-from isthmus.protocol.arrays import Array, pack, unpack
+from isthmus.protocol.arrays import Array
 from isthmus.protocol.errors import (
     BundleError,
     DeviceError,
@@ -33,7 +33,7 @@ from isthmus.protocol.errors import (
     ServiceError,
 )
 from isthmus.protocol.features import FEATURE_CODECS, UNIT, is_codec
-from isthmus.protocol.messages import Code, Fault, Infer, Inferred, Message, Welcome
+from isthmus.protocol.messages import Code, Fault, Inferred, Welcome
 from isthmus.protocol.pictures import names_picture, pillow
 from isthmus.split.bundle import AGAIN
 from isthmus.split.graph_bundle import GraphBundle
@@ -149,18 +149,14 @@ class GraphDevice:
                     raise
                 self._able = False
                 _log.warning("cannot go on without the cloud: %s", error.problem)
-        self._pace = GraphPace(self._able)
-        self._asked, self._met = 0, False
-        self._late, self._asked_s = 0, 0.0  # the last request, as long as it is not answered, and when it was sent
-        self._awaited, self._news = set[int](), dict[int, Inferred | Fault]()  # of a pipeline
-        self._welcomes = 0
+        self._pace, self._met = GraphPace(self._able), False
         opening = Opening(cloud if mode != "local" else None, self._timeouts, wire, clock, lambda _: None)
-        self._where = opening.where
         if mode != "local":
             opening.connect(keys, encrypted, mode)
-        self._wire, self._absent = opening.wire, opening.absent
-        self._welcome = self._wire.welcome if self._wire is not None else None
-        if self._wire is None and not self._able:
+        self._cloud: GraphCloud | None = None
+        if opening.wire is not None:
+            self._cloud = GraphCloud(opening, self._manifest, self.codec, slow_down, clock)
+        elif not self._able:
             raise DeviceError(f"{self.bundle.path} holds the device's part only", "name a cloud, or copy the rest, too")
 
     def infer(self, arrays: Mapping[str, ArrayLike] | ArrayLike) -> dict[str, Array]:
@@ -203,26 +199,22 @@ class GraphDevice:
         """
         if type(depth) is not int or depth < 1:
             raise DeviceError(f"the depth is {depth!r}", "give a whole number from 1 on")
-        under, before = deque[_UnderWay](), self._bytes
+        under = deque[_UnderWay]()
         try:
             for arrays in chain(inputs, [None]):  # and then what is still under way
                 if arrays is not None:
                     under.append(self._begun(arrays, depth))
                 while under and (arrays is None or len(under) > depth or self._came(under[0])):
-                    known, stats = self._ended(under.popleft(), depth)
-                    stats.bytes_up, stats.bytes_down = (
-                        now - then for now, then in zip(self._bytes, before, strict=True)
-                    )
-                    before, self.stats = self._bytes, stats
+                    known, self.stats = self._ended(under.popleft(), depth)
                     yield self._outputs(known)
         finally:
-            self._awaited.clear()
-            self._news.clear()
+            if self._cloud is not None:
+                self._cloud.forget()
 
     def close(self) -> None:
         """Ends the connection; may be called twice."""
-        if self._wire is not None:
-            self._wire.close()
+        if self._cloud is not None:
+            self._cloud.wire.close()
 
     def __enter__(self) -> GraphDevice:
         return self
@@ -251,7 +243,7 @@ class GraphDevice:
     @property
     def _bytes(self) -> tuple[int, int]:
         """Payload up and down so far."""
-        return (self._wire.bytes_up, self._wire.bytes_down) if self._wire is not None else (0, 0)
+        return self._cloud.bytes if self._cloud is not None else (0, 0)
 
     # -- the rest
 
@@ -266,84 +258,82 @@ class GraphDevice:
     def _request(self, one: _UnderWay, depth: int) -> None:
         """Asks the cloud, or runs the rest here where it is not there."""
         here = self._mode != "split" and self._pace.place(self._clock()) == "here"  # it took less there of late
+        cloud = self._cloud
         try:
-            if self._wire is not None and not here:
-                self._meet(self._wire)
-                one.request, one.welcomes = self._ask(self._wire, one.known, depth * self._patience_ms), self._welcomes
+            if cloud is not None and not here:
+                self._meet(cloud)
+                before = cloud.bytes[0]
+                one.request, one.welcomes = cloud.ask(one.known, depth * self._patience_ms), cloud.welcomes
+                one.stats.bytes_up += cloud.bytes[0] - before
                 one.asked_s = one.asked_s or self._clock()
-                self._awaited.add(one.request)
-                self._wire.probe()
+                cloud.awaits(one.request)
+                cloud.wire.probe()
                 return
         except (LinkError, ServiceError, ProtocolError) as error:
-            self._alone(one, error)
+            self._alone(one.stats, error)
         one.known |= self._here(one.known)
 
     def _came(self, one: _UnderWay) -> bool:
         """Whether nothing is waited for."""
-        while self._wire is not None and self._receive(self._wire, 0.0) is not None:
-            pass
-        return not one.request or one.request in self._news
+        return self._cloud is None or self._cloud.came(one.request) or not one.request
 
     def _ended(self, one: _UnderWay, depth: int) -> tuple[dict[str, Array], GraphStats]:
         """All that is known of an input in the end."""
-        while one.request and self._wire is not None:
-            now, news = self._clock(), self._news.pop(one.request, None)
+        cloud = self._cloud
+        while one.request and cloud is not None:
+            now, (news, size) = self._clock(), cloud.news(one.request)
+            one.stats.bytes_down += size
             until = one.asked_s + depth * self._patience_ms * 1e-3
             try:
                 if isinstance(news, Inferred):
-                    one.known |= self._taken(news, one.stats)
+                    one.known |= cloud.taken(news, one.stats)
                     break
                 if isinstance(news, Fault) and news.code is not Code.BUSY:
-                    raise ServiceError(f"{self._where} refused: {news.problem}", news.remedy)
-                gone = (
-                    not self._wire.up and now - max(self._wire.heard_s, one.began_s) > self._timeouts.give_up_ms / 1e3
-                )
-                if now >= until or gone:
-                    raise self._wire.failure or LinkError(f"{self._where} did not answer in time", "check the link")
+                    raise ServiceError(f"{cloud.where} refused: {news.problem}", news.remedy)
+                if now >= until or self._gone(cloud, one.began_s):
+                    raise cloud.wire.failure or LinkError(f"{cloud.where} did not answer in time", "check the link")
             except (LinkError, ServiceError) as error:
-                self._alone(one, error)
+                self._alone(one.stats, error)
                 one.known |= self._here(one.known)
                 break
             if isinstance(news, Fault):  # it is busy: later
-                self._receive(self._wire, min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
-            if isinstance(news, Fault) or one.welcomes < self._welcomes:  # what was under way is lost
-                self._awaited.discard(one.request)
+                cloud.receive(min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
+            if isinstance(news, Fault) or one.welcomes < cloud.welcomes:  # what was under way is lost
+                cloud.forget(one.request)
                 one.request = 0
                 self._request(one, depth)
             elif news is None:
-                self._receive(self._wire, min(until - now, 0.25))
-        self._awaited.discard(one.request)
+                cloud.receive(min(until - now, 0.25))
+        if cloud is not None:
+            cloud.forget(one.request)
         one.stats.rest_ms = (self._clock() - one.began_s) * 1e3 - one.stats.device_ms
         return one.known, one.stats
 
-    def _alone(self, one: _UnderWay, error: IsthmusError) -> None:
+    def _alone(self, stats: GraphStats, error: IsthmusError) -> None:
         """Raises an error where this device cannot, or may not, go on without the cloud; else notes it."""
         if self._mode == "split" or not self._able:
             raise error
         self._pace.missed(self._clock())
-        one.stats.note = f"went on alone: {error.problem}"
+        stats.note = f"went on alone: {error.problem}"
 
     def _finished(self, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
         """The outputs that the second part makes."""
-        wire = self._wire
-        if wire is None:
+        cloud = self._cloud
+        if cloud is None:
             return self._here(known)
         try:
-            self._meet(wire)
+            self._meet(cloud)
             place = "there" if self._mode == "split" else self._pace.place(self._clock())
-            if place == "both" and self._late and self._clock() - self._asked_s < MOST_LOOK_S:
+            if place == "both" and cloud.late and self._clock() - cloud.asked_s < MOST_LOOK_S:
                 place = self._pace.usual  # the link has more than it can carry already
             if place == "there":
-                return self._there(wire, known, stats)
-            request = self._ask(wire, known) if place == "both" else 0
+                return self._there(cloud, known, stats)
+            request = cloud.ask(known, self._patience_ms) if place == "both" else 0
         except (LinkError, ServiceError, ProtocolError) as error:
-            if self._mode == "split" or not self._able:
-                raise
-            self._pace.missed(self._clock())
-            stats.note = f"went on alone: {error.problem}"
+            self._alone(stats, error)
             return self._here(known)
         found = self._here(known)
-        return self._raced(wire, request, stats) or found if request else found
+        return self._raced(cloud, request, stats) or found if request else found
 
     def _here(self, known: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._rest is None:
@@ -353,38 +343,53 @@ class GraphDevice:
         self._pace.here((self._clock() - began) * 1e3)
         return found
 
-    def _raced(self, wire: Wire, request: int, stats: GraphStats) -> Mapping[str, Array] | None:
+    def _raced(self, cloud: GraphCloud, request: int, stats: GraphStats) -> Mapping[str, Array] | None:
         """What the cloud says, if its answer was there before this device's own."""
         found = None
         try:
-            news = self._heard(wire, request, 0.0)
+            news = cloud.heard(request, 0.0)
             if isinstance(news, Inferred):
-                found = self._taken(news, stats)
+                found = cloud.taken(news, stats)
         except (LinkError, ProtocolError) as error:
             stats.note = f"went on alone: {error.problem}"
         self._pace.raced(self._clock(), found is not None)
         return found
 
-    def _there(self, wire: Wire, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
+    def _there(self, cloud: GraphCloud, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
         waits = self._mode == "split" or not self._able
-        sent_s, request = self._clock(), self._ask(wire, known)  # what coding takes is a part of the cloud's way
+        sent_s = self._clock()  # what coding takes is a part of the cloud's way
+        request = cloud.ask(known, self._patience_ms)
         until = sent_s + self._patience_ms * 1e-3
-        wire.probe()
+        cloud.wire.probe()
         while (now := self._clock()) < until:
-            news = self._heard(wire, request, min(until - now, 0.25))
+            news = cloud.heard(request, min(until - now, 0.25))
             if isinstance(news, Inferred):
-                found = self._taken(news, stats)
+                found = cloud.taken(news, stats)
                 self._pace.there((self._clock() - sent_s) * 1e3)
                 return found
             if isinstance(news, Fault):
                 if not waits or news.code is not Code.BUSY:
-                    raise ServiceError(f"{self._where} refused: {news.problem}", news.remedy)
-                self._heard(wire, 0, min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
+                    raise ServiceError(f"{cloud.where} refused: {news.problem}", news.remedy)
+                cloud.heard(0, min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
             if isinstance(news, Welcome | Fault):
-                request = self._ask(wire, known)
-            elif not wire.up and now - max(wire.heard_s, sent_s) > self._timeouts.give_up_ms * 1e-3:
+                request = cloud.ask(known, self._patience_ms)
+            elif self._gone(cloud, sent_s):
                 break
-        raise wire.failure or LinkError(f"{self._where} did not answer in time", "check the link, or use mode='auto'")
+        problem = f"{cloud.where} did not answer in time"
+        raise cloud.wire.failure or LinkError(problem, "check the link, or use mode='auto'")
+
+    def _gone(self, cloud: GraphCloud, since_s: float) -> bool:
+        """Whether there has been no connection, and no sign of life, for as long as this device is patient."""
+        silent_s = self._clock() - max(cloud.wire.heard_s, since_s)
+        return not cloud.wire.up and silent_s > self._timeouts.give_up_ms * 1e-3
+
+    def _meet(self, cloud: GraphCloud) -> None:
+        """Has the cloud's Welcome; where it is not needed, it is waited for once."""
+        waits_ms = float(self._timeouts.connect_ms)
+        if self._mode != "split" and self._able:
+            waits_ms = 0.0 if self._met else min(waits_ms, FIRST_MS)
+        self._met = True
+        cloud.meet(waits_ms)
 
     @property
     def _patience_ms(self) -> float:
@@ -392,85 +397,7 @@ class GraphDevice:
         waits = self._mode == "split" or not self._able
         return float(self._timeouts.progress_ms) if waits else self._pace.patience_ms
 
-    # -- messages
-
-    def _meet(self, wire: Wire) -> None:
-        """Has the cloud's Welcome; the first time it is waited for."""
-        if self._absent is not None:
-            raise self._absent
-        waits_ms = float(self._timeouts.connect_ms)
-        if self._mode != "split" and self._able:
-            waits_ms = 0 if self._met else min(waits_ms, FIRST_MS)
-        self._met = True
-        until = self._clock() + waits_ms * 1e-3
-        while self._receive(wire, 0.0) is not None:
-            pass  # what has come since the last time: a Welcome of another cloud, or late answers
-        while self._welcome is None or not wire.up:
-            left_s = until - self._clock()
-            self._receive(wire, left_s)
-            if (self._welcome is None or not wire.up) and (left_s <= 0 or wire.failure is not None):
-                problem = f"{self._where} does not answer"
-                raise wire.failure or LinkError(problem, "check that `isthmus serve` runs there")
-        graphs = self._welcome.graphs
-        if all(offer.model_id != self._manifest.model_id for offer in graphs):
-            names = ", ".join(offer.name for offer in graphs) or "no network"
-            raise ServiceError(f"{self._where} serves {names}, not this bundle", "serve the same bundle there")
-
-    def _ask(self, wire: Wire, known: Mapping[str, Array], patience_ms: float | None = None) -> int:
-        self._asked += 1
-        began = time.perf_counter()
-        shapes, data = pack([known[one.name] for one in self._manifest.crossing], self.codec)
-        if self._slow_down > 1.0:
-            time.sleep((self._slow_down - 1.0) * (time.perf_counter() - began))
-        assert self._welcome is not None
-        most = self._welcome.limits.max_message_bytes
-        if len(data) > most:
-            problem = f"{len(data) / 1e6:.1f} MB would travel, and the cloud takes {most / 1e6:.1f} at once"
-            raise LinkError(problem, "cut the network where less travels, or give it a smaller input")
-        self._late, self._asked_s = self._asked, self._clock()
-        budget_ms = math.ceil(self._patience_ms if patience_ms is None else patience_ms)
-        wire.send(Infer(self._asked, self._manifest.model_id, shapes, data, budget_ms))
-        return self._asked
-
-    def _heard(self, wire: Wire, request: int, wait_s: float) -> Inferred | Fault | Welcome | None:
-        """What comes in that time about a request, or a Welcome that says that it has to be asked again."""
-        until = self._clock() + wait_s
-        while True:
-            message = self._receive(wire, until - self._clock())
-            if isinstance(message, Inferred | Fault) and message.request == request:
-                return message
-            if isinstance(message, Fault) and not message.request and message.alias is None:
-                return message
-            if isinstance(message, Welcome):
-                return message
-            if message is None and self._clock() >= until:
-                return None
-
-    def _receive(self, wire: Wire, wait_s: float) -> Message | None:
-        message = wire.receive(max(0.0, wait_s) * 1e3)
-        if isinstance(message, Welcome):
-            self._welcome, self._late = message, 0  # what was under way is lost
-            self._welcomes += 1
-        elif isinstance(message, Inferred | Fault):
-            self._late = 0 if message.request == self._late else self._late
-            if message.request in self._awaited:
-                self._news[message.request] = message
-        return message
-
-    def _taken(self, news: Inferred, stats: GraphStats) -> Mapping[str, Array]:
-        wanted = [one for one in self._manifest.outputs if one.name not in self._manifest.kept]
-        try:
-            found = unpack(news.shapes, news.data)
-        except ProtocolError as error:
-            raise LinkError(f"{self._where} answers nonsense: {error.problem}", error.remedy) from error
-        if len(found) != len(wanted) or not all(
-            one.fits(array.dtype.name, array.shape) for one, array in zip(wanted, found, strict=True)
-        ):
-            problem = f"{self._where} answers nonsense: other arrays than asked for"
-            raise LinkError(problem, "use the same bundle on both sides")
-        stats.where, stats.together = "cloud", news.together
-        stats.cloud_ms, stats.queue_ms = news.engine_us * 1e-3, news.queue_us * 1e-3
-        return {one.name: array.copy() for one, array in zip(wanted, found, strict=True)}
+    # -- inputs
 
     def _inputs(self, arrays: Mapping[str, ArrayLike] | ArrayLike) -> dict[str, Array]:
         inputs = self._manifest.inputs

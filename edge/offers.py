@@ -23,7 +23,7 @@ def choose(offers: Sequence[Offer], wanted: str, where: str = "the cloud") -> Of
     if len(found) == 1:
         return found[0]
     if not found:
-        problem = f"{where} serves no model {wanted!r}" if wanted else f"{where} serves no model"
+        problem = f"{where} serves no language model" + (f" {wanted!r}" if wanted else "")
     elif wanted:
         problem = f"{len(found)} models of {where} fit {wanted!r}"
     else:
@@ -42,7 +42,7 @@ def served(offers: Sequence[Offer], model_id: str, where: str) -> Offer:
     for offer in offers:
         if offer.model_id == model_id:
             return offer
-    names = ", ".join(f"{offer.name} ({offer.model_id[:12]})" for offer in offers) or "nothing"
+    names = ", ".join(f"{offer.name} ({offer.model_id[:12]})" for offer in offers) or "no language model"
     problem = f"{where} serves {names} and not this bundle's model {model_id[:12]}"
     raise DeviceError(problem, "use the bundle that the cloud serves, or another cloud")
 

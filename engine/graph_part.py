@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engine.affinity import use_threads
 from isthmus.engine.onnx_session import onnxruntime
 from isthmus.engine.slow import check_slow_down
 from isthmus.protocol.errors import EngineError, first_line
 
 Arrays = Mapping[str, NDArray[np.generic]]
-AFFINITIES = "session.intra_op_thread_affinities"
 
 
 class GraphPart:
@@ -88,19 +87,6 @@ def part_options() -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.enable_mem_pattern = False  # one would be kept for each shape that was ever seen
     return options
-
-
-def use_threads(options: Any, threads: int) -> None:
-    """So many threads of a run, 0 for one per core; each but the caller's stays on a processor of its own.
-
-    A kernel may place two of them on one, where they wait for each other: then a run after a pause took 10 ms that
-    takes 4 so, and 7 on one thread. Where threads are not counted the runtime does the same by itself.
-    """
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if 1 < threads <= len(allowed):
-        places = ";".join(str(at + 1) for at in allowed[1:threads])  # the runtime counts them from 1 on
-        options.add_session_config_entry(AFFINITIES, places)
 
 
 _SHAPES = "give arrays of the types and shapes that `isthmus inspect` shows"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.engine.affinity import use_threads
 from isthmus.engine.onnx_proto import Graph
 from isthmus.protocol.errors import EngineError
 
@@ -38,7 +39,7 @@ class Session:
 
     def __init__(self, ort: Any, graph: Graph, threads: int) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        use_threads(options, threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4  # failures come back as exceptions
         options.add_session_config_entry("session.force_spinning_stop", "1")

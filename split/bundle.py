@@ -281,6 +281,10 @@ def read_manifest(folder: Path) -> bytes:
         with open_regular(folder / MANIFEST_FILE) as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
+        if folder.is_file():
+            raise BundleError(
+                f"{folder} is a file, and no bundle's folder", f"cut it: isthmus split {folder} -o DIR"
+            ) from error
         remedy = f"write one with: isthmus split MODEL -o {folder}"
         raise BundleError(f"{folder} holds no bundle ({error.strerror})", remedy) from error
     if len(data) > MAX_MANIFEST_BYTES:

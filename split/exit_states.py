@@ -77,7 +77,8 @@ def read_texts(paths: list[Path]) -> list[str]:
         try:
             data = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path} cannot be read as text: {error}", "name text files, or .jsonl files") from error
+            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+            raise ModelError(f"{path} cannot be read as text: {why}", "name text files, or .jsonl files") from error
         documents = list(_lines(path, data)) if path.suffix == ".jsonl" else [data]
         if not any(document.strip() for document in documents):
             raise ModelError(f"{path} holds no text", "name text files, or .jsonl files")

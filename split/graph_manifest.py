@@ -37,7 +37,7 @@ class Named(msgspec.Struct, frozen=True):
     @property
     def text(self) -> str:
         """Its type and sizes, for people."""
-        return f"{self.dtype} [{', '.join('?' if size is None else str(size) for size in self.shape)}]"
+        return f"{self.dtype} [{', '.join('any' if size is None else str(size) for size in self.shape)}]"
 
     def fits(self, dtype: str, shape: Sequence[int]) -> bool:
         """Whether an array of that type and shape is one."""

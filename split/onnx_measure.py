@@ -22,7 +22,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from isthmus.engine.graph_part import part_options, use_threads
+from isthmus.engine.affinity import use_threads
+from isthmus.engine.graph_part import part_options
 from isthmus.protocol.errors import PlanError, first_line
 from isthmus.split.feeds import closed, drawn, read_feeds, size_of
 from isthmus.split.onnx_file import digest, read_model

@@ -174,7 +174,7 @@ class Plan(msgspec.Struct, frozen=True):
         ways = [row for row in self.rows if row.kind == "split" and name in ("", row.name)]
         ways += [row for row in self.rows if row.kind in ("cloud", "image") and name == row.name]
         if not ways:
-            known = "; ".join(row.name for row in self.rows if row.kind != "device")
+            known = "; ".join(f"{at}. {row.name}" for at, row in enumerate(self.rows, 1) if row.kind != "device")
             what = (
                 f"the plan has no way {name!r} that cuts the model" if name else "the plan has no way to cut the model"
             )

@@ -131,4 +131,19 @@ def load(path: Path, kind: type[Kept], called: str, again: str) -> Kept:
     except msgspec.DecodeError as error:
         if isinstance(error.__cause__, PlanError):
             raise PlanError(f"{path}: {error.__cause__.problem}", error.__cause__.remedy) from error
+        other = _format(data)
+        if other.startswith("isthmus-"):
+            raise PlanError(f"{path} is no {called}, but an {other}", again) from error
         raise PlanError(f"{path} is no {called}: {error}", again) from error
+
+
+class _Said(msgspec.Struct):
+    format: str = ""
+
+
+def _format(data: bytes) -> str:
+    """What a file says that it is."""
+    try:
+        return msgspec.json.decode(data, type=_Said).format
+    except (msgspec.DecodeError, RecursionError):
+        return ""

@@ -11,11 +11,15 @@ from isthmus.protocol.errors import EngineError
 _MARKERS, _STYLES = "osD^v<>P*X", ("-", "--", ":")  # each way has a pair of its own
 
 
-def check_drawing(path: Path) -> None:
+def check_drawing(path: Path, kinds: Sequence[str] = (".png",)) -> None:
     """Refuses before anything is measured what could not be drawn.
 
+    Args:
+        kinds: how the file's name may end.
+
     Raises:
-        EngineError: matplotlib is not installed, there is no such folder, or something else than a file is there.
+        EngineError: matplotlib is not installed, there is no such folder, something else than a file is there, or the
+            name ends otherwise.
     """
     if find_spec("matplotlib") is None:
         raise EngineError("drawing needs matplotlib", "pip install matplotlib, or leave --plot out")
@@ -23,6 +27,8 @@ def check_drawing(path: Path) -> None:
         raise EngineError(f"there is no folder {path.parent}", "make it, or choose another file")
     if not path.name or (path.exists() and not path.is_file()):
         raise EngineError(f"{str(path)!r} is no file that could be replaced", "choose another file with --plot")
+    if path.suffix.lower() not in kinds:
+        raise EngineError(f"--plot is {str(path)!r}", f"name a file that ends in {' or '.join(kinds)}")
 
 
 def draw(

@@ -12,15 +12,16 @@ from isthmus.apps.cli.decoder_plan import DecoderPlan, Way
 from isthmus.apps.cli.picture import mark, new_figure, plain, switches, write_picture
 from isthmus.split.link import Link
 
-RATES_BPS = np.geomspace(1e4, 1e9, 40)
+RATES_MBPS = np.geomspace(0.01, 1000.0, 40)
 TRIPS_MS = np.geomspace(1.0, 1000.0, 40)
 MODES = ("local", "stream", "split", "exit", "verify")
+_HALVINGS = 6  # by which a crossing between two points of a line is found
 _LEAST_BYTES = 0.1  # drawn for none
 Prices = Callable[[Link], Sequence[Way]]
 PAGE = """{% block over %}Over {{ plan.link }}; {{ plan.tokens }} tokens to a prompt of {{ plan.prompt }}.{% endblock %}
 {% block table %}<table><tr><th>way</th><th>s in all</th><th>ms a token</th><th>p{{ "%g" % plan.percentile }}, ms</th>
 <th>first, ms</th><th>device, ms</th><th>cloud, ms</th><th>bytes up</th><th>device, MB</th><th>J</th><th>fails</th></tr>
-{% for way in plan.ways %}<tr{% if loop.index0 == plan.best %} class="best"{% endif %}><td>{{ way.name }}</td>
+{% for way in plan.sorted %}<tr{% if way == plan.ways[plan.best] %} class="best"{% endif %}><td>{{ way.name }}</td>
 <td>{{ "%.2f" % (way.total_ms / 1e3) }}</td><td>{{ "%.1f" % way.token_ms }}</td>
 <td>{{ "" if way.tail_ms is none else "%.1f" % way.tail_ms }}</td><td>{{ "%.0f" % way.first_ms }}</td>
 <td>{{ "%.1f" % way.device_ms }}</td><td>{{ "%.1f" % way.cloud_ms }}</td><td>{{ "%.0f" % way.up_bytes }}</td>
@@ -43,10 +44,10 @@ def draw(path: Path, plan: DecoderPlan, link: Link, prices: Prices) -> None:
     share = rate.down_bps / rate.up_bps
     figure, (rates, trips, pareto, cuts) = new_figure(4)
     here = {"color": "gray", "linestyle": ":"}
-    _lines(rates, RATES_BPS / 1e6, [prices(Link(link.trip_ms, bps, bps * share)) for bps in RATES_BPS])
+    _lines(rates, RATES_MBPS, lambda mbps: prices(Link(link.trip_ms, mbps * 1e6, mbps * 1e6 * share)))
     rates.axvline(rate.up_bps / 1e6, **here)
-    rates.set(xlabel="uplink, Mbit/s (dotted: this link in the mean)")
-    _lines(trips, TRIPS_MS, [prices(Link(float(ms), rate.up_bps, rate.down_bps)) for ms in TRIPS_MS])
+    rates.set(xlabel="uplink, Mbit/s; the downlink in proportion (dotted: this link in the mean)")
+    _lines(trips, TRIPS_MS, lambda ms: prices(Link(ms, rate.up_bps, rate.down_bps)))
     trips.axvline(link.trip_ms, **here)
     trips.set(xlabel="round trip, ms (dotted: this link's)")
     _pareto(pareto, plan)
@@ -64,12 +65,27 @@ def best_times(ways: Sequence[Sequence[Way]]) -> tuple[list[str], Any]:
     return [mode for mode, one in zip(MODES, known, strict=True) if one], times[known]
 
 
-def _lines(axes: Any, along: Any, ways: Sequence[Sequence[Way]]) -> None:
-    modes, times = best_times(ways)
+def crossing(priced: Callable[[float], Sequence[Way]], low: float, high: float) -> tuple[float, float]:
+    """Where, between two points, another mode than at the first becomes the fastest; and the ms of an answer there."""
+
+    def fastest(at: float) -> tuple[float, str]:
+        return min((way.total_ms, way.mode) for way in priced(at) if not way.fails)
+
+    _, before = fastest(low)
+    for _ in range(_HALVINGS):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if fastest(middle)[1] == before else (low, middle)
+    return high, fastest(high)[0]
+
+
+def _lines(axes: Any, along: Any, priced: Callable[[float], Sequence[Way]]) -> None:
+    modes, times = best_times([priced(float(at)) for at in along])
     for mode, line in zip(modes, times, strict=True):
         axes.plot(along, line / 1e3, label=mode, color=f"C{MODES.index(mode)}")
     for at in switches(times) if modes else []:
-        mark(axes, along[at], float(times[:, at].min()) / 1e3, f"{along[at]:.3g}")
+        if np.isfinite(times[:, at - 1 : at + 1].min(axis=0)).all():
+            place, ms = crossing(priced, float(along[at - 1]), float(along[at]))
+            mark(axes, place, ms / 1e3, f"{place:.3g}")
     axes.set(xscale="log", yscale="log", ylabel="s an answer, best of each mode\n(steady rates, cloud not busy)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="xx-small")

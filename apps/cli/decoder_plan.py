@@ -20,7 +20,6 @@ from isthmus.apps.cli.foreseen import Foreseen
 from isthmus.edge import budget, priors
 from isthmus.edge.costs import (
     ANSWER_BYTES,
-    IN_VAIN,
     MESSAGE_BYTES,
     NEWS_BYTES,
     SEGMENT_BYTES,
@@ -80,7 +79,7 @@ class Answer:
         if self.prompt < 1 or self.tokens < 1:
             raise PlanError(f"an answer of {self.tokens} tokens to a prompt of {self.prompt}", "give 1 or more of both")
         if not 0.0 <= self.disagreement <= 1.0:
-            raise PlanError(f"{self.disagreement:g} of tokens may differ", "give a share from 0 to 1")
+            raise PlanError(f"--max-disagreement is {self.disagreement:g}", "give a share from 0 to 1")
         bounds = {"--memory-mb": self.memory_mb, "--slo-ms": self.slo_ms, "--energy-j": self.energy_j}
         for name, value in bounds.items():
             if value is not None and not 0.0 < value < float("inf"):
@@ -155,6 +154,11 @@ class DecoderPlan(msgspec.Struct, frozen=True):
     foreseen: str = ""
     format: Literal["isthmus-decoder-plan"] = "isthmus-decoder-plan"
     version: int = 1
+
+    @property
+    def sorted(self) -> list[Way]:
+        """All ways, the fastest first, those that break something last."""
+        return sorted(self.ways, key=lambda way: (bool(way.fails), way.total_ms))
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -283,9 +287,9 @@ class _Ways:
         codecs = tuple(CodecFigures(name, size * width, 0.0) for name, size in CODECS.items())
         here = device.device(self._most)
         exits, drafts = priors.exits(bundle, self._exits), priors.drafts(bundle, self._exits, here)
-        if foreseen is not None:
-            along = foreseen.first(answer.tokens)
-            exits, drafts = along.exits(exits), along.drafts(drafts)
+        self._along = foreseen.first(answer.tokens) if foreseen is not None else None
+        if self._along is not None:
+            drafts = self._along.drafts(drafts)
         self._figures = Figures(here, self._cloud, self._link, exits, drafts, codecs)
         self._row_bytes = {one.name: one.row_bytes for one in codecs}
         self._exit_bytes = {one.layer: one.row_bytes for one in self._figures.exits}
@@ -320,9 +324,11 @@ class _Ways:
             return
         yield warm, lambda one: one.mode in ("local", "stream")
         for exit in self._figures.exits:
-            asked = max(0.0, exit.unsure - exit.guessed)
-            slower = 1.0 + asked * (self._device.slower(trip_ms + self._cloud.rest(exit.layer)) - 1.0)
-            step_ms = warm.device.drafted(exit.layer)
+            step_ms, answer_ms = warm.device.drafted(exit.layer), trip_ms + self._cloud.rest(exit.layer)
+            if self._along is not None:
+                exit = self._along.exit(exit, self._cloud.rest(exit.layer), answer_ms, step_ms)
+            asked = exit.asked(0.0)
+            slower = 1.0 + asked * (self._device.slower(answer_ms) - 1.0)
             said_ms = step_ms / max(asked, 1.0 / self._answer.tokens)
             cold = self._cold(held, slower, trip_ms + said_ms)
             yield replace(cold, exits=(exit,), drafts=()), lambda one: one.mode == "exit"
@@ -343,7 +349,8 @@ class _Ways:
         return replace(self._figures, device=self._device.device(held, slower), cloud=there)
 
     def _way(self, one: Candidate, figures: Figures) -> Way:
-        answer, rounds = self._answer, self._rounds(one, figures.device)
+        words = next((exit.words(one.asked) for exit in figures.exits if exit.layer == one.cut), 0.0)
+        answer, rounds = self._answer, self._rounds(one, figures.device, words)
         way = Way(
             one.name,
             one.mode,
@@ -397,8 +404,12 @@ class _Ways:
             radio_ms = total_ms if rounds.streamed else max(waits_ms, sent_ms, 0.0)
         return (device_ms * answer.device_watts + radio_ms * answer.radio_watts) * 1e-3
 
-    def _rounds(self, one: Candidate, device: DeviceFigures) -> Rounds:
-        """A way as the replay takes it; what the device computes is what the formula has beside trip and cloud."""
+    def _rounds(self, one: Candidate, device: DeviceFigures, words: float) -> Rounds:
+        """A way as the replay takes it; what the device computes is what the formula has beside trip and cloud.
+
+        Args:
+            words: that an exit says for each token.
+        """
         rows = float(self._answer.prompt - 1)
         if one.mode == "local":
             return Rounds(device_ms=one.ms_per_token, prompt_ms=one.setup_ms)
@@ -418,10 +429,9 @@ class _Ways:
             return replace(base, streamed=True, down_bytes=NEWS_BYTES + MESSAGE_BYTES)
         if one.mode == "exit":
             step_ms = device.drafted(one.cut) + device.codec_ms
-            unsure = next(exit.unsure for exit in self._figures.exits if exit.layer == one.cut)
             return replace(
                 base,
-                device_ms=step_ms * (1.0 + IN_VAIN * (unsure - one.asked)),
+                device_ms=step_ms * words,
                 asks=one.asked,
                 sent_bytes=row + MESSAGE_BYTES / AHEAD_ROWS,
                 up_bytes=QUESTION_BYTES + MESSAGE_BYTES,

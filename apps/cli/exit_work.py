@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from isthmus.split.exit_run import ExitRun, Say
     from isthmus.split.exit_states import Progress as Tell
 
+QUIET_S = 5.0  # between two lines about a step, at least
+
 
 @contextmanager
 def working(bundle: Bundle, work: Path | None = None, threads: int = 0) -> Iterator[ExitRun]:
@@ -34,8 +36,9 @@ def working(bundle: Bundle, work: Path | None = None, threads: int = 0) -> Itera
 
 @contextmanager
 def _progress() -> Iterator[Say]:
-    """Bars on a terminal; without one a line when a step begins and when it is done."""
+    """Bars on a terminal; without one a line now and then, and one when a step is done."""
     import sys
+    import time
 
     from rich.console import Console
     from rich.progress import (
@@ -54,12 +57,13 @@ def _progress() -> Iterator[Say]:
     ) as bar:
 
         def say(step: str) -> Tell:
-            task = bar.add_task(step, total=None, visible=False)
+            task, told_s = bar.add_task(step, total=None, visible=False), [time.monotonic()]
 
             def tell(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total, visible=done < total)
-                if not console.is_terminal and done * 10 // total != (done - 1) * 10 // total:
+                if not console.is_terminal and (done == total or time.monotonic() - told_s[0] >= QUIET_S):
                     print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
+                    told_s[0] = time.monotonic()
 
             return tell
 

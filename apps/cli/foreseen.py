@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from isthmus.apps.bench.facts import Answer, ExitFacts, draft_figures, guessed
+from isthmus.edge.exit import GAMBLE
 from isthmus.edge.figures import DraftFigures, ExitFigures
-from isthmus.edge.pace import GUESSES, LIKELY
+from isthmus.edge.pace import GUESSES, LIKELY, ROW_SHARE
 from isthmus.edge.priors import LENGTHS
 from isthmus.engine.threshold import least
 from isthmus.split.exit_run import ExitRun
@@ -25,7 +26,7 @@ class Foreseen:
         self.answers = tuple(answers)
         self._beginnings: dict[int, Foreseen] = {}
         self._drafts: dict[int, DraftFigures] = {}  # by the exit's layer, 0 for n-grams
-        self._exits: dict[tuple[int, float], tuple[float, float]] = {}
+        self._exits: dict[tuple[int, float, float, int], tuple[float, float, float]] = {}
 
     @property
     def prompt(self) -> int:
@@ -50,43 +51,63 @@ class Foreseen:
                 self._drafts[one.layer] = draft_figures(self.answers, one.layer, one.draft_ms, LENGTHS)
         return tuple(replace(self._drafts[one.layer], draft_ms=one.draft_ms) for one in believed)
 
-    def exits(self, believed: Sequence[ExitFigures]) -> tuple[ExitFigures, ...]:
-        """How often exits are sure and how often they guess, for those that priors tell of."""
-        for one in believed:
-            if (one.layer, one.threshold) not in self._exits:
-                self._exits[one.layer, one.threshold] = self._counted(one)
-        shares = [self._exits[one.layer, one.threshold] for one in believed]
-        return tuple(
-            replace(one, unsure=unsure, guessed=unsure - asked)
-            for one, (unsure, asked) in zip(believed, shares, strict=True)
-        )
+    def exit(self, believed: ExitFigures, pass_ms: float, answer_ms: float, word_ms: float) -> ExitFigures:
+        """An exit that priors tell of, with how often it is sure, asks and says something.
 
-    def _counted(self, one: ExitFigures) -> tuple[float, float]:
-        """Of all tokens those that an exit is not sure of, and those that are asked about."""
+        Args:
+            pass_ms: of the cloud, for one row.
+            answer_ms: from question to answer, in the mean.
+            word_ms: of the device, for what the exit says.
+        """
+        floor = max(LIKELY, (word_ms + ROW_SHARE * pass_ms) / max(answer_ms, 1e-3))  # as `Pace.even`
+        key = believed.layer, believed.threshold, floor, int(answer_ms / max(word_ms, 1e-3))
+        if key not in self._exits:
+            self._exits[key] = self._counted(*key)
+        unsure, asked, words = self._exits[key]
+        return replace(believed, unsure=unsure, guessed=max(0.0, unsure - asked), counted=(asked, words))
+
+    def _counted(self, layer: int, threshold: float, floor: float, ahead: int) -> tuple[float, float, float]:
+        """Of all tokens those that an exit is not sure of, those that are asked about, and what it says for each."""
         tokens = sum(answer.tokens for answer in self.answers)
-        facts = [answer.exits[one.layer] for answer in self.answers]
-        unsure = sum(sure < least(one.threshold) for fact in facts for sure in fact.confidence)
-        return unsure / tokens, sum(questions(fact, one.threshold) for fact in facts) / tokens
+        facts = [answer.exits[layer] for answer in self.answers]
+        unsure = sum(sure < least(threshold) for fact in facts for sure in fact.confidence)
+        asked, words = zip(*(said(fact, threshold, floor, ahead) for fact in facts), strict=True)
+        return unsure / tokens, sum(asked) / tokens, sum(words) / tokens
 
 
-def questions(facts: ExitFacts, threshold: float) -> int:
-    """To the cloud along an answer, by the rule that `edge.exit` guesses by, where guesses cost nothing but bytes.
+def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> tuple[int, int]:
+    """Questions to the cloud along an answer, and what the exit says while nothing else is waited for.
 
-    What an exit would say after a wrong guess is not known: there it is as sure as it is along the answer.
+    By the rules by which `edge.exit` guesses, says more while it waits, and need not say again what came true. What an
+    exit would say after a wrong guess is not known: there it is as sure as it is along the answer.
+
+    Args:
+        floor: the probability that all guesses are right below which it asks.
+        ahead: what it can say in the time of an answer.
     """
+    count = len(facts.confidence)
     sure = [confidence >= least(threshold) for confidence in facts.confidence]
-    at, asked, count = 0, 0, len(sure)
+    stands = [right or firm for right, firm in zip(facts.right, sure, strict=True)]
+    at = known = asked = words = 0  # what comes before `known` was said, behind what stands
     while at < count:
+        words, known = words + (at >= known), max(known, at + 1)
         if sure[at]:
             at += 1
             continue
-        end, odds = at, facts.confidence[at]
-        while end - at < GUESSES and odds >= LIKELY and end + 1 < count:
+        end, odds, true = at, facts.confidence[at], True
+        while end - at < GUESSES and odds >= floor and end + 1 < count:
+            true &= stands[end]
             end += 1
+            words += end >= known or not true
+            known = max(known, end + 1) if true else known
             odds *= 1.0 if sure[end] else facts.confidence[end]
         asked += 1
-        at = next((i for i in range(at, end + 1) if not (facts.right[i] or sure[i])), end) + 1
-    return asked
+        wrong = next((i for i in range(at, end + 1) if not stands[i]), end + 1)
+        if odds >= GAMBLE and wrong > end:
+            on = next((i for i in range(end + 1, count) if not stands[i]), count - 1)
+            known = max(known, min(end + ahead, on) + 1)
+        at = min(wrong, end) + 1
+    return asked, words
 
 
 def foreseen(run: ExitRun, prompts: list[str], name: str = "foreseen") -> Foreseen:

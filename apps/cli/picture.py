@@ -11,6 +11,7 @@ import numpy as np
 from isthmus.protocol.errors import EngineError
 from isthmus.split.files import write_whole
 
+KINDS = (".png", ".html", ".htm")  # of a picture's file
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ plan.name }}</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -42,7 +43,7 @@ def write_picture(path: Path, figure: Any, plan: Any, blocks: str) -> None:
     """
     from matplotlib import rc_context
 
-    page, drawn = path.suffix.lower() in (".html", ".htm"), io.BytesIO()
+    page, drawn = path.suffix.lower() != KINDS[0], io.BytesIO()
     if not page:
         figure.suptitle(plain(f"{plan.name}: {plan.verdict}"), fontsize="small", wrap=True)
     figure.tight_layout()

@@ -149,6 +149,7 @@ def command(
     import msgspec
 
     from isthmus.apps.bench.plot import check_drawing
+    from isthmus.apps.cli.picture import KINDS
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
     from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.errors import PlanError
@@ -162,13 +163,14 @@ def command(
 
         plan_decoder(ctx)
         return
+    check_model(model)
     only(ctx, set(ctx.params) - OF_DECODERS, f"{model.name} is no bundle of a language model")
     target = output if output is not None else Path(model.stem + SUFFIX)
     here = device if device is not None else Path(model.stem + PROFILE)
     given = (model, here, edge, inputs, preprocess, plot, Path(cloud), Path(link))
     check_target(target, (path for path in given if path is not None))
     if plot is not None:
-        check_drawing(plot)
+        check_drawing(plot, KINDS)
     if not cloud:
         raise PlanError(
             "--cloud is empty", "name the cloud's profile, or say how many times as fast as the device it is"
@@ -230,6 +232,18 @@ def _measure(model: Path, target: Path, shape: list[str], inputs: Path | None) -
         f"measuring {model.name} on this machine, for {target} (isthmus profile does that by itself)", file=sys.stderr
     )
     measured(model, read_machine().cores, PROFILE_S, shape, inputs).save(target)
+
+
+def check_model(model: Path) -> None:
+    """Refuses a model that is not there.
+
+    Raises:
+        PlanError: it is none.
+    """
+    from isthmus.protocol.errors import PlanError
+
+    if not model.is_file():
+        raise PlanError(f"there is no model {model}", "name an .onnx or .tflite file, or a bundle's folder")
 
 
 def only(ctx: typer.Context, known: set[str], why: str) -> None:

@@ -31,6 +31,7 @@ def plan_decoder(ctx: typer.Context) -> None:
     from isthmus.apps.cli.exit_work import working
     from isthmus.apps.cli.foreseen import foreseen
     from isthmus.apps.cli.given import given_options
+    from isthmus.apps.cli.picture import KINDS
     from isthmus.apps.cli.plan import OF_BOTH, OF_DECODERS, PROFILE_S, SUFFIX, only
     from isthmus.apps.cli.profile import SUFFIX as PROFILE
     from isthmus.apps.cli.profile import measured_decoder
@@ -52,7 +53,7 @@ def plan_decoder(ctx: typer.Context) -> None:
     given = (here, asked["plot"], asked["prompts"], Path(asked["cloud"]), Path(asked["link"]))
     check_target(target, (path for path in given if path is not None))
     if asked["plot"] is not None:
-        check_drawing(asked["plot"])
+        check_drawing(asked["plot"], KINDS)
     if not asked["cloud"]:
         remedy = "name the cloud's profile, or say how many times as fast as the device it is"
         raise PlanError("--cloud is empty", remedy)
@@ -129,11 +130,10 @@ def _print(plan: DecoderPlan, target: Path) -> None:
     console = Console(highlight=False, soft_wrap=not terminal, width=None if terminal else WIDE)
     shown: list[Way] = []
     counts: Counter[str] = Counter()
-    for way in plan.ways:
+    for way in plan.sorted:
         counts[way.mode] += 1
         if counts[way.mode] <= SHOWN:
             shown.append(way)
-    shown.sort(key=lambda way: (bool(way.fails), way.total_ms))
     table, tail = Table("way", box=None, pad_edge=False), any(way.tail_ms is not None for way in shown)
     late, spent = ([f"p{plan.percentile:g}, ms"] if tail else []), any(way.energy_j for way in shown)
     titles = ["s in all", "ms a token", *late, "first, ms", "cloud, ms", "bytes up", "device, MB"]
@@ -144,7 +144,7 @@ def _print(plan: DecoderPlan, target: Path) -> None:
         table.add_column("fails")
     for way in shown:
         cells = [f"{way.total_ms / 1e3:.2f}", f"{way.token_ms:.1f}"]
-        cells += ["" if way.tail_ms is None else f"{way.tail_ms:.1f}"] if tail else []
+        cells += ["-" if way.tail_ms is None else f"{way.tail_ms:.1f}"] if tail else []
         cells += [f"{way.first_ms:.0f}", f"{way.cloud_ms:.1f}", f"{way.up_bytes:.0f}", f"{way.device_mb:.0f}"]
         cells += ([f"{way.energy_j:.3g}"] if spent else []) + ([escape(way.fails)] if failing else [])
         table.add_row(escape(way.name), *cells, style="bold" if way == plan.ways[plan.best] else "")

@@ -83,7 +83,12 @@ def _latency(axes: Any, plan: Plan, link: Link, colors: Mapping[int, str]) -> No
     for bps, ms in crossings([row for row in drawn if not row.fails], link):
         mark(axes, bps / 1e6, ms, f"{bps / 1e6:.3g}")
     axes.axvline(link.rate().up_bps / 1e6, color="gray", linestyle=":")
-    axes.set(xscale="log", yscale="log", xlabel="uplink, Mbit/s (dotted: this link)", ylabel="ms an input")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="uplink, Mbit/s; the downlink in proportion (dotted: this link)",
+        ylabel="ms an input",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="xx-small")
 

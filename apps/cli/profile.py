@@ -64,6 +64,7 @@ def command(
     cloud says of its models are measured through the protocol that devices speak.
     """
     from isthmus.apps.bench.machine import read_machine
+    from isthmus.apps.cli.plan import check_model
     from isthmus.apps.cli.targets import check_target
     from isthmus.protocol.errors import PlanError
 
@@ -82,6 +83,7 @@ def command(
             raise PlanError(f"{option} has no effect: {model} is a bundle of a language model", "leave it out")
         _measure_decoder(model, target, threads, seconds, as_json)
         return
+    check_model(model)
     found = measured(model, threads, seconds, shape or [], inputs)
     found.save(target)
     if as_json:

@@ -107,6 +107,7 @@ def test_a_mixture_of_experts_is_planned_at_every_cut(tmp_path: Path) -> None:
         (["--load", "1"], "others take 1 of the cloud's time"),
         (["--plot", "none/x.png"], "there is no folder none"),
         (["--plot", "/tmp"], "is no file that could be replaced"),
+        (["--plot", "x.pdf"], "name a file that ends in .png or .html"),
         (["-o", "/dev/null"], "/dev/null is no file that could be replaced"),
         (["-o", ""], "names no file"),
         (["-o", "/tmp"], "is no file that could be replaced"),
@@ -134,6 +135,13 @@ def test_what_cannot_be_is_one_line(folder: Path, asked: list[str], problem: str
     assert done.returncode == 2 and problem in done.stderr and len(done.stderr.strip().splitlines()) <= 2
 
 
+def test_what_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    for command in (["plan", "none.onnx", "--link", "rtt=20,up=5,down=20"], ["profile", "none.onnx"]):
+        done = isthmus(*command, folder=tmp_path)
+        assert done.returncode == 2 and "there is no model none.onnx" in done.stderr
+        assert "measuring" not in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_options_of_language_models_are_refused_with_a_network(folder: Path) -> None:
     (folder / "model.onnx").touch()
     done = isthmus("plan", "model.onnx", "--link", "rtt=20,up=5,down=20", "--tokens", "5", folder=folder)
@@ -154,7 +162,11 @@ def test_what_drafts_bring_is_counted_along_answers_to_ones_own_prompts(
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["prompt"], told["tokens"]) == (9, 7) != (means["prompt"], means["tokens"])
-    for text, problem in ((None, "cannot be read"), ("\n", "holds no text"), ("x" * 600, "no prompt leaves room")):
+    for text, problem in (
+        (None, "as text: No such file"),
+        ("\n", "holds no text"),
+        ("x" * 600, "no prompt leaves room"),
+    ):
         path = tmp_path / "bad.txt"
         path.unlink(missing_ok=True)
         if text is not None:

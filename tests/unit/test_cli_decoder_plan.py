@@ -120,7 +120,7 @@ def test_what_no_way_keeps_to(bundle: Bundle, profile: DecoderProfile) -> None:
     [
         ({"prompt": 0}, "0"),
         ({"tokens": 0}, "0 tokens"),
-        ({"disagreement": 1.5}, "1.5 of tokens"),
+        ({"disagreement": 1.5}, "--max-disagreement is 1.5"),
         ({"memory_mb": -1.0}, "--memory-mb is -1"),
         ({"slo_ms": float("nan")}, "--slo-ms is nan"),
         ({"energy_j": 1.0}, "a budget of energy is given, and no watts"),
@@ -277,4 +277,4 @@ def test_an_exit_is_held_and_its_states_take_the_uplink(early: Bundle, profile: 
 
 def test_no_exit_speaks_beyond_what_it_promises(early: Bundle, profile: DecoderProfile) -> None:
     found = planned(early, profile, NEAR, disagreement=0.04)
-    assert all(way.fails == "5 % of tokens may differ" for way in found.ways if way.mode == "exit")
+    assert all("--max-disagreement 0.05 allows it" in way.fails for way in found.ways if way.mode == "exit")

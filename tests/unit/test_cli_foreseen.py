@@ -11,7 +11,7 @@ import pytest
 from isthmus.apps.bench.facts import Answer, ExitFacts
 from isthmus.apps.cli import decoder_plan
 from isthmus.apps.cli.decoder_plan import PRIORS, plan
-from isthmus.apps.cli.foreseen import Foreseen, foreseen, questions
+from isthmus.apps.cli.foreseen import Foreseen, foreseen, said
 from isthmus.edge import priors
 from isthmus.edge.figures import ExitFigures
 from isthmus.edge.pace import GUESSES, LIKELY
@@ -36,7 +36,7 @@ def an_answer(facts: ExitFacts, prompt: int = 10) -> Answer:
 
 
 @pytest.mark.parametrize(
-    ("said", "asked"),
+    ("along", "asked"),
     [
         ([(0.95, True)] * 5, 0),  # sure of all
         ([(UNLIKELY, True)] * 5, 5),  # each is asked about by itself
@@ -49,17 +49,39 @@ def an_answer(facts: ExitFacts, prompt: int = 10) -> Answer:
         ([(0.85, True)] + [(0.95, True)] * GUESSES + [(0.85, True)], 2),
     ],
 )
-def test_questions_come_where_guessing_on_is_a_gamble(said: list[tuple[float, bool]], asked: int) -> None:
-    assert questions(facts(*said), 0.9) == asked
+def test_questions_come_where_guessing_on_is_a_gamble(along: list[tuple[float, bool]], asked: int) -> None:
+    assert said(facts(*along), 0.9, LIKELY, 0)[0] == asked
+
+
+@pytest.mark.parametrize(
+    ("along", "floor", "ahead", "words"),
+    [
+        ([(0.95, True)] * 5, 0.5, 9, 5),  # each is waited for
+        ([(0.95, False)] * 5, 0.5, 9, 5),
+        ([(0.05, True)] * 5, 0.5, 9, 5),  # too unsure to say more meanwhile
+        ([(0.2, True)] * 5, 0.5, 0, 5),
+        ([(0.2, True)] * 5, 0.5, 1, 1),  # each but the first is said while the one before it is asked about
+        ([(0.2, True), (0.2, False), (0.2, True), (0.2, True)], 0.5, 9, 2),  # the third was said after another word
+        ([(0.8, True)] * 3, 1.1, 0, 3),  # where guesses cost more than questions none is made
+        ([(0.8, False)] + [(0.95, True)] * 3, 0.5, 0, 7),  # three in vain, and again
+        ([(0.8, False)] + [(0.95, True)] * 3, 0.9, 0, 4),
+        ([(0.8, True)] + [(0.95, True)] * 9, 0.5, 9, GUESSES + 1),  # the last one was said while it waited
+    ],
+)
+def test_words_count_that_are_waited_for(along: list[tuple[float, bool]], floor: float, ahead: int, words: int) -> None:
+    assert said(facts(*along), 0.9, floor, ahead)[1] == words
 
 
 def test_an_exit_is_as_unsure_and_asks_as_often_as_was_counted() -> None:
     found = Foreseen((an_answer(facts((0.95, True), (UNLIKELY, True), (0.6, True), (0.3, True))),))
-    (one,) = found.exits((ExitFigures(2, 0.9, 0.1, 0.1, 0.05, 43.0),))
+    believed = ExitFigures(2, 0.9, 0.1, 0.1, 0.05, 43.0)
+    one = found.exit(believed, 1.0, 100.0, 30.0)
     assert one.unsure == pytest.approx(0.75)
-    assert one.asked(0.0) == pytest.approx(0.5)  # one question for the second token, one for the last two
+    assert one.asked(0.5) == pytest.approx(0.5)  # one question for the second token, one for the last two
+    assert one.words(0.5) == 0.5  # the last two while the cloud is asked about the second
     assert (one.layer, one.disagreement, one.row_bytes) == (2, 0.05, 43.0)
-    assert found.exits((replace(one, threshold=1.0),))[0].unsure == 1.0  # never believed
+    assert found.exit(replace(one, threshold=1.0), 1.0, 100.0, 30.0).unsure == 1.0  # never believed
+    assert found.exit(believed, 1.0, 100.0, 99.0).asked(0.0) == pytest.approx(0.75)  # a guess costs what it spares
 
 
 def test_drafts_bring_what_was_counted(early: Bundle) -> None:

@@ -28,7 +28,7 @@ def test_an_id_begun_or_a_name_of_its_own_is_enough() -> None:
     [
         ("", r"serves 3 models: smol \(q4, aa11aa11aa11\), smol \(q8, aa22aa22aa22\), tiny \(bb33bb33bb33\)"),
         ("smol", r"2 models of the cloud fit 'smol': smol \(q4, aa11aa11aa11\), smol \(q8, aa22aa22aa22\); choose"),
-        ("huge", "serves no model 'huge': smol"),
+        ("huge", "serves no language model 'huge': smol"),
     ],
 )
 def test_what_is_not_clear_is_listed(wanted: str, problem: str) -> None:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from isthmus.engine.graph_part import AFFINITIES, GraphPart, part_options, use_threads
+from isthmus.engine.graph_part import GraphPart
 from isthmus.protocol.errors import EngineError
 
 
@@ -70,21 +70,3 @@ def test_what_is_no_array_of_numbers_is_refused(tmp_path: Path) -> None:
         part = GraphPart(tmp_path / "odd.onnx")
         with pytest.raises(EngineError, match="gives 'y', which is no array of numbers"):
             part.run({"x": np.zeros(4, np.float32)})
-
-
-@pytest.mark.parametrize(
-    ("allowed", "threads", "places"),
-    [({0, 1}, 2, "2"), ({0, 2, 5, 7}, 3, "3;6"), ({0, 1}, 1, ""), ({0, 1}, 0, ""), ({3}, 2, "")],
-)
-def test_threads_stay_on_processors_of_their_own(
-    allowed: set[int], threads: int, places: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: allowed, raising=False)
-    options = part_options()
-    use_threads(options, threads)
-    assert options.intra_op_num_threads == threads
-    if places:
-        assert options.get_session_config_entry(AFFINITIES) == places
-    else:
-        with pytest.raises(RuntimeError):  # there is no such entry
-            options.get_session_config_entry(AFFINITIES)
