@@ -9,7 +9,7 @@ beginning. Exit mode is held to the same targets in both ways; the one "every pr
 
 Exit mode's threshold, and how far it guesses on, were chosen while other kept-back prompts were asked, none of those
 here; no exit was trained or certified with either. exits.py's table says how often the exit before layer 24 says wrong
-words: from 0.95 on 0.14 % of tokens, at theirs of 0.8 1.17 %. The rest of what differs is states that travelled rounded.
+words: from 0.95 on 0.14 % of tokens, at theirs of 0.8 1.17 %. The rest that differs is states that travelled rounded.
 The threshold as certified, which is lower still, agrees with the whole model less often than theirs does: see its row.
 
 Devices hold the whole model, but of the larger one only the layers before the deepest exit, so that none answers alone
