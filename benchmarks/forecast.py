@@ -33,8 +33,10 @@ from record import Cell, Record
 from isthmus.apps.bench.calm import Calm
 from isthmus.apps.bench.relay import LinkProfile
 from isthmus.apps.bench.stage import Stage
-from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, Way, plan
-from isthmus.apps.cli.decoder_profile import DecoderProfile, measure
+from isthmus.apps.cli.decoder_measure import measure
+from isthmus.apps.cli.decoder_plan import DecoderPlan, plan
+from isthmus.apps.cli.decoder_profile import DecoderProfile
+from isthmus.apps.cli.decoder_ways import EXACT, Answer, Way
 from isthmus.apps.cli.foreseen import Foreseen, foreseen
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_run import ExitRun, working_in
@@ -139,7 +141,7 @@ def mean(one: DecoderProfile, other: DecoderProfile) -> DecoderProfile:
     """Between two profiles of a machine."""
     pairs = {
         name: tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(getattr(one, name), getattr(other, name), strict=True))
-        for name in ("layers_ms", "rows_ms", "apart")
+        for name in ("layers_ms", "rows_ms", "apart", "exits_ms", "rests_ms", "layers_cold_ms", "rests_cold_ms")
     }
     prefill_ms = (one.prefill_row_ms + other.prefill_row_ms) / 2
     return msgspec.structs.replace(one, **pairs, prefill_row_ms=prefill_ms)

@@ -81,6 +81,8 @@ class CloudFigures:
         head_ms: of the output head for one row.
         prefill_row_ms: of one of many rows through the whole model.
         queue_ms: that work waits before it starts.
+        rests_ms: (k, ms) of one row through layers [k, n_layers) and the head, ascending in k, where that was measured:
+            it is less than its share of a whole step where weights stay in caches.
         same_model: whether its model is the device's, so that an answer of either is an answer of both.
     """
 
@@ -90,10 +92,13 @@ class CloudFigures:
     prefill_row_ms: float
     queue_ms: float = 0.0
     same_model: bool = True
+    rests_ms: Points = ()
 
     def __post_init__(self) -> None:
         _check_points(self.rows_ms, "rows_ms")
         _check_times(self, "head_ms", "prefill_row_ms", "queue_ms")
+        if self.rests_ms:
+            _check_points(self.rests_ms, "rests_ms")
 
     def step(self, rows: int) -> float:
         """The whole model for rows that all want logits, without the queue, in ms."""
@@ -108,7 +113,10 @@ class CloudFigures:
         last, ms = self.rows_ms[-1]
         body = between(self.rows_ms, min(rows, last)) if rows <= last else ms
         more = max(0, rows - last) * self.prefill_row_ms
-        return (max(0.0, body - self.head_ms) + more) * share + self.head_ms
+        if not self.rests_ms:
+            return (max(0.0, body - self.head_ms) + more) * share + self.head_ms
+        one = self.rows_ms[0][1]
+        return max(0.0, between(((0, one), *self.rests_ms), layer)) + (max(0.0, body - one) + more) * share
 
     def prefill(self, rows: float, layer: int = 0) -> float:
         """Many rows through layers [layer, n_layers), without logits, in ms."""

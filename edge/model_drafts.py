@@ -47,6 +47,11 @@ class ModelDrafts:
         """Tokens that the drafts go on from."""
         return len(self._log) - len(self._odds)
 
+    @property
+    def pending(self) -> int:
+        """Tokens that were drafted from there and are not taken up yet."""
+        return len(self._odds)
+
     def speak(self, sampling: Sampling) -> None:
         """Samples so from now on; with the model's own noise on both sides the same token wins more often."""
         if sampling != self._sampling:

@@ -118,9 +118,8 @@ class VerifyRunner:
                 sent = self._ask(goal)
                 if self._ready:
                     break
-                news = self._link.verdict(self._lane, wait=not sent)
-                if news is not None:
-                    self._early[news.position] = news
+                while (news := self._link.verdict(self._lane, wait=not sent)) is not None:
+                    self._early[news.position], sent = news, True  # all that have come, before any more is drafted
                 while self._flight and (news := self._early.pop(self._flight[0].position, None)):
                     self._learn(news)
             except Restart:
@@ -165,7 +164,7 @@ class VerifyRunner:
         self._running = True
 
     def _ask(self, goal: int) -> bool:
-        """Sends one more block if that is worth it; whether it did.
+        """Sends one more block if that is worth it; whether it did, or has something to hear first.
 
         Args:
             goal: tokens that the log will have at most.
@@ -177,15 +176,13 @@ class VerifyRunner:
             return False
         if room < len(known) or (known and known[-1] in self._eos):
             return False
-        began = time.perf_counter()
         most = min(pace.length(idle=not flight), room - len(known), m.MAX_DRAFT - len(known))
         guesses = self._guessed(most)
-        now = time.perf_counter()
-        pace.drafted(len(guesses), now - began)
-        self.drafts += len(guesses)
-        self.drafting_s += now - began
+        if guesses is None:
+            return True
         if not known and not guesses:
             return False
+        now = time.perf_counter()
         at, lane = self._sent, self._lane
         draft = m.Draft(lane.alias, lane.epoch, at, told.at(at)[:_HASH_BYTES], known + guesses)
         self._link.draft(lane, draft, told.at(at))
@@ -232,15 +229,33 @@ class VerifyRunner:
             hits + (goes_on or missed), hits + goes_on, block.end - block.position, took_s, news.engine_us * 1e-6
         )
 
-    def _guessed(self, most: int) -> list[int]:
-        """Up to `most` guesses; none any more when who drafts has no room left for its KV."""
+    def _guessed(self, most: int) -> list[int] | None:
+        """Up to `most` guesses, none any more when who drafts has no room left for its KV; None when news came of
+        blocks under way, which may make them vain. What a model drafted until then is not drafted again.
+        """
         if most <= 0 or self._spent:
             return []
         try:
-            return self._before_eos(self._drafts.draft(most))
+            if isinstance(self._drafts, ModelDrafts) and self._flight:
+                for count in range(self._drafts.pending + 1, most):
+                    self._drafted(count)
+                    if self._link.look():
+                        return None
+            return self._before_eos(self._drafted(most))
         except (DeviceError, OutOfBlocks):
             self._spent = True
             return []
+
+    def _drafted(self, count: int) -> list[int]:
+        """So many guesses, of which those that are new are counted."""
+        known = self._drafts.pending if isinstance(self._drafts, ModelDrafts) else 0
+        began = time.perf_counter()
+        guesses = self._drafts.draft(count)
+        made, took_s = max(0, len(guesses) - known), time.perf_counter() - began
+        self._pace.drafted(made, took_s)
+        self.drafts += made
+        self.drafting_s += took_s
+        return guesses
 
     def _before_eos(self, guesses: list[int]) -> list[int]:
         """Nothing follows the end: the model's own word on it is the answer to the token before."""

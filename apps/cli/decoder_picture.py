@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.apps.cli.decoder_plan import DecoderPlan, Way
+from isthmus.apps.cli.decoder_plan import DecoderPlan
+from isthmus.apps.cli.decoder_ways import Way
 from isthmus.apps.cli.picture import mark, new_figure, plain, switches, write_picture
 from isthmus.split.link import Link
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +10,6 @@ import numpy as np
 
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Points
 from isthmus.edge.priors import CODEC_MS, PREFILL_SHARE, sizes
-from isthmus.engine import KvConfig, Rows, Want, open_part
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
 from isthmus.split.files import write_whole
@@ -22,10 +17,8 @@ from isthmus.split.link import Served
 from isthmus.split.profile import MOST_THREADS, load
 
 VERSION = 1
-ROWS = (1, 2, 4, 8)  # of steps that give as many tokens
-PAUSES_MS = (3, 10, 30)  # as those in which one side waits for the other
-PROMPT, CHUNK = 128, 64  # rows that are held while steps are timed, and of a prompt's step
-WARM, LEAST = 2, 8  # steps that are not counted, and that are
+COLD_MS = 10.0  # a pause after which caches and clocks are measured
+SOON_MS = 3.0  # by when others of the machine have used the caches
 OF_ITSELF = "the one at the link's other end"  # a processor
 _AGAIN = "measure it again: isthmus profile"
 
@@ -40,6 +33,9 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         layers_ms: (k, ms) of one token through layers [0, k).
         rows_ms: (n, ms) of a step of n rows through the whole model that gives n tokens.
         prefill_row_ms: of one row of a prompt.
+        exits_ms: (k, ms) of the exit before layer k for one token, its output head included.
+        rests_ms: (k, ms) of one token through layers [k, all) and the output head, as a cloud computes it.
+        layers_cold_ms, rests_cold_ms: the same as `layers_ms` and `rests_ms` after a pause of `COLD_MS`.
         apart: (pause in ms, how many times as long a token takes after it), as caches and clocks forget; ascending,
             empty where that was not measured.
     """
@@ -54,15 +50,26 @@ class DecoderProfile(msgspec.Struct, frozen=True):
     rows_ms: Points
     prefill_row_ms: float
     apart: Points = ()
+    exits_ms: Points = ()
+    rests_ms: Points = ()
+    layers_cold_ms: Points = ()
+    rests_cold_ms: Points = ()
     format: Literal["isthmus-decoder-profile"] = "isthmus-decoder-profile"
     version: int = VERSION
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise PlanError(f"the profile has version {self.version}, this isthmus reads {VERSION}", _AGAIN)
-        points = (*self.layers_ms, *self.rows_ms)
+        more = (*self.exits_ms, *self.rests_ms, *self.layers_cold_ms, *self.rests_cold_ms)
+        points = (*self.layers_ms, *self.rows_ms, *more)
         if not self.layers_ms or not self.rows_ms or any(not (n >= 1 and 0 < ms < 1e9) for n, ms in points):
             raise PlanError("the profile has a time that is none", _AGAIN)
+        for warm, cold in ((self.layers_ms, self.layers_cold_ms), (self.rests_ms, self.rests_cold_ms)):
+            if cold and [k for k, _ in cold] != [k for k, _ in warm]:
+                raise PlanError("the profile's times after pauses are of other layers", _AGAIN)
+        for layers in ([k for k, _ in self.exits_ms], [k for k, _ in self.rests_ms]):
+            if layers != sorted(set(layers)) or any(k >= self.n_layers for k in layers):
+                raise PlanError("the profile's times are of layers that there are not", _AGAIN)
         for counts in ([n for n, _ in self.layers_ms], [n for n, _ in self.rows_ms]):
             if counts != sorted(set(counts)) or counts[0] != 1:
                 raise PlanError("the profile's times are not in order", _AGAIN)
@@ -87,19 +94,29 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         pauses, times = zip((0.0, 1.0), *self.apart, strict=True)
         return float(np.interp(pause_ms, pauses, times))
 
-    def device(self, held: int, slower: float = 1.0) -> DeviceFigures:
-        """It as a device that holds so many layers, whose tokens take so many times as long."""
-        layers = tuple((k, slower * ms) for k, ms in self.layers_ms)
-        times = layers, slower * self.head_ms, layers[-1][1] / self.n_layers, self.prefill_row_ms
-        return DeviceFigures(held, self.n_layers, *times, CODEC_MS)
+    def device(self, held: int, pause_ms: float = 0.0) -> DeviceFigures:
+        """It as a device that holds so many layers, after a pause before each token."""
+        layers = self._after(self.layers_ms, self.layers_cold_ms, pause_ms)
+        times = layers, self.slower(pause_ms) * self.head_ms, layers[-1][1] / self.n_layers, self.prefill_row_ms
+        return DeviceFigures(held, self.n_layers, *times, CODEC_MS, self.exits_ms)
 
-    def cloud(self, times: float = 1.0, slower: float = 1.0) -> CloudFigures:
-        """It as a cloud, so many times as fast, where a step of one row takes so many times as long; one of more takes
-        as much longer, as weights are read once for all of them.
+    def cloud(self, times: float = 1.0, pause_ms: float = 0.0) -> CloudFigures:
+        """It as a cloud, so many times as fast, after a pause before each step; one of several rows takes as much
+        longer as one of one does, as weights are read once for all of them.
         """
+        slower = self.slower(pause_ms)
         more_ms = (slower - 1.0) * self.rows_ms[0][1]
         rows = tuple((n, (ms + more_ms) / times) for n, ms in self.rows_ms)
-        return CloudFigures(self.n_layers, rows, slower * self.head_ms / times, self.prefill_row_ms / times)
+        rests = tuple((k, ms / times) for k, ms in self._after(self.rests_ms, self.rests_cold_ms, pause_ms))
+        fixed = slower * self.head_ms / times, self.prefill_row_ms / times
+        return CloudFigures(self.n_layers, rows, *fixed, rests_ms=rests)
+
+    def _after(self, warm: Points, cold: Points, pause_ms: float) -> Points:
+        """Times after a pause."""
+        if not cold:
+            return tuple((k, self.slower(pause_ms) * ms) for k, ms in warm)
+        share = min(1.0, pause_ms / SOON_MS)
+        return tuple((k, a + share * max(0.0, b - a)) for (k, a), (_, b) in zip(warm, cold, strict=True))
 
     @classmethod
     def of_cloud(cls, bundle: Bundle, served: Served) -> DecoderProfile:
@@ -127,78 +144,3 @@ def load_decoder_profile(path: Path) -> DecoderProfile:
         PlanError: it cannot be read, holds none, or one of another version.
     """
     return load(path, DecoderProfile, "profile of a language model", _AGAIN)
-
-
-def measure(
-    bundle: Bundle,
-    threads: int,
-    machine: str,
-    processor: str,
-    seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], None] = time.sleep,
-) -> DecoderProfile:
-    """Times a model here, for about so many seconds in all.
-
-    Raises:
-        EngineError: nothing runs it here.
-        BundleError: a file is absent or damaged.
-    """
-    n_layers = bundle.config.n_layers
-    part = open_part(bundle, 0, n_layers, threads=threads, kv=KvConfig("f16", 1024))
-    depths = sorted(
-        {1, n_layers // 4, n_layers // 2, 3 * n_layers // 4, n_layers, *(one.layer for one in bundle.exits)}
-    )
-    depths = [depth for depth in depths if depth >= 1]
-    each_s = seconds / (len(depths) + len(ROWS) + len(PAUSES_MS) + 1)
-    chance = random.Random(0)  # tokens of one kind would all go to the same experts
-    said = [chance.randrange(bundle.config.vocab_size) for _ in range(PROMPT + max(CHUNK, *ROWS))]
-
-    def step_ms(count: int, leave: int | None, want: Want, pause_ms: float = 0.0) -> float:
-        sequence = part.open()
-        try:
-            part.step(Rows().tokens(sequence, 0, said[:PROMPT], want=Want.NONE))
-            took, began = list[float](), clock()
-            while len(took) < WARM + LEAST or clock() - began < each_s:
-                if pause_ms:
-                    sleep(pause_ms * 1e-3)
-                start = clock()
-                more = said[PROMPT : PROMPT + count]
-                rows = Rows().tokens(sequence, PROMPT, more, leave=leave, want=want, want_all=want is not Want.NONE)
-                part.step(rows)
-                took.append((clock() - start) * 1e3)
-                sequence.truncate(PROMPT)
-            return statistics.median(took[WARM:])
-        finally:
-            sequence.close()
-
-    try:
-        layers_ms = tuple((depth, step_ms(1, depth, Want.HIDDEN)) for depth in depths)
-        rows_ms = tuple((count, step_ms(count, None, Want.SAMPLE)) for count in ROWS)
-        prefill_row_ms = step_ms(CHUNK, None, Want.NONE) / CHUNK
-        alone_ms = rows_ms[0][1]
-        apart = tuple((pause, max(1.0, step_ms(1, None, Want.SAMPLE, pause) / alone_ms)) for pause in PAUSES_MS)
-        manifest = bundle.manifest
-        return DecoderProfile(
-            manifest.model_id,
-            manifest.name,
-            part.numerics.id,
-            machine,
-            processor,
-            threads,
-            _rising(layers_ms),
-            _rising(rows_ms),
-            prefill_row_ms,
-            _rising(apart),
-        )
-    finally:
-        part.close()
-
-
-def _rising(points: Points) -> Points:
-    """Times that do not fall where more is computed, or after longer pauses, as noise may have it."""
-    found, least = list[tuple[int, float]](), 0.0
-    for count, ms in points:
-        least = max(least, ms)
-        found.append((count, least))
-    return tuple(found)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from isthmus.apps.bench.facts import Answer, ExitFacts, draft_figures, guessed
 from isthmus.edge.exit import GAMBLE
@@ -13,6 +14,8 @@ from isthmus.edge.pace import GUESSES, LIKELY, ROW_SHARE
 from isthmus.edge.priors import LENGTHS
 from isthmus.engine.threshold import least
 from isthmus.split.exit_run import ExitRun
+
+Slower = Callable[[float], float]
 
 
 class Foreseen:
@@ -26,7 +29,7 @@ class Foreseen:
         self.answers = tuple(answers)
         self._beginnings: dict[int, Foreseen] = {}
         self._drafts: dict[int, DraftFigures] = {}  # by the exit's layer, 0 for n-grams
-        self._exits: dict[tuple[int, float, float, int], tuple[float, float, float]] = {}
+        self._exits: dict[tuple[int, float, float, int], list[Said]] = {}
 
     @property
     def prompt(self) -> int:
@@ -51,44 +54,60 @@ class Foreseen:
                 self._drafts[one.layer] = draft_figures(self.answers, one.layer, one.draft_ms, LENGTHS)
         return tuple(replace(self._drafts[one.layer], draft_ms=one.draft_ms) for one in believed)
 
-    def exit(self, believed: ExitFigures, pass_ms: float, answer_ms: float, word_ms: float) -> ExitFigures:
+    def exit(
+        self, believed: ExitFigures, pass_ms: float, answer_ms: float, word_ms: float, slower: Slower
+    ) -> ExitFigures:
         """An exit that priors tell of, with how often it is sure, asks and says something.
 
         Args:
             pass_ms: of the cloud, for one row.
             answer_ms: from question to answer, in the mean.
             word_ms: of the device, for what the exit says.
+            slower: how many times as long a word takes after a pause of so many ms.
         """
         floor = max(LIKELY, (word_ms + ROW_SHARE * pass_ms) / max(answer_ms, 1e-3))  # as `Pace.even`
-        key = believed.layer, believed.threshold, floor, int(answer_ms / max(word_ms, 1e-3))
+        ahead = int(answer_ms / max(word_ms, 1e-3))
+        key = believed.layer, believed.threshold, floor, ahead
         if key not in self._exits:
-            self._exits[key] = self._counted(*key)
-        unsure, asked, words = self._exits[key]
+            facts = [answer.exits[believed.layer] for answer in self.answers]
+            self._exits[key] = [said(fact, believed.threshold, floor, ahead) for fact in facts]
+        tokens = sum(answer.tokens for answer in self.answers)
+        unsure, asked, idle, words = (sum(counts) / tokens for counts in zip(*self._exits[key], strict=True))
+        short_ms = answer_ms - ahead * word_ms if ahead else answer_ms
+        words += idle * (slower(answer_ms) - 1.0) + (asked - idle) * (slower(short_ms) - 1.0)
         return replace(believed, unsure=unsure, guessed=max(0.0, unsure - asked), counted=(asked, words))
 
-    def _counted(self, layer: int, threshold: float, floor: float, ahead: int) -> tuple[float, float, float]:
-        """Of all tokens those that an exit is not sure of, those that are asked about, and what it says for each."""
-        tokens = sum(answer.tokens for answer in self.answers)
-        facts = [answer.exits[layer] for answer in self.answers]
-        unsure = sum(sure < least(threshold) for fact in facts for sure in fact.confidence)
-        asked, words = zip(*(said(fact, threshold, floor, ahead) for fact in facts), strict=True)
-        return unsure / tokens, sum(asked) / tokens, sum(words) / tokens
+
+class Said(NamedTuple):
+    """Along an answer.
+
+    Attributes:
+        unsure: tokens that an exit is not sure of.
+        asked: questions to the cloud.
+        idle: those of them in whose time nothing more is said.
+        words: what the exit says while nothing else is waited for.
+    """
+
+    unsure: int
+    asked: int
+    idle: int
+    words: int
 
 
-def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> tuple[int, int]:
-    """Questions to the cloud along an answer, and what the exit says while nothing else is waited for.
+def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> Said:
+    """What an exit says and asks along an answer.
 
     By the rules by which `edge.exit` guesses, says more while it waits, and need not say again what came true. What an
     exit would say after a wrong guess is not known: there it is as sure as it is along the answer.
 
     Args:
         floor: the probability that all guesses are right below which it asks.
-        ahead: what it can say in the time of an answer.
+        ahead: words that it has time for until an answer comes.
     """
     count = len(facts.confidence)
     sure = [confidence >= least(threshold) for confidence in facts.confidence]
     stands = [right or firm for right, firm in zip(facts.right, sure, strict=True)]
-    at = known = asked = words = 0  # what comes before `known` was said, behind what stands
+    at = known = asked = idle = words = 0  # what comes before `known` was said, behind what stands
     while at < count:
         words, known = words + (at >= known), max(known, at + 1)
         if sure[at]:
@@ -101,13 +120,13 @@ def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> tuple[
             words += end >= known or not true
             known = max(known, end + 1) if true else known
             odds *= 1.0 if sure[end] else facts.confidence[end]
-        asked += 1
+        asked, idle = asked + 1, idle + (odds < GAMBLE)
         wrong = next((i for i in range(at, end + 1) if not stands[i]), end + 1)
         if odds >= GAMBLE and wrong > end:
             on = next((i for i in range(end + 1, count) if not stands[i]), count - 1)
             known = max(known, min(end + ahead, on) + 1)
         at = min(wrong, end) + 1
-    return asked, words
+    return Said(count - sum(sure), asked, idle, words)
 
 
 def foreseen(run: ExitRun, prompts: list[str], name: str = "foreseen") -> Foreseen:

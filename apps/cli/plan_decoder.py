@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-    from isthmus.apps.cli.decoder_plan import DecoderPlan, Way
+    from isthmus.apps.cli.decoder_plan import DecoderPlan
     from isthmus.apps.cli.decoder_profile import DecoderProfile
+    from isthmus.apps.cli.decoder_ways import Way
     from isthmus.split.bundle import Bundle
 
 SHOWN = 3  # ways of a mode; all stand in the file
@@ -26,8 +27,9 @@ def plan_decoder(ctx: typer.Context) -> None:
 
     from isthmus.apps.bench.machine import read_machine
     from isthmus.apps.bench.plot import check_drawing
-    from isthmus.apps.cli.decoder_plan import Answer, check, plan, priced
+    from isthmus.apps.cli.decoder_plan import check, plan
     from isthmus.apps.cli.decoder_profile import load_decoder_profile
+    from isthmus.apps.cli.decoder_ways import Answer, priced
     from isthmus.apps.cli.exit_work import working
     from isthmus.apps.cli.foreseen import foreseen
     from isthmus.apps.cli.given import given_options

@@ -124,7 +124,7 @@ def measured_decoder(bundle: Bundle, threads: int, seconds: float) -> DecoderPro
         EngineError: nothing runs it here.
     """
     from isthmus.apps.bench.machine import read_machine
-    from isthmus.apps.cli.decoder_profile import measure
+    from isthmus.apps.cli.decoder_measure import measure
 
     machine = read_machine()
     return measure(bundle, threads, machine.system, machine.processor, 2 * seconds)

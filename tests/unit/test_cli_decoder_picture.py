@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from isthmus.apps.cli.decoder_picture import crossing, draw
-from isthmus.apps.cli.decoder_plan import Answer, Way, plan, priced
+from isthmus.apps.cli.decoder_plan import plan
+from isthmus.apps.cli.decoder_ways import Answer, Way, priced
 from isthmus.split.link import Link
 from tests.decoder_plans import a_profile, write_early
 

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from isthmus.apps.cli.decoder_plan import EXACT, Answer, DecoderPlan, link_figures, plan
-from isthmus.apps.cli.decoder_profile import PAUSES_MS, DecoderProfile, load_decoder_profile, measure
+from isthmus.apps.cli.decoder_measure import PAUSES_MS, measure
+from isthmus.apps.cli.decoder_plan import DecoderPlan, plan
+from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile
+from isthmus.apps.cli.decoder_ways import EXACT, Answer, link_figures
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
 from isthmus.split.link import Link, read_link

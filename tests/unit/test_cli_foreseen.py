@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from isthmus.apps.bench.facts import Answer, ExitFacts
-from isthmus.apps.cli import decoder_plan
+from isthmus.apps.cli import decoder_ways
 from isthmus.apps.cli.decoder_plan import PRIORS, plan
 from isthmus.apps.cli.foreseen import Foreseen, foreseen, said
 from isthmus.edge import priors
@@ -50,7 +50,7 @@ def an_answer(facts: ExitFacts, prompt: int = 10) -> Answer:
     ],
 )
 def test_questions_come_where_guessing_on_is_a_gamble(along: list[tuple[float, bool]], asked: int) -> None:
-    assert said(facts(*along), 0.9, LIKELY, 0)[0] == asked
+    assert said(facts(*along), 0.9, LIKELY, 0).asked == asked
 
 
 @pytest.mark.parametrize(
@@ -69,19 +69,34 @@ def test_questions_come_where_guessing_on_is_a_gamble(along: list[tuple[float, b
     ],
 )
 def test_words_count_that_are_waited_for(along: list[tuple[float, bool]], floor: float, ahead: int, words: int) -> None:
-    assert said(facts(*along), 0.9, floor, ahead)[1] == words
+    assert said(facts(*along), 0.9, floor, ahead).words == words
 
 
 def test_an_exit_is_as_unsure_and_asks_as_often_as_was_counted() -> None:
     found = Foreseen((an_answer(facts((0.95, True), (UNLIKELY, True), (0.6, True), (0.3, True))),))
     believed = ExitFigures(2, 0.9, 0.1, 0.1, 0.05, 43.0)
-    one = found.exit(believed, 1.0, 100.0, 30.0)
+    one = found.exit(believed, 1.0, 100.0, 30.0, as_long)
     assert one.unsure == pytest.approx(0.75)
     assert one.asked(0.5) == pytest.approx(0.5)  # one question for the second token, one for the last two
     assert one.words(0.5) == 0.5  # the last two while the cloud is asked about the second
     assert (one.layer, one.disagreement, one.row_bytes) == (2, 0.05, 43.0)
-    assert found.exit(replace(one, threshold=1.0), 1.0, 100.0, 30.0).unsure == 1.0  # never believed
-    assert found.exit(believed, 1.0, 100.0, 99.0).asked(0.0) == pytest.approx(0.75)  # a guess costs what it spares
+    assert found.exit(replace(one, threshold=1.0), 1.0, 100.0, 30.0, as_long).unsure == 1.0  # never believed
+    assert found.exit(believed, 1.0, 100.0, 99.0, as_long).asked(0.0) == pytest.approx(
+        0.75
+    )  # a guess costs what it spares
+
+
+def as_long(pause_ms: float) -> float:
+    """After any pause a word takes as long as without."""
+    return 1.0
+
+
+def test_words_after_pauses_take_longer() -> None:
+    found = Foreseen((an_answer(facts((0.05, True), (0.95, True), (0.6, True), (0.95, True))),))
+    believed = ExitFigures(2, 0.9, 0.1, 0.1, 0.05, 43.0)
+    pauses = {100.0: 3.0, 10.0: 1.5}  # nothing is said while it asks about the first; three words about the third
+    one = found.exit(believed, 1.0, 100.0, 30.0, pauses.__getitem__)
+    assert one.asked(0.0) == 0.5 and one.words(0.5) == pytest.approx((4 + 2.0 + 0.5) / 4)
 
 
 def test_drafts_bring_what_was_counted(early: Bundle) -> None:
@@ -125,7 +140,7 @@ def test_a_models_own_answers_are_what_is_counted(early: Bundle, tmp_path: Path)
 
 def test_plans_believe_what_was_counted(early: Bundle) -> None:
     profile = a_profile(early.manifest.model_id)
-    link, wanted = read_link("rtt=50,up=5,down=20"), decoder_plan.Answer(disagreement=0.05)
+    link, wanted = read_link("rtt=50,up=5,down=20"), decoder_ways.Answer(disagreement=0.05)
     sure, unsure = (
         Foreseen((an_answer(facts(*[(confidence, right)] * 40)),)) for confidence, right in ((0.99, True), (0.0, False))
     )
