@@ -64,6 +64,7 @@ WAYS: Mapping[str, tuple[dict[str, Any], Callable[[Way], bool]]] = {
     ),
 }
 STARTS_S = tuple(15.0 * at for at in range(8))  # over the synthetic trace, which repeats after 120
+TIMES = ("layers_ms", "rows_ms", "apart", "exits_ms", "rests_ms", "layers_cold_ms", "exits_cold_ms", "rests_cold_ms")
 PROFILE_S, STARTING_S, CALM_S = 6.0, 2.0, 30.0
 COUNTED = 48  # questions along whose answers is counted
 
@@ -141,7 +142,7 @@ def mean(one: DecoderProfile, other: DecoderProfile) -> DecoderProfile:
     """Between two profiles of a machine."""
     pairs = {
         name: tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(getattr(one, name), getattr(other, name), strict=True))
-        for name in ("layers_ms", "rows_ms", "apart", "exits_ms", "rests_ms", "layers_cold_ms", "rests_cold_ms")
+        for name in TIMES
     }
     prefill_ms = (one.prefill_row_ms + other.prefill_row_ms) / 2
     return msgspec.structs.replace(one, **pairs, prefill_row_ms=prefill_ms)

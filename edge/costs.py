@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ from isthmus.edge.figures import (
     Wish,
     between,
 )
-from isthmus.edge.pace import ROW_SHARE
+from isthmus.edge.pace import even
 
 CODED = "coded"  # exit mode's own codec, another one for each exit
 Way = Literal["local", "stream", "split", "exit", "verify"]
@@ -117,13 +118,13 @@ def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candida
     """Every way that these figures know of, priced, those that may not be chosen included.
 
     With k the cut, R the trip, q the questions for each token of an exit that is not always sure
-    (`ExitFigures.asked`), w what it says for each, guesses in vain included (`words`), a the share of drafts that is
-    taken, E the tokens of a round:
+    (`ExitFigures.asked`), n the device's steps for each, guesses in vain included (`steps`), a the share of drafts that
+    is taken, E the tokens of a round:
 
         local       t_device
         stream      max(t_cloud, bytes / downlink)
         split       t(k) + codec + R + t_rest(k)
-        exit        max(w t + q (R + t_rest(k, 1 / q rows)), bytes / uplink), t = t(k) + t_exit + codec
+        exit        max(n t + q (R + t_rest(k, 1 / q rows)), bytes / uplink), t = t(k) + t_exit + codec
         verify      (g t_d + a^g t_row + R + t_v(rows)) / E
         pipelined   a max(t_d, t_v(g) / g) + (1 - a) (R + t_v(g) + t_d (g + 2) / 2)
 
@@ -206,9 +207,9 @@ class _Priced:
     def exit(self, one: ExitFigures) -> Candidate:
         step, trip = self._device.drafted(one.layer) + self._device.codec_ms, self._trip(one.row_bytes)
         once = self._cloud.rest(one.layer)
-        asked = one.asked((step + ROW_SHARE * once) / max(trip + once, 1e-3))
+        asked = one.asked(even(step, once, trip + once))
         rest = self._cloud.rest(one.layer, 1.0 / max(asked, 1e-2))
-        chain = one.words(asked) * step + asked * (trip + rest)
+        chain = one.steps(asked) * step + asked * (trip + rest)
         on_wire = (one.row_bytes + MESSAGE_BYTES) * 8e3 / self._link.up_bps
         missing = self._standing.hidden_missing if self._standing.exit_missing is None else self._standing.exit_missing
         setup, ms = self._hidden_ms(one.layer, one.row_bytes, missing), max(chain, on_wire)
@@ -282,7 +283,8 @@ class _Priced:
             return "the cloud's model is another one"
         if lost <= self._wish.max_disagreement:
             return ""
-        return f"{100 * lost:.3g} % of tokens may differ (--max-disagreement {lost:.3g} allows it)"
+        allowed = math.ceil(lost * 1e4 - 1e-9) / 1e4
+        return f"{100 * lost:.3g} % of tokens may differ (a max disagreement of {allowed:g} allows that)"
 
     def _check(self, rows: float) -> float:
         low = int(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from isthmus.edge.pace import LIKELY
 from isthmus.protocol.errors import DeviceError
@@ -116,7 +116,9 @@ class CloudFigures:
         if not self.rests_ms:
             return (max(0.0, body - self.head_ms) + more) * share + self.head_ms
         one = self.rows_ms[0][1]
-        return max(0.0, between(((0, one), *self.rests_ms), layer)) + (max(0.0, body - one) + more) * share
+        head = min(self.head_ms, self.rests_ms[-1][1])
+        points = ((0, one), *self.rests_ms, (self.n_layers, head))
+        return between(points, layer) + (max(0.0, body - one) + more) * share
 
     def prefill(self, rows: float, layer: int = 0) -> float:
         """Many rows through layers [layer, n_layers), without logits, in ms."""
@@ -159,6 +161,18 @@ class LinkFigures:
         return 0.8 * self.trip_ms + 0.2 * max(self.trip_ms, self.trip_high_ms)
 
 
+class Expected(NamedTuple):
+    """Of exit mode over one link, for each token.
+
+    Attributes:
+        asked: questions to the cloud.
+        steps: of the device, beside which nothing else is waited for.
+    """
+
+    asked: float
+    steps: float
+
+
 @dataclass(frozen=True, slots=True)
 class ExitFigures:
     """An exit, and what is promised of it.
@@ -170,8 +184,7 @@ class ExitFigures:
         guessed: share of tokens that it guesses right all the same, and goes on from, where guesses cost nothing.
         disagreement: certified bound on the share of tokens that differ from the whole model's.
         row_bytes: of one row of hidden states, as they travel from before it.
-        counted: for each token questions to the cloud, and words of the exit for which nothing else is waited, where
-            both were counted along answers; None for what the shares tell.
+        expected: None for what these shares tell.
     """
 
     layer: int
@@ -180,7 +193,7 @@ class ExitFigures:
     guessed: float
     disagreement: float
     row_bytes: float
-    counted: tuple[float, float] | None = None
+    expected: Expected | None = None
 
     def __post_init__(self) -> None:
         _check_shares(self, "unsure", "guessed", "disagreement")
@@ -191,18 +204,18 @@ class ExitFigures:
         Args:
             even: the probability from which on a guess pays; one that it is not sure of lies below its threshold.
         """
-        if self.counted is not None:
-            return self.counted[0]
+        if self.expected is not None:
+            return self.expected.asked
         made = (self.threshold - max(even, LIKELY)) / max(self.threshold - LIKELY, 1e-3)
         return max(0.0, self.unsure - self.guessed * max(0.0, made))
 
-    def words(self, asked: float) -> float:
-        """What the exit says for each token, guesses in vain included, while nothing else is waited for.
+    def steps(self, asked: float) -> float:
+        """Steps of the device for each token, guesses in vain included, beside which nothing else is waited for.
 
         Args:
             asked: questions for each token.
         """
-        return self.counted[1] if self.counted is not None else 1.0 + IN_VAIN * (self.unsure - asked)
+        return self.expected.steps if self.expected is not None else 1.0 + IN_VAIN * (self.unsure - asked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,9 +262,8 @@ class GraphDevice:
         try:
             if cloud is not None and not here:
                 self._meet(cloud)
-                before = cloud.bytes[0]
-                one.request, one.welcomes = cloud.ask(one.known, depth * self._patience_ms), cloud.welcomes
-                one.stats.bytes_up += cloud.bytes[0] - before
+                one.request, size = cloud.ask(one.known, depth * self._patience_ms)
+                one.stats.bytes_up, one.welcomes = one.stats.bytes_up + size, cloud.welcomes
                 one.asked_s = one.asked_s or self._clock()
                 cloud.awaits(one.request)
                 cloud.wire.probe()
@@ -275,35 +274,38 @@ class GraphDevice:
 
     def _came(self, one: _UnderWay) -> bool:
         """Whether nothing is waited for."""
-        return self._cloud is None or self._cloud.came(one.request) or not one.request
+        try:
+            return self._cloud is None or self._cloud.came(one.request) or not one.request
+        except LinkError:
+            return True  # who ends it finds what is wrong
 
     def _ended(self, one: _UnderWay, depth: int) -> tuple[dict[str, Array], GraphStats]:
         """All that is known of an input in the end."""
         cloud = self._cloud
         while one.request and cloud is not None:
-            now, (news, size) = self._clock(), cloud.news(one.request)
-            one.stats.bytes_down += size
+            now, news = self._clock(), cloud.news(one.request)
             until = one.asked_s + depth * self._patience_ms * 1e-3
             try:
                 if isinstance(news, Inferred):
+                    one.stats.bytes_down += len(news.data)
                     one.known |= cloud.taken(news, one.stats)
                     break
                 if isinstance(news, Fault) and news.code is not Code.BUSY:
                     raise ServiceError(f"{cloud.where} refused: {news.problem}", news.remedy)
                 if now >= until or self._gone(cloud, one.began_s):
                     raise cloud.wire.failure or LinkError(f"{cloud.where} did not answer in time", "check the link")
+                if isinstance(news, Fault):  # it is busy: later
+                    cloud.receive(min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
+                elif one.welcomes == cloud.welcomes:
+                    cloud.receive(min(until - now, 0.25))
+                    continue
             except (LinkError, ServiceError) as error:
                 self._alone(one.stats, error)
                 one.known |= self._here(one.known)
                 break
-            if isinstance(news, Fault):  # it is busy: later
-                cloud.receive(min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
-            if isinstance(news, Fault) or one.welcomes < cloud.welcomes:  # what was under way is lost
-                cloud.forget(one.request)
-                one.request = 0
-                self._request(one, depth)
-            elif news is None:
-                cloud.receive(min(until - now, 0.25))
+            cloud.forget(one.request)  # what was under way is lost
+            one.request = 0
+            self._request(one, depth)
         if cloud is not None:
             cloud.forget(one.request)
         one.stats.rest_ms = (self._clock() - one.began_s) * 1e3 - one.stats.device_ms
@@ -328,7 +330,7 @@ class GraphDevice:
                 place = self._pace.usual  # the link has more than it can carry already
             if place == "there":
                 return self._there(cloud, known, stats)
-            request = cloud.ask(known, self._patience_ms) if place == "both" else 0
+            request = cloud.ask(known, self._patience_ms)[0] if place == "both" else 0
         except (LinkError, ServiceError, ProtocolError) as error:
             self._alone(stats, error)
             return self._here(known)
@@ -358,7 +360,7 @@ class GraphDevice:
     def _there(self, cloud: GraphCloud, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
         waits = self._mode == "split" or not self._able
         sent_s = self._clock()  # what coding takes is a part of the cloud's way
-        request = cloud.ask(known, self._patience_ms)
+        request, _ = cloud.ask(known, self._patience_ms)
         until = sent_s + self._patience_ms * 1e-3
         cloud.wire.probe()
         while (now := self._clock()) < until:
@@ -372,7 +374,7 @@ class GraphDevice:
                     raise ServiceError(f"{cloud.where} refused: {news.problem}", news.remedy)
                 cloud.heard(0, min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
             if isinstance(news, Welcome | Fault):
-                request = cloud.ask(known, self._patience_ms)
+                request, _ = cloud.ask(known, self._patience_ms)
             elif self._gone(cloud, sent_s):
                 break
         problem = f"{cloud.where} did not answer in time"

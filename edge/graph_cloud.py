@@ -20,8 +20,10 @@ class GraphCloud:
 
     Args:
         opening: has connected.
+        manifest: of the network's bundle.
         codec: in which what travels is sent, "" for as it is.
         slow_down: of the device that codes it.
+        clock: seconds, monotonic.
 
     Attributes:
         wire: the connection.
@@ -43,7 +45,7 @@ class GraphCloud:
         self._welcome = self.wire.welcome
         self._asked = 0
         self._awaited = set[int]()
-        self._news = dict[int, tuple[Inferred | Fault, int]]()  # with its bytes
+        self._news = dict[int, Inferred | Fault]()
 
     @property
     def bytes(self) -> tuple[int, int]:
@@ -53,8 +55,11 @@ class GraphCloud:
     def meet(self, waits_ms: float) -> None:
         """Has the cloud's Welcome, and is up.
 
+        Args:
+            waits_ms: how long it is waited for.
+
         Raises:
-            LinkError: it does not answer in that time.
+            LinkError: it does not answer in that time, or refuses this device.
             ServiceError: it serves other networks.
         """
         if self._absent is not None:
@@ -73,15 +78,15 @@ class GraphCloud:
             names = ", ".join(offer.name for offer in graphs) or "no network"
             raise ServiceError(f"{self.where} serves {names}, not this bundle", "serve the same bundle there")
 
-    def ask(self, known: Mapping[str, Array], patience_ms: float) -> int:
-        """Sends a request for the rest, which has met its cloud; gives the request's number.
+    def ask(self, known: Mapping[str, Array], patience_ms: float) -> tuple[int, int]:
+        """Sends a request for the rest, which has met its cloud; gives the request's number, and its arrays' bytes.
 
         Args:
             known: what has been computed so far, by name.
             patience_ms: after which nobody waits for the answer.
 
         Raises:
-            LinkError: it is more than the cloud takes at once.
+            LinkError, ProtocolError: it is more than the cloud takes at once.
         """
         self._asked += 1
         began = time.perf_counter()
@@ -95,10 +100,14 @@ class GraphCloud:
             raise LinkError(problem, "cut the network where less travels, or give it a smaller input")
         self.late, self.asked_s = self._asked, self._clock()
         self.wire.send(Infer(self._asked, self._manifest.model_id, shapes, data, math.ceil(patience_ms)))
-        return self._asked
+        return self._asked, len(data)
 
     def heard(self, request: int, wait_s: float) -> Inferred | Fault | Welcome | None:
-        """What comes in that time about a request, or a Welcome that says that it has to be asked again."""
+        """What comes in that time about a request, or a Welcome that says that it has to be asked again.
+
+        Raises:
+            LinkError: as `receive`.
+        """
         until = self._clock() + wait_s
         while True:
             message = self.receive(until - self._clock())
@@ -112,16 +121,24 @@ class GraphCloud:
                 return None
 
     def receive(self, wait_s: float) -> Message | None:
-        """One message, if one comes in that time."""
-        before = self.wire.bytes_down
-        message = self.wire.receive(max(0.0, wait_s) * 1e3)
+        """One message, if one comes in that time.
+
+        Raises:
+            LinkError: the cloud refuses this device, or speaks nonsense.
+        """
+        try:
+            message = self.wire.receive(max(0.0, wait_s) * 1e3)
+        except LinkError:
+            raise
+        except ProtocolError as error:
+            raise LinkError(f"{self.where} answers nonsense: {error.problem}", error.remedy) from error
         if isinstance(message, Welcome):
             self._welcome, self.late = message, 0  # what was under way is lost
             self.welcomes += 1
         elif isinstance(message, Inferred | Fault):
             self.late = 0 if message.request == self.late else self.late
             if message.request in self._awaited:
-                self._news[message.request] = message, self.wire.bytes_down - before
+                self._news.setdefault(message.request, message)
         return message
 
     def taken(self, news: Inferred, stats: GraphStats) -> dict[str, Array]:
@@ -151,14 +168,18 @@ class GraphCloud:
         self._awaited.add(request)
 
     def came(self, request: int) -> bool:
-        """Whether something has come about it."""
+        """Whether something has come about it.
+
+        Raises:
+            LinkError: as `receive`.
+        """
         while self.receive(0.0) is not None:
             pass
         return request in self._news
 
-    def news(self, request: int) -> tuple[Inferred | Fault | None, int]:
-        """What came about it, and its bytes; None and 0 as long as nothing has. Gives it once."""
-        return self._news.pop(request, (None, 0))
+    def news(self, request: int) -> Inferred | Fault | None:
+        """What came about it first, given once; None as long as nothing has."""
+        return self._news.pop(request, None)
 
     def forget(self, request: int | None = None) -> None:
         """Keeps nothing more about a request; None is for all."""

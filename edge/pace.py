@@ -97,7 +97,7 @@ class Pace:
         saves a trip and a pass. 0 until that is known.
         """
         saved_s = self.answer_s()
-        return (self.draft_s + ROW_SHARE * self._pass_s) / saved_s if saved_s else 0.0
+        return even(self.draft_s, self._pass_s, saved_s) if saved_s else 0.0
 
     def odds(self, guesses: int, sure: float | None = None) -> float:
         """Probability that so many guesses are all right, as far as acceptance tells, and who made them.
@@ -110,6 +110,15 @@ class Pace:
 
     def _check_s(self, rows: int) -> float:
         return self._pass_s * (1 + ROW_SHARE * (rows - 1))
+
+
+def even(draft: float, check: float, answer: float) -> float:
+    """With which probability a further draft must be right to pay.
+
+    Args:
+        draft, check, answer: what a draft, a pass of one row, and an answer take, in the same unit.
+    """
+    return (draft + ROW_SHARE * check) / max(answer, 1e-9)
 
 
 def guessing_pace(guesses: int = GUESSES) -> Pace:

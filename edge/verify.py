@@ -83,7 +83,7 @@ class VerifyRunner:
         source: of the token given last: "verified" was drafted here, "cloud" is the cloud's own.
         by_model: whether a model on this device drafts.
         drafted, accepted: guesses that were checked, and that were right.
-        drafts, drafting_s: guesses that were made, and the time that took.
+        drafts, drafting_s: guesses that were made, each counted once, and the time that took.
     """
 
     source: Source = "cloud"
@@ -114,14 +114,14 @@ class VerifyRunner:
         while True:
             try:
                 if not self._running:
+                    if self._ready:
+                        break
                     self._begin()
+                self._hear(wait=False)  # all that has come, before any more is drafted
                 sent = self._ask(goal)
                 if self._ready:
                     break
-                while (news := self._link.verdict(self._lane, wait=not sent)) is not None:
-                    self._early[news.position], sent = news, True  # all that have come, before any more is drafted
-                while self._flight and (news := self._early.pop(self._flight[0].position, None)):
-                    self._learn(news)
+                self._hear(wait=not sent)
             except Restart:
                 self._land()
                 self._running = False
@@ -139,14 +139,14 @@ class VerifyRunner:
     def stop(self) -> None:
         """See `Runner`."""
         self._drafts.truncate(min(len(self._drafts), len(self._log)))
-        self._link.cancel(self._lane)
         self._land()
+        self._ready.clear()
         self._running = False
+        self._link.cancel(self._lane)
 
     def _begin(self) -> None:
         """Sends what the cloud lacks of the log, and asks for the token after it."""
         log, lane = self._log, self._lane
-        self._ready.clear()
         at = self._link.align(lane, len(log) - 1)
         self._found = at if self._found is None else self._found
         self._flight.append(_Block(at, len(log), len(log), time.perf_counter()))
@@ -193,6 +193,14 @@ class VerifyRunner:
         self._sent = len(told)
         return True
 
+    def _hear(self, *, wait: bool) -> None:
+        """Learns of all that has come; where there is nothing, waits for the next if it is asked to."""
+        while (news := self._link.verdict(self._lane, wait=wait)) is not None:
+            wait = False
+            self._early[news.position] = news
+            while self._flight and (first := self._early.pop(self._flight[0].position, None)):
+                self._learn(first)
+
     def _learn(self, news: Answered | Verified) -> None:
         block = self._flight.popleft()
         told, token = self._told, news.tokens[0] if isinstance(news, Answered) else news.token
@@ -235,27 +243,25 @@ class VerifyRunner:
         """
         if most <= 0 or self._spent:
             return []
+        drafts, began = self._drafts, time.perf_counter()
+        known = drafts.pending if isinstance(drafts, ModelDrafts) else 0
+        made = 0
         try:
-            if isinstance(self._drafts, ModelDrafts) and self._flight:
-                for count in range(self._drafts.pending + 1, most):
-                    self._drafted(count)
+            if isinstance(drafts, ModelDrafts) and self._flight:
+                for count in range(known + 1, most + 1):
+                    made = len(drafts.draft(count)) - known
                     if self._link.look():
                         return None
-            return self._before_eos(self._drafted(most))
+            guesses = drafts.draft(most)
+            made = max(0, len(guesses) - known)
+            self._pace.drafted(made, time.perf_counter() - began)
+            return self._before_eos(guesses)
         except (DeviceError, OutOfBlocks):
             self._spent = True
             return []
-
-    def _drafted(self, count: int) -> list[int]:
-        """So many guesses, of which those that are new are counted."""
-        known = self._drafts.pending if isinstance(self._drafts, ModelDrafts) else 0
-        began = time.perf_counter()
-        guesses = self._drafts.draft(count)
-        made, took_s = max(0, len(guesses) - known), time.perf_counter() - began
-        self._pace.drafted(made, took_s)
-        self.drafts += made
-        self.drafting_s += took_s
-        return guesses
+        finally:
+            self.drafts += made
+            self.drafting_s += time.perf_counter() - began
 
     def _before_eos(self, guesses: list[int]) -> list[int]:
         """Nothing follows the end: the model's own word on it is the answer to the token before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from isthmus.engine.affinity import use_threads
 from isthmus.engine.onnx_session import onnxruntime
 from isthmus.engine.slow import check_slow_down
+from isthmus.engine.watchdog import WATCHDOG
 from isthmus.protocol.errors import EngineError, first_line
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -59,10 +59,7 @@ class GraphPart:
             raise EngineError(f"the input {absent[0]!r} is absent", f"give {', '.join(self.inputs)}")
         names = list(self.outputs if wanted is None else wanted)
         began, run = time.perf_counter(), self._new_run()
-        watchdog = threading.Timer(self._limit_s, setattr, (run, "terminate", True)) if self._limit_s else None
-        if watchdog is not None:
-            watchdog.daemon = True
-            watchdog.start()
+        watched = WATCHDOG.begin(run, self._limit_s) if self._limit_s else 0
         try:
             found: list[Any] = self._session.run(names, {name: arrays[name] for name in self.inputs}, run)
         except Exception as error:
@@ -71,8 +68,8 @@ class GraphPart:
                 raise EngineError(problem, "give it less to compute") from error
             raise EngineError(f"{self._path.name} cannot be run on that: {first_line(error)}", _SHAPES) from error
         finally:
-            if watchdog is not None:
-                watchdog.cancel()
+            if watched:
+                WATCHDOG.end(watched)
         for name, value in zip(names, found, strict=True):
             if not isinstance(value, np.ndarray) or value.dtype.hasobject:
                 raise EngineError(f"{self._path.name} gives {name!r}, which is no array of numbers", _SHAPES)

@@ -352,7 +352,9 @@ class OnnxPart:
         key = (enter, leave, window)
         if key not in self._sessions:
             while len(self._sessions) >= SESSIONS:
-                self._sessions.popitem(last=False)
+                _, gone = self._sessions.popitem(last=False)
+                for sequence in self._sequences:  # whose bindings would keep its weights
+                    sequence.bindings = {at: one for at, one in sequence.bindings.items() if one[0] is not gone}
             self._sessions[key] = self._session(lambda builder: builder.layers(enter, leave, window))
         self._sessions.move_to_end(key)
         return self._sessions[key]

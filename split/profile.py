@@ -131,8 +131,8 @@ def load(path: Path, kind: type[Kept], called: str, again: str) -> Kept:
     except msgspec.DecodeError as error:
         if isinstance(error.__cause__, PlanError):
             raise PlanError(f"{path}: {error.__cause__.problem}", error.__cause__.remedy) from error
-        other = _format(data)
-        if other.startswith("isthmus-"):
+        other, own = _format(data), next(one.default for one in msgspec.structs.fields(kind) if one.name == "format")
+        if other.startswith("isthmus-") and other != own:
             raise PlanError(f"{path} is no {called}, but an {other}", again) from error
         raise PlanError(f"{path} is no {called}: {error}", again) from error
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.apps.cli.decoder_profile import COLD_MS, DecoderProfile
 from isthmus.edge.figures import Points
@@ -21,6 +22,7 @@ PAUSES_MS = (3, 10, 30)  # as those in which one side waits for the other
 PROMPT, CHUNK = 128, 64  # rows that are held while steps are timed, and of a prompt's step
 WARM, LEAST = 2, 8  # steps that are not counted, and that are
 LEAST_MS = 1e-3  # of an exit
+STATES = 16  # that the rest of a model is timed with
 KV = KvConfig("f16", 1024)
 
 
@@ -33,23 +35,35 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DecoderProfile:
-    """Times a model here, for about so many seconds in all.
+    """Times a model here.
+
+    Args:
+        threads: of the engine.
+        machine, processor: in words, for the profile.
+        seconds: that it takes, about.
+        clock, sleep: seconds.
 
     Raises:
         EngineError: nothing runs it here.
-        BundleError: a file is absent or damaged.
+        BundleError: a file of the model or of an exit is absent or damaged.
     """
     n_layers = bundle.config.n_layers
     exits = sorted(one.layer for one in bundle.exits if bundle.holds(one.file))
     cuts = sorted({1, n_layers // 4, n_layers // 2, 3 * n_layers // 4, *exits} - {0, n_layers})
     depths = (*cuts, n_layers)
-    each_s = seconds / (2 * (len(depths) + len(cuts)) + len(ROWS) + 1 + len(PAUSES_MS) + len(exits))
+    each_s = seconds / (2 * (len(depths) + len(exits) + len(cuts)) + len(ROWS) + 1 + len(PAUSES_MS))
     with ExitStack() as opened:
         part = opened.enter_context(closing(open_part(bundle, 0, n_layers, threads=threads, kv=KV)))
         one = opened.enter_context(_Timed(bundle, part, threads, each_s, clock, sleep))
-        layers_ms = _rising([(depth, one.layers_ms(depth)) for depth in depths])
         rows_ms = _rising([(count, one.rows_ms(count)) for count in ROWS])
-        through, token_ms = dict(layers_ms), rows_ms[0][1]
+        warm, cold = (
+            (
+                layers := _rising([(depth, one.layers_ms(depth, pause_ms)) for depth in depths]),
+                tuple((at, max(LEAST_MS, one.drafted_ms(at, pause_ms) - dict(layers)[at])) for at in exits),
+                _falling([(layer, one.rest_ms(layer, pause_ms)) for layer in cuts]),
+            )
+            for pause_ms in (0.0, COLD_MS)
+        )
         return DecoderProfile(
             bundle.manifest.model_id,
             bundle.manifest.name,
@@ -57,19 +71,17 @@ def measure(
             machine,
             processor,
             threads,
-            layers_ms,
+            warm[0],
             rows_ms,
             one.prompt_ms() / CHUNK,
-            _rising([(pause, max(1.0, one.rows_ms(1, pause) / token_ms)) for pause in PAUSES_MS]),
-            tuple((layer, max(LEAST_MS, one.word_ms(layer) - through[layer])) for layer in exits),
-            tuple((layer, one.rest_ms(layer)) for layer in cuts),
-            _rising([(depth, one.layers_ms(depth, COLD_MS)) for depth in depths]),
-            tuple((layer, one.rest_ms(layer, COLD_MS)) for layer in cuts),
+            _rising([(pause, max(1.0, one.rows_ms(1, pause) / rows_ms[0][1])) for pause in PAUSES_MS]),
+            *warm[1:],
+            *cold,
         )
 
 
 class _Timed:
-    """Steps behind a prompt, each done again and again; medians in ms.
+    """Steps behind a prompt, each done again and again with other tokens; medians in ms.
 
     Args:
         each_s: for each kind of step.
@@ -86,11 +98,9 @@ class _Timed:
     ) -> None:
         self._bundle, self._part, self._threads, self._each_s = bundle, part, threads, each_s
         self._clock, self._sleep = clock, sleep
-        chance = random.Random(0)  # tokens of one kind would all go to the same experts
-        self._said = [chance.randrange(bundle.config.vocab_size) for _ in range(PROMPT + max(CHUNK, *ROWS))]
-        self._states = np.random.default_rng(0).standard_normal((PROMPT, bundle.config.d_model)).astype(np.float32)
+        self._chance, self._most = random.Random(0), bundle.config.vocab_size
         self._sequence = part.open()
-        part.step(Rows().tokens(self._sequence, 0, self._said[:PROMPT], want=Want.NONE))
+        part.step(Rows().tokens(self._sequence, 0, self._said(PROMPT), want=Want.NONE))
 
     def __enter__(self) -> _Timed:
         return self
@@ -100,49 +110,64 @@ class _Timed:
 
     def layers_ms(self, depth: int, pause_ms: float = 0.0) -> float:
         """Of one token through layers [0, depth), after a pause."""
-        return self._ms(lambda: self._tokens(1, depth, Want.HIDDEN), pause_ms)
+        return self._ms(lambda said: self._tokens(said, depth, Want.HIDDEN), 1, pause_ms)
 
     def rows_ms(self, count: int, pause_ms: float = 0.0) -> float:
         """Of the whole model for so many tokens, after a pause."""
-        return self._ms(lambda: self._tokens(count, None, Want.SAMPLE), pause_ms)
+        return self._ms(lambda said: self._tokens(said, None, Want.SAMPLE), count, pause_ms)
 
     def prompt_ms(self) -> float:
         """Of `CHUNK` tokens of a prompt."""
-        return self._ms(lambda: self._tokens(CHUNK, None, Want.NONE))
+        return self._ms(lambda said: self._tokens(said, None, Want.NONE), CHUNK)
 
     def rest_ms(self, layer: int, pause_ms: float = 0.0) -> float:
         """Of one token through layers [layer, all) and the output head, after a pause."""
+        states = [self._states([said], layer) for said in self._said(STATES)]
+        self._sequence.truncate(PROMPT)
+        return self._ms(
+            lambda said: self._part.step(
+                Rows().hidden(self._sequence, PROMPT, states[said[0] % STATES], enter=layer, want=Want.SAMPLE)
+            ),
+            1,
+            pause_ms,
+        )
 
-        def rest() -> None:
-            self._part.step(Rows().hidden(self._sequence, PROMPT, self._states[:1], enter=layer))
-
-        return self._ms(rest, pause_ms)
-
-    def word_ms(self, layer: int) -> float:
-        """Of one token through layers [0, layer) and the exit there."""
+    def drafted_ms(self, layer: int, pause_ms: float = 0.0) -> float:
+        """Of one token through layers [0, layer) and the exit there, after a pause."""
         head = open_part(self._bundle.exit(layer), layer, layer + 1, threads=self._threads, kv=KV)
         with closing(head), closing(head.open()) as sequence:
-            head.step(Rows().hidden(sequence, 0, self._states, enter=layer, want=Want.NONE))
+            states = self._states(self._said(PROMPT), layer)
+            head.step(Rows().hidden(sequence, 0, states, enter=layer, want=Want.NONE))
 
-            def word() -> None:
-                hidden = self._tokens(1, layer, Want.HIDDEN).hidden
-                head.step(Rows().hidden(sequence, PROMPT, hidden, enter=layer, want=Want.SAMPLE | Want.CONFIDENCE))
+            def drafted(said: list[int]) -> None:
+                hidden, want = self._tokens(said, layer, Want.HIDDEN).hidden, Want.SAMPLE | Want.CONFIDENCE
+                head.step(Rows().hidden(sequence, PROMPT, hidden, enter=layer, want=want))
                 sequence.truncate(PROMPT)
 
-            return self._ms(word)
+            return self._ms(drafted, 1, pause_ms)
 
-    def _tokens(self, count: int, leave: int | None, want: Want) -> StepResult:
-        said = self._said[PROMPT : PROMPT + count]
+    def _said(self, count: int) -> list[int]:
+        """Tokens of many kinds, which go to many experts."""
+        return [self._chance.randrange(self._most) for _ in range(count)]
+
+    def _states(self, said: list[int], layer: int) -> NDArray[np.float32]:
+        """Of tokens behind the prompt before a layer: [n, d_model] f32."""
+        self._sequence.truncate(PROMPT)
+        return self._tokens(said, layer, Want.HIDDEN).hidden
+
+    def _tokens(self, said: list[int], leave: int | None, want: Want) -> StepResult:
         rows = Rows().tokens(self._sequence, PROMPT, said, leave=leave, want=want, want_all=want is not Want.NONE)
         return self._part.step(rows)
 
-    def _ms(self, step: Callable[[], object], pause_ms: float = 0.0) -> float:
+    def _ms(self, step: Callable[[list[int]], object], count: int, pause_ms: float = 0.0) -> float:
+        self._sequence.truncate(PROMPT)
         took, began = list[float](), self._clock()
         while len(took) < WARM + LEAST or self._clock() - began < self._each_s:
+            said = self._said(count)
             if pause_ms:
                 self._sleep(pause_ms * 1e-3)
             start = self._clock()
-            step()
+            step(said)
             took.append((self._clock() - start) * 1e3)
             self._sequence.truncate(PROMPT)
         return statistics.median(took[WARM:])
@@ -155,3 +180,9 @@ def _rising(points: Sequence[tuple[int, float]]) -> Points:
         least = max(least, ms)
         found.append((count, least))
     return tuple(found)
+
+
+def _falling(points: Sequence[tuple[int, float]]) -> Points:
+    """Times that do not rise where less is computed."""
+    found = _rising([(-layer, ms) for layer, ms in reversed(points)])
+    return tuple((-layer, ms) for layer, ms in reversed(found))

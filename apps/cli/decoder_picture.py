@@ -67,10 +67,15 @@ def best_times(ways: Sequence[Sequence[Way]]) -> tuple[list[str], Any]:
 
 
 def crossing(priced: Callable[[float], Sequence[Way]], low: float, high: float) -> tuple[float, float]:
-    """Where, between two points, another mode than at the first becomes the fastest; and the ms of an answer there."""
+    """Where, between two points, another mode than at the first becomes the fastest; and the ms of an answer there.
+
+    Args:
+        priced: all ways at a point.
+        low, high: the points, at both of which there is a way that keeps to what was asked for.
+    """
 
     def fastest(at: float) -> tuple[float, str]:
-        return min((way.total_ms, way.mode) for way in priced(at) if not way.fails)
+        return min(((way.total_ms, way.mode) for way in priced(at) if not way.fails), default=(float("inf"), ""))
 
     _, before = fastest(low)
     for _ in range(_HALVINGS):

@@ -17,8 +17,7 @@ from isthmus.split.link import Served
 from isthmus.split.profile import MOST_THREADS, load
 
 VERSION = 1
-COLD_MS = 10.0  # a pause after which caches and clocks are measured
-SOON_MS = 3.0  # by when others of the machine have used the caches
+COLD_MS = 10.0  # the pause after which parts of a model are timed, too
 OF_ITSELF = "the one at the link's other end"  # a processor
 _AGAIN = "measure it again: isthmus profile"
 
@@ -35,7 +34,8 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         prefill_row_ms: of one row of a prompt.
         exits_ms: (k, ms) of the exit before layer k for one token, its output head included.
         rests_ms: (k, ms) of one token through layers [k, all) and the output head, as a cloud computes it.
-        layers_cold_ms, rests_cold_ms: the same as `layers_ms` and `rests_ms` after a pause of `COLD_MS`.
+        layers_cold_ms, exits_cold_ms, rests_cold_ms: the same after a pause of `COLD_MS`; after another one it lies
+            between as far as `apart` does.
         apart: (pause in ms, how many times as long a token takes after it), as caches and clocks forget; ascending,
             empty where that was not measured.
     """
@@ -53,6 +53,7 @@ class DecoderProfile(msgspec.Struct, frozen=True):
     exits_ms: Points = ()
     rests_ms: Points = ()
     layers_cold_ms: Points = ()
+    exits_cold_ms: Points = ()
     rests_cold_ms: Points = ()
     format: Literal["isthmus-decoder-profile"] = "isthmus-decoder-profile"
     version: int = VERSION
@@ -60,11 +61,15 @@ class DecoderProfile(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise PlanError(f"the profile has version {self.version}, this isthmus reads {VERSION}", _AGAIN)
-        more = (*self.exits_ms, *self.rests_ms, *self.layers_cold_ms, *self.rests_cold_ms)
-        points = (*self.layers_ms, *self.rows_ms, *more)
+        parts = (
+            (self.layers_ms, self.layers_cold_ms),
+            (self.exits_ms, self.exits_cold_ms),
+            (self.rests_ms, self.rests_cold_ms),
+        )
+        points = (*self.rows_ms, *(point for part in parts for times in part for point in times))
         if not self.layers_ms or not self.rows_ms or any(not (n >= 1 and 0 < ms < 1e9) for n, ms in points):
             raise PlanError("the profile has a time that is none", _AGAIN)
-        for warm, cold in ((self.layers_ms, self.layers_cold_ms), (self.rests_ms, self.rests_cold_ms)):
+        for warm, cold in parts:
             if cold and [k for k, _ in cold] != [k for k, _ in warm]:
                 raise PlanError("the profile's times after pauses are of other layers", _AGAIN)
         for layers in ([k for k, _ in self.exits_ms], [k for k, _ in self.rests_ms]):
@@ -95,14 +100,22 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         return float(np.interp(pause_ms, pauses, times))
 
     def device(self, held: int, pause_ms: float = 0.0) -> DeviceFigures:
-        """It as a device that holds so many layers, after a pause before each token."""
+        """It as a device that holds so many layers.
+
+        Args:
+            pause_ms: before each token.
+        """
         layers = self._after(self.layers_ms, self.layers_cold_ms, pause_ms)
+        exits = self._after(self.exits_ms, self.exits_cold_ms, pause_ms)
         times = layers, self.slower(pause_ms) * self.head_ms, layers[-1][1] / self.n_layers, self.prefill_row_ms
-        return DeviceFigures(held, self.n_layers, *times, CODEC_MS, self.exits_ms)
+        return DeviceFigures(held, self.n_layers, *times, CODEC_MS, exits)
 
     def cloud(self, times: float = 1.0, pause_ms: float = 0.0) -> CloudFigures:
-        """It as a cloud, so many times as fast, after a pause before each step; one of several rows takes as much
-        longer as one of one does, as weights are read once for all of them.
+        """It as a cloud, so many times as fast.
+
+        Args:
+            pause_ms: before each step; one of several rows takes as much longer as one of one does, as weights are read
+                once for all of them.
         """
         slower = self.slower(pause_ms)
         more_ms = (slower - 1.0) * self.rows_ms[0][1]
@@ -112,10 +125,11 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         return CloudFigures(self.n_layers, rows, *fixed, rests_ms=rests)
 
     def _after(self, warm: Points, cold: Points, pause_ms: float) -> Points:
-        """Times after a pause."""
+        """Times after a pause: between those without one and those after `COLD_MS` as far as the whole model's are."""
+        slower, then = self.slower(pause_ms), self.slower(COLD_MS)
         if not cold:
-            return tuple((k, self.slower(pause_ms) * ms) for k, ms in warm)
-        share = min(1.0, pause_ms / SOON_MS)
+            return tuple((k, slower * ms) for k, ms in warm)
+        share = (slower - 1.0) / (then - 1.0) if then > 1.0 else min(1.0, pause_ms / COLD_MS)
         return tuple((k, a + share * max(0.0, b - a)) for (k, a), (_, b) in zip(warm, cold, strict=True))
 
     @classmethod

@@ -29,8 +29,17 @@ from isthmus.edge.costs import (
 )
 from isthmus.edge.estimator import BETWEEN_MS, quantile
 from isthmus.edge.exit import AHEAD_ROWS
-from isthmus.edge.figures import CodecFigures, DeviceFigures, DraftFigures, Figures, LinkFigures, Wish, between
-from isthmus.edge.pace import SEVERAL
+from isthmus.edge.figures import (
+    CodecFigures,
+    DeviceFigures,
+    DraftFigures,
+    Expected,
+    Figures,
+    LinkFigures,
+    Wish,
+    between,
+)
+from isthmus.edge.pace import SEVERAL, even
 from isthmus.engine import KvConfig
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
@@ -231,15 +240,17 @@ class _Ways:
             return
         yield warm, lambda one: one.mode in ("local", "stream")
         for exit in self._figures.exits:
-            slower, asked, word_ms = self._slower(exit.layer), exit.asked(0.0), warm.device.drafted(exit.layer)
-            rest_ms = self._there.cloud(self._times, trip_ms + word_ms).rest(exit.layer)
-            words = exit.words(asked) + asked * (slower(trip_ms + rest_ms) - 1.0)
+            slower, step_ms = self._slower(exit.layer), warm.device.drafted(exit.layer)
+            rest_ms = self._there.cloud(self._times, trip_ms + step_ms).rest(exit.layer)
+            answer_ms = trip_ms + rest_ms
             if self._along is not None:
-                exit = self._along.exit(exit, rest_ms, trip_ms + rest_ms, word_ms, slower)
+                exit = self._along.exit(exit, rest_ms, answer_ms, step_ms, slower)
             else:
-                exit = replace(exit, counted=(asked, words))
+                asked = exit.asked(even(step_ms, rest_ms, answer_ms))
+                steps = exit.steps(asked) + asked * (slower(answer_ms) - 1.0)
+                exit = replace(exit, expected=Expected(asked, steps))
             asked = max(exit.asked(0.0), 1.0 / self._answer.tokens)
-            cold = self._cold(held, 0.0, trip_ms + word_ms / asked)
+            cold = self._cold(held, 0.0, trip_ms + step_ms / asked)
             yield replace(cold, exits=(exit,), drafts=()), lambda one: one.mode == "exit"
         for drafts in self._figures.drafts:
             for g, tokens in drafts.tokens_a_round:
@@ -255,9 +266,9 @@ class _Ways:
                 yield replace(cold, exits=(), drafts=(one,)), _verifies(piped=True)
 
     def _slower(self, layer: int) -> Callable[[float], float]:
-        """How many times as long an exit's word takes after a pause of so many ms."""
-        word_ms = self._device.device(layer).drafted(layer)
-        return lambda pause_ms: self._device.device(layer, pause_ms).drafted(layer) / word_ms
+        """How many times as long an exit's token takes after a pause of so many ms."""
+        step_ms = self._device.device(layer).drafted(layer)
+        return lambda pause_ms: self._device.device(layer, pause_ms).drafted(layer) / step_ms
 
     def _cold(self, held: int, here_ms: float, there_ms: float) -> Figures:
         """Figures of a device and a cloud that pause for so long before each step."""
@@ -265,8 +276,8 @@ class _Ways:
         return replace(self._figures, device=self._device.device(held, here_ms), cloud=there)
 
     def _way(self, one: Candidate, figures: Figures) -> Way:
-        words = next((exit.words(one.asked) for exit in figures.exits if exit.layer == one.cut), 0.0)
-        answer, rounds = self._answer, self._rounds(one, figures.device, words)
+        steps = next((exit.steps(one.asked) for exit in figures.exits if exit.layer == one.cut), 0.0)
+        answer, rounds = self._answer, self._rounds(one, figures.device, steps)
         way = Way(
             one.name,
             one.mode,
@@ -320,11 +331,11 @@ class _Ways:
             radio_ms = total_ms if rounds.streamed else max(waits_ms, sent_ms, 0.0)
         return (device_ms * answer.device_watts + radio_ms * answer.radio_watts) * 1e-3
 
-    def _rounds(self, one: Candidate, device: DeviceFigures, words: float) -> Rounds:
+    def _rounds(self, one: Candidate, device: DeviceFigures, steps: float) -> Rounds:
         """A way as the replay takes it; what the device computes is what the formula has beside trip and cloud.
 
         Args:
-            words: that an exit says for each token.
+            steps: of the device for each token, in exit mode.
         """
         rows = float(self._answer.prompt - 1)
         if one.mode == "local":
@@ -347,7 +358,7 @@ class _Ways:
             step_ms = device.drafted(one.cut) + device.codec_ms
             return replace(
                 base,
-                device_ms=step_ms * words,
+                device_ms=step_ms * steps,
                 asks=one.asked,
                 sent_bytes=row + MESSAGE_BYTES / AHEAD_ROWS,
                 up_bytes=QUESTION_BYTES + MESSAGE_BYTES,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from isthmus.apps.bench.facts import Answer, ExitFacts, draft_figures, guessed
 from isthmus.edge.exit import GAMBLE
-from isthmus.edge.figures import DraftFigures, ExitFigures
-from isthmus.edge.pace import GUESSES, LIKELY, ROW_SHARE
+from isthmus.edge.figures import DraftFigures, ExitFigures, Expected
+from isthmus.edge.pace import GUESSES, LIKELY, even
 from isthmus.edge.priors import LENGTHS
 from isthmus.engine.threshold import least
 from isthmus.split.exit_run import ExitRun
@@ -29,7 +29,7 @@ class Foreseen:
         self.answers = tuple(answers)
         self._beginnings: dict[int, Foreseen] = {}
         self._drafts: dict[int, DraftFigures] = {}  # by the exit's layer, 0 for n-grams
-        self._exits: dict[tuple[int, float, float, int], list[Said]] = {}
+        self._exits: dict[tuple[int, float, float, int], list[Counts]] = {}
 
     @property
     def prompt(self) -> int:
@@ -55,46 +55,45 @@ class Foreseen:
         return tuple(replace(self._drafts[one.layer], draft_ms=one.draft_ms) for one in believed)
 
     def exit(
-        self, believed: ExitFigures, pass_ms: float, answer_ms: float, word_ms: float, slower: Slower
+        self, believed: ExitFigures, pass_ms: float, answer_ms: float, step_ms: float, slower: Slower
     ) -> ExitFigures:
         """An exit that priors tell of, with how often it is sure, asks and says something.
 
         Args:
             pass_ms: of the cloud, for one row.
             answer_ms: from question to answer, in the mean.
-            word_ms: of the device, for what the exit says.
-            slower: how many times as long a word takes after a pause of so many ms.
+            step_ms: of the device, for a token of the exit's.
+            slower: how many times as long that takes after a pause of so many ms.
         """
-        floor = max(LIKELY, (word_ms + ROW_SHARE * pass_ms) / max(answer_ms, 1e-3))  # as `Pace.even`
-        ahead = int(answer_ms / max(word_ms, 1e-3))
+        floor, ahead = max(LIKELY, even(step_ms, pass_ms, answer_ms)), int(answer_ms / max(step_ms, 1e-3))
         key = believed.layer, believed.threshold, floor, ahead
         if key not in self._exits:
             facts = [answer.exits[believed.layer] for answer in self.answers]
-            self._exits[key] = [said(fact, believed.threshold, floor, ahead) for fact in facts]
+            self._exits[key] = [counted(fact, believed.threshold, floor, ahead) for fact in facts]
         tokens = sum(answer.tokens for answer in self.answers)
-        unsure, asked, idle, words = (sum(counts) / tokens for counts in zip(*self._exits[key], strict=True))
-        short_ms = answer_ms - ahead * word_ms if ahead else answer_ms
-        words += idle * (slower(answer_ms) - 1.0) + (asked - idle) * (slower(short_ms) - 1.0)
-        return replace(believed, unsure=unsure, guessed=max(0.0, unsure - asked), counted=(asked, words))
+        unsure, asked, idle, steps = (sum(counts) / tokens for counts in zip(*self._exits[key], strict=True))
+        short_ms = answer_ms - ahead * step_ms if ahead else answer_ms
+        steps += idle * (slower(answer_ms) - 1.0) + (asked - idle) * (slower(short_ms) - 1.0)
+        return replace(believed, unsure=unsure, guessed=max(0.0, unsure - asked), expected=Expected(asked, steps))
 
 
-class Said(NamedTuple):
+class Counts(NamedTuple):
     """Along an answer.
 
     Attributes:
         unsure: tokens that an exit is not sure of.
         asked: questions to the cloud.
         idle: those of them in whose time nothing more is said.
-        words: what the exit says while nothing else is waited for.
+        steps: of the device, beside which nothing else is waited for.
     """
 
     unsure: int
     asked: int
     idle: int
-    words: int
+    steps: int
 
 
-def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> Said:
+def counted(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> Counts:
     """What an exit says and asks along an answer.
 
     By the rules by which `edge.exit` guesses, says more while it waits, and need not say again what came true. What an
@@ -102,14 +101,14 @@ def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> Said:
 
     Args:
         floor: the probability that all guesses are right below which it asks.
-        ahead: words that it has time for until an answer comes.
+        ahead: tokens that it has time for until an answer comes.
     """
     count = len(facts.confidence)
     sure = [confidence >= least(threshold) for confidence in facts.confidence]
     stands = [right or firm for right, firm in zip(facts.right, sure, strict=True)]
-    at = known = asked = idle = words = 0  # what comes before `known` was said, behind what stands
+    at = known = asked = idle = steps = 0  # what comes before `known` was said, behind what stands
     while at < count:
-        words, known = words + (at >= known), max(known, at + 1)
+        steps, known = steps + (at >= known), max(known, at + 1)
         if sure[at]:
             at += 1
             continue
@@ -117,7 +116,7 @@ def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> Said:
         while end - at < GUESSES and odds >= floor and end + 1 < count:
             true &= stands[end]
             end += 1
-            words += end >= known or not true
+            steps += end >= known or not true
             known = max(known, end + 1) if true else known
             odds *= 1.0 if sure[end] else facts.confidence[end]
         asked, idle = asked + 1, idle + (odds < GAMBLE)
@@ -126,7 +125,7 @@ def said(facts: ExitFacts, threshold: float, floor: float, ahead: int) -> Said:
             on = next((i for i in range(end + 1, count) if not stands[i]), count - 1)
             known = max(known, min(end + ahead, on) + 1)
         at = min(wrong, end) + 1
-    return Said(count - sum(sure), asked, idle, words)
+    return Counts(count - sum(sure), asked, idle, steps)
 
 
 def foreseen(run: ExitRun, prompts: list[str], name: str = "foreseen") -> Foreseen:

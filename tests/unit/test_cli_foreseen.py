@@ -11,7 +11,7 @@ import pytest
 from isthmus.apps.bench.facts import Answer, ExitFacts
 from isthmus.apps.cli import decoder_ways
 from isthmus.apps.cli.decoder_plan import PRIORS, plan
-from isthmus.apps.cli.foreseen import Foreseen, foreseen, said
+from isthmus.apps.cli.foreseen import Foreseen, counted, foreseen
 from isthmus.edge import priors
 from isthmus.edge.figures import ExitFigures
 from isthmus.edge.pace import GUESSES, LIKELY
@@ -50,11 +50,11 @@ def an_answer(facts: ExitFacts, prompt: int = 10) -> Answer:
     ],
 )
 def test_questions_come_where_guessing_on_is_a_gamble(along: list[tuple[float, bool]], asked: int) -> None:
-    assert said(facts(*along), 0.9, LIKELY, 0).asked == asked
+    assert counted(facts(*along), 0.9, LIKELY, 0).asked == asked
 
 
 @pytest.mark.parametrize(
-    ("along", "floor", "ahead", "words"),
+    ("along", "floor", "ahead", "steps"),
     [
         ([(0.95, True)] * 5, 0.5, 9, 5),  # each is waited for
         ([(0.95, False)] * 5, 0.5, 9, 5),
@@ -68,8 +68,8 @@ def test_questions_come_where_guessing_on_is_a_gamble(along: list[tuple[float, b
         ([(0.8, True)] + [(0.95, True)] * 9, 0.5, 9, GUESSES + 1),  # the last one was said while it waited
     ],
 )
-def test_words_count_that_are_waited_for(along: list[tuple[float, bool]], floor: float, ahead: int, words: int) -> None:
-    assert said(facts(*along), 0.9, floor, ahead).words == words
+def test_steps_count_that_are_waited_for(along: list[tuple[float, bool]], floor: float, ahead: int, steps: int) -> None:
+    assert counted(facts(*along), 0.9, floor, ahead).steps == steps
 
 
 def test_an_exit_is_as_unsure_and_asks_as_often_as_was_counted() -> None:
@@ -78,7 +78,7 @@ def test_an_exit_is_as_unsure_and_asks_as_often_as_was_counted() -> None:
     one = found.exit(believed, 1.0, 100.0, 30.0, as_long)
     assert one.unsure == pytest.approx(0.75)
     assert one.asked(0.5) == pytest.approx(0.5)  # one question for the second token, one for the last two
-    assert one.words(0.5) == 0.5  # the last two while the cloud is asked about the second
+    assert one.steps(0.5) == 0.5  # the last two while the cloud is asked about the second
     assert (one.layer, one.disagreement, one.row_bytes) == (2, 0.05, 43.0)
     assert found.exit(replace(one, threshold=1.0), 1.0, 100.0, 30.0, as_long).unsure == 1.0  # never believed
     assert found.exit(believed, 1.0, 100.0, 99.0, as_long).asked(0.0) == pytest.approx(
@@ -87,16 +87,16 @@ def test_an_exit_is_as_unsure_and_asks_as_often_as_was_counted() -> None:
 
 
 def as_long(pause_ms: float) -> float:
-    """After any pause a word takes as long as without."""
+    """After any pause a token takes as long as without."""
     return 1.0
 
 
-def test_words_after_pauses_take_longer() -> None:
+def test_steps_after_pauses_take_longer() -> None:
     found = Foreseen((an_answer(facts((0.05, True), (0.95, True), (0.6, True), (0.95, True))),))
     believed = ExitFigures(2, 0.9, 0.1, 0.1, 0.05, 43.0)
-    pauses = {100.0: 3.0, 10.0: 1.5}  # nothing is said while it asks about the first; three words about the third
+    pauses = {100.0: 3.0, 10.0: 1.5}  # nothing is said while it asks about the first; three tokens about the third
     one = found.exit(believed, 1.0, 100.0, 30.0, pauses.__getitem__)
-    assert one.asked(0.0) == 0.5 and one.words(0.5) == pytest.approx((4 + 2.0 + 0.5) / 4)
+    assert one.asked(0.0) == 0.5 and one.steps(0.5) == pytest.approx((4 + 2.0 + 0.5) / 4)
 
 
 def test_drafts_bring_what_was_counted(early: Bundle) -> None:

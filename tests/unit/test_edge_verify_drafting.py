@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from isthmus.edge.events import Answered, Verified
+from isthmus.edge.link import Restart
 from isthmus.edge.model_drafts import ModelDrafts, Said
 from isthmus.edge.pace import Pace
 from isthmus.edge.verify import VerifyRunner
@@ -41,6 +42,9 @@ class Link:
 
     def draft(self, lane: object, draft: m.Draft, head: bytes) -> None:
         self.blocks.append((draft.position, list(draft.tokens)))
+
+    def cancel(self, lane: object) -> None:
+        pass
 
     def look(self) -> bool:
         return bool(self.came)
@@ -104,3 +108,31 @@ def test_all_that_came_is_heard_before_more_is_drafted() -> None:
     assert speaker.said == [3, 4, 5, 6, 7, 8, 9, 10, 9, 10, 11]
     assert link.blocks == [(3, [3, 4, 5, 6]), (7, [7, 8, 9]), (8, [WRONG, 9, 10, 11])]
     assert said(runner, log, 4) == [3, 4, 5, 6, 7, WRONG]
+
+
+def test_what_came_before_a_restart_is_given_out(monkeypatch: Any) -> None:
+    runner, link, _, log = running({3: [Answered(LANE, 2, [3])], 7: [Verified(LANE, 3, 4, 7, 1000)]})
+    assert said(runner, log, 1) == [3]
+    begun, heard = list[int](), link.verdict
+
+    def verdict(lane: object, wait: bool = True) -> Answered | Verified | None:
+        if not link.came and not link.due:
+            raise Restart
+        return heard(lane, wait)
+
+    def align(lane: object, length: int) -> int:
+        begun.append(length)
+        link.due = {99: [Answered(LANE, length, [length + 1])]}
+        return length
+
+    monkeypatch.setattr(link, "verdict", verdict)
+    monkeypatch.setattr(link, "align", align)
+    assert said(runner, log, 5) == [3, 4, 5, 6, 7, 8]
+    assert begun == [7]  # behind all that had been checked
+
+
+def test_what_is_not_given_out_is_forgotten_when_it_is_stopped() -> None:
+    runner, _, _, log = running({3: [Answered(LANE, 2, [3])], 7: [Verified(LANE, 3, 4, 7, 1000)]})
+    assert said(runner, log, 2) == [3, 4] and runner.ready()
+    runner.stop()
+    assert not runner.ready()

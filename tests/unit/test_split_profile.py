@@ -214,6 +214,9 @@ def test_a_plan_comes_back_from_its_file_or_is_refused(tmp_path: Path) -> None:
     path.write_text('{"format": "isthmus-decoder-plan", "model": 1}')
     with pytest.raises(PlanError, match="is no plan, but an isthmus-decoder-plan"):
         load_plan(path)
+    path.write_text('{"format": "isthmus-plan", "model": 1}')
+    with pytest.raises(PlanError, match=r"is no plan: .*`\$.model`"):
+        load_plan(path)
 
 
 def test_a_plan_has_its_transforms(tmp_path: Path) -> None:
