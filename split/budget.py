@@ -16,6 +16,7 @@ Aim = Literal["latency", "throughput"]
 LATENCY = "ms"  # the resource that every network has
 SOLVE_S = 4.0
 _SLACK = 1e-6  # share of a budget that rounding may exceed it by
+_ROUNDED = 1e-6  # share of the largest of some numbers, far above what rounding changes their sum by
 
 
 def best(network: Network, aim: Aim = "latency", budgets: Mapping[str, float] | None = None) -> Cut:
@@ -109,9 +110,9 @@ class _Program:
             if name != LATENCY:  # a task that takes more than all there is would hide what the others take
                 never = network.use[name].tasks[0] > most * (1 + _SLACK)
                 low[self._beyond[0][never]] = 1.0
-            fixed = low == high
+            fixed, least = low == high, _ROUNDED * float(np.abs(row).max())  # what adding it up may leave of nothing
             constant, row = constant + float(row[fixed] @ low[fixed]), np.where(fixed, 0.0, row)
-            unit = max(abs(most), float(np.abs(row).max()), 1e-300)
+            unit = max(abs(most), float(np.abs(row).max()), least, 1e-300)
             self._rows.append((row / unit, (most - constant) / unit + _SLACK / 10))
         if (low > high).any():
             return None

@@ -124,6 +124,16 @@ def test_a_task_larger_than_the_budget_does_not_blur_it() -> None:
     )
 
 
+@pytest.mark.parametrize("aim", get_args(Aim))
+def test_a_budget_of_nothing_leaves_all_to_the_cloud(aim: Aim) -> None:
+    chance = random.Random(0)
+    for _ in range(20):  # whose sums rounding leaves a little of
+        base = chain(*(10 * chance.random() for _ in range(12)))
+        memory = np.array([[9 * chance.random() for _ in range(12)], [0.0] * 12])
+        network = Network(base.ms, base.flows, base.trip_ms, {"memory_mb": Use(memory, np.zeros(1))})
+        assert set(best(network, aim, {"memory_mb": 0.0}).tiers) == {1}
+
+
 def test_a_search_that_was_ended_says_that_nothing_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     import scipy.optimize
 
