@@ -22,13 +22,11 @@ from isthmus.edge.pace import even
 
 CODED = "coded"  # exit mode's own codec, another one for each exit
 Way = Literal["local", "stream", "split", "exit", "verify"]
-SEGMENT_BYTES = 1500  # what a trip carries without taking longer
 MESSAGE_BYTES = 100  # of framing, encryption and envelope around each message
 TOKEN_BYTES = 3  # of a token's id among others
 NEWS_BYTES = 35  # of one streamed token
 ANSWER_BYTES = 40
 FRESH_S, FADE_S, STALE_BPS = 3.0, 5.0, 5e5  # a rate that was seen longer ago fades by halves, down to here
-RATE_TRUST = 0.5  # of a rate that was seen, for many bytes that are still to go
 DEPTH = 8  # blocks of drafts under way at most
 
 
@@ -126,7 +124,7 @@ def candidates(figures: Figures, wish: Wish, standing: Standing) -> list[Candida
         split       t(k) + codec + R + t_rest(k)
         exit        max(n t + q (R + t_rest(k, 1 / q rows)), bytes / uplink), t = t(k) + t_exit + codec
         verify      (g t_d + a^g t_row + R + t_v(rows)) / E
-        pipelined   a max(t_d, t_v(g) / g) + (1 - a) (R + t_v(g) + t_d (g + 2) / 2)
+        pipelined   a max(t_d, t_v(g) / g, bytes / uplink) + (1 - a) (R + t_v(g) + t_d (g + 2) / 2)
 
     The first three and the synchronous round are those of CE-CoLLM (2411.02829) and speculative decoding (2211.17192);
     where all drafts are taken, the device has a row t_row more to compute. In a pipe a mismatch lies in the middle of
@@ -235,7 +233,8 @@ class _Priced:
 
     def pipelined(self, drafts: DraftFigures, g: int, setup: float) -> Candidate:
         a, draft, check = drafts.accepted, drafts.draft_ms, self._check(g)
-        each = max(draft, check / g)  # of a pipe that never stands still: the slower side's
+        on_wire = (TOKEN_BYTES * g + MESSAGE_BYTES) * 8e3 / self._link.up_bps
+        each = max(draft, check / g, on_wire / g)  # of a pipe that never stands still: the slowest one's
         ms = a * each + (1 - a) * (self._trip(TOKEN_BYTES * g) + check + draft * (g + 2) / 2)
         return self._priced(
             "verify",
@@ -292,7 +291,7 @@ class _Priced:
         return ms if rows == low else ms + (self._cloud.step(low + 1) - ms) * (rows - low)
 
     def _trip(self, row_bytes: float) -> float:
-        over = row_bytes + MESSAGE_BYTES - SEGMENT_BYTES
+        over = row_bytes + MESSAGE_BYTES - self._link.carried_bytes
         return self._trip_ms + over * 8e3 / self._link.up_bps if over > 0 else self._trip_ms
 
     def _hidden_ms(self, cut: int, row_bytes: float, missing: Points) -> float:
@@ -302,7 +301,7 @@ class _Priced:
         link = self._link
         aged: float = link.up_bps * 0.5 ** (max(0.0, link.up_age_s - FRESH_S) / FADE_S)
         rate_bps = max(aged, min(link.up_bps, STALE_BPS))
-        upload = rows * row_bytes * 8e3 / (RATE_TRUST * rate_bps)
+        upload = rows * row_bytes * 8e3 / (link.trust * rate_bps)
         return max(device, upload) + self._cloud.prefill(rows, cut)
 
     def _draft_ms(self, drafts: DraftFigures) -> float:

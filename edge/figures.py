@@ -13,6 +13,8 @@ from isthmus.protocol.errors import DeviceError
 Prefer = Literal["speed", "cloud-cost", "privacy"]
 DraftSource = Literal["ngram", "exit", "model"]
 PREFERENCES: tuple[Prefer, ...] = ("speed", "cloud-cost", "privacy")
+RATE_TRUST = 0.5  # of a rate that was seen
+SEGMENT_BYTES = 1500.0  # what a trip carries without taking longer
 IN_VAIN = 2.0  # guesses that an exit makes in vain for each that spares a question
 DRAFT_SOURCES: tuple[DraftSource, ...] = ("ngram", "exit", "model")
 Points = tuple[tuple[int, float], ...]  # (count, value), counts ascending
@@ -137,6 +139,8 @@ class LinkFigures:
         silent_ms: since something was due from the cloud that has not come; 0 while nothing is late.
         up: whether the cloud can be spoken to.
         up_age_s: since the uplink's rate was last seen.
+        carried_bytes: of a question that `trip_ms` holds for.
+        trust: the share of a rate that counts where many bytes are still to go.
     """
 
     trip_ms: float
@@ -148,9 +152,11 @@ class LinkFigures:
     silent_ms: float = 0.0
     up: bool = True
     up_age_s: float = 0.0
+    carried_bytes: float = SEGMENT_BYTES
+    trust: float = RATE_TRUST
 
     def __post_init__(self) -> None:
-        _check_times(self, "trip_ms", "trip_high_ms", "silent_ms")
+        _check_times(self, "trip_ms", "trip_high_ms", "silent_ms", "carried_bytes")
         for name in ("up_bps", "down_bps", "up_low_bps", "down_low_bps"):
             if not (math.isfinite(rate := getattr(self, name)) and rate > 0):
                 raise DeviceError(f"{name} is {rate}", "give a rate above 0")

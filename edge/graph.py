@@ -172,13 +172,11 @@ class GraphDevice:
         """
         given = self._inputs(arrays)
         stats = self.stats = GraphStats()
-        before = self._bytes
         known = self._first(given, stats)
         if not stats.exit:
             began = time.perf_counter()
             known |= self._finished(known, stats)
             stats.rest_ms = (time.perf_counter() - began) * 1e3
-        stats.bytes_up, stats.bytes_down = (now - then for now, then in zip(self._bytes, before, strict=True))
         return self._outputs(known)
 
     def stream(
@@ -240,11 +238,6 @@ class GraphDevice:
     def _outputs(self, known: Mapping[str, Array]) -> dict[str, Array]:
         return {one.name: known[one.name] for one in self._manifest.outputs if one.name in known}
 
-    @property
-    def _bytes(self) -> tuple[int, int]:
-        """Payload up and down so far."""
-        return self._cloud.bytes if self._cloud is not None else (0, 0)
-
     # -- the rest
 
     def _begun(self, arrays: Mapping[str, ArrayLike] | ArrayLike, depth: int) -> _UnderWay:
@@ -262,8 +255,8 @@ class GraphDevice:
         try:
             if cloud is not None and not here:
                 self._meet(cloud)
-                one.request, size = cloud.ask(one.known, depth * self._patience_ms)
-                one.stats.bytes_up, one.welcomes = one.stats.bytes_up + size, cloud.welcomes
+                one.request = cloud.ask(one.known, depth * self._patience_ms, one.stats)
+                one.welcomes = cloud.welcomes
                 one.asked_s = one.asked_s or self._clock()
                 cloud.awaits(one.request)
                 cloud.wire.probe()
@@ -287,7 +280,6 @@ class GraphDevice:
             until = one.asked_s + depth * self._patience_ms * 1e-3
             try:
                 if isinstance(news, Inferred):
-                    one.stats.bytes_down += len(news.data)
                     one.known |= cloud.taken(news, one.stats)
                     break
                 if isinstance(news, Fault) and news.code is not Code.BUSY:
@@ -330,7 +322,7 @@ class GraphDevice:
                 place = self._pace.usual  # the link has more than it can carry already
             if place == "there":
                 return self._there(cloud, known, stats)
-            request = cloud.ask(known, self._patience_ms)[0] if place == "both" else 0
+            request = cloud.ask(known, self._patience_ms, stats) if place == "both" else 0
         except (LinkError, ServiceError, ProtocolError) as error:
             self._alone(stats, error)
             return self._here(known)
@@ -360,7 +352,7 @@ class GraphDevice:
     def _there(self, cloud: GraphCloud, known: Mapping[str, Array], stats: GraphStats) -> Mapping[str, Array]:
         waits = self._mode == "split" or not self._able
         sent_s = self._clock()  # what coding takes is a part of the cloud's way
-        request, _ = cloud.ask(known, self._patience_ms)
+        request = cloud.ask(known, self._patience_ms, stats)
         until = sent_s + self._patience_ms * 1e-3
         cloud.wire.probe()
         while (now := self._clock()) < until:
@@ -374,7 +366,7 @@ class GraphDevice:
                     raise ServiceError(f"{cloud.where} refused: {news.problem}", news.remedy)
                 cloud.heard(0, min(max(news.retry_ms * 1e-3, LEAST_RETRY_S), until - now))
             if isinstance(news, Welcome | Fault):
-                request, _ = cloud.ask(known, self._patience_ms)
+                request = cloud.ask(known, self._patience_ms, stats)
             elif self._gone(cloud, sent_s):
                 break
         problem = f"{cloud.where} did not answer in time"

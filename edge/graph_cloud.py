@@ -14,6 +14,8 @@ from isthmus.protocol.errors import LinkError, ProtocolError, ServiceError
 from isthmus.protocol.messages import Fault, Infer, Inferred, Message, Welcome
 from isthmus.split.graph_manifest import GraphManifest
 
+LOOK_S = 0.05  # between two looks at whether a probe was answered
+
 
 class GraphCloud:
     """Requests over one connection, each with a number.
@@ -47,11 +49,6 @@ class GraphCloud:
         self._awaited = set[int]()
         self._news = dict[int, Inferred | Fault]()
 
-    @property
-    def bytes(self) -> tuple[int, int]:
-        """Payload up and down so far."""
-        return self.wire.bytes_up, self.wire.bytes_down
-
     def meet(self, waits_ms: float) -> None:
         """Has the cloud's Welcome, and is up.
 
@@ -73,17 +70,27 @@ class GraphCloud:
             if (self._welcome is None or not self.wire.up) and (left_s <= 0 or self.wire.failure is not None):
                 problem = f"{self.where} does not answer"
                 raise self.wire.failure or LinkError(problem, "check that `isthmus serve` runs there")
-        graphs = self._welcome.graphs
-        if all(offer.model_id != self._manifest.model_id for offer in graphs):
-            names = ", ".join(offer.name for offer in graphs) or "no network"
+        if not self._serves(self._welcome):
+            self.wire.probe()  # a cloud that was started again since it said so does not know this device
+            asked_s = self._clock()
+            while (left_s := until - self._clock()) > 0 and not self._serves(self._welcome):
+                self.receive(min(left_s, LOOK_S))
+                if self.wire.probed is not None and self.wire.probed[1] >= asked_s:
+                    break  # it is the same one
+        if not self._serves(self._welcome):
+            names = ", ".join(offer.name for offer in self._welcome.graphs) or "no network"
             raise ServiceError(f"{self.where} serves {names}, not this bundle", "serve the same bundle there")
 
-    def ask(self, known: Mapping[str, Array], patience_ms: float) -> tuple[int, int]:
-        """Sends a request for the rest, which has met its cloud; gives the request's number, and its arrays' bytes.
+    def _serves(self, welcome: Welcome) -> bool:
+        return any(offer.model_id == self._manifest.model_id for offer in welcome.graphs)
+
+    def ask(self, known: Mapping[str, Array], patience_ms: float, stats: GraphStats) -> int:
+        """Sends a request for the rest, which has met its cloud; gives the request's number.
 
         Args:
             known: what has been computed so far, by name.
             patience_ms: after which nobody waits for the answer.
+            stats: in which its bytes are put down.
 
         Raises:
             LinkError, ProtocolError: it is more than the cloud takes at once.
@@ -100,7 +107,8 @@ class GraphCloud:
             raise LinkError(problem, "cut the network where less travels, or give it a smaller input")
         self.late, self.asked_s = self._asked, self._clock()
         self.wire.send(Infer(self._asked, self._manifest.model_id, shapes, data, math.ceil(patience_ms)))
-        return self._asked, len(data)
+        stats.bytes_up += len(data)
+        return self._asked
 
     def heard(self, request: int, wait_s: float) -> Inferred | Fault | Welcome | None:
         """What comes in that time about a request, or a Welcome that says that it has to be asked again.
@@ -157,7 +165,7 @@ class GraphCloud:
         ):
             problem = f"{self.where} answers nonsense: other arrays than asked for"
             raise LinkError(problem, "use the same bundle on both sides")
-        stats.where, stats.together = "cloud", news.together
+        stats.where, stats.together, stats.bytes_down = "cloud", news.together, stats.bytes_down + len(news.data)
         stats.cloud_ms, stats.queue_ms = news.engine_us * 1e-3, news.queue_us * 1e-3
         return {one.name: array.copy() for one, array in zip(wanted, found, strict=True)}
 

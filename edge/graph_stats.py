@@ -16,7 +16,7 @@ class GraphStats:
         device_ms: of the first part.
         rest_ms: from then on to the outputs.
         cloud_ms, queue_ms: the cloud's engine, and the time before it began; 0 where no answer came.
-        bytes_up, bytes_down: payload, while this went on; in a pipeline that of its own arrays.
+        bytes_up, bytes_down: of the arrays that travelled, as they were coded.
         together: requests of devices that the cloud ran as one.
         note: what did not go as it should.
     """

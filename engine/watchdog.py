@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from typing import Any, Protocol
@@ -18,6 +19,10 @@ class Watchdog:
     """See the module; may be used by any thread."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """As it is in a process of its own, where no thread watches."""
         self._changed = threading.Condition()
         self._due = dict[int, tuple[float, Any]]()  # by a number of its own: when a run is ended, and the run
         self._count = 0
@@ -51,7 +56,9 @@ class Watchdog:
                         run.terminate = True
                         del self._due[number]
                 self._wakes_s = min((due_s for due_s, _ in self._due.values()), default=math.inf)
-                self._changed.wait(None if math.isinf(self._wakes_s) else self._wakes_s - now_s)
+                self._changed.wait(min(self._wakes_s - now_s, threading.TIMEOUT_MAX))
 
 
 WATCHDOG = Watchdog()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=WATCHDOG._forget)

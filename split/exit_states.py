@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.part import Part, Rows, Sequence, Want
 from isthmus.protocol.errors import ModelError
+from isthmus.split.files import read_regular
 
 if TYPE_CHECKING:
     from isthmus.split.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ def read_texts(paths: list[Path]) -> list[str]:
     found: list[str] = []
     for path in paths:
         try:
-            data = path.read_text(encoding="utf-8")
+            data = read_regular(path).decode()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
             raise ModelError(f"{path} cannot be read as text: {why}", "name text files, or .jsonl files") from error
@@ -91,7 +92,8 @@ def _lines(path: Path, data: str) -> Iterator[str]:
         try:
             fields = json.loads(line)
             texts = [value for value in fields.values() if isinstance(value, str)]
-            yield fields["text"] if isinstance(fields.get("text"), str) else texts[0]
+            text = fields["text"] if isinstance(fields.get("text"), str) else texts[0]
+            yield text.encode().decode()  # half a character is no text
         except (ValueError, AttributeError, IndexError) as error:
             raise ModelError(f"line {number} of {path} is no JSON object with a text", "mend or remove it") from error
 

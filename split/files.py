@@ -16,6 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 
 PARTIAL = ".part"  # ends the name of what is not whole yet
+_MOST_NAME = 50  # characters of a file's in that of what is written aside
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -80,7 +81,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; what stood there stands.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    aside = path.with_name(f".{path.name[:_MOST_NAME]}.{os.getpid()}{PARTIAL}")
     try:
         aside.write_bytes(data)
         aside.replace(path)

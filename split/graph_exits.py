@@ -102,7 +102,7 @@ def choices(
 
 
 def _final(graph: OnnxGraph, wanted: Mapping[str, float], answer: Sequence[Any]) -> str:
-    """The output that exits stand for: the last one of their shape."""
+    """The output that exits stand for: of their shape the one that takes most nodes, of several the last."""
     for name in wanted:
         if name not in graph.outputs or graph.made_by(name) < 0:
             raise PlanError(f"the model makes no output {name!r}", f"it has {', '.join(graph.outputs)}")
@@ -113,7 +113,7 @@ def _final(graph: OnnxGraph, wanted: Mapping[str, float], answer: Sequence[Any])
         if shapes[name] != shape or len(alike) < 2 or shape[-1:] <= (1,):
             problem = f"the exit {name!r} {list(shapes[name])} is of classes that no other output has"
             raise PlanError(problem, "name outputs that give what the last one gives, earlier")
-    final: str = alike[-1]
+    final: str = max(reversed(alike), key=lambda name: len(needed(graph, name)))
     if any(name == final or graph.made_by(final) in needed(graph, name) for name in wanted):
         raise PlanError(f"{final!r} is the network's last answer", "name an output that comes earlier")
     return final

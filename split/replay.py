@@ -17,7 +17,7 @@ from isthmus.split.traces import SEGMENT, Trace
 
 INPUTS = 4000
 _LEAST_LOAD = 1e-6  # below which nobody is ever waited for
-_WARM = 2000  # requests until a queue has forgotten that it began empty
+_PIECES = 32  # that are added up one by one: the sum of more is about normal
 Times = NDArray[np.float64]
 
 
@@ -77,10 +77,17 @@ def passed(way: Trace | float, at_ms: Times, size: float) -> Times:
 
 
 def waits(load: float, service_ms: float, generator: np.random.Generator, count: int = INPUTS) -> Times:
-    """What so many requests wait for others before them."""
+    """What so many requests, each at a moment of its own, wait for others before them.
+
+    Others come at random and take the same time each, so that a wait is the sum of as many pieces of such a time as a
+    geometric number has it (Pollaczek and Khinchine's law).
+    """
     if load < _LEAST_LOAD or not service_ms:
         return np.zeros(count)
-    gaps = generator.exponential(service_ms / load, count + _WARM)
-    walk = np.cumsum(service_ms - gaps)  # Lindley's recursion, unrolled
-    waited: Times = walk - np.minimum(np.minimum.accumulate(walk), 0.0)
-    return waited[_WARM:]
+    ahead = generator.geometric(1.0 - load, count) - 1
+    pieces = np.zeros((count, _PIECES + 1))
+    pieces[:, 1:] = np.cumsum(generator.uniform(size=(count, _PIECES)), axis=1)
+    few = pieces[np.arange(count), np.minimum(ahead, _PIECES)]
+    many = ahead / 2.0 + np.sqrt(ahead / 12.0) * generator.standard_normal(count)
+    waited: Times = service_ms * np.where(ahead <= _PIECES, few, np.maximum(many, 0.0))
+    return waited

@@ -16,6 +16,7 @@ from isthmus.split.link import Link
 RATES_MBPS = np.geomspace(0.01, 1000.0, 40)
 TRIPS_MS = np.geomspace(1.0, 1000.0, 40)
 MODES = ("local", "stream", "split", "exit", "verify")
+STYLES = ("-", "--", ":", "-.")  # of codecs
 _HALVINGS = 6  # by which a crossing between two points of a line is found
 _LEAST_BYTES = 0.1  # drawn for none
 Prices = Callable[[Link], Sequence[Way]]
@@ -92,7 +93,7 @@ def _lines(axes: Any, along: Any, priced: Callable[[float], Sequence[Way]]) -> N
         if np.isfinite(times[:, at - 1 : at + 1].min(axis=0)).all():
             place, ms = crossing(priced, float(along[at - 1]), float(along[at]))
             mark(axes, place, ms / 1e3, f"{place:.3g}")
-    axes.set(xscale="log", yscale="log", ylabel="s an answer, best of each mode\n(steady rates, cloud not busy)")
+    axes.set(xscale="log", yscale="log", ylabel="s an answer, best of\neach mode (steady rates)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="xx-small")
 
@@ -101,13 +102,18 @@ def _pareto(axes: Any, plan: DecoderPlan) -> None:
     able = [way for way in plan.ways if not way.fails]
     points = sorted((way.device_ms, max(way.up_bytes, _LEAST_BYTES)) for way in able)
     front = [(ms, size) for at, (ms, size) in enumerate(points) if all(size < other for _, other in points[:at])]
-    axes.plot(*zip(*front, strict=True), color="gray", linestyle="--", linewidth=1.0, label="none is better in both")
-    for at, way in enumerate(plan.ways):
-        if not way.fails:
-            size, color = max(way.up_bytes, _LEAST_BYTES), f"C{MODES.index(way.mode)}"
-            axes.plot([way.device_ms], [size], marker="*" if at == plan.best else "o", color=color)
+    if len(front) > 1:
+        axes.plot(
+            *zip(*front, strict=True), color="gray", linestyle="--", linewidth=1.0, label="none is better in both"
+        )
+    for mode in MODES:
+        some = [way for way in able if way.mode == mode]
+        if some:
+            sizes = [max(way.up_bytes, _LEAST_BYTES) for way in some]
+            axes.plot([way.device_ms for way in some], sizes, "o", color=f"C{MODES.index(mode)}", label=mode)
     best = plan.ways[plan.best]
     place = (best.device_ms, max(best.up_bytes, _LEAST_BYTES))
+    axes.plot([place[0]], [place[1]], "*", markersize=13, color=f"C{MODES.index(best.mode)}")
     axes.annotate(plain(best.name), place, textcoords="offset points", xytext=(4, 6), fontsize="xx-small")
     axes.set(yscale="log", xlabel="ms a token on the device", ylabel=f"bytes up a token ({_LEAST_BYTES:g}: none)")
     axes.grid(alpha=0.3)
@@ -115,20 +121,23 @@ def _pareto(axes: Any, plan: DecoderPlan) -> None:
 
 
 def _cuts(axes: Any, plan: DecoderPlan) -> None:
-    lines: dict[str, dict[int, float]] = {}
+    lines: dict[tuple[str, str], dict[int, float]] = {}
     for way in plan.ways:
         if way.cut:
-            line = lines.setdefault(f"{way.mode} {way.codec}".strip(), {})
+            line = lines.setdefault((way.mode, way.codec), {})
             line[way.cut] = min(way.total_ms / 1e3, line.get(way.cut, np.inf))
-    for name, line in sorted(lines.items()):
-        axes.plot(*zip(*sorted(line.items()), strict=True), marker=".", label=plain(name))
+    styles = {codec: STYLES[at % len(STYLES)] for at, codec in enumerate(sorted({codec for _, codec in lines}))}
+    for (mode, codec), line in sorted(lines.items()):
+        look = {"color": f"C{MODES.index(mode)}", "linestyle": styles[codec], "marker": "."}
+        axes.plot(*zip(*sorted(line.items()), strict=True), label=plain(f"{mode} {codec}".strip()), **look)
     for name in ("local", "stream"):
         alone = next((way.total_ms / 1e3 for way in plan.ways if way.mode == name), None)
         if alone is not None:
-            axes.axhline(alone, color=f"C{MODES.index(name)}", linestyle="--", linewidth=1.0, label=name)
+            axes.axhline(alone, color=f"C{MODES.index(name)}", linewidth=1.0, label=name)
     best = plan.ways[plan.best]
     if best.cut:
         axes.axvline(best.cut, color="gray", linestyle=":")
-    axes.set(yscale="log", xlabel="layers on the device (dotted: the best way's)", ylabel="s an answer")
+    dotted = " (dotted: the best way's)" if best.cut else ""
+    axes.set(yscale="log", xlabel=f"layers on the device{dotted}", ylabel="s an answer")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="xx-small", ncols=2)

@@ -17,6 +17,7 @@ from isthmus.split.files import write_whole
 from isthmus.split.link import Link
 from isthmus.split.replay import Times
 
+SLOWEST = 1e-6  # times as fast as the device that a cloud may be
 PRIORS = "other answers, and those that exits were certified with"
 
 
@@ -107,8 +108,12 @@ def check(bundle: Bundle, device: DecoderProfile, cloud: DecoderProfile, times: 
         if profile.model != bundle.manifest.model_id:
             problem = f"the {what}'s profile is of {profile.name} ({profile.model[:12]}), another model or version"
             raise PlanError(problem, "measure it with the same bundle: isthmus profile")
-    if not 0.0 < times < float("inf"):
-        raise PlanError(f"the cloud is {times:g} times as fast as the device", "give a number above 0")
+        if profile.n_layers != bundle.config.n_layers:
+            problem = f"the {what}'s profile has {profile.n_layers} layers, and the model {bundle.config.n_layers}"
+            raise PlanError(problem, "measure it again: isthmus profile")
+    if not SLOWEST <= times <= 1.0 / SLOWEST:
+        problem = f"the cloud is {times:g} times as fast as the device"
+        raise PlanError(problem, f"give a number from {SLOWEST:g} to {1.0 / SLOWEST:g}")
 
 
 def _verdict(best: Way, able: Sequence[Way], answer: Answer) -> str:

@@ -129,7 +129,7 @@ class DecoderProfile(msgspec.Struct, frozen=True):
         slower, then = self.slower(pause_ms), self.slower(COLD_MS)
         if not cold:
             return tuple((k, slower * ms) for k, ms in warm)
-        share = (slower - 1.0) / (then - 1.0) if then > 1.0 else min(1.0, pause_ms / COLD_MS)
+        share = min(1.0, (slower - 1.0) / (then - 1.0) if then > 1.0 else pause_ms / COLD_MS)
         return tuple((k, a + share * max(0.0, b - a)) for (k, a), (_, b) in zip(warm, cold, strict=True))
 
     @classmethod

@@ -89,7 +89,7 @@ def replayed(
     period_ms = max((one.period_ms for one in (link.up, link.down) if isinstance(one, Trace)), default=1)
     starts = generator.uniform(0.0, period_ms, ANSWERS) if at_ms is None else np.asarray(at_ms, float)
     answers = len(starts)
-    half_ms, at, ready, sent = link.trip_ms / 2, starts + way.prompt_ms, starts, starts
+    half_ms, at, ready, sent, came = link.trip_ms / 2, starts + way.prompt_ms, starts, starts, starts
     begun = at
     if way.asks or way.sent_bytes:  # the cloud has the prompt
         sent = passed(link.up, starts, way.prompt_bytes)
@@ -103,11 +103,12 @@ def replayed(
             sent = passed(link.up, np.maximum(sent, at), way.sent_bytes)
         if way.asks:
             there = passed(link.up, np.maximum(sent, at), way.up_bytes) + half_ms
-            came = ready if way.streamed else np.maximum(ready, there)
-            done = came + waits(load, others_ms, generator, answers) + way.cloud_ms
-            back = np.maximum(at, passed(link.down, done, way.down_bytes) + half_ms)
+            begins = ready if way.streamed else np.maximum(ready, there)
+            done = begins + waits(load, others_ms, generator, answers) + way.cloud_ms
+            down = passed(link.down, np.maximum(came, done), way.down_bytes)
+            back = np.maximum(at, down + half_ms)
             asked = way.asks >= 1.0 or generator.uniform(size=answers) < way.asks
-            ready, at = np.where(asked, done, ready), np.where(asked, back, at)
+            ready, came, at = np.where(asked, done, ready), np.where(asked, down, came), np.where(asked, back, at)
         if not number:
             first = at
     last = before + (at - before) * (1.0 - (np.ceil(rounds) - rounds))  # of the last round only a part may be wanted

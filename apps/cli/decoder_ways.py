@@ -21,7 +21,6 @@ from isthmus.edge.costs import (
     ANSWER_BYTES,
     MESSAGE_BYTES,
     NEWS_BYTES,
-    SEGMENT_BYTES,
     TOKEN_BYTES,
     Candidate,
     Standing,
@@ -154,12 +153,13 @@ def priced(
 def link_figures(link: Link, seed: int = 0) -> LinkFigures:
     """A link as a device would come to know it: trips as its questions meet them, rates as they mostly are."""
     rate = link.rate()
-    trips, weights = [link.trip_ms], [1.0]
+    back = ANSWER_BYTES + MESSAGE_BYTES
+    trips, weights = [link.trip_ms + 8e3 * (MESSAGE_BYTES / rate.up_bps + back / rate.down_bps)], [1.0]
     if link.changes:
         period_ms = max(way.period_ms for way in (link.up, link.down) if isinstance(way, Trace))
         starts = np.random.default_rng(seed).uniform(0.0, period_ms, INPUTS)
         there = passed(link.up, starts, MESSAGE_BYTES) + link.trip_ms / 2
-        taken = passed(link.down, there, MESSAGE_BYTES) + link.trip_ms / 2 - starts
+        taken = passed(link.down, there, back) + link.trip_ms / 2 - starts
         trips, weights = taken.tolist(), (1.0 / (taken + BETWEEN_MS)).tolist()
     trip = quantile(trips, 0.5, weights)
     up_low, down_low = (
@@ -167,7 +167,8 @@ def link_figures(link: Link, seed: int = 0) -> LinkFigures:
         for way, mean in ((link.up, rate.up_bps), (link.down, rate.down_bps))
     )
     high = max(trip, quantile(trips, 0.9, weights))
-    return LinkFigures(trip, high, rate.up_bps, rate.down_bps, up_low, down_low)
+    rates = rate.up_bps, rate.down_bps, up_low, down_low
+    return LinkFigures(trip, high, *rates, carried_bytes=MESSAGE_BYTES, trust=1.0)
 
 
 class _Ways:
@@ -197,7 +198,7 @@ class _Ways:
         self._most = self._config.n_layers
         if answer.memory_mb is not None:
             self._most = budget.layers_that_fit(self._sizes, self._config, self._kv, answer.memory_mb)
-        self._exits = [one.layer for one in bundle.exits if one.layer <= self._most]
+        self._exits = [one.layer for one in bundle.exits if one.layer <= self._most and bundle.holds(one.file)]
         self._exit_files = {one.layer: files[one.file] for one in bundle.exits}
         width = self._config.d_model
         codecs = tuple(CodecFigures(name, size * width, 0.0) for name, size in CODECS.items())
@@ -372,7 +373,7 @@ class _Ways:
             tokens = max(1.0, between(self._drafts[one.source, one.cut].tokens_a_round, one.draft_tokens))
             base = replace(base, tokens=tokens, cloud_ms=one.cloud_ms * tokens)
         trip_ms = self._link.expected_trip_ms
-        trip_ms += max(0.0, base.up_bytes - SEGMENT_BYTES) * 8e3 / self._link.up_bps
+        trip_ms += max(0.0, base.up_bytes - self._link.carried_bytes) * 8e3 / self._link.up_bps
         waits_ms = base.asks * (trip_ms + base.cloud_ms)
         return replace(base, device_ms=max(0.0, one.ms_per_token * base.tokens - waits_ms))
 

@@ -141,9 +141,9 @@ def foreseen(run: ExitRun, prompts: list[str], name: str = "foreseen") -> Forese
     samples = run.answered(prompts)
     answers = [guessed(sample.tokens, sample.answer) for sample in samples]
     bundle = run.bundle
-    if layers := [entry.layer for entry in bundle.exits]:
-        states = run.states(name, samples, layers)
-        for entry in bundle.exits:
+    if exits := [entry for entry in bundle.exits if bundle.holds(entry.file)]:
+        states = run.states(name, samples, [entry.layer for entry in exits])
+        for entry in exits:
             sha256 = bundle.manifest.files[entry.file].sha256
             said = run.said(bundle.exit(entry.layer), sha256, entry.layer, states)
             for at, (answer, one) in enumerate(zip(answers, said, strict=True)):

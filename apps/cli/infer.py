@@ -84,6 +84,7 @@ def infer(ctx: typer.Context) -> None:
     for name in ("device_ms", "rest_ms", "cloud_ms"):
         same = [getattr(run, name) for run in runs if run.where == last.where]
         told[name] = round(statistics.median(same), 3)
+    told |= {"ms": round(statistics.median(run.device_ms + run.rest_ms for run in runs), 3)}
     told |= {"times": len(runs), "in_the_cloud": sum(run.where == "cloud" for run in runs)}
     told |= {"left_early": sum(bool(run.exit) for run in runs)}
     told |= {"codec": device.codec or "raw", "inputs_s": round(_rate(done_s, depth), 3)}
@@ -192,7 +193,6 @@ def _values(one: Array) -> str:
 def _print(told: Mapping[str, Any]) -> None:
     import sys
 
-    whole = told["device_ms"] + told["rest_ms"]
     if told["where"] == "cloud":
         there = f"{told['rest_ms']:.1f} ms for the rest in the cloud ({told['cloud_ms']:.1f} ms of them computing)"
         bytes_ = f", {told['bytes_up']:,} bytes up ({told['codec']}) and {told['bytes_down']:,} down"
@@ -201,6 +201,6 @@ def _print(told: Mapping[str, Any]) -> None:
     else:
         there, bytes_ = f"{told['rest_ms']:.1f} ms for the rest, here, too", ""
     times = f" (medians of {told['times']} runs, {told['inputs_s']:.4g} a second)" if told["times"] > 1 else ""
-    print(f"{whole:.1f} ms: {told['device_ms']:.1f} ms here, {there}{bytes_}{times}", file=sys.stderr)
+    print(f"{told['ms']:.1f} ms: {told['device_ms']:.1f} ms here, {there}{bytes_}{times}", file=sys.stderr)
     if told["note"]:
         print(f"note: {told['note']}", file=sys.stderr)

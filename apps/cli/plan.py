@@ -145,6 +145,7 @@ def command(
     without one is declared: --cloud 8 is eight times as fast as the device.
     """
     import os
+    import sys
 
     import msgspec
 
@@ -178,8 +179,11 @@ def command(
     if device is None and not is_there(here):
         _measure(model, here, shape or [], inputs)
     elif not is_there(here) or shape:
-        problem = "--shape has no effect: there is a profile" if is_there(here) else f"there is no profile {here}"
-        raise PlanError(problem, f"measure it: isthmus profile {model}, or name one with --device")
+        again = f"measure it: isthmus profile {model}"
+        if is_there(here):
+            problem = f"--shape has no effect: {here} has what the model was measured with"
+            raise PlanError(problem, f"{again} --shape {(shape or [''])[0]}")
+        raise PlanError(f"there is no profile {here}", f"{again}, or name one with --device")
     times = number(cloud)
     asked = {
         "aim": "throughput" if throughput else "latency",
@@ -204,6 +208,8 @@ def command(
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
     limit_s = SECONDS * (TRIES if folder is not None else 1) * (os.cpu_count() or 1)
+    if measure and not is_tflite(model):
+        print("timing the best ways on this machine (--no-measure leaves that out)", file=sys.stderr)
     told = confined(call, str(model), str(here), there, link, asked, what=f"planning {model.name}", seconds=limit_s)
     found = msgspec.convert(told, Plan)
     found.save(target)
@@ -322,6 +328,9 @@ def _print(plan: Plan, target: Path, load: float) -> None:
             style=style,
         )
     console.print(table)
+    if plan.inputs:
+        told = ", ".join(f"{shown([name])} {size.dtype} {list(size.shape)}" for name, size in plan.inputs.items())
+        console.print(f"measured with {told}", markup=False)
     others = f"; others take {load:.0%} of the cloud's time" if load else ""
     console.print(f"over {plan.link}; a request takes {SERVICE_MS:g} ms beside that{others}", markup=False)
     if plan.tried:

@@ -77,6 +77,9 @@ def plan_decoder(ctx: typer.Context) -> None:
     device = load_decoder_profile(here)
     cloud = cloud or device
     check(bundle, device, cloud, times)
+    if gone := [str(one.layer) for one in bundle.exits if not bundle.holds(one.file)]:
+        before = f"before layer{'s' if len(gone) > 1 else ''} {', '.join(gone)}"
+        print(f"note: {folder} lacks the exits {before}: they are left out", file=sys.stderr)
     counted = None
     if prompts is not None:
         with working(bundle) as run:
@@ -138,7 +141,7 @@ def _print(plan: DecoderPlan, target: Path) -> None:
             shown.append(way)
     table, tail = Table("way", box=None, pad_edge=False), any(way.tail_ms is not None for way in shown)
     late, spent = ([f"p{plan.percentile:g}, ms"] if tail else []), any(way.energy_j for way in shown)
-    titles = ["s in all", "ms a token", *late, "first, ms", "cloud, ms", "bytes up", "device, MB"]
+    titles = ["s in all", "ms a token", *late, "first, ms", "cloud, ms", "bytes up a token", "device, MB"]
     for title in [*titles, *(["J"] if spent else [])]:
         table.add_column(title, justify="right")
     failing = any(way.fails for way in shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,40 @@ def test_what_cannot_be_is_one_line(folder: Path, asked: list[str], problem: str
     link = [] if "--link" in asked else ["--link", "rtt=20,up=5,down=20"]
     done = isthmus("plan", "tiny", *link, *asked, folder=folder)
     assert done.returncode == 2 and problem in done.stderr and len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_files_that_are_needed_are_not_replaced(folder: Path) -> None:
+    (folder / "loop.json").unlink(missing_ok=True)
+    (folder / "loop.json").symlink_to("loop.json")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "fifo.txt").unlink(missing_ok=True)
+    os.mkfifo(folder / "fifo.txt")
+    link = ["--link", "rtt=20,up=5,down=20"]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "tiny").rglob("*")}
+    for command, problem in (
+        (["plan", "tiny", *link, "-o", "tiny/bundle.json"], "lies in the bundle tiny"),
+        (["plan", "tiny", *link, "-o", "tiny/weights/new.json"], "lies in the bundle tiny"),
+        (["profile", "tiny", "-o", "tiny/bundle.json"], "lies in the bundle tiny"),
+        (["plan", "tiny", *link, "-o", "notes.txt"], "is no file of this kind"),
+        (["plan", "tiny", *link, "-o", "loop.json"], "is no file that could be replaced"),
+        (["plan", "tiny", *link, "-o", "/proc/x.json"], "no file can be written in /proc"),
+        (["plan", "tiny", *link, "--device", "loop.json"], "loop.json"),
+        (["plan", "tiny", *link, "--prompts", "fifo.txt"], "not a regular file"),
+        (["plan", "tiny", *link, "--prompts", "/dev/zero"], "not a regular file"),
+    ):
+        done = isthmus(*command, folder=folder)
+        assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr, (
+            command,
+            done.stderr,
+        )
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "tiny").rglob("*")}
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_long_name_is_a_name(folder: Path) -> None:
+    name = "x" * 250 + ".json"
+    done = isthmus("plan", "tiny", "--link", "rtt=20,up=5,down=20", "-o", name, folder=folder)
+    assert done.returncode == 0 and json.loads((folder / name).read_text())["ways"], done.stderr
 
 
 def test_what_is_not_there_is_said_at_once(tmp_path: Path) -> None:

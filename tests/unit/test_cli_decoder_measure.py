@@ -78,6 +78,8 @@ def test_parts_take_longer_after_pauses_as_the_whole_does() -> None:
         layers_cold_ms=cold,
         rests_cold_ms=tuple((k, ms + 2.0) for k, ms in rests),
     )
+    noisy = msgspec.structs.replace(found, apart=((3, 1.0), (10, 1.001), (30, 1.4)))
+    assert noisy.device(LAYERS, 30.0).through(2) == pytest.approx(24.0)
     for pause_ms, share in ((0.0, 0.0), (3.0, 0.5), (10.0, 1.0), (100.0, 1.0)):
         device, cloud = found.device(LAYERS, pause_ms), found.cloud(2.0, pause_ms)
         assert device.drafted(2) == pytest.approx(26.0 + share * (4.0 + 2.0))

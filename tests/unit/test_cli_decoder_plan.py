@@ -146,7 +146,8 @@ def test_a_profile_of_another_model_is_refused(bundle: Bundle, profile: DecoderP
 
 def test_a_trace_is_known_as_questions_meet_it() -> None:
     steady = link_figures(Link(20.0, 5e6, 2e7))
-    assert steady.trip_ms == steady.trip_high_ms == 20.0 and steady.up_low_bps == steady.up_bps == 5e6
+    assert steady.trip_ms == steady.trip_high_ms == pytest.approx(20.0 + 0.16 + 0.056)  # of 100 bytes, and 140
+    assert steady.up_low_bps == steady.up_bps == 5e6
     stalls = Trace((*range(1, 8_001), 10_000))  # two seconds of silence in ten
     changing = link_figures(Link(20.0, stalls, stalls))
     assert 20.0 <= changing.trip_ms < 24.0
@@ -180,6 +181,24 @@ def test_prices_and_replays_agree_where_nothing_changes(bundle: Bundle, profile:
         assert way.tail_ms is None and (again.tail_ms is not None or way.mode == "local")
         assert again.token_ms == pytest.approx(way.token_ms, rel=0.05), way.name
         assert again.total_ms == pytest.approx(way.total_ms, rel=0.06), way.name
+
+
+@pytest.mark.parametrize("link", ["rtt=200,up=0.02,down=0.02", "rtt=20,up=0.05,down=1", "rtt=2,up=5,down=0.03"])
+def test_a_slow_link_takes_as_long_replayed(bundle: Bundle, profile: DecoderProfile, link: str) -> None:
+    plain, steady = (planned(bundle, profile, link, load=load, disagreement=1.0) for load in (0.0, 1e-9))
+    known = {way.name: way for way in steady.ways}
+    for way in plain.ways:
+        assert known[way.name].total_ms == pytest.approx(way.total_ms, rel=0.25), way.name
+    stream = next(way for way in steady.ways if way.mode == "stream")
+    carried = read_link(link).rate().down_bps / 8e3 * stream.total_ms
+    assert carried >= 120 * 35 and steady.ways[steady.best].name == plain.ways[plain.best].name
+
+
+def test_the_link_carries_what_a_prompt_needs_once(bundle: Bundle, profile: DecoderProfile) -> None:
+    found = planned(bundle, profile, "rtt=20,up=0.5,down=5", prompt=64)
+    way = next(one for one in found.ways if (one.mode, one.cut, one.codec) == ("split", 1, "f32"))
+    sent_ms = 63 * CONFIG.d_model * 4 * 8 / 500
+    assert sent_ms < way.first_ms - way.token_ms < 1.5 * sent_ms
 
 
 def test_a_busy_cloud_drives_work_away(bundle: Bundle, profile: DecoderProfile) -> None:
@@ -236,6 +255,25 @@ def test_a_profile_that_cannot_be(profile: DecoderProfile, tmp_path: Path, chang
     (tmp_path / "x.json").write_bytes(msgspec.json.encode(told))
     with pytest.raises(PlanError):
         load_decoder_profile(tmp_path / "x.json")
+
+
+def test_a_profile_of_other_layers_is_refused(bundle: Bundle, profile: DecoderProfile) -> None:
+    more = msgspec.structs.replace(profile, layers_ms=(*profile.layers_ms, (LAYERS + 1, 99.0)))
+    for device, cloud in ((more, profile), (profile, more)):
+        with pytest.raises(PlanError, match=f"has {LAYERS + 1} layers, and the model {LAYERS}"):
+            plan(bundle, device, cloud, 1.0, read_link(FAR), Answer())
+    for times in (0.0, 1e-320, float("nan"), float("inf"), 1e9):
+        with pytest.raises(PlanError, match="times as fast as the device"):
+            plan(bundle, profile, profile, times, read_link(FAR), Answer())
+
+
+def test_an_exit_that_is_not_held_is_no_way(profile: DecoderProfile, tmp_path: Path) -> None:
+    held = write_early(tmp_path / "tiny")
+    profile = msgspec.structs.replace(profile, model=held.manifest.model_id)
+    assert any(way.mode == "exit" for way in planned(held, profile, NEAR, disagreement=1.0).ways)
+    (tmp_path / "tiny" / held.exits[0].file).unlink()
+    found = planned(Bundle.open(tmp_path / "tiny"), profile, NEAR, disagreement=1.0)
+    assert not any(way.mode == "exit" or "exit" in way.name for way in found.ways)
 
 
 @pytest.fixture(scope="module")

@@ -221,6 +221,43 @@ def test_a_pipeline_outlives_its_cloud_and_a_lost_connection(
         wire.dark.clear()
 
 
+def test_a_cloud_that_was_started_again_with_the_network_is_found(
+    bundle: Path, whole: Callable[[Any], Any], cloud: GraphService, wire: LossyWire
+) -> None:
+    class Restarted:
+        """Knows nothing of a device that greeted the one before it, and says so."""
+
+        greeted = False
+
+        def receive(self, message: Any) -> list[tuple[float, Any]]:
+            self.greeted |= isinstance(message, m.Hello)
+            if not self.greeted:
+                wire.reconnect()
+                return []
+            return cloud.receive(message)
+
+        forget = cloud.forget
+
+    class Empty:
+        def receive(self, message: Any) -> list[tuple[float, Any]]:
+            if isinstance(message, m.Ping):
+                return [(0.0, m.Pong(message.sent_us))]
+            answers = cloud.receive(message)
+            return [(delay, msgspec.structs.replace(answer, graphs=())) for delay, answer in answers]
+
+        forget = cloud.forget
+
+    wire.cloud = Empty()  # type: ignore[assignment]
+    with device(bundle, wire, mode="split") as one:
+        for _ in range(2):
+            began = wire.now
+            with pytest.raises(ServiceError, match="serves no network"):
+                one.infer(image())
+            assert wire.now - began < 1.0  # it says so itself
+        wire.cloud = Restarted()  # type: ignore[assignment]
+        assert np.allclose(one.infer(image())["y"], whole(image()), atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["auto", "split"])
 @pytest.mark.parametrize("error", [ProtocolError("no message", "update"), Refused("the key is unknown", "allow it")])
 def test_a_pipeline_meets_nonsense(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
 
-from isthmus.engine.watchdog import Watchdog
+from isthmus.engine.watchdog import WATCHDOG, Watchdog
 
 FOREVER_S = 600.0
 
@@ -53,3 +55,39 @@ def test_threads_may_begin_and_end_at_once() -> None:
     for one in threads:
         one.join()
     assert all(ended(run) for run in runs)
+
+
+def test_a_process_that_was_forked_has_a_watchdog_of_its_own() -> None:
+    stop, busy = threading.Event(), SimpleNamespace(terminate=False)
+
+    def work() -> None:
+        while not stop.is_set():
+            WATCHDOG.end(WATCHDOG.begin(busy, FOREVER_S))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(10):
+            if not (child := os.fork()):
+                run = SimpleNamespace(terminate=False)
+                WATCHDOG.begin(run, 0.01)
+                os._exit(0 if ended(run) else 1)
+            until, status = time.monotonic() + 30.0, (0, 0)
+            while not status[0] and time.monotonic() < until:
+                status = os.waitpid(child, os.WNOHANG)
+                time.sleep(0.005)
+            if not status[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert status == (child, 0)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_limit_may_be_longer_than_anything_waits() -> None:
+    watchdog, run, short = Watchdog(), SimpleNamespace(terminate=False), SimpleNamespace(terminate=False)
+    watchdog.begin(run, 1e12)
+    time.sleep(0.02)
+    watchdog.begin(short, 0.01)
+    assert ended(short) and not run.terminate

@@ -107,6 +107,17 @@ def test_an_exit_of_other_classes_is_refused() -> None:
         choices(OnnxGraph(model), {EARLY: 0.9}, told, "top1")
 
 
+def test_outputs_may_stand_in_any_order() -> None:
+    model = branchy()
+    told = answers(model)
+    (usual,) = choices(OnnxGraph(model), {EARLY: 0.8}, told, "top1")
+    outputs = list(model.graph.output)
+    del model.graph.output[:]
+    model.graph.output.extend(reversed(outputs))
+    (found,) = choices(OnnxGraph(model), {EARLY: 0.8}, [list(reversed(one)) for one in told], "top1")
+    assert found == usual
+
+
 def input_by_input(leaving: Leaving, device: set[int]) -> float:
     """The mean time of a way, each input by itself."""
     one, total = sharing(rate=RATE), 0.0

@@ -77,10 +77,21 @@ def test_a_changing_link_has_a_tail() -> None:
     assert latencies(row(up_bytes=20_000.0), Link(50.0, up, down)).tolist() == taken.tolist()
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8, 0.99, 0.9999])
 def test_a_busy_cloud_makes_one_wait_as_in_a_queue_of_equal_requests(load: float) -> None:
     seen = [waits(load, 5.0, np.random.default_rng(seed)).mean() for seed in range(60)]
     assert np.mean(seen) == pytest.approx(load * 5.0 / (2 * (1 - load)), rel=0.08)
+
+
+def test_waits_are_spread_as_in_such_a_queue() -> None:
+    load, generator, waited = 0.6, np.random.default_rng(1), 0.0
+    seen = []
+    for _ in range(200_000):  # Lindley's recursion
+        waited = max(0.0, waited + 1.0 - generator.exponential(1.0 / load))
+        seen.append(waited)
+    found = np.concatenate([waits(load, 1.0, np.random.default_rng(seed)) for seed in range(40)])
+    for share in (0.3, 0.5, 0.9, 0.99):
+        assert np.quantile(found, share) == pytest.approx(np.quantile(seen[1000:], share), abs=0.06, rel=0.06)
 
 
 def test_a_cloud_without_time_is_none() -> None:
