@@ -117,7 +117,8 @@ class VerifyRunner:
                     if self._ready:
                         break
                     self._begin()
-                self._hear(wait=False)  # all that has come, before any more is drafted
+                if self.by_model or not self._ready:
+                    self._hear(wait=False)  # all that has come, before more is drafted, which takes time
                 sent = self._ask(goal)
                 if self._ready:
                     break

@@ -208,7 +208,7 @@ def command(
     there = "" if times is not None else cloud
     call = "isthmus.split.onnx_plan:plan"
     limit_s = SECONDS * (TRIES if folder is not None else 1) * (os.cpu_count() or 1)
-    if measure and not is_tflite(model):
+    if measure and not is_tflite(model) and sys.stderr.isatty():
         print("timing the best ways on this machine (--no-measure leaves that out)", file=sys.stderr)
     told = confined(call, str(model), str(here), there, link, asked, what=f"planning {model.name}", seconds=limit_s)
     found = msgspec.convert(told, Plan)

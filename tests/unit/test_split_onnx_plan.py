@@ -143,6 +143,26 @@ def test_finalists_are_timed_as_parts_and_scaled_to_the_profiled_machine(
     assert timed(0, kind="image", codec="jpeg90") is None  # nothing is known of pictures
 
 
+@pytest.mark.parametrize(
+    ("known", "sittings", "taken"),
+    [
+        (1.0, [1.1, 1.0, 9.0], 2),
+        (1.0, [4.0, 4.1, 1.0, 1.05, 9.0], 4),  # somebody else on the machine, for a while
+        (0.1, [4.0, 4.1, 4.05, 9.0], 3),  # a faster one was profiled
+        (1.0, [8.0, 4.0, 2.0, 1.6, 1.3, 1.0, 9.0], 6),  # until there were enough
+    ],
+)
+def test_all_rows_hang_on_an_undisturbed_time(
+    model: Path, monkeypatch: pytest.MonkeyPatch, known: float, sittings: list[float], taken: int
+) -> None:
+    profile = load_profile(model.with_suffix(".json"))
+    profile = msgspec.structs.replace(profile, whole_ms=known)
+    graph, left = OnnxGraph(read_model(model)), list(sittings)
+    monkeypatch.setattr(finalists, "timed", lambda run, _: (left.pop(0), 0.0))
+    stand = finalists.Finalists(graph, model, profile, profile, onnx_measure.given(graph, {"x": [1, 3, 32, 32]}, ""))
+    assert stand.faster[0] == pytest.approx(known / min(sittings[:taken])) and len(left) == len(sittings) - taken
+
+
 def test_measured_rows_stand_in_the_plan(model: Path) -> None:
     given, measured = planned(model, FAST, times=1.0), planned(model, FAST, times=1.0, measure=True)
     assert [row.device for row in given.rows] == [row.device for row in measured.rows]
