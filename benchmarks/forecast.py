@@ -36,7 +36,7 @@ from isthmus.apps.bench.stage import Stage
 from isthmus.apps.cli.decoder_measure import measure
 from isthmus.apps.cli.decoder_plan import DecoderPlan, plan
 from isthmus.apps.cli.decoder_profile import DecoderProfile
-from isthmus.apps.cli.decoder_ways import EXACT, Answer, Way
+from isthmus.apps.cli.decoder_ways import EXACT, Answer, Setting, Way
 from isthmus.apps.cli.foreseen import Foreseen, foreseen
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_run import ExitRun, working_in
@@ -163,7 +163,7 @@ def planned(
         assert profile.rate_up_bps is not None and profile.rate_down_bps is not None
         up, down = profile.rate_up_bps / 1e6, profile.rate_down_bps / 1e6
         link = read_link(f"rtt={profile.rtt_ms},up={up},down={down}")
-    return plan(source, machine, machine, 1.0, link, answer, along, moments)
+    return plan(Setting(source, machine, machine, 1.0, link, answer, along, moments))
 
 
 class Took(NamedTuple):

@@ -9,13 +9,10 @@ from typing import Literal
 import msgspec
 
 from isthmus.apps.cli.decoder_profile import DecoderProfile
-from isthmus.apps.cli.decoder_ways import Answer, Way, priced
-from isthmus.apps.cli.foreseen import Foreseen
+from isthmus.apps.cli.decoder_ways import Answer, Setting, Way, priced
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
 from isthmus.split.files import write_whole
-from isthmus.split.link import Link
-from isthmus.split.replay import Times
 
 SLOWEST = 1e-6  # times as fast as the device that a cloud may be
 PRIORS = "other answers, and those that exits were certified with"
@@ -57,31 +54,18 @@ class DecoderPlan(msgspec.Struct, frozen=True):
         write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
-def plan(
-    bundle: Bundle,
-    device: DecoderProfile,
-    cloud: DecoderProfile,
-    times: float,
-    link: Link,
-    answer: Answer,
-    foreseen: Foreseen | None = None,
-    at_ms: Times | None = None,
-) -> DecoderPlan:
+def plan(setting: Setting) -> DecoderPlan:
     """All ways, and which is best.
-
-    Args:
-        device, cloud: of the same model; the cloud is so many `times` as fast as its profile says.
-        foreseen: what drafts and exits were right about; None for what priors say.
-        at_ms: moments of the link's traces at which answers begin, 1 or more; None for any.
 
     Raises:
         PlanError: a profile is another model's, or no way keeps to what was asked for.
     """
-    check(bundle, device, cloud, times)
+    bundle, cloud, times, answer = setting.bundle, setting.cloud, setting.times, setting.answer
+    check(bundle, setting.device, cloud, times)
     if (most := bundle.config.context_length) < answer.prompt + answer.tokens:
         problem = f"an answer of {answer.tokens} tokens to a prompt of {answer.prompt} is longer than the model takes"
         raise PlanError(problem, f"give {most} or fewer of both together")
-    found = sorted(priced(bundle, device, cloud, times, link, answer, foreseen, at_ms), key=lambda way: way.total_ms)
+    found = sorted(priced(setting), key=lambda way: way.total_ms)
     able = [way for way in found if not way.fails]
     if not able:
         nearest = next((way for way in found if way.fails.endswith("wanted")), found[0])
@@ -91,11 +75,23 @@ def plan(
     firsts = [next(way for way in order if way.mode == mode) for mode in dict.fromkeys(way.mode for way in order)]
     ways = (*firsts, *(way for way in order if way not in firsts))
     best = ways.index(able[0])
-    said = _verdict(able[0], able, answer)
-    faster = f"{times:g} times as fast as the device" if cloud is device else f"like {cloud.processor}"
-    settings = (link.words, answer.prompt, answer.tokens, ways, best, said, answer.percentile, f"a cloud {faster}")
-    along = PRIORS if foreseen is None else f"{len(foreseen.answers)} of its own answers, {foreseen.tokens} tokens each"
-    return DecoderPlan(bundle.manifest.model_id, bundle.manifest.name, *settings, along)
+    faster = f"{times:g} times as fast as the device" if cloud is setting.device else f"like {cloud.processor}"
+    along = PRIORS
+    if (counted := setting.foreseen) is not None:
+        along = f"{len(counted.answers)} of its own answers, {counted.tokens} tokens each"
+    return DecoderPlan(
+        bundle.manifest.model_id,
+        bundle.manifest.name,
+        setting.link.words,
+        answer.prompt,
+        answer.tokens,
+        ways,
+        best,
+        _verdict(able[0], able, answer),
+        answer.percentile,
+        f"a cloud {faster}",
+        along,
+    )
 
 
 def check(bundle: Bundle, device: DecoderProfile, cloud: DecoderProfile, times: float) -> None:

@@ -135,19 +135,29 @@ class Way(msgspec.Struct, frozen=True):
     energy_j: float = 0.0
 
 
-def priced(
-    bundle: Bundle,
-    device: DecoderProfile,
-    cloud: DecoderProfile,
-    times: float,
-    link: Link,
-    answer: Answer,
-    foreseen: Foreseen | None = None,
-    at_ms: Times | None = None,
-) -> list[Way]:
-    """All ways over a link, in no order; a question takes `SERVICE_MS` more than its trip. See `plan`."""
-    over = replace(link, trip_ms=link.trip_ms + SERVICE_MS)
-    return list(_Ways(bundle, device, cloud, times, over, answer, foreseen, at_ms).all())
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What ways are priced for.
+
+    Attributes:
+        device, cloud: profiles of the bundle's model; the cloud is so many `times` as fast as its profile says.
+        foreseen: what drafts and exits were right about; None for what priors say.
+        at_ms: moments of the link's traces at which answers begin, 1 or more; None for any.
+    """
+
+    bundle: Bundle
+    device: DecoderProfile
+    cloud: DecoderProfile
+    times: float
+    link: Link
+    answer: Answer
+    foreseen: Foreseen | None = None
+    at_ms: Times | None = None
+
+
+def priced(setting: Setting) -> list[Way]:
+    """All ways, in no order."""
+    return list(_Ways(setting).all())
 
 
 def link_figures(link: Link, seed: int = 0) -> LinkFigures:
@@ -172,26 +182,14 @@ def link_figures(link: Link, seed: int = 0) -> LinkFigures:
 
 
 class _Ways:
-    """Prices ways for one answer.
+    """Prices ways; a question takes `SERVICE_MS` more than its trip."""
 
-    Args:
-        device, cloud, times: of both; see `plan`.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: DecoderProfile,
-        cloud: DecoderProfile,
-        times: float,
-        link: Link,
-        answer: Answer,
-        foreseen: Foreseen | None,
-        at_ms: Times | None,
-    ) -> None:
+    def __init__(self, setting: Setting) -> None:
+        bundle, device, answer, foreseen = setting.bundle, setting.device, setting.answer, setting.foreseen
         self._config, self._device, self._answer = bundle.config, device, answer
-        self._there, self._times, self._cloud = cloud, times, cloud.cloud(times)
-        self._over, self._link, self._at_ms = link, link_figures(link), at_ms
+        self._there, self._times, self._cloud = setting.cloud, setting.times, setting.cloud.cloud(setting.times)
+        self._over = replace(setting.link, trip_ms=setting.link.trip_ms + SERVICE_MS)
+        self._link, self._at_ms = link_figures(self._over), setting.at_ms
         files = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
         self._sizes = budget.PartSizes.from_files(self._config.n_layers, files)
         self._kv = KvConfig("f16", answer.prompt + answer.tokens)

@@ -29,7 +29,7 @@ def plan_decoder(ctx: typer.Context) -> None:
     from isthmus.apps.bench.plot import check_drawing
     from isthmus.apps.cli.decoder_plan import check, plan
     from isthmus.apps.cli.decoder_profile import load_decoder_profile
-    from isthmus.apps.cli.decoder_ways import Answer, priced
+    from isthmus.apps.cli.decoder_ways import Answer, Setting, priced
     from isthmus.apps.cli.exit_work import working
     from isthmus.apps.cli.foreseen import foreseen
     from isthmus.apps.cli.given import given_options
@@ -86,13 +86,14 @@ def plan_decoder(ctx: typer.Context) -> None:
             counted = foreseen(run, prompts)
         means = {"prompt": counted.prompt, "tokens": counted.tokens}
         answer = replace(answer, **{name: mean for name, mean in means.items() if name not in given_options(ctx)})
-    found = plan(bundle, device, cloud, times, link, answer, counted)
+    setting = Setting(bundle, device, cloud, times, link, answer, counted)
+    found = plan(setting)
     found.save(target)
     if asked["plot"] is not None:
         from isthmus.apps.cli.decoder_picture import draw
 
         plain = replace(answer, load=0.0)
-        draw(asked["plot"], found, link, lambda over: priced(bundle, device, cloud, times, over, plain, counted))
+        draw(asked["plot"], found, link, lambda over: priced(replace(setting, link=over, answer=plain)))
     if asked["as_json"]:
         print(target.read_text())
     else:

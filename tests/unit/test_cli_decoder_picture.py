@@ -7,7 +7,7 @@ from pathlib import Path
 
 from isthmus.apps.cli.decoder_picture import crossing, draw
 from isthmus.apps.cli.decoder_plan import plan
-from isthmus.apps.cli.decoder_ways import Answer, Way, priced
+from isthmus.apps.cli.decoder_ways import Answer, Setting, Way, priced
 from isthmus.split.link import Link
 from tests.decoder_plans import a_profile, write_early
 
@@ -29,8 +29,8 @@ def test_a_crossing_lies_between_points() -> None:
 def test_the_page_has_every_way_in_order(tmp_path: Path) -> None:
     bundle = write_early(tmp_path / "tiny")
     device, answer = a_profile(bundle.model_id), Answer(slo_ms=60.0)
-    found = plan(bundle, device, device, 8.0, LINK, answer)
-    draw(tmp_path / "plan.html", found, LINK, lambda over: priced(bundle, device, device, 8.0, over, answer))
+    found = plan(Setting(bundle, device, device, 8.0, LINK, answer))
+    draw(tmp_path / "plan.html", found, LINK, lambda over: priced(Setting(bundle, device, device, 8.0, over, answer)))
     page = (tmp_path / "plan.html").read_text()
     rows = re.findall(r"<tr(?: class=\"best\")?><td>([^<]+)</td>\s*<td>([\d.]+)</td>", page)
     assert len(rows) == len(found.ways) and rows[0][0] == found.ways[found.best].name

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.apps.cli.decoder_plan import DecoderPlan, plan
 from isthmus.apps.cli.decoder_profile import DecoderProfile, load_decoder_profile
-from isthmus.apps.cli.decoder_ways import EXACT, Answer, link_figures
+from isthmus.apps.cli.decoder_ways import EXACT, Answer, Setting, link_figures
 from isthmus.protocol.errors import PlanError
 from isthmus.split.bundle import Bundle
 from isthmus.split.link import Link, read_link
@@ -34,7 +34,7 @@ def profile(bundle: Bundle) -> DecoderProfile:
 
 
 def planned(bundle: Bundle, profile: DecoderProfile, link: str, times: float = 8.0, **asked: Any) -> DecoderPlan:
-    return plan(bundle, profile, profile, times, read_link(link), Answer(**asked))
+    return plan(Setting(bundle, profile, profile, times, read_link(link), Answer(**asked)))
 
 
 def test_the_far_cloud_answers_alone_and_a_slow_one_is_not_asked(bundle: Bundle, profile: DecoderProfile) -> None:
@@ -139,7 +139,7 @@ def test_wishes_that_cannot_be(asked: dict[str, Any], problem: str) -> None:
 def test_a_profile_of_another_model_is_refused(bundle: Bundle, profile: DecoderProfile) -> None:
     other = msgspec.structs.replace(profile, model="ab" * 16)
     with pytest.raises(PlanError, match="the cloud's profile is of tiny"):
-        plan(bundle, profile, other, 1.0, read_link(NEAR), Answer())
+        plan(Setting(bundle, profile, other, 1.0, read_link(NEAR), Answer()))
     with pytest.raises(PlanError, match="0 times as fast"):
         planned(bundle, profile, NEAR, times=0.0)
 
@@ -261,10 +261,10 @@ def test_a_profile_of_other_layers_is_refused(bundle: Bundle, profile: DecoderPr
     more = msgspec.structs.replace(profile, layers_ms=(*profile.layers_ms, (LAYERS + 1, 99.0)))
     for device, cloud in ((more, profile), (profile, more)):
         with pytest.raises(PlanError, match=f"has {LAYERS + 1} layers, and the model {LAYERS}"):
-            plan(bundle, device, cloud, 1.0, read_link(FAR), Answer())
+            plan(Setting(bundle, device, cloud, 1.0, read_link(FAR), Answer()))
     for times in (0.0, 1e-320, float("nan"), float("inf"), 1e9):
         with pytest.raises(PlanError, match="times as fast as the device"):
-            plan(bundle, profile, profile, times, read_link(FAR), Answer())
+            plan(Setting(bundle, profile, profile, times, read_link(FAR), Answer()))
 
 
 def test_an_exit_that_is_not_held_is_no_way(profile: DecoderProfile, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_an_exit_is_held_and_its_states_take_the_uplink(early: Bundle, profile: 
     assert all("MB on the device" in way.fails for way in tight.ways if way.mode == "exit")
     # 60 kbit/s carry a state of 43 bytes and its frame each 9 ms: fewer than are made; all of them go up.
     trace = Trace(tuple(range(200, 100_001, 200)))
-    slow = plan(early, profile, profile, 8.0, Link(20.0, trace, trace), Answer(disagreement=0.05))
+    slow = plan(Setting(early, profile, profile, 8.0, Link(20.0, trace, trace), Answer(disagreement=0.05)))
     late = next(way for way in slow.ways if way.mode == "exit")
     assert late.token_ms > speaks.token_ms + 100.0
 

@@ -11,6 +11,7 @@ import pytest
 from isthmus.apps.bench.facts import Answer, ExitFacts
 from isthmus.apps.cli import decoder_ways
 from isthmus.apps.cli.decoder_plan import PRIORS, plan
+from isthmus.apps.cli.decoder_ways import Setting
 from isthmus.apps.cli.foreseen import Foreseen, counted, foreseen
 from isthmus.edge import priors
 from isthmus.edge.figures import ExitFigures
@@ -146,10 +147,13 @@ def test_plans_believe_what_was_counted(early: Bundle) -> None:
     )
     takes = [
         {(way.mode, way.cut): way.token_ms for way in sorted(found.ways, key=lambda way: -way.token_ms)}
-        for found in (plan(early, profile, profile, 8.0, link, wanted, along) for along in (sure, unsure))
+        for found in (plan(Setting(early, profile, profile, 8.0, link, wanted, along)) for along in (sure, unsure))
     ]
     assert takes[0]["exit", EXIT] < takes[1]["exit", EXIT] and takes[0]["verify", EXIT] < takes[1]["verify", EXIT]
     assert takes[0]["stream", 0] == takes[1]["stream", 0]
     assert takes[0]["verify", 0] == takes[1]["verify", 0]  # n-grams foresaw the same
-    assert plan(early, profile, profile, 8.0, link, wanted).foreseen == PRIORS
-    assert plan(early, profile, profile, 8.0, link, wanted, sure).foreseen == "1 of its own answers, 40 tokens each"
+    assert plan(Setting(early, profile, profile, 8.0, link, wanted)).foreseen == PRIORS
+    assert (
+        plan(Setting(early, profile, profile, 8.0, link, wanted, sure)).foreseen
+        == "1 of its own answers, 40 tokens each"
+    )
