@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isthmus.engine.config import DecoderConfig, ExpertsConfig
-    from isthmus.engine.experts import Brought, Expert, ExpertSource
+    from isthmus.engine.experts import Expert, ExpertSource, Wanted
     from isthmus.engine.part import KvConfig, Numerics, Part, Rows, Sequence, StepResult, Want, WeightSource
     from isthmus.engine.sampling import GREEDY, Sampling
 
 __all__ = [
     "GREEDY",
-    "Brought",
     "DecoderConfig",
     "Expert",
     "ExpertSource",
@@ -28,6 +27,7 @@ __all__ = [
     "Sequence",
     "StepResult",
     "Want",
+    "Wanted",
     "WeightSource",
     "cpu_names",
     "open_part",
@@ -35,7 +35,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("DecoderConfig", "ExpertsConfig"),
-    "experts": ("Brought", "Expert", "ExpertSource"),
+    "experts": ("Expert", "ExpertSource", "Wanted"),
     "part": ("KvConfig", "Numerics", "Part", "Rows", "Sequence", "StepResult", "Want", "WeightSource"),
     "sampling": ("GREEDY", "Sampling"),
     "binding": ("cpu_names",),

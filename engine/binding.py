@@ -143,6 +143,8 @@ class Memory:
         for field, key in (("p1", "p1"), ("p2", "p2"), ("scales", _SCALES.get(name, "scales")), ("mins", "mins")):
             if key in matrix.arrays and not (field in ("p1", "p2") and name == "n2"):
                 setattr(target, field, self.pointer(np.asarray(matrix.arrays[key])))
+        if name in ("n4", "n8"):  # so that it can be read with 2 bits as well
+            target.mins = self.pointer(np.asarray(matrix.arrays["s2"]))
 
 
 def check(matrix: PackedMatrix) -> None:

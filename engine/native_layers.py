@@ -9,12 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.binding import Memory, native
-from isthmus.engine.experts import Expert, ExpertSource
+from isthmus.engine.expert_table import ExpertTables
+from isthmus.engine.experts import Expert, ExpertSource, Wanted
 from isthmus.engine.head import check_head, head_tokens
 from isthmus.engine.kv import KvPool
 from isthmus.engine.part import KvConfig, WeightSource
 from isthmus.protocol.errors import EngineError
 from isthmus.quant.packed import PackedMatrix
+from isthmus.quant.planes import MATRICES
+
+PATIENCE = 30.0  # seconds that a step waits for experts that are being read
+HALF_LIFE = 16.0  # steps after which the use of an expert counts half
 
 
 class Layers:
@@ -26,7 +31,6 @@ class Layers:
             raise EngineError(f"layers [{start}, {end}) of {config.n_layers}", "choose 0 <= start < end <= n_layers")
         self.config, self.start, self.end, self.experts = config, start, end, experts
         self.pool = KvPool(config, end - start, kv)
-        self._held: dict[tuple[int, int], Memory] = {}  # (layer, expert) -> what its cell points to
         module, self._memory = native(), Memory()
         memory, ffi = self._memory, module.ffi
         part = memory.keep(ffi.new("im_part *"))
@@ -37,6 +41,10 @@ class Layers:
         if config.experts:
             part.n_experts, part.top_k = config.experts.n_experts, config.experts.top_k
             part.renormalize, part.d_expert = config.experts.renormalize, config.experts.d_expert
+            part.patience_ns, part.half_life = int(PATIENCE * 1e9), HALF_LIFE
+            self.tables = experts.tables if experts else ExpertTables(config, start, end)
+            if experts is not None:
+                part.foresee, part.reader = experts.foresee, experts.reader.pointer if experts.reader else ffi.NULL
         part.kv_f32 = kv.format == "f32"
         part.kv = memory.pointer(self.pool.memory, "uint8_t *")
         part.kv_block_bytes = self.pool.memory.shape[1]
@@ -113,65 +121,32 @@ class Layers:
 
         assert self.config.experts is not None
         self._memory.matrix(layer.router, quantize(cast("NDArray[np.float32]", weights["router"]), "f32"))
-        layer.experts = self._memory.keep(native().ffi.new("im_expert[]", self.config.experts.n_experts))
+        table = self.tables.layer(index)
+        layer.experts, layer.use, layer.traffic = table.cells, table.use, table.traffic
         if self.experts is None:
             for e in range(self.config.experts.n_experts):
-                names = ("gate", "up", "down")
-                gate, up, down = (cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in names)
-                self.place(index, e, Expert(gate, up, down))
+                table.place(e, Expert(*(cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in MATRICES)))
+        layer.n_planes = table.n_planes
 
-    def place(self, layer: int, index: int, expert: Expert) -> None:
-        """Puts an expert into the pinned table; its memory is held until it is evicted.
-
-        Raises:
-            EngineError: no such expert, or a matrix of another shape.
-        """
-        experts, d = self.config.experts, self.config.d_model
-        if experts is None or not 0 <= index < experts.n_experts:
-            raise EngineError(f"layer {layer} has no expert {index}", "check the expert source")
-        cell, memory = self.c_part.layers[layer - self.start].experts[index], Memory()
-        for name, shape in (
-            ("gate", (experts.d_expert, d)),
-            ("up", (experts.d_expert, d)),
-            ("down", (d, experts.d_expert)),
-        ):
-            matrix: PackedMatrix = getattr(expert, name)
-            if (matrix.rows, matrix.cols) != shape:
-                raise EngineError(
-                    f"{name!r} of expert {index} in layer {layer} is {matrix.rows} x {matrix.cols}, "
-                    f"not {shape[0]} x {shape[1]}"
-                )
-            memory.matrix(getattr(cell, name), matrix)
-        cell.resident = 1
-        self._held[layer, index] = memory
-
-    def evict(self, layer: int, index: int) -> None:
-        """Takes an expert out of the table and lets go of its memory."""
-        if self._held.pop((layer, index), None) is None:
-            raise EngineError(f"expert {index} of layer {layer} is not held, so it cannot be evicted")
-        self.c_part.layers[layer - self.start].experts[index].resident = 0
-
-    def bring(self, layer: int, missing: list[int]) -> list[tuple[int, int]]:
-        """Has the expert source load what a paused step needs; returns what it evicted for that.
+    def want(self, step: int, layer: int, wanted: list[Wanted], foreseen: list[Wanted]) -> None:
+        """Has the expert source see to what a paused step lacks.
 
         Raises:
-            EngineError: the source did not bring all of `missing`, or evicted from the same layer.
+            EngineError: there is no source, or it brings nothing of what is wanted.
         """
+        lacking = [one.expert for one in wanted]
         if self.experts is None:
-            raise EngineError(f"experts {missing} of layer {layer} are missing", "give the part an ExpertSource")
-        brought = self.experts.bring(layer, missing)
-        absent = [index for index in missing if index not in brought.experts]
-        if absent:
-            raise EngineError(f"the expert source did not bring experts {absent} of layer {layer}", "check its memory")
-        same = [index for other, index in brought.evicted if other == layer]
-        if same:
-            raise EngineError(
-                f"the expert source evicted experts {same} of layer {layer} while it is computed",
-                "give it room for all experts of one layer, or use smaller steps",
-            )
-        for index, expert in brought.experts.items():
-            self.place(layer, index, expert)
-        return list(brought.evicted)
+            raise EngineError(f"experts {lacking} of layer {layer} are missing", "give the part an ExpertSource")
+        self.experts.want(step, layer, wanted, foreseen)
+        asked = self.tables.layer(layer).asked
+        if wanted and not any(asked[one.expert] >= one.planes for one in wanted):
+            raise EngineError(f"the expert source did not bring experts {lacking} of layer {layer}", "check its memory")
+        self.c_part.foresee = self.experts.foresee
+
+    def release(self, layer: int) -> None:
+        """Takes back what a step that failed still wanted of a layer."""
+        if self.config.experts and self.start <= layer < self.end:
+            self.tables.layer(layer).wanted[:] = 0
 
 
 def sized(vector: NDArray[np.float32] | None, size: int, name: str) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.binding import Workers, native
 from isthmus.engine.config import DecoderConfig
-from isthmus.engine.experts import ExpertSource
+from isthmus.engine.experts import ExpertSource, Wanted
 from isthmus.engine.kv import BlockTable, Forecast
 from isthmus.engine.native_decode import NOTHING, ROW, DecodeRow
 from isthmus.engine.native_layers import Layers
@@ -29,7 +29,7 @@ from isthmus.engine.part import (
     WeightSource,
 )
 from isthmus.engine.sampling import GREEDY, Sampling
-from isthmus.protocol.errors import EngineError, OutOfBlocks
+from isthmus.protocol.errors import EngineError, IsthmusError, OutOfBlocks
 
 NUMERICS = Numerics("native-1")
 STEP_ROWS = 256  # rows of one native call; longer prefills are cut, which changes no bit
@@ -37,6 +37,7 @@ _F32 = np.dtype(np.float32)
 _HIDDEN, _LOGITS, _SAMPLE = int(Want.HIDDEN), int(Want.LOGITS), int(Want.SAMPLE)
 _CONFIDENCE = int(Want.CONFIDENCE)
 _NEEDS_HEAD = _LOGITS | _SAMPLE | _CONFIDENCE
+_NOT_READ = -4
 _FAILURES = {
     -1: ("no memory for the step's scratch", "use fewer rows or a shorter context"),
     -2: ("a row does not fit the part", "check its token, hidden state, layers and what it wants"),
@@ -68,12 +69,13 @@ class NativePart:
         self._samplings = module.ffi.new("im_sampling[]", STEP_ROWS + 1)
         self._samplings[0].top_p = 1.0
         self._tokens = module.ffi.new("int32_t[]", STEP_ROWS)
-        experts = self.config.experts
-        self._needed = module.ffi.new("int32_t[]", experts.n_experts if experts else 1)
+        n_experts = self.config.experts.n_experts if self.config.experts else 1
+        self._lists = [module.ffi.new("int32_t[]", n_experts) for _ in range(5)]
         self._parts = module.ffi.new("im_part *[]", [piece.c_part for piece in layers])
         call = self._call
         call.parts, call.n_parts, call.rows = self._parts, len(layers), self._rows_c
-        call.samplings, call.tokens_out, call.need_experts = self._samplings, self._tokens, self._needed
+        call.samplings, call.tokens_out = self._samplings, self._tokens
+        call.need_experts, call.need_planes, call.need_rows, call.foreseen_experts, call.foreseen_planes = self._lists
         self._decode = DecodeRow(module.ffi, call, self.config.vocab_size, self.config.d_model, self.end)
         self._seats: list[NativeSequence | None] = []
         self._grow_seats(16)
@@ -87,6 +89,11 @@ class NativePart:
     def cpu(self) -> str:
         """The kernel family in use."""
         return self._workers.cpu
+
+    @property
+    def waited(self) -> float:
+        """Seconds that steps of this part's threads waited for experts so far."""
+        return float(self._lib.im_engine_waited(self._engine)) / 1e9
 
     @property
     def free_tokens(self) -> int:
@@ -320,25 +327,35 @@ class NativePart:
         """Goes on with a call that paused for experts; where it failed, gives back what was reserved for it."""
         try:
             while status == 1:
-                self._bring(call)
+                self._want(call)
                 status = self._lib.im_step_resume(self._engine, call)
+            if status == _NOT_READ:
+                raise self._not_read(call.need_layer)
             if status:
                 raise EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
         except BaseException:
+            for layers in self._layers:
+                layers.release(call.need_layer)
             for span in spans:
                 cast(NativeSequence, span.sequence).give_back()
             raise
 
-    def _bring(self, call: Any) -> None:
-        layer, missing = call.need_layer, list(self._needed[0 : call.n_need])
-        for other, index in self._holding(layer).bring(layer, missing):
-            self._holding(other).evict(other, index)
+    def _want(self, call: Any) -> None:
+        n, foreseen = call.n_need, call.n_foreseen
+        needed, planes, rows, next_experts, next_planes = self._lists
+        wanted = [Wanted(needed[i], planes[i], rows[i]) for i in range(n)]
+        ahead = [Wanted(next_experts[i], next_planes[i], 0) for i in range(foreseen)]
+        self._holding(call.need_layer).want(call.step, call.need_layer, wanted, ahead)
+
+    def _not_read(self, layer: int) -> IsthmusError:
+        source = self._holding(layer).experts
+        return source.failure() if source else EngineError(f"experts of layer {layer} are missing")
 
     def _holding(self, layer: int) -> Layers:
         for layers in self._layers:
             if layers.start <= layer < layers.end:
                 return layers
-        raise EngineError(f"the expert source evicted from layer {layer}", f"this part has [{self.start}, {self.end})")
+        raise EngineError(f"layer {layer} is none of this part", f"it has [{self.start}, {self.end})")
 
     def _set_sampling(self, index: int, sampling: Sampling) -> None:
         cell = self._samplings[index]

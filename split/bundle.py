@@ -18,8 +18,9 @@ from isthmus.protocol.errors import BundleError
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.exit_entry import ExitEntry
 from isthmus.split.exits import ExitSource
+from isthmus.split.expert_file import Records
 from isthmus.split.files import open_regular, read_regular, regular_size
-from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, check_name, layer_file
+from isthmus.split.manifest import EMBEDDING, HEAD, NORM, FileEntry, Manifest, check_name, expert_file, layer_file
 from isthmus.split.roles import Weights, check_layer
 from isthmus.split.tensorfile import TensorFile
 
@@ -40,13 +41,17 @@ class Bundle:
     threads hash those that usually come next. Nothing is handed out before its own hash was compared; no result
     is remembered on disk, since whoever alters a file could alter that too.
 
+    Args:
+        experts: whether layers come with their experts; without, somebody else reads those.
+
     Attributes:
         path: the folder.
         manifest: what bundle.json says.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, experts: bool = True) -> None:
         self.path = path
+        self._experts = experts
         self.manifest = manifest
         self._root = path.resolve()
         self._files: dict[str, Future[TensorFile]] = {}
@@ -66,6 +71,18 @@ class Bundle:
         for name in bundle.manifest.files:
             bundle.holds(name)
         return bundle
+
+    def without_experts(self) -> Bundle:
+        """The same bundle, whose layers come without their experts."""
+        return Bundle(self.path, self.manifest, experts=False)
+
+    def records(self, index: int) -> Records:
+        """Where the experts of a layer stand in their file, whose header alone is read.
+
+        Raises:
+            BundleError: the layer has none, or its file is absent or describes something else.
+        """
+        return Records.open(self._held(expert_file(index)), self.config)
 
     @property
     def config(self) -> DecoderConfig:
@@ -95,7 +112,10 @@ class Bundle:
         if not 0 <= index < self.config.n_layers:
             raise BundleError(f"the model has no layer {index}", f"its layers are 0..{self.config.n_layers - 1}")
         weights = self._load(layer_file(index)).weights()
-        check_layer(self.config, index, weights, BundleError)
+        if self.config.experts and self._experts:
+            file = self._load(expert_file(index))
+            weights |= {name: file.matrix(name) for name in file.matrices}
+        check_layer(self.config, index, weights, BundleError, experts=self._experts)
         return weights
 
     def final_norm(self) -> NDArray[np.float32]:
@@ -179,7 +199,7 @@ class Bundle:
         if not self.holds(EMBEDDING):
             return 0
         index = 0
-        while index < self.config.n_layers and self.holds(layer_file(index)):
+        while index < self.config.n_layers and all(map(self.holds, self.manifest.layer_files(index))):
             index += 1
         return index
 
@@ -195,7 +215,7 @@ class Bundle:
             A cheap look at whether that is done.
         """
         last = self.config.n_layers if end is None else end
-        under_way = [self._start(name) for name in self.manifest.part_files(start, last) if self.holds(name)]
+        under_way = [self._start(name) for name in self._loaded(start, last) if self.holds(name)]
         return lambda: all(one.done() for one in under_way)
 
     def verify(self, names: Iterable[str] | None = None, progress: Callable[[str, int], None] | None = None) -> None:
@@ -225,7 +245,7 @@ class Bundle:
     def _load(self, name: str) -> TensorFile:
         future = self._start(name)
         ahead = 0
-        order = self.manifest.part_files(0, self.config.n_layers)
+        order = self._loaded(0, self.config.n_layers)
         for following in order[order.index(name) + 1 :]:
             ahead += self.manifest.files[following].bytes
             if ahead > AHEAD_BYTES:
@@ -233,6 +253,11 @@ class Bundle:
             if self.holds(following):
                 self._start(following)
         return future.result()
+
+    def _loaded(self, start: int, end: int) -> list[str]:
+        """The files that layers [start, end) are loaded from, in order."""
+        left_out = set() if self._experts else {expert_file(index) for index in range(start, end)}
+        return [name for name in self.manifest.part_files(start, end) if name not in left_out]
 
     def _start(self, name: str) -> Future[TensorFile]:
         with self._lock:

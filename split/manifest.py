@@ -31,6 +31,11 @@ def layer_file(index: int) -> str:
     return f"weights/layer-{index:03d}.safetensors"
 
 
+def expert_file(index: int) -> str:
+    """The name of the file of a layer's experts."""
+    return f"weights/experts-{index:03d}.safetensors"
+
+
 def check_name(name: str) -> str:
     """A file's name within a bundle: relative, with forward slashes, never leading out of it.
 
@@ -204,9 +209,13 @@ class Manifest(msgspec.Struct, frozen=True):
             fields["exits"] = msgspec.to_builtins(self.exits)
         return json.dumps(fields, indent=1).encode() + b"\n"
 
+    def layer_files(self, index: int) -> Sequence[str]:
+        """The weight files of one layer."""
+        return [layer_file(index), expert_file(index)] if self.config.experts else [layer_file(index)]
+
     def part_files(self, start: int, end: int) -> Sequence[str]:
         """The weight files that layers [start, end) need, with the embedding at 0 and norm and head at n_layers."""
-        names = [layer_file(index) for index in range(start, end)]
+        names = [name for index in range(start, end) for name in self.layer_files(index)]
         if start == 0 or (self.config.tied and end == self.config.n_layers):
             names.insert(0, EMBEDDING)
         if end == self.config.n_layers:
@@ -244,7 +253,11 @@ class Manifest(msgspec.Struct, frozen=True):
         head = self.files[EMBEDDING if self.config.tied else HEAD].bytes
         if entry.head_tokens:
             head = head * entry.head_tokens // self.config.vocab_size
-        return sum(self.files[layer_file(i)].bytes for i in range(layer)) + self.files[entry.file].bytes + head
+        return (
+            sum(self.files[name].bytes for i in range(layer) for name in self.layer_files(i))
+            + self.files[entry.file].bytes
+            + head
+        )
 
 
 def model_id(config: DecoderConfig, files: Mapping[str, FileEntry]) -> str:

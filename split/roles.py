@@ -11,6 +11,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import IsthmusError
 from isthmus.quant.packed import PackedMatrix
 
+EXPERTS = "experts."  # what the roles of experts' matrices begin with
 Weights = Mapping[str, PackedMatrix | NDArray[np.float32]]
 
 
@@ -38,13 +39,20 @@ def array_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def check_layer(config: DecoderConfig, index: int, weights: Weights, error: type[IsthmusError]) -> None:
+def check_layer(
+    config: DecoderConfig, index: int, weights: Weights, error: type[IsthmusError], *, experts: bool = True
+) -> None:
     """Compares a layer with its configuration.
+
+    Args:
+        experts: whether it comes with its experts.
 
     Raises:
         IsthmusError: of class `error`, if a weight is missing, of another shape, or unknown.
     """
     matrices, arrays = matrix_shapes(config), array_shapes(config)
+    if not experts:
+        matrices = {name: shape for name, shape in matrices.items() if not name.startswith(EXPERTS)}
     for name in weights:
         if name not in matrices and name not in arrays:
             raise error(f"layer {index} holds an unknown weight {name!r}", "it may be of another version or model")

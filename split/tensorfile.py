@@ -187,6 +187,11 @@ class TensorFile:
         return found
 
 
+def tag_of(dtype: np.dtype[Any]) -> str:
+    """The container's name of a type of numbers."""
+    return _TAGS[dtype]
+
+
 def _alignment(nbytes: int) -> int:
     """The largest power of two, up to 64, that divides a tensor's size: what it needs and what it leaves behind."""
     return min(64, nbytes & -nbytes) or 64

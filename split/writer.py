@@ -15,6 +15,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import BundleError
 from isthmus.split.exit_entry import ExitEntry
+from isthmus.split.expert_file import encode_experts
 from isthmus.split.files import is_there, locked, open_regular, remove_left, work_folder
 from isthmus.split.manifest import (
     EMBEDDING,
@@ -26,10 +27,11 @@ from isthmus.split.manifest import (
     check_model_name,
     check_name,
     check_tokenizer,
+    expert_file,
     layer_file,
     model_id,
 )
-from isthmus.split.roles import Weights
+from isthmus.split.roles import EXPERTS, Weights
 from isthmus.split.shipped import shipped
 from isthmus.split.tensorfile import encode
 
@@ -227,7 +229,11 @@ def write_bundle(
         if progress:
             progress("embedding", 1, total)
         for index in range(config.n_layers):
-            writer.add_weights(layer_file(index), source.layer(index))
+            layer = source.layer(index)
+            if config.experts:
+                writer.add(expert_file(index), encode_experts(layer, config))
+            rest = {role: weight for role, weight in layer.items() if not role.startswith(EXPERTS)}
+            writer.add_weights(layer_file(index), rest)
             if progress:
                 progress(f"layer {index}", index + 2, total)
         writer.add_weights(NORM, {"final_norm": source.final_norm()})

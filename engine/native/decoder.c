@@ -152,7 +152,8 @@ static void walk(void *argument, int thread) {
       const im_layer *l = &p->layers[layer - p->start];
       if (!resumed) im_attention(&w, p, part, layer, active, g->count);
       if (l->experts) {
-        if (!im_experts(&w, p, l, layer, active, g->count, resumed)) {
+        const im_layer *next = layer + 1 < p->end ? l + 1 : NULL;
+        if (!im_experts(&w, p, l, next, layer, active, g->count, resumed)) {
           if (thread == 0) {
             e->segment = s;
             e->layer = layer;
@@ -172,7 +173,7 @@ static void walk(void *argument, int thread) {
 
 static int go(im_engine *e) {
   im_pool_run(e->pool, walk, e);
-  return e->layer == -2 ? IM_DONE : IM_NEED;
+  return e->layer == -2 ? IM_DONE : e->verdict;
 }
 
 int im_step(im_engine *e, im_step_call *c) {
@@ -183,6 +184,7 @@ int im_step(im_engine *e, im_step_call *c) {
   if (status == IM_DONE) status = im_plan_segments(e, c);
   if (status != IM_DONE) return status;
   e->call = c;
+  e->steps++;
   e->resumed = 0;
   e->segment = 0;
   e->layer = -1;
@@ -225,6 +227,7 @@ void im_engine_free(im_engine *e) {
   free(e);
 }
 
+int64_t im_engine_waited(const im_engine *e) { return e->waited_ns; }
 const char *im_engine_cpu(const im_engine *e) { return e->k->name; }
 const char *im_cpu_best(void) { return im_kernels_choose(NULL)->name; }
 int im_cpu_supported(const char *cpu) { return im_kernels_choose(cpu) != NULL; }

@@ -6,6 +6,7 @@
 im_engine *im_engine_new(int threads, const char *cpu);  // NULL: no such kernels here, or no threads
 void im_engine_free(im_engine *engine);
 const char *im_engine_cpu(const im_engine *engine);
+int64_t im_engine_waited(const im_engine *engine);  // ns that steps waited for experts so far
 const char *im_cpu_best(void);
 int im_cpu_supported(const char *cpu);
 // Computes call->rows: IM_DONE, IM_NEED (bring call->need_experts and call im_step_resume), or an error below 0.

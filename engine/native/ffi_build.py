@@ -19,6 +19,9 @@ SOURCES = (
     "attention.c",
     "feed_forward.c",
     "experts.c",
+    "router.c",
+    "reader.c",
+    "checksum.c",
     "probe.c",
     "decoder.c",
     "kernels_plain.c",
@@ -38,10 +41,10 @@ def declarations(header: str) -> str:
 
 
 ffibuilder = FFI()
-ffibuilder.cdef(re.sub(r"//.*", "", declarations("isthmus.h") + declarations("decoder.h")))
+ffibuilder.cdef(re.sub(r"//.*", "", declarations("isthmus.h") + declarations("reader.h") + declarations("decoder.h")))
 ffibuilder.set_source(
     "isthmus.engine._native",
-    '#include "decoder.h"',
+    '#include "decoder.h"\n#include "reader.h"',
     sources=[f"engine/native/{name}" for name in SOURCES],  # relative to the repository, as setuptools wants them
     include_dirs=["engine/native"],
     depends=[f"engine/native/{path.name}" for path in sorted(HERE.glob("*.h"))],

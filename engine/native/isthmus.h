@@ -7,28 +7,54 @@
 // formats of quant/packed.py
 enum { IM_F32, IM_F16, IM_BF16, IM_Q8, IM_Q8X, IM_Q4, IM_Q4M, IM_Q4X, IM_N2, IM_N4, IM_N8 };
 enum { IM_WANT_HIDDEN = 1, IM_WANT_LOGITS = 2, IM_WANT_SAMPLE = 4, IM_WANT_CONFIDENCE = 8 };
-enum { IM_DONE = 0, IM_NEED = 1, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3 };
+enum { IM_DONE = 0, IM_NEED = 1, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3, IM_NOT_READ = -4 };
 
 typedef struct {  // a weight matrix, rows and cols before padding to 16 and 32
   int32_t format, rows, cols;
-  const void *codes, *p1, *p2, *scales, *mins;
+  const void *codes, *p1, *p2, *scales, *mins;  // of nested formats of 4 and 8 bits, mins: the scales of 2 bits
 } im_matrix;
 
+typedef struct im_reader im_reader;
+
+// An expert's planes are the bit planes of a nested format; other formats have one, which is all of it.
 typedef struct {
-  im_matrix gate, up, down;
-  int32_t resident;
+  im_matrix gate, up, down;  // in the format of all planes
+  int32_t present;           // bit p: plane p is in memory; below 0: reading one failed
+  int32_t asked;             // leading planes that are in memory or on their way there
 } im_expert;
+
+typedef struct {              // what evictions are decided by
+  int32_t last[3], count[3];  // the step that took each plane last, and how many did
+  float rate[3];              // how many did, each counting less with every step since: half after `half_life`
+  int32_t wanted;             // planes that the layer under way still has to compute
+} im_use;
+
+typedef struct {  // planes of experts that steps took: all, those that were not in memory, and of these under way
+  int64_t taken[3], missed[3], late[3];
+  int64_t foreseen, foreseen_right, chosen;  // experts foreseen one layer early, those of them chosen, all chosen
+} im_traffic;
+
+typedef struct {  // routing that was recorded, instead of the router's: [positions][layers][top_k]
+  int32_t positions;
+  const int32_t *chosen, *foreseen;
+  const float *weights;
+} im_replay;
 
 typedef struct {  // NULL or format -1: the layer has none
   const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias;
   im_matrix q, k, v, o, gate, up, down, router;
   im_expert *experts;  // [n_experts]; the pinned table of what is resident
+  im_use *use;         // [n_experts]
+  int32_t n_planes;    // of each expert
+  im_traffic *traffic;
+  const float *tolerance;  // [n_planes] the least share in its row that takes each plane of an expert; NULL: all planes
   int32_t window;      // positions that attention sees, 0 for all
 } im_layer;
 
 typedef struct {  // layers [start, end)
   int32_t d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, start, end;
   int32_t n_experts, top_k, renormalize, d_expert;
+  int32_t foresee;  // whether the next layer's router is asked early
   float norm_eps, rope_scale;
   const float *inv_freq;  // [head_dim / 2]
   int32_t has_embedding, has_head, has_input;
@@ -36,6 +62,10 @@ typedef struct {  // layers [start, end)
   const float *final_norm;
   const int32_t *head_tokens;  // [head.rows] the token of each of the head's rows, ascending; NULL: row i is token i
   im_layer *layers;  // [end - start]
+  im_reader *reader;  // brings experts; NULL: all are in memory
+  int64_t patience_ns;  // how long a step waits for a read
+  float half_life;      // of im_use.rate, in steps
+  const im_replay *replay;  // NULL: routers decide
   int32_t kv_f32;    // KV in float32 instead of float16
   uint8_t *kv;       // blocks of 16 positions
   size_t kv_block_bytes;
@@ -69,8 +99,10 @@ typedef struct {
   float *hidden_out, *logits_out;  // of the rows that want them, in order
   int32_t *tokens_out;
   int32_t n_parts, n_rows, n_hidden;
-  int32_t need_layer, n_need;  // after IM_NEED: the layer, and how many experts are missing
-  int32_t *need_experts;       // [n_experts] room
+  // After IM_NEED: a layer, the experts that it takes and that are neither in memory nor under way, how many of their
+  // planes, and in how many rows; and those that the next layer will probably take, the likeliest first.
+  int32_t need_layer, n_need, n_foreseen, step;  // step: how many there were, this one included
+  int32_t *need_experts, *need_planes, *need_rows, *foreseen_experts, *foreseen_planes;  // [n_experts] room
   float *confidence_out;       // of the rows that want it: the softmax probability of their largest logit
 } im_step_call;
 

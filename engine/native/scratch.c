@@ -45,20 +45,30 @@ static void carve_lane(arena *a, lane *l, const widths *w, int rows) {
   l->x = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
   l->normed = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
   l->attention = carve(a, (size_t)rows * (size_t)w->widest * 4);
-  l->gate = carve(a, (size_t)rows * (size_t)w->ff_pad * 4);
+  l->gate = carve(a, (size_t)(rows > w->top_k ? rows : w->top_k) * (size_t)w->ff_pad * 4);
   l->delta = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
   const size_t fine = im_panels_bytes(rows, w->d_pad, 1), plain = im_panels_bytes(rows, w->widest, 0);
   l->panels = carve(a, fine > plain ? fine : plain);
 }
 
+static void carve_routes(arena *a, routes *r, const widths *w, size_t rows) {
+  r->logits = carve(a, rows * (size_t)im_pad(w->max_experts, 16) * 4);
+  r->x = carve(a, rows * (size_t)w->d_pad * 4);
+  r->layer = carve(a, rows * 4);
+  r->chosen = carve(a, rows * (size_t)w->top_k * 4);
+  r->planes = carve(a, rows * (size_t)w->top_k * 4);
+  r->weights = carve(a, rows * (size_t)w->top_k * 4);
+}
+
 static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context, size_t logits) {
   const widths *w = &e->w;
-  const size_t rows = (size_t)c->n_rows, head_rows = logits < HEAD_ROWS ? logits : HEAD_ROWS;
+  const size_t rows = (size_t)c->n_rows, wide = rows > (size_t)w->top_k ? rows : (size_t)w->top_k;
+  const size_t head_rows = logits < HEAD_ROWS ? logits : HEAD_ROWS;
   carve_lane(a, &e->shared, w, c->n_rows > HEAD_ROWS ? c->n_rows : HEAD_ROWS);
   for (int t = 0; t < e->threads; t++) carve_lane(a, &e->own[t], w, 1);
   if (w->max_experts) carve_lane(a, &e->own[e->threads], w, c->n_rows * 1);
   e->qkv = carve(a, rows * (size_t)w->qkv * 4);
-  e->up = carve(a, rows * (size_t)w->ff_pad * 4);
+  e->up = carve(a, wide * (size_t)w->ff_pad * 4);
   for (int t = 0; t < e->threads; t++) {
     e->scores[t] = carve(a, (size_t)context * 16);
     e->gathered[t] = carve(a, (size_t)context / 4);
@@ -67,9 +77,10 @@ static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context
   e->logits = carve(a, head_rows * (size_t)w->vocab_pad * 4);
   e->rope = carve(a, rows * (size_t)c->parts[0]->head_dim * 4);
   e->sink_rope = carve(a, rows * (size_t)c->parts[0]->head_dim * 4);
-  e->router = carve(a, rows * (size_t)im_pad(w->max_experts, 16) * 4);
-  e->chosen = carve(a, rows * (size_t)w->top_k * 4);
-  e->weights = carve(a, rows * (size_t)w->top_k * 4);
+  carve_routes(a, &e->now, w, w->max_experts ? rows : 0);
+  carve_routes(a, &e->next, w, w->max_experts ? rows : 0);
+  e->hidden_panels = carve(a, (size_t)w->top_k * im_panels_bytes(1, w->ff_pad, 0));
+  e->wave = carve(a, (size_t)w->max_experts * 4);
   e->kept = carve(a, rows * (size_t)w->top_k * (size_t)w->d_pad * 4);
   e->logit_rows = carve(a, rows * 4);
   e->active = carve(a, (2 * rows + 1) * rows * 4);
@@ -99,8 +110,10 @@ int im_prepare(im_engine *e, im_step_call *c) {
       memset(e->shared.attention + (size_t)i * w->att_pad + att, 0, (size_t)(w->att_pad - att) * 4);
   if (w->d_pad > im_pad(w->d, 16)) {
     memset(e->shared.normed, 0, (size_t)max_int(c->n_rows, HEAD_ROWS) * (size_t)w->d_pad * 4);
+    if (w->max_experts) memset(e->next.x, 0, (size_t)c->n_rows * (size_t)w->d_pad * 4);
     for (int t = 0; t < e->threads; t++) memset(e->own[t].normed, 0, (size_t)w->d_pad * 4);
   }
+  for (int i = 0; i < (w->max_experts ? c->n_rows : 0); i++) e->next.layer[i] = -1;
   e->n_logit_rows = 0;
   const im_part *last = c->parts[c->n_parts - 1];
   for (int i = 0; i < c->n_rows; i++)

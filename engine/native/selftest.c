@@ -115,6 +115,7 @@ static void build(model *m, int format) {
   p->n_experts = EXPERTS;
   p->top_k = 2;
   p->renormalize = 1;
+  p->half_life = 16;
   p->d_expert = FF;
   float *freq = take(HEAD / 2 * 4);
   for (int i = 0; i < HEAD / 2; i++) freq[i] = 1.f / (float)(1 << i);
@@ -144,7 +145,10 @@ static void build(model *m, int format) {
       l->router = matrix(IM_F32, EXPERTS, D);
       l->experts = calloc(EXPERTS, sizeof *l->experts);
       for (int e = 0; e < EXPERTS; e++)
-        l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), 1};
+        l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), 7, 3};
+      l->use = calloc(EXPERTS, sizeof *l->use);
+      l->traffic = calloc(1, sizeof *l->traffic);
+      l->n_planes = format < IM_N2 ? 1 : format - IM_N2 + 1;
     } else {
       l->gate = matrix(format, FF, D);
       l->up = matrix(format, FF, D);
@@ -170,7 +174,7 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
   if (!e) exit(4);
   float *logits = take(2 * TOKENS * VOCAB * 4), *hidden = take(2 * TOKENS * D * 4);
   im_row *rows = calloc(2 * TOKENS, sizeof *rows);
-  int32_t tokens[2 * TOKENS], need[EXPERTS];
+  int32_t tokens[2 * TOKENS], lists[5][EXPERTS];
   uint64_t *outs = calloc(2 * TOKENS, sizeof *outs), h = 14695981039346656037ull;
   for (int from = 0, s = 0; from < TOKENS; s += steps[s + 1] != 0) {
     const int to = from + steps[s] < TOKENS ? from + steps[s] : TOKENS;
@@ -180,7 +184,8 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
         rows[n++] = (im_row){
             q,    i, (i * 37 + q * 101 + 5) % VOCAB, 0, 0, LAYERS, IM_WANT_HIDDEN | IM_WANT_LOGITS | IM_WANT_SAMPLE,
             i % 3};
-    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, 0, need, NULL};
+    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, 0, 0, 0,
+                      lists[0], lists[1], lists[2], lists[3], lists[4], NULL};
     if (im_step(e, &c) != IM_DONE) exit(5);
     for (int i = 0; i < n; i++) {
       uint64_t o = fnv(14695981039346656037ull, logits + (size_t)i * VOCAB, VOCAB * 4);

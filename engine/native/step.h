@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "kernels.h"
 #include "pool.h"
+#include "reader.h"
 #include "sampler.h"
 
 enum { HEAD_ROWS = 32 };  // rows that go through the output head together
@@ -27,6 +28,13 @@ typedef struct {
   int d, d_pad, heads_pad, att_pad, q_rows, kv_rows, qkv, ff_pad, widest, vocab_pad, max_experts, top_k;
 } widths;
 
+typedef struct {  // where rows go
+  float *logits, *x;         // [row][n_experts padded]; [row][d_pad] what the router reads
+  int32_t *layer;            // [row] the layer that these are routes to, -1 for none
+  int32_t *chosen, *planes;  // [row][top_k] experts, and how many of their planes
+  float *weights;            // [row][top_k] of the chosen experts' outputs
+} routes;
+
 struct im_engine {
   im_pool *pool;
   const im_kernels *k;
@@ -35,17 +43,21 @@ struct im_engine {
   char *memory;
   size_t capacity;
   lane shared, *own;  // own[thread] for the single row
-  float *qkv, *up, **scores, *logits, *rope, *sink_rope, *kept, *router;
+  float *qkv, *up, **scores, *logits, *rope, *sink_rope, *kept;
   im_candidate **candidates;
   int32_t **gathered;        // [thread]: the blocks that a row sees, where there is a hole between sinks and window
-  int32_t *active, *chosen;  // active rows of all segments; [row][top_k] experts
-  float *weights;            // [row][top_k] weights of the chosen experts
+  int32_t *active;  // active rows of all segments
+  routes now, next;  // of the layer under way, and of the one behind it where it is foreseen
+  uint8_t *hidden_panels;  // [top_k]: what one row's experts hand to their last maps
+  int32_t *wave;           // experts that are computed together
   segment *segments;
   int n_segments, n_logit_rows;
   int32_t *logit_rows;
   // where to go on after IM_NEED
   im_step_call *call;
-  int segment, layer, resumed, need;
+  int segment, layer, resumed, verdict, n_wave;
+  int32_t steps;      // so far
+  int64_t waited_ns;  // for experts
 };
 
 // ---- linear maps that share their activations
@@ -103,8 +115,11 @@ int im_plan_segments(im_engine *e, const im_step_call *c);
 // attention.c and feed_forward.c: the two halves of a layer over its active rows. experts gives 0 to pause.
 void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count);
 void im_dense(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count);
-int im_experts(walker *w, const im_part *p, const im_layer *l, int layer, const int32_t *active, int count,
-               int resumed);
+// router.c: the experts of one row, into its place `slot`; `early`: of the layer behind the one under way
+void im_route(const im_part *p, const im_layer *l, int layer, const im_row *row, const float *logits, routes *to,
+              int slot, int early);
+int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer,
+               const int32_t *active, int count, int resumed);
 void im_ffn_norm(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count, int quantized);
 void im_gated_mlp(walker *w, const im_matrix *gate, const im_matrix *up, const im_matrix *down, const im_acts *acts,
                   int count, float *delta);

@@ -22,7 +22,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
 }
 # What a bundle is made of counts as the bundle.
 BUNDLE = tuple(
-    f"isthmus.split.{name}" for name in ("bundle", "files", "graph_bundle", "graph_manifest", "manifest", "tokenizer")
+    f"isthmus.split.{name}"
+    for name in ("bundle", "expert_file", "files", "graph_bundle", "graph_manifest", "manifest", "tokenizer")
 )
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

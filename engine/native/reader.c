@@ -1,0 +1,228 @@
+#define _GNU_SOURCE
+#include "reader.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef struct {
+  im_read *at;  // [room], a ring
+  int first, count;
+} queue;
+
+struct im_reader {
+  pthread_mutex_t lock;
+  pthread_cond_t asked, arrived;
+  queue urgent, idle;  // idle: what nobody waits for yet
+  int32_t *done;       // [room] tags
+  int room, threads, closing, n_done;
+  uint32_t arrivals;
+  double bytes_per_second;
+  int64_t free_at, busy_since;  // when an emulated device has given all that was asked of it
+  im_reader_report report;
+  pthread_t *handles;
+  pid_t owner;
+};
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void sleep_until(int64_t ns) {
+  struct timespec t = {ns / 1000000000, ns % 1000000000};
+  while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) == EINTR) continue;
+}
+
+static int64_t length(const im_read *r) {
+  int64_t bytes = 0;
+  for (int p = 0; p < 3; p++) bytes += r->to[p] ? r->bytes[p] : 0;
+  return bytes;
+}
+
+// One system call where the kernel gives all at once; 0, or IM_READ_* with errno in `error`.
+static int fetch(const im_read *r, int *error) {
+  struct iovec parts[3];
+  int n = 0;
+  for (int p = 0; p < 3; p++)
+    if (r->to[p]) parts[n++] = (struct iovec){r->to[p], (size_t)r->bytes[p]};
+  struct iovec *next = parts;
+  int64_t at = r->offset;
+  while (n) {
+    const ssize_t got = preadv(r->file, next, n, at);
+    if (got < 0 && errno == EINTR) continue;
+    *error = got < 0 ? errno : 0;
+    if (got < 0) return IM_READ_FILE;
+    if (got == 0) return IM_READ_SHORT;
+    at += got;
+    size_t left = (size_t)got;
+    while (n && left >= next->iov_len) {
+      left -= next->iov_len;
+      next++;
+      n--;
+    }
+    if (n) {
+      next->iov_base = (char *)next->iov_base + left;
+      next->iov_len -= left;
+    }
+  }
+  for (int p = 0; p < 3; p++)
+    if (r->to[p] && r->check >> p & 1 && im_crc32c(0, r->to[p], (size_t)r->bytes[p]) != r->checksum[p])
+      return IM_READ_CHECKSUM;
+  return 0;
+}
+
+static im_read pop(queue *q, int room) {
+  im_read r = q->at[q->first];
+  q->first = (q->first + 1) % room;
+  q->count--;
+  return r;
+}
+
+static void *work(void *argument) {
+  im_reader *reader = argument;
+  pthread_mutex_lock(&reader->lock);
+  for (;;) {
+    while (!reader->closing && !reader->urgent.count && !reader->idle.count)
+      pthread_cond_wait(&reader->asked, &reader->lock);
+    if (reader->closing) break;
+    im_read r = pop(reader->urgent.count ? &reader->urgent : &reader->idle, reader->room);
+    int64_t now = now_ns(), until = 0;
+    if (!reader->report.under_way++) reader->busy_since = now;
+    if (reader->bytes_per_second > 0) {
+      if (reader->free_at < now) reader->free_at = now;
+      until = reader->free_at += (int64_t)((double)length(&r) / reader->bytes_per_second * 1e9);
+    }
+    pthread_mutex_unlock(&reader->lock);
+    int error = 0;
+    const int failure = fetch(&r, &error);
+    if (until) sleep_until(until);
+    int32_t there = failure ? INT32_MIN : 0;
+    for (int p = 0; p < 3; p++) there |= r.to[p] ? 1 << p : 0;
+    __atomic_fetch_or(&r.expert->present, there, __ATOMIC_RELEASE);
+    pthread_mutex_lock(&reader->lock);
+    if (!--reader->report.under_way) reader->report.busy_ns += now_ns() - reader->busy_since;
+    reader->report.bytes += length(&r);
+    reader->report.reads++;
+    if (failure && !reader->report.failure) {
+      reader->report.failure = failure;
+      reader->report.error = error;
+      reader->report.failed_tag = r.tag;
+    }
+    reader->done[reader->n_done++] = r.tag;
+    reader->arrivals++;
+    pthread_cond_broadcast(&reader->arrived);
+  }
+  pthread_mutex_unlock(&reader->lock);
+  return NULL;
+}
+
+static int outstanding(const im_reader *r) {
+  return r->urgent.count + r->idle.count + r->report.under_way + r->n_done;
+}
+
+int im_reader_ask(im_reader *reader, const im_read *reads, int n, int urgent) {
+  pthread_mutex_lock(&reader->lock);
+  queue *q = urgent ? &reader->urgent : &reader->idle;
+  int taken = 0;
+  for (; taken < n && outstanding(reader) < reader->room; taken++)
+    q->at[(q->first + q->count++) % reader->room] = reads[taken];
+  pthread_cond_broadcast(&reader->asked);
+  pthread_mutex_unlock(&reader->lock);
+  return taken;
+}
+
+int im_reader_withdraw(im_reader *reader, int32_t *tags) {
+  pthread_mutex_lock(&reader->lock);
+  int n = 0;
+  while (reader->idle.count) tags[n++] = pop(&reader->idle, reader->room).tag;
+  reader->report.withdrawn += n;
+  pthread_mutex_unlock(&reader->lock);
+  return n;
+}
+
+int im_reader_done(im_reader *reader, int32_t *tags, int room) {
+  pthread_mutex_lock(&reader->lock);
+  const int n = reader->n_done < room ? reader->n_done : room;
+  memcpy(tags, reader->done, (size_t)n * sizeof *tags);
+  reader->n_done -= n;
+  memmove(reader->done, reader->done + n, (size_t)reader->n_done * sizeof *tags);
+  pthread_mutex_unlock(&reader->lock);
+  return n;
+}
+
+void im_reader_reports(im_reader *reader, im_reader_report *report) {
+  pthread_mutex_lock(&reader->lock);
+  *report = reader->report;
+  report->waiting = reader->urgent.count + reader->idle.count;
+  pthread_mutex_unlock(&reader->lock);
+}
+
+uint32_t im_reader_arrivals(im_reader *reader) {
+  pthread_mutex_lock(&reader->lock);
+  const uint32_t found = reader->arrivals;
+  pthread_mutex_unlock(&reader->lock);
+  return found;
+}
+
+int im_reader_wait(im_reader *reader, uint32_t seen, int64_t timeout_ns) {
+  const int64_t until = now_ns() + timeout_ns;
+  const struct timespec t = {until / 1000000000, until % 1000000000};
+  pthread_mutex_lock(&reader->lock);
+  int late = 0;
+  while (reader->arrivals == seen && late != ETIMEDOUT)
+    late = pthread_cond_timedwait(&reader->arrived, &reader->lock, &t);
+  const int arrived = reader->arrivals != seen;
+  pthread_mutex_unlock(&reader->lock);
+  return arrived;
+}
+
+im_reader *im_reader_new(int threads, int room, double bytes_per_second) {
+  im_reader *r = calloc(1, sizeof *r);
+  if (!r) return NULL;
+  pthread_condattr_t steady;
+  pthread_condattr_init(&steady);
+  pthread_condattr_setclock(&steady, CLOCK_MONOTONIC);
+  pthread_mutex_init(&r->lock, NULL);
+  pthread_cond_init(&r->asked, NULL);
+  pthread_cond_init(&r->arrived, &steady);
+  pthread_condattr_destroy(&steady);
+  r->room = room;
+  r->bytes_per_second = bytes_per_second;
+  r->owner = getpid();
+  r->urgent.at = calloc((size_t)room, sizeof *r->urgent.at);
+  r->idle.at = calloc((size_t)room, sizeof *r->idle.at);
+  r->done = calloc((size_t)room, sizeof *r->done);
+  r->handles = calloc((size_t)threads, sizeof *r->handles);
+  if (!r->urgent.at || !r->idle.at || !r->done || !r->handles) {
+    im_reader_free(r);
+    return NULL;
+  }
+  for (; r->threads < threads; r->threads++)
+    if (pthread_create(&r->handles[r->threads], NULL, work, r)) {
+      im_reader_free(r);
+      return NULL;
+    }
+  return r;
+}
+
+void im_reader_free(im_reader *r) {
+  if (!r) return;
+  if (r->owner == getpid()) {  // a forked child has none of these threads
+    pthread_mutex_lock(&r->lock);
+    r->closing = 1;
+    pthread_cond_broadcast(&r->asked);
+    pthread_mutex_unlock(&r->lock);
+    for (int i = 0; i < r->threads; i++) pthread_join(r->handles[i], NULL);
+  }
+  free(r->urgent.at);
+  free(r->idle.at);
+  free(r->done);
+  free(r->handles);
+  free(r);
+}

@@ -1,0 +1,38 @@
+// Reads experts from files into memory that the caller owns, on threads of its own, so that steps go on meanwhile.
+#pragma once
+#include "isthmus.h"
+
+// BEGIN SHARED WITH PYTHON
+enum { IM_READ_FILE = 1, IM_READ_SHORT = 2, IM_READ_CHECKSUM = 3 };
+
+typedef struct {            // planes of one expert that follow each other in the file
+  int64_t offset;           // of the first one
+  void *to[3];              // where each plane goes; NULL: not read
+  int64_t bytes[3];
+  uint32_t checksum[3];     // CRC-32C
+  int32_t file, check;      // descriptor; bit p of `check`: plane p is compared with its checksum
+  im_expert *expert;
+  int32_t tag;              // the caller's own number
+} im_read;
+
+typedef struct {
+  int64_t bytes, reads, busy_ns, withdrawn;  // busy: while at least one read was under way
+  int32_t failed_tag, failure, error;        // failure: IM_READ_* of the first read that failed, with its errno
+  int32_t waiting, under_way;
+} im_reader_report;
+
+// bytes_per_second: what a slower device is emulated with, 0 for no limit. NULL: no memory, or no threads.
+im_reader *im_reader_new(int threads, int room, double bytes_per_second);
+void im_reader_free(im_reader *reader);  // drops what waits, and waits for what is under way
+// Queues reads in order, those that are urgent before all others; returns how many there was room for.
+int im_reader_ask(im_reader *reader, const im_read *reads, int n, int urgent);
+// Takes back reads that are not urgent and have not begun; returns how many, and their tags.
+int im_reader_withdraw(im_reader *reader, int32_t *tags);
+int im_reader_done(im_reader *reader, int32_t *tags, int room);  // the tags of reads that are done, each once
+void im_reader_reports(im_reader *reader, im_reader_report *report);
+uint32_t im_crc32c(uint32_t before, const void *data, size_t bytes);
+// END SHARED WITH PYTHON
+
+uint32_t im_reader_arrivals(im_reader *reader);
+// Waits until arrivals are no longer `seen`; 0 when nothing arrived within the time.
+int im_reader_wait(im_reader *reader, uint32_t seen, int64_t timeout_ns);
