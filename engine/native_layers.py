@@ -14,6 +14,7 @@ from isthmus.engine.experts import Expert, ExpertSource, Wanted
 from isthmus.engine.head import check_head, head_tokens
 from isthmus.engine.kv import KvPool
 from isthmus.engine.part import KvConfig, WeightSource
+from isthmus.engine.routing import Routing
 from isthmus.protocol.errors import EngineError
 from isthmus.quant.packed import PackedMatrix
 from isthmus.quant.planes import MATRICES
@@ -142,6 +143,29 @@ class Layers:
         if wanted and not any(asked[one.expert] >= one.planes for one in wanted):
             raise EngineError(f"the expert source did not bring experts {lacking} of layer {layer}", "check its memory")
         self.c_part.foresee = self.experts.foresee
+
+    def replay(self, routing: Routing | None) -> None:
+        """Takes experts and weights from a record, position by position and from its beginning again behind its end;
+        None for what the routers say.
+
+        Raises:
+            EngineError: the record is of other layers or experts.
+        """
+        experts, ffi = self.config.experts, native().ffi
+        if routing is None:
+            self.c_part.replay = ffi.NULL
+            return
+        shape = (self.end - self.start, experts.top_k if experts else 0)
+        named = np.concatenate([routing.chosen.ravel(), routing.foreseen.ravel()])
+        if routing.chosen.shape[1:] != shape or named.min() < 0 or not experts or named.max() >= experts.n_experts:
+            raise EngineError(f"recorded routing is {routing.chosen.shape}", f"this part has {shape} layers and experts")
+        memory = Memory()
+        record = memory.keep(ffi.new("im_replay *"))
+        record.positions = len(routing.chosen)
+        record.chosen = memory.pointer(np.ascontiguousarray(routing.chosen, np.int32), "int32_t *")
+        record.foreseen = memory.pointer(np.ascontiguousarray(routing.foreseen, np.int32), "int32_t *")
+        record.weights = memory.pointer(np.ascontiguousarray(routing.weights, np.float32), "float *")
+        self.c_part.replay, self._record = record, memory
 
     def release(self, layer: int) -> None:
         """Takes back what a step that failed still wanted of a layer."""

@@ -28,6 +28,7 @@ from isthmus.engine.part import (
     Want,
     WeightSource,
 )
+from isthmus.engine.routing import Routing
 from isthmus.engine.sampling import GREEDY, Sampling
 from isthmus.protocol.errors import EngineError, IsthmusError, OutOfBlocks
 
@@ -127,6 +128,11 @@ class NativePart:
     def unseat(self, sequence: NativeSequence) -> None:
         """Frees a closed sequence's place."""
         self._seats[sequence.slot] = None
+
+    def replay(self, routing: Routing | None) -> None:
+        """Takes experts from a record; see `Layers.replay`. For parts that are no chain."""
+        with self.lock:
+            self._layers[0].replay(routing)
 
     def open(self, *, window: int = 0, sinks: int | None = None) -> NativeSequence:
         """A new, empty sequence; see `engine.part.Part.open`."""
