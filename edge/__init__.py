@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from isthmus.edge.aio import AsyncDevice
     from isthmus.edge.device import Device
     from isthmus.edge.events import Timeouts
+    from isthmus.edge.experts.report import ExpertReport
+    from isthmus.edge.experts.settings import ExpertSettings
     from isthmus.edge.graph import GraphDevice
     from isthmus.edge.graph_stats import GraphStats
     from isthmus.edge.provision import fetch_part
@@ -19,6 +21,8 @@ __all__ = [
     "AsyncDevice",
     "CutOff",
     "Device",
+    "ExpertReport",
+    "ExpertSettings",
     "GraphDevice",
     "GraphStats",
     "Rollback",
@@ -33,6 +37,8 @@ _HOMES = {
     "AsyncDevice": "aio",
     "CutOff": "token",
     "Device": "device",
+    "ExpertReport": "experts.report",
+    "ExpertSettings": "experts.settings",
     "GraphDevice": "graph",
     "GraphStats": "graph_stats",
     "Rollback": "token",
@@ -48,4 +54,4 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]
-    return getattr(import_module(home if "." in home else f"isthmus.edge.{home}"), name)
+    return getattr(import_module(home if home.startswith("isthmus.") else f"isthmus.edge.{home}"), name)

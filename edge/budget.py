@@ -21,23 +21,33 @@ class PartSizes:
     Attributes:
         embed: the embedding.
         head: the last norm and the output head (the norm alone when the head is the embedding).
-        layers: each layer.
+        layers: each layer, its experts with it where they all stay in memory.
+        experts: what all layers' experts share otherwise.
     """
 
     embed: int
     head: int
     layers: tuple[int, ...]
+    experts: int = 0
 
     @classmethod
-    def from_files(cls, n_layers: int, file_bytes: Mapping[str, int]) -> PartSizes:
-        """From the sizes in a bundle's manifest, by file name."""
+    def from_files(cls, n_layers: int, file_bytes: Mapping[str, int], expert_budget: int | None = None) -> PartSizes:
+        """From the sizes in a bundle's manifest, by file name.
+
+        Args:
+            expert_budget: bytes that experts may take in memory, None for all of them.
+        """
         size = {name.rpartition("/")[2].removesuffix(".safetensors"): bytes_ for name, bytes_ in file_bytes.items()}
-        layers = tuple(size.get(f"layer-{i:03d}", 0) for i in range(n_layers))
-        return cls(size.get("embed", 0), size.get("norm", 0) + size.get("head", 0), layers)
+        resident = expert_budget is None
+        layers = tuple(
+            size.get(f"layer-{i:03d}", 0) + (size.get(f"experts-{i:03d}", 0) if resident else 0)
+            for i in range(n_layers)
+        )
+        return cls(size.get("embed", 0), size.get("norm", 0) + size.get("head", 0), layers, expert_budget or 0)
 
     def weights_bytes(self, end: int) -> int:
         """Bytes of layers [0, end), with the head when those are all layers."""
-        return self.embed + sum(self.layers[:end]) + (self.head if end == len(self.layers) else 0)
+        return self.embed + self.experts + sum(self.layers[:end]) + (self.head if end == len(self.layers) else 0)
 
 
 def kv_bytes(config: DecoderConfig, n_layers: int, kv: KvConfig) -> int:

@@ -20,6 +20,8 @@ from isthmus.edge.conversation import Conversation
 from isthmus.edge.drafting import NGRAMS, Drafting, files_for
 from isthmus.edge.events import Timeouts
 from isthmus.edge.exits import Exits
+from isthmus.edge.experts.report import ExpertReport
+from isthmus.edge.experts.settings import ExpertSettings
 from isthmus.edge.holding import Holding
 from isthmus.edge.journal import Journal
 from isthmus.edge.knowledge import Knowledge
@@ -80,6 +82,7 @@ class Device:
         draft_depth: blocks of drafts that may be under way at once; 1 waits for each answer.
         threads: threads of the engine, 0 for one per core.
         memory_mb: most memory that this process may need, in 10^6 bytes; None for no limit.
+        experts: how the experts of a mixture are held; None for all of them in memory.
         kv_tokens: positions that a conversation may have; None for the model's context, at most 4,096.
         overflow: what a longer conversation does: "error", or "slide" (attention sees the last kv_tokens positions).
         backend: as in `isthmus.engine.open_part`.
@@ -129,6 +132,7 @@ class Device:
         draft_depth: int = 8,
         threads: int = 0,
         memory_mb: float | None = None,
+        experts: ExpertSettings | None = None,
         kv_tokens: int | None = None,
         overflow: Overflow = "error",
         backend: str = "auto",
@@ -179,6 +183,7 @@ class Device:
                 backend=backend,
                 threads=threads,
                 slow_down=slow_down,
+                experts=experts,
                 watch=watch,
             )
             if self._wish.prefer == "privacy" and not self._holding.whole:
@@ -275,6 +280,11 @@ class Device:
     def cut(self) -> int:
         """The layer before which hidden states leave the device in split mode."""
         return self._modes.default_cut() if self._cut is None else self._cut
+
+    @property
+    def expert_report(self) -> ExpertReport | None:
+        """What experts cost so far; None where all of them are in memory."""
+        return ExpertReport.of(self._holding.store) if self._holding.store is not None else None
 
     @property
     def holds_whole_model(self) -> bool:
@@ -455,18 +465,8 @@ class Device:
         def text() -> Text:
             return Text(self._tokenizer.stream(), options.stop)
 
-        answer = Answer(
-            self._conversation,
-            self._steering,
-            self._notes,
-            options,
-            text,
-            self._eos,
-            started,
-            self._on_rollback,
-            ended,
-            said,
-        )
+        common = self._conversation, self._steering, self._notes
+        answer = Answer(*common, options, text, self._eos, started, self._on_rollback, ended, said)
         self._owner = threading.current_thread()
         self._active = answer.tokens()
         return self._active

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from isthmus.edge import budget
+from isthmus.edge.experts.settings import ExpertSettings
+from isthmus.edge.experts.store import ExpertStore
 from isthmus.edge.local import CHUNK, LocalPart
 from isthmus.edge.stopwatch import Stopwatch
+from isthmus.engine.experts import ExpertSource
 from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig, Part, WeightSource
 from isthmus.engine.slow import check_slow_down, slowed
 from isthmus.protocol.errors import DeviceError
@@ -22,6 +25,7 @@ class Holding:
         window: attention window in positions, 0 for all.
         backend, threads: as in `isthmus.engine.open_part`.
         slow_down: as in `Device`.
+        experts: how the experts of a mixture are held; None for all in memory.
         watch: sees what the steps of the bundle's own layers take.
     """
 
@@ -35,10 +39,16 @@ class Holding:
         backend: str,
         threads: int,
         slow_down: float = 1.0,
+        experts: ExpertSettings | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
         check_slow_down(slow_down)
+        if experts is not None and bundle.config.experts is None:
+            raise DeviceError(f"{bundle.name} has no experts", "leave expert_mb out")
+        self._experts = experts
+        self.store: ExpertStore | None = None
         self._bundle, self._memory_mb, self._window = bundle, memory_mb, window
+        self._source = bundle.without_experts() if experts else bundle
         self._backend, self._threads, self._slow_down = backend, threads, slow_down
         self._watch = watch
         self.kv = KvConfig(max_tokens=kv_tokens + (CHUNK + KV_SLACK + KV_SINKS + 3 * KV_BLOCK if window else KV_BLOCK))
@@ -66,7 +76,7 @@ class Holding:
 
     def prefetch(self) -> Callable[[], bool]:
         """Starts to check the weights in the background; gives a cheap look at whether that is done."""
-        return self._bundle.prefetch(0, self.layers)
+        return self._source.prefetch(0, self.layers)
 
     def open(self, depth: int) -> LocalPart:
         """The part, which has at least layers [0, depth); opened when first asked for.
@@ -78,15 +88,34 @@ class Holding:
             layers = self.layers
             if layers < depth:
                 raise self._refusal(depth)
-            part = self.open_part(self._bundle, 0, layers, self.kv)
+            part = self._open_own(layers)
             self.part = LocalPart(self._watch.timed(part) if self._watch else part, self._window)
         return self.part
 
-    def open_part(self, source: WeightSource, start: int, end: int, kv: KvConfig) -> Part:
+    def _open_own(self, layers: int) -> Part:
+        if self._experts is None:
+            return self.open_part(self._bundle, 0, layers, self.kv)
+        settings = self._experts
+        if self.part is not None:  # fewer layers were open
+            self.part.close()
+        if self.store is not None:
+            self.store.close()
+        self.store = ExpertStore(
+            self._bundle,
+            settings.budget,
+            layers=layers,
+            planes=settings.planes,
+            bytes_per_second=settings.flash_mb_s * 1e6,
+        )
+        return self.open_part(self._source, 0, layers, self.kv, self.store)
+
+    def open_part(
+        self, source: WeightSource, start: int, end: int, kv: KvConfig, experts: ExpertSource | None = None
+    ) -> Part:
         """Layers [start, end) on this device's engine, of its own bundle or of another source."""
         from isthmus.engine import open_part
 
-        part = open_part(source, start, end, backend=self._backend, threads=self._threads, kv=kv)
+        part = open_part(source, start, end, backend=self._backend, threads=self._threads, kv=kv, experts=experts)
         return slowed(part, self._slow_down)
 
     def truncate(self, length: int) -> None:
@@ -98,6 +127,8 @@ class Holding:
         """Frees KV and weights."""
         if self.part is not None:
             self.part.close()
+        if self.store is not None:
+            self.store.close()
 
     def _held(self) -> int:
         held, n_layers = self._bundle.held_layers, self._bundle.config.n_layers
@@ -119,4 +150,5 @@ class Holding:
 
     def _sizes(self) -> budget.PartSizes:
         files = {name: entry.bytes for name, entry in self._bundle.manifest.files.items()}
-        return budget.PartSizes.from_files(self._bundle.config.n_layers, files)
+        expert_budget = self._experts.budget if self._experts else None
+        return budget.PartSizes.from_files(self._bundle.config.n_layers, files, expert_budget)

@@ -158,7 +158,9 @@ class Layers:
         shape = (self.end - self.start, experts.top_k if experts else 0)
         named = np.concatenate([routing.chosen.ravel(), routing.foreseen.ravel()])
         if routing.chosen.shape[1:] != shape or named.min() < 0 or not experts or named.max() >= experts.n_experts:
-            raise EngineError(f"recorded routing is {routing.chosen.shape}", f"this part has {shape} layers and experts")
+            raise EngineError(
+                f"recorded routing is {routing.chosen.shape}", f"this part has {shape} layers and experts"
+            )
         memory = Memory()
         record = memory.keep(ffi.new("im_replay *"))
         record.positions = len(routing.chosen)

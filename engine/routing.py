@@ -1,4 +1,4 @@
-"""Recorded routing: which experts each position took in each layer, to be measured with, or to be given to an engine."""
+"""Recorded routing: which experts each position took in each layer, to measure with, or to give to an engine."""
 
 from __future__ import annotations
 

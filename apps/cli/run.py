@@ -124,6 +124,26 @@ def command(
     memory_mb: Annotated[
         float | None, typer.Option("--memory-mb", help="Refuse what needs more memory than this, in MB")
     ] = None,
+    expert_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--expert-mb",
+            help="For a mixture of experts: memory that they may take, in MB; others are read when they are needed",
+        ),
+    ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|bounded",
+            help="With --expert-mb: all bits of each expert, or as few as the bundle's certificate allows",
+        ),
+    ] = "exact",
+    expert_bits: Annotated[
+        int, typer.Option("--expert-bits", help="With --expert-mb: at most 2, 4 or 8 bits of each expert; 0 for all")
+    ] = 0,
+    flash_mb_s: Annotated[
+        float, typer.Option("--flash-mb-s", help="With --expert-mb: pretend that flash reads so many MB/s; 0 for none")
+    ] = 0.0,
     kv_tokens: Annotated[
         int | None,
         typer.Option("--kv-tokens", help="Tokens of a conversation; by default the model's context, up to 4096"),
@@ -175,7 +195,7 @@ def command(
     from isthmus.apps.cli.fetching import Fetching
     from isthmus.apps.cli.infer import infer
     from isthmus.apps.cli.tokens import Screen, speaking_up
-    from isthmus.edge import Device
+    from isthmus.edge import Device, ExpertSettings
     from isthmus.edge.drafting import files_for
     from isthmus.engine.sampling import Sampling
     from isthmus.protocol.errors import DeviceError
@@ -221,6 +241,7 @@ def command(
             draft_depth=draft_depth,
             threads=threads,
             memory_mb=memory_mb,
+            experts=None if expert_mb is None else ExpertSettings(expert_mb, experts, expert_bits, flash_mb_s),  # type: ignore[arg-type]
             kv_tokens=kv_tokens,
             overflow=overflow,  # type: ignore[arg-type]
             on_rollback=screen.rollback if on_rollback == "replace" and not json else on_rollback,  # type: ignore[arg-type]
@@ -305,6 +326,9 @@ def _check_effects(ctx: typer.Context) -> None:
                 refuse(name.replace("_", "-"), "has no effect without --cloud", "name a cloud, or leave it out")
     if {"keys", "no_keys"} <= given:
         refuse("keys", "has no effect with --no-keys", "choose one of them")
+    for name in ("experts", "expert_bits", "flash_mb_s"):
+        if name in given and "expert_mb" not in given:
+            refuse(name.replace("_", "-"), "has no effect without --expert-mb", "add that, or leave it out")
     if {"greedy", "temperature"} <= given:
         refuse("temperature", "has no effect with --greedy", "choose one of them")
     if mode not in ("split", "exit") and not (
@@ -362,7 +386,7 @@ def _answer(
     from json import dumps
 
     from isthmus.apps.cli.chat import cut_off, tell_note
-    from isthmus.apps.cli.tokens import dim, has_color, summary
+    from isthmus.apps.cli.tokens import dim, expert_summary, has_color, summary
     from isthmus.protocol.errors import LinkError
 
     note = tell_note(device)
@@ -371,6 +395,8 @@ def _answer(
             pass
         tell_note(device, note)
         told = device.stats.to_dict() | ({} if reasons is None else {"explain": reasons})
+        if device.expert_report is not None:
+            told["experts"] = device.expert_report.to_dict()
         print(dumps(told, ensure_ascii=False))
         return
     try:
@@ -385,5 +411,7 @@ def _answer(
     cut_off(device, max_tokens)
     if has_color(sys.stdout):
         print(dim(summary(device.stats), sys.stderr), file=sys.stderr)
+        if device.expert_report is not None:
+            print(dim(expert_summary(device.expert_report), sys.stderr), file=sys.stderr)
     elif device.stats.unverified:
         print(f"note: {device.stats.unverified} tokens are guesses that no cloud confirmed", file=sys.stderr)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from isthmus.edge.experts.report import ExpertReport
     from isthmus.edge.token import Rollback, Stats, Token
 
 COLORS = {"device": "32", "cloud": "34", "split": "35", "verified": "36", "exit": "33"}  # and cyan, yellow
@@ -142,3 +143,9 @@ def summary(stats: Stats) -> str:
         line += f"; while the cloud was silent {stats.unverified + stats.replaced} were guessed that it did not confirm"
         line += f", {stats.replaced} of them replaced" if stats.replaced else ""
     return line
+
+
+def expert_summary(report: ExpertReport) -> str:
+    """What experts cost since the device was opened, on one line."""
+    line = f"experts: {report.hit_rate:.0%} were in memory ({report.resident_bytes / 1e6:.1f} MB), "
+    return line + f"{report.read_bytes / 1e6:.1f} MB were read in {report.reading_seconds:.2f} s"

@@ -40,7 +40,7 @@ EXPORTS: dict[str, set[str]] = {
     "split": {"Bundle", "Checkpoint", "Tokenizer", "open_checkpoint", "write_bundle"},
     "edge": {
         *("AsyncDevice", "CutOff", "Device", "GraphDevice", "GraphStats", "Rollback", "Stats", "Timeouts", "Token"),
-        "Sampling",
+        *("ExpertReport", "ExpertSettings", "Sampling"),
         "fetch_part",
     },
     "cloud": set(),

@@ -1,0 +1,69 @@
+"""What experts cost: how many were in memory when they were wanted, and what was read meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from isthmus.edge.experts.store import ExpertStore
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReport:
+    """From the beginning until now.
+
+    Attributes:
+        budget_bytes, resident_bytes: what experts may take in memory, and do.
+        taken: planes that steps took, by layer.
+        in_memory: those of them that were in memory when their router named them.
+        on_the_way: those of the rest that had been asked for ahead.
+        foreseen: share of the experts named one layer early that were then chosen; None where nobody asked.
+        read_bytes, reads: from flash.
+        reading_seconds: in which at least one read was under way.
+        withdrawn: reads ahead that were taken back before they began.
+        direct: whether reads went past the page cache.
+    """
+
+    budget_bytes: int
+    resident_bytes: int
+    taken: tuple[int, ...]
+    in_memory: tuple[int, ...]
+    on_the_way: tuple[int, ...]
+    foreseen: float | None
+    read_bytes: int
+    reads: int
+    reading_seconds: float
+    withdrawn: int
+    direct: bool
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of planes that were in memory when they were wanted."""
+        return sum(self.in_memory) / max(1, sum(self.taken))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {**asdict(self), "hit_rate": self.hit_rate}
+
+    @classmethod
+    def of(cls, store: ExpertStore) -> ExpertReport:
+        """Of a store that is open."""
+        assert store.reader is not None
+        read, layers = store.reader.report(), [store.tables.layer(i).report() for i in range(store.n_layers)]
+        sums = {key: np.array([sum(layer[key]) for layer in layers]) for key in ("taken", "missed", "late")}
+        named = sum(layer["foreseen"] for layer in layers)
+        return cls(
+            budget_bytes=store.budget,
+            resident_bytes=store.arena.resident,
+            taken=tuple(sums["taken"].tolist()),
+            in_memory=tuple((sums["taken"] - sums["missed"]).tolist()),
+            on_the_way=tuple(sums["late"].tolist()),
+            foreseen=sum(layer["foreseen_right"] for layer in layers) / named if named else None,
+            read_bytes=read.bytes,
+            reads=read.reads,
+            reading_seconds=read.busy,
+            withdrawn=read.withdrawn,
+            direct=store.direct,
+        )
