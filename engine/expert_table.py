@@ -15,7 +15,7 @@ from isthmus.protocol.errors import EngineError
 from isthmus.quant.planes import MATRICES, MAX_PLANES, Formats, expert_planes, n_planes
 
 # Words of 8 bytes in C's im_matrix and im_expert, and where pointers stand in them; words of 4 bytes in im_use.
-_MATRIX, _EXPERT, _USE = 7, 22, 10
+_MATRIX, _EXPERT, _USE = 7, 25, 10
 _POINTERS = {"codes": 2, "p1": 3, "p2": 4, "scales": 5, "mins": 6}
 _OF_ARRAY = {"w": "codes", "p0": "codes", "s4": "scales", "s2": "mins"}
 _LEADING = np.array([0, 1, 0, 2, 0, 1, 0, 3], np.int32)  # planes 0.. that are there, by the bits of those that are

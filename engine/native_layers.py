@@ -9,15 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.binding import Memory, native
+from isthmus.engine.config import SCORES
 from isthmus.engine.expert_table import ExpertTables
 from isthmus.engine.experts import Expert, ExpertSource, Wanted
 from isthmus.engine.head import check_head, head_tokens
 from isthmus.engine.kv import KvPool
 from isthmus.engine.part import KvConfig, WeightSource
 from isthmus.engine.routing import Routing
+from isthmus.engine.shapes import array_shapes, matrix_shapes
 from isthmus.protocol.errors import EngineError
+from isthmus.quant import planes
 from isthmus.quant.packed import PackedMatrix
-from isthmus.quant.planes import MATRICES
+
+MATRICES = (  # of an `im_layer`
+    *("q", "k", "v", "o", "gate", "up", "down", "router"),
+    *("shared_gate", "q_down", "latent", "k_up", "v_up"),
+)
 
 PATIENCE = 30.0  # seconds that a step waits for experts that are being read
 HALF_LIFE = 16.0  # steps after which the use of an expert counts half
@@ -39,13 +46,9 @@ class Layers:
             setattr(part, name, getattr(config, name))
         part.start, part.end = start, end
         part.inv_freq = memory.vector(np.asarray(config.rope_inv_freq, np.float32))
+        self._describe(part)
         if config.experts:
-            part.n_experts, part.top_k = config.experts.n_experts, config.experts.top_k
-            part.renormalize, part.d_expert = config.experts.renormalize, config.experts.d_expert
-            part.patience_ns, part.half_life = int(PATIENCE * 1e9), HALF_LIFE
             self.tables = experts.tables if experts else ExpertTables(config, start, end)
-            if experts is not None:
-                part.foresee, part.reader = experts.foresee, experts.reader.pointer if experts.reader else ffi.NULL
         part.kv_f32 = kv.format == "f32"
         part.kv = memory.pointer(self.pool.memory, "uint8_t *")
         part.kv_block_bytes = self.pool.memory.shape[1]
@@ -63,6 +66,29 @@ class Layers:
             self._layer(part.layers[i - start], weights, i)
             if i == start and "input" in weights:
                 self._input(cast(PackedMatrix, weights["input"]))
+
+    def _describe(self, part: Any) -> None:
+        """What 0 turns off in C."""
+        config = self.config
+        part.layer_norm, part.attention_scale = config.layer_norm, config.attention_scale
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            setattr(part, name, 0.0 if getattr(config, name) == 1 else getattr(config, name))
+        if latent := config.latent:
+            part.kv_rank, part.q_rank, part.latent_eps = latent.kv_rank, latent.q_rank, latent.norm_eps
+            part.head_nope, part.head_v = latent.d_plain, latent.d_value
+        if experts := config.experts:
+            for name in (
+                *("n_experts", "top_k", "d_expert", "renormalize", "n_groups", "top_groups", "group_best"),
+                *("d_shared", "jitter", "swiglu_alpha", "swiglu_limit"),
+            ):
+                setattr(part, name, getattr(experts, name))
+            part.score = SCORES.index(experts.score)
+            part.patience_ns, part.half_life = int(PATIENCE * 1e9), HALF_LIFE
+            if self.experts is not None:
+                reader = self.experts.reader
+                part.foresee, part.reader = self.experts.foresee, reader.pointer if reader else native().ffi.NULL
+            scale = experts.scale * config.residual_scale  # of the shared expert the residual's alone
+            part.expert_scale = 0.0 if scale == 1 else scale
 
     def _embedding(self, matrix: PackedMatrix) -> PackedMatrix:
         shape = self.config.vocab_size, self.config.d_model
@@ -86,48 +112,47 @@ class Layers:
 
     def _layer(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
         config, memory = self.config, self._memory
-        shapes = {
-            "q": (config.n_heads * config.head_dim, config.d_model),
-            "k": (config.n_kv_heads * config.head_dim, config.d_model),
-            "v": (config.n_kv_heads * config.head_dim, config.d_model),
-            "o": (config.d_model, config.n_heads * config.head_dim),
-            "gate": (config.d_ff, config.d_model),
-            "up": (config.d_ff, config.d_model),
-            "down": (config.d_model, config.d_ff),
-        }
-        for name, shape in shapes.items():
-            matrix = cast(PackedMatrix | None, weights.get(name))
-            if matrix is None and not (config.experts and name in ("gate", "up", "down")):
-                raise EngineError(f"layer {index} has no {name!r}", "the bundle is incomplete: split the model again")
-            if matrix is not None and (matrix.rows, matrix.cols) != shape:
-                raise EngineError(
-                    f"{name!r} of layer {index} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}"
-                )
-            memory.matrix(getattr(layer, name), matrix)
-        vectors = {"attn_norm": config.d_model, "ffn_norm": config.d_model}
-        if config.qk_norm:
-            vectors |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
-        if config.qkv_bias:
-            vectors |= {f"{name}_bias": shapes[name][0] for name in ("q", "k", "v")}
-        for name, size in vectors.items():
-            vector = cast("NDArray[np.float32] | None", weights.get(name))
-            setattr(layer, name, memory.vector(sized(vector, size, f"{name!r} of layer {index}")))
+        for name in MATRICES:
+            memory.matrix(getattr(layer, name), None)
+        for name, shape in matrix_shapes(config, index).items():
+            if not name.startswith("experts."):
+                matrix = cast(PackedMatrix | None, weights.get(name))
+                if matrix is None:
+                    problem = f"layer {index} has no {name!r}"
+                    raise EngineError(problem, "the bundle is incomplete: split the model again")
+                if (matrix.rows, matrix.cols) != shape:
+                    problem = f"{name!r} of layer {index} is {matrix.rows} x {matrix.cols}, not {shape[0]} x {shape[1]}"
+                    raise EngineError(problem)
+                shared, _, own = name.rpartition(".")
+                memory.matrix(getattr(layer.shared if shared else layer, own), matrix)
+        experts = config.experts_of(index)
+        if experts:
+            table = self.tables.layer(index)
+            layer.experts, layer.use, layer.traffic = table.cells, table.use, table.traffic
+        for name, size in array_shapes(config, index).items():
+            self._array(layer, name, sized(weights.get(name), size, f"{name!r} of layer {index}"))
         layer.window = config.window(index)
-        memory.matrix(layer.router, None)
-        if config.experts:
-            self._experts(layer, weights, index)
+        if experts:
+            for e in range(experts.n_experts if self.experts is None else 0):
+                table.place(
+                    e, Expert(*(cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in planes.MATRICES))
+                )
+            layer.n_planes = table.n_planes
 
-    def _experts(self, layer: Any, weights: Mapping[str, PackedMatrix | NDArray[np.float32]], index: int) -> None:
+    def _array(self, layer: Any, name: str, array: NDArray[np.float32]) -> None:
         from isthmus.quant.groups import quantize
 
-        assert self.config.experts is not None
-        self._memory.matrix(layer.router, quantize(cast("NDArray[np.float32]", weights["router"]), "f32"))
-        table = self.tables.layer(index)
-        layer.experts, layer.use, layer.traffic = table.cells, table.use, table.traffic
-        if self.experts is None:
-            for e in range(self.config.experts.n_experts):
-                table.place(e, Expert(*(cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in MATRICES)))
-        layer.n_planes = table.n_planes
+        memory = self._memory
+        if name in ("router", "shared_gate"):
+            memory.matrix(getattr(layer, name), quantize(array, "f32"))
+        elif array.ndim == 2:  # biases of all experts, resident or not
+            for e, row in enumerate(array):
+                setattr(layer.experts[e], name, memory.vector(row))
+        elif name in ("final_norm_bias", "head_bias"):
+            setattr(self.c_part, name, memory.vector(array))
+        else:
+            whole = "_whole" if self.config.qk_norm_whole and name in ("q_norm", "k_norm") else ""
+            setattr(layer, name + whole, memory.vector(array))
 
     def want(self, step: int, layer: int, wanted: list[Wanted], foreseen: list[Wanted]) -> None:
         """Has the expert source see to what a paused step lacks.
@@ -175,13 +200,15 @@ class Layers:
             self.tables.layer(layer).wanted[:] = 0
 
 
-def sized(vector: NDArray[np.float32] | None, size: int, name: str) -> NDArray[np.float32]:
-    """The vector, which must have `size` numbers.
+def sized(vector: object, size: int | tuple[int, ...], name: str) -> NDArray[np.float32]:
+    """The array, which must have `size` numbers or that shape.
 
     Raises:
         EngineError: it is missing or has another size.
     """
-    if vector is None or vector.shape != (size,):
-        found = "missing" if vector is None else f"of shape {vector.shape}"
-        raise EngineError(f"{name} is {found}, not of {size} numbers", "the bundle is broken: split the model again")
+    shape = (size,) if isinstance(size, int) else size
+    if not isinstance(vector, np.ndarray) or vector.shape != shape:
+        found = f"of shape {vector.shape}" if isinstance(vector, np.ndarray) else "missing"
+        expected = f"of {shape[0]} numbers" if len(shape) == 1 else f"of shape {shape}"
+        raise EngineError(f"{name} is {found}, not {expected}", "the bundle is broken: split the model again")
     return vector

@@ -74,6 +74,8 @@ class OnnxPart:
             raise EngineError(f"threads are {threads} and KV positions {kv.max_tokens}", "neither can be that small")
         if config.experts is not None:
             raise EngineError("the onnx back end cannot run mixtures of experts", "use the native back end")
+        if config.special:
+            raise EngineError(f"the onnx back end has no {', '.join(config.special)}", "use the native back end")
         self._ort = onnxruntime()
         self._source: WeightSource | None = source
         self._config = config

@@ -24,10 +24,10 @@ class WeightSource(Protocol):
 
     A layer maps names to matrices and vectors: `attn_norm` [d_model], `q` [n_heads * head_dim, d_model], `k` and
     `v` [n_kv_heads * head_dim, d_model], `o` [d_model, n_heads * head_dim], `ffn_norm` [d_model], `gate` and `up`
-    [d_ff, d_model], `down` [d_model, d_ff]; with biases `q_bias`, `k_bias`, `v_bias`; with qk_norm `q_norm`,
-    `k_norm` [head_dim]; with experts, instead of gate, up and down, `router` f32 [n_experts, d_model] and
-    `experts.E.gate`, `experts.E.up`, `experts.E.down`. Vectors and the router are float32 arrays. A part whose first
-    layer has an `input` [d_model, d_model] takes hidden states only, which go through that linear map first.
+    [d_ff, d_model], `down` [d_model, d_ff]; with experts, instead of gate, up and down, `router` f32 [n_experts,
+    d_model] and `experts.E.gate`, `experts.E.up`, `experts.E.down`. What a configuration's flags add to these, and
+    each shape, stands in `engine.shapes`. Vectors and the router are float32 arrays. A part whose first layer has an
+    `input` [d_model, d_model] takes hidden states only, which go through that linear map first.
 
     A source may have a method `head_tokens() -> NDArray[np.int32] | None` as well: ascending ids of the tokens that
     the head has rows for, None for all. Such a head chooses, and gives logits, among those tokens only.

@@ -112,7 +112,7 @@ class Bundle:
         if not 0 <= index < self.config.n_layers:
             raise BundleError(f"the model has no layer {index}", f"its layers are 0..{self.config.n_layers - 1}")
         weights = self._load(layer_file(index)).weights()
-        if self.config.experts and self._experts:
+        if self.config.experts_of(index) and self._experts:
             file = self._load(expert_file(index))
             weights |= {name: file.matrix(name) for name in file.matrices}
         check_layer(self.config, index, weights, BundleError, experts=self._experts)

@@ -15,11 +15,12 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import ModelError, QuantError
 from isthmus.quant.groups import QUANTIZABLE, chunks, decode_rows, empty, encode_rows, write_rows
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split import families
+from isthmus.split import families, gguf_config
 from isthmus.split.files import is_there, read_regular
 from isthmus.split.ggml_blocks import LOSSLESS
 from isthmus.split.gguf_file import GgufFile, GgufTensor
 from isthmus.split.manifest import check_tokenizer
+from isthmus.split.places import Place, half_rotated_rows, latent_rows, turned
 from isthmus.split.roles import Weights, array_shapes, check_layer, matrix_shapes
 from isthmus.split.tensorfile import TensorFile
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from isthmus.split.tokenizer import Tokenizer
 
 KEEP = "keep"
+REMEDY = "name a --format, such as q8"
+FLOATS = ("f32", "f16", "bf16")
 # What `isthmus split --format` takes -> (format of a layer's matrices, format of embedding and head)
 TARGETS: Mapping[str, tuple[str, str]] = {
     KEEP: (KEEP, KEEP),
@@ -73,7 +76,7 @@ class Checkpoint:
         name: str,
         config: DecoderConfig,
         store: _Store,
-        names: Mapping[str, str],
+        names: Mapping[str, Place],
         tokenizer: Any,
         *,
         permuted: bool,
@@ -89,7 +92,7 @@ class Checkpoint:
         if self._head_format != KEEP and self._head_format not in QUANTIZABLE:
             raise ModelError(f"weight format {head_format!r} is unknown", f"choose one of {', '.join(TARGETS)}")
         self._store, self._names, self._tokenizer, self._permuted = store, names, tokenizer, permuted
-        used = {name.partition("#")[0] for name in names.values()}
+        used = {place.tensor for place in names.values()}
         present = store.names()
         for tensor in sorted(used - present):
             raise ModelError(f"the checkpoint has no tensor {tensor}", "fetch the model again, all its files")
@@ -133,48 +136,98 @@ class Checkpoint:
             ModelError: a tensor has another shape than the configuration says, or a type that cannot be kept.
         """
         found: dict[str, PackedMatrix | NDArray[np.float32]] = {}
-        for role, shape in array_shapes(self.config).items():
+        for role, shape in array_shapes(self.config, index).items():
             found[role] = self._array(f"{index}.{role}", shape)
-        for role, size in matrix_shapes(self.config).items():
-            rotated = self._permuted and role in ("q", "k")
-            found[role] = self._matrix(f"{index}.{role}", size, self._layer_format, rotated=rotated)
+        for role, size in matrix_shapes(self.config, index).items():
+            found[role] = self._matrix(f"{index}.{role}", size, self._layer_format, order=self._order(role, size))
         check_layer(self.config, index, found, ModelError)
         return found
 
-    def _place(self, key: str, shape: tuple[int, ...]) -> tuple[str, int]:
-        """The tensor and the first row in it of a weight; experts may share one tensor ("name#expert")."""
-        name, _, expert = self._names[key].partition("#")
-        found = self._store.shape(name)
-        if expert:
-            found = found[1:] if len(found) == 3 and int(expert) < found[0] else (0,)
-        if found != shape:
-            raise ModelError(f"tensor {name} is {list(found)}, not {list(shape)}", "the checkpoint is damaged")
-        return name, int(expert or 0) * shape[0]
+    def _order(self, role: str, size: tuple[int, int]) -> NDArray[np.int64] | None:
+        """For each row of a matrix its row in the tensor, None for the same order."""
+        if self.config.latent:
+            return latent_rows(self.config, self.config.latent, role)
+        return half_rotated_rows(size[0], self.config.head_dim) if self._permuted and role in ("q", "k") else None
+
+    def _place(self, key: str, shape: tuple[int, ...]) -> tuple[Place, int]:
+        """Where a weight is, and the first row of its tensor or of the expert's entry of it."""
+        place, first = self._names[key], 0
+        found = self._store.shape(place.tensor)
+        if place.entry is not None:
+            found = found[1:] if len(found) == 3 and place.entry < found[0] else (0,)
+            first = place.entry * found[0]
+        if place.parts > 1 and key.rpartition("_")[2] == "bias":
+            shape = (*shape[:-1], shape[-1] * place.parts)
+        elif place.parts > 1:
+            shape = (shape[0] * place.parts, *shape[1:])
+        expected = shape[::-1] if place.transposed else shape
+        if found != expected and (1, *found) != expected:  # GGUF has no matrices of one row
+            problem = f"tensor {place.tensor} is {list(found)}, not {list(expected)}"
+            raise ModelError(problem, "the checkpoint is damaged")
+        return place, first
 
     def _array(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        name, _ = self._place(key, shape)
-        format, values = self._store.rows(name, slice(None))
-        return decode_rows(format, values, shape[-1]).reshape(shape)
+        place, _ = self._place(key, shape)
+        format, values = self._store.rows(place.tensor, slice(None))
+        found = decode_rows(format, values, shape[-1] * place.parts)
+        return (found if place.parts == 1 else found[:, place.rows(shape[-1])]).reshape(shape)
 
-    def _matrix(self, key: str, size: tuple[int, int], format: str, *, rotated: bool = False) -> PackedMatrix:
+    def _matrix(
+        self, key: str, size: tuple[int, int], format: str, *, order: NDArray[np.int64] | None = None
+    ) -> PackedMatrix:
         rows, cols = size
-        name, first = self._place(key, size)
-        order = families.half_rotated_rows(rows, self.config.head_dim) if rotated else None
+        role = key.rpartition(".")[2]
+        latent = self.config.latent
+        if latent and role in ("k_up", "v_up"):  # both stand in one tensor
+            place = self._names[key]
+            self._check(place.tensor, (self.config.n_heads * (latent.d_plain + latent.d_value), latent.kv_rank))
+            first = 0
+        else:
+            place, first = self._place(key, size)
+        if role == "k_up" or place.transposed:
+            return self._transposed(place, first, size, format, order)
+        if order is None and place.interleaved:
+            order = place.rows(rows)
+        first += 0 if place.interleaved else place.part * rows
         matrix: PackedMatrix | None = None
         try:
             for start, end in chunks(rows, cols):
-                index = slice(first + start, first + end) if order is None else order[start:end]
-                kept, values = self._store.rows(name, index)
+                index = slice(first + start, first + end) if order is None else first + order[start:end]
+                kept, values = self._store.rows(place.tensor, index)
                 if format == KEEP and kept == "dequantized":
-                    raise ModelError(f"tensor {name} has a type that cannot be kept", "name a --format, such as q8")
+                    raise ModelError(f"tensor {place.tensor} has a type that cannot be kept", REMEDY)
                 if format not in (KEEP, kept):
                     values = encode_rows(decode_rows(kept.replace("dequantized", "f32"), values, cols), format)
                 if matrix is None:
                     matrix = empty(kept if format == KEEP else format, rows, cols)
                 write_rows(matrix, start, values)
         except QuantError as error:
-            raise ModelError(f"tensor {name}: {error.problem}", error.remedy) from error
+            raise ModelError(f"tensor {place.tensor}: {error.problem}", error.remedy) from error
         assert matrix is not None  # a configuration has no empty matrix
+        return matrix
+
+    def _check(self, tensor: str, expected: tuple[int, ...]) -> None:
+        found = self._store.shape(tensor)
+        if found != expected:
+            problem = f"tensor {tensor} is {list(found)}, not {list(expected)}"
+            raise ModelError(problem, "the checkpoint is damaged")
+
+    def _transposed(
+        self, place: Place, first: int, size: tuple[int, int], format: str, order: NDArray[np.int64] | None
+    ) -> PackedMatrix:
+        """A matrix whose rows are columns of the tensor, or of blocks of its rows: read whole, and only floats."""
+        rows, cols = size
+        kept, values = self._store.rows(place.tensor, slice(first, first + cols) if order is None else order)
+        if format == KEEP and kept not in FLOATS:
+            raise ModelError(f"tensor {place.tensor} has a type that cannot be kept when it is transposed", REMEDY)
+        if kept not in FLOATS:
+            width = self._store.shape(place.tensor)[-1]
+            kept, values = "f32", {"w": decode_rows(kept.replace("dequantized", "f32"), values, width)}
+        whole = turned(values["w"], cols)
+        target = kept if format == KEEP else format
+        matrix = empty(target, rows, cols)
+        found: Mapping[str, NDArray[np.generic]] = {"w": whole if order is not None else whole[place.rows(rows)]}
+        write_rows(matrix, 0, found if target == kept else encode_rows(decode_rows(kept, found, cols), target))
         return matrix
 
 
@@ -261,15 +314,15 @@ def _open_gguf(path: Path, format: str, head_format: str | None) -> Checkpoint:
     if "rope_freqs.weight" in shapes:
         kind, values = store.rows("rope_freqs.weight", slice(None))
         factors = decode_rows(kind, values, shapes["rope_freqs.weight"][-1]).reshape(-1)
-    _, config = families.config_from_gguf(file.fields, shapes, factors)
-    names = _names(config, families.GGUF_TOP, families.GGUF_NAMES, "blk.{i}.", families.GGUF_EXPERTS)
+    _, config = gguf_config.config_from_gguf(file.fields, shapes, factors)
+    names = _names(config, gguf_config.GGUF_TOP, gguf_config.GGUF_NAMES, "blk.{i}.", gguf_config.GGUF_EXPERTS)
 
     def tokenizer() -> Tokenizer:
         from isthmus.split.tokenizer_gguf import tokenizer_from_gguf
 
         return tokenizer_from_gguf(file.fields)
 
-    permuted = file.fields["general.architecture"] == "llama"
+    permuted = file.fields["general.architecture"] in gguf_config.PERMUTED
     name = _QUANTIZATION.sub("", path.stem)
     return Checkpoint(name, config, store, names, tokenizer, permuted=permuted, format=format, head_format=head_format)
 
@@ -293,18 +346,30 @@ def _open_folder(path: Path, format: str, head_format: str | None) -> Checkpoint
 
 
 def _names(
-    config: DecoderConfig, top: Mapping[str, str], roles: Mapping[str, str], prefix: str, experts: Mapping[str, str]
-) -> dict[str, str]:
-    """From "embedding", "3.q", "3.experts.0.gate" and so on to tensors of a checkpoint."""
-    names = {key: name for key, name in top.items() if key != "head" or not config.tied}
+    config: DecoderConfig,
+    top: Mapping[str, str],
+    roles: Mapping[str, str],
+    prefix: str,
+    experts: Mapping[str, str | Place],
+) -> dict[str, Place]:
+    """From "embedding", "3.q", "3.experts.0.gate" and so on to places in a checkpoint."""
+    names = {key: Place(top[key]) for key in ("embedding", "final_norm") + (() if config.tied else ("head",))}
     for i in range(config.n_layers):
-        for role in [*array_shapes(config), *matrix_shapes(config)]:
-            if role.startswith("experts."):
-                _, e, kind = role.split(".")
-                name = experts[kind].format(e=e) if "{e}" in experts[kind] else f"{experts[kind]}#{e}"
-            else:
-                name = experts["router"] if role == "router" else roles[role]
-            names[f"{i}.{role}"] = prefix.format(i=i) + name
+        for role in [*array_shapes(config, i), *matrix_shapes(config, i)]:
+            if role in top:
+                names[f"{i}.{role}"] = Place(top[role])
+                continue
+            of_all, _, one = role.partition(".")
+            expert, _, kind = one.partition(".") if of_all == "experts" else ("", "", role)
+            known: Mapping[str, str | Place] = experts if expert or kind not in roles else roles
+            if kind == "q" and config.latent and config.latent.q_rank:
+                kind = "q_up"
+            if kind not in known:
+                raise ModelError(f"the name of {role!r} is not known in family {config.family}", "use safetensors")
+            found = known[kind]
+            place = found if isinstance(found, Place) else Place(found)
+            place = place.of_expert(int(expert)) if expert else place
+            names[f"{i}.{role}"] = place._replace(tensor=prefix.format(i=i) + place.tensor)
     return names
 
 

@@ -26,8 +26,10 @@ from torch.nn import functional
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.channels import ChannelStats
+from isthmus.protocol.errors import BundleError
 from isthmus.quant.groups import dequantize, quantize
 from isthmus.split.exit_states import States
+from isthmus.split.exits import check_head_fits
 from isthmus.split.files import PARTIAL
 from isthmus.split.roles import Weights
 
@@ -146,6 +148,7 @@ class Teacher:
     """What the model makes of its last states: its output head and norm in float32."""
 
     def __init__(self, source: WeightSource) -> None:
+        check_head_fits(source.config, BundleError)
         self.config = source.config
         self.norm = np.array(source.final_norm(), np.float32)
         self.head = torch.from_numpy(np.asarray(dequantize(source.head()), np.float32))

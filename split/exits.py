@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.config import DecoderConfig
+from isthmus.engine.config import SPECIAL, DecoderConfig
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.channels import SPREAD_MIN, ChannelStats
-from isthmus.protocol.errors import BundleError
+from isthmus.protocol.errors import BundleError, IsthmusError
 from isthmus.quant.packed import LANES, PackedMatrix
 from isthmus.split.exit_entry import MAX_HEAD_TOKENS
 from isthmus.split.roles import Weights, check_layer
@@ -20,6 +20,16 @@ MODEL_ID = "model_id"  # in the metadata of an exit's file
 HEAD_TOKENS = "head_tokens"
 AGAIN = "train it again"
 _OURS = ("final_norm", "channel_mean", "channel_spread")  # vectors that are not the layer's
+
+
+def check_head_fits(config: DecoderConfig, error: type[IsthmusError]) -> None:
+    """Refuses models whose states and output heads an exit's head cannot work with.
+
+    Raises:
+        IsthmusError: of class `error`, naming what is in the way.
+    """
+    if found := [name for name in ("layer_norm", "head_bias", "logit_scale", "latent") if name in config.special]:
+        raise error(f"exits of models with {', '.join(found)} are not supported", "choose another mode than exit")
 
 
 class ExitSource:
@@ -71,6 +81,7 @@ class ExitSource:
             if not all(np.isfinite(one).all() for one in arrays if one.dtype.kind == "f"):
                 raise BundleError(f"{where} has a {name} that is not finite", AGAIN)
         self._norm, self.channel_mean, self.channel_spread = norm, mean, spread
+        check_head_fits(shape, BundleError)
         if head_tokens is not None and not (
             head_tokens.ndim == 1
             and 0 < len(head_tokens) <= MAX_HEAD_TOKENS
@@ -89,6 +100,7 @@ class ExitSource:
             windows=(),
             experts=None,
             tied=False,
+            **{name: default for name, default in SPECIAL.items() if name != "latent"},
         )
         check_layer(self._config, layer, {n: w for n, w in self._layer.items() if n != "input"}, BundleError)
 

@@ -16,7 +16,10 @@ from isthmus.split.exit_entry import ExitEntry, check_exits
 
 FORMAT_VERSION = 1
 KIND, GRAPH_KIND = "decoder", "graph"
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+    *("qwen2_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3"),
+)
 MAX_NAME_CHARS = 200
 MAX_EOS = 256  # as many as a request to a cloud may name
 MAX_FILE_BYTES = 1 << 50
@@ -211,7 +214,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def layer_files(self, index: int) -> Sequence[str]:
         """The weight files of one layer."""
-        return [layer_file(index), expert_file(index)] if self.config.experts else [layer_file(index)]
+        return [layer_file(index), expert_file(index)] if self.config.experts_of(index) else [layer_file(index)]
 
     def part_files(self, start: int, end: int) -> Sequence[str]:
         """The weight files that layers [start, end) need, with the embedding at 0 and norm and head at n_layers."""

@@ -1,4 +1,4 @@
-"""The weights of a layer by role, and the shapes that a configuration gives them; checked where they come in."""
+"""The weights of a layer by role, checked against its configuration where they come in."""
 
 from __future__ import annotations
 
@@ -8,35 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.config import DecoderConfig
+from isthmus.engine.shapes import array_shapes, matrix_shapes
 from isthmus.protocol.errors import IsthmusError
 from isthmus.quant.packed import PackedMatrix
 
+__all__ = ["EXPERTS", "Weights", "array_shapes", "check_layer", "matrix_shapes"]
+
 EXPERTS = "experts."  # what the roles of experts' matrices begin with
 Weights = Mapping[str, PackedMatrix | NDArray[np.float32]]
-
-
-def matrix_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Rows and columns of a layer's packed matrices."""
-    d, queries, keys = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    found = {"q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries)}
-    experts = config.experts
-    for prefix in [f"experts.{e}." for e in range(experts.n_experts)] if experts else [""]:
-        hidden = experts.d_expert if experts else config.d_ff
-        found |= {f"{prefix}gate": (hidden, d), f"{prefix}up": (hidden, d), f"{prefix}down": (d, hidden)}
-    return found
-
-
-def array_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's float32 arrays: norms, biases, the router."""
-    found: dict[str, tuple[int, ...]] = {"attn_norm": (config.d_model,), "ffn_norm": (config.d_model,)}
-    if config.qkv_bias:
-        keys = config.n_kv_heads * config.head_dim
-        found |= {"q_bias": (config.n_heads * config.head_dim,), "k_bias": (keys,), "v_bias": (keys,)}
-    if config.qk_norm:
-        found |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    if config.experts:
-        found["router"] = (config.experts.n_experts, config.d_model)
-    return found
 
 
 def check_layer(
@@ -50,7 +29,7 @@ def check_layer(
     Raises:
         IsthmusError: of class `error`, if a weight is missing, of another shape, or unknown.
     """
-    matrices, arrays = matrix_shapes(config), array_shapes(config)
+    matrices, arrays = matrix_shapes(config, index), array_shapes(config, index)
     if not experts:
         matrices = {name: shape for name, shape in matrices.items() if not name.startswith(EXPERTS)}
     for name in weights:

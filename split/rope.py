@@ -43,6 +43,27 @@ def rope_frequencies(head_dim: int, theta: float, context_length: int, params: P
         ) from error
 
 
+def short_frequencies(
+    head_dim: int, theta: float, context_length: int, params: Params
+) -> tuple[NDArray[np.float32], float, int]:
+    """Inverse frequencies [head_dim / 2] f32, their factor, and the positions they are made for, of a "longrope" whose
+    short and long factors come with factors on cosine and sine of their own (Phi-3.5-MoE). Long factors take over
+    beyond those positions, and would change all keys before.
+
+    Raises:
+        ModelError: a parameter is missing or of another size.
+    """
+    try:
+        original, scale = int(params["original_max_position_embeddings"]), float(params["short_mscale"])
+        factors = np.asarray(params["short_factor"], np.float32)
+        if factors.shape != (head_dim // 2,) or not (factors > 0).all():
+            raise ValueError(f"short_factor has the shape {factors.shape}")
+        return plain(head_dim, theta) / factors, scale, min(original, context_length)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        problem = f"rope type 'longrope' has a missing or invalid parameter: {error}"
+        raise ModelError(problem, "mend config.json") from error
+
+
 def plain(head_dim: int, theta: float) -> NDArray[np.float32]:
     """theta ** (-2 i / head_dim) for i in [0, head_dim / 2), as f32."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)

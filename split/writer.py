@@ -230,7 +230,7 @@ def write_bundle(
             progress("embedding", 1, total)
         for index in range(config.n_layers):
             layer = source.layer(index)
-            if config.experts:
+            if config.experts_of(index):
                 writer.add(expert_file(index), encode_experts(layer, config))
             rest = {role: weight for role, weight in layer.items() if not role.startswith(EXPERTS)}
             writer.add_weights(layer_file(index), rest)

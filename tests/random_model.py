@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.engine.config import DecoderConfig, ExpertsConfig
+from isthmus.engine.shapes import array_shapes, matrix_shapes
 from isthmus.quant.groups import QUANTIZABLE, pack, quantize
 from isthmus.quant.packed import PackedMatrix
 
@@ -67,30 +68,17 @@ class RandomModel:
         rng = np.random.default_rng(seed)
         self._embedding = random_matrix(format, c.vocab_size, c.d_model, rng)
         self._norm = rng.uniform(0.5, 1.5, c.d_model).astype(np.float32)
-        self.layers = [self._layer(format, rng) for _ in range(c.n_layers)]
+        self.layers = [self._layer(index, format, rng) for index in range(c.n_layers)]
 
-    def _layer(self, format: str, rng: np.random.Generator) -> dict[str, PackedMatrix | NDArray[np.float32]]:
-        c = self._config
-        heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        shapes = {"q": (heads, c.d_model), "k": (kv, c.d_model), "v": (kv, c.d_model), "o": (c.d_model, heads)}
-        names: tuple[str, ...] = ("",)
-        width = c.d_ff
-        if c.experts:
-            names, width = tuple(f"experts.{e}." for e in range(c.experts.n_experts)), c.experts.d_expert
-        for name in names:
-            shapes |= {name + "gate": (width, c.d_model), name + "up": (width, c.d_model)}
-            shapes |= {name + "down": (c.d_model, width)}
+    def _layer(
+        self, index: int, format: str, rng: np.random.Generator
+    ) -> dict[str, PackedMatrix | NDArray[np.float32]]:
         layer: dict[str, PackedMatrix | NDArray[np.float32]] = {
-            name: random_matrix(format, *shape, rng) for name, shape in shapes.items()
+            name: random_matrix(format, *shape, rng) for name, shape in matrix_shapes(self._config, index).items()
         }
-        vectors = {"attn_norm": c.d_model, "ffn_norm": c.d_model}
-        if c.qkv_bias:
-            vectors |= {"q_bias": heads, "k_bias": kv, "v_bias": kv}
-        if c.qk_norm:
-            vectors |= {"q_norm": c.head_dim, "k_norm": c.head_dim}
-        layer |= {name: rng.uniform(0.5, 1.5, size).astype(np.float32) for name, size in vectors.items()}
-        if c.experts:
-            layer["router"] = rng.standard_normal((c.experts.n_experts, c.d_model)).astype(np.float32)
+        for name, size in array_shapes(self._config, index).items():
+            values = rng.standard_normal(size) if name == "router" else rng.uniform(0.5, 1.5, size)
+            layer[name] = values.astype(np.float32)
         return layer
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -70,8 +70,8 @@ class ExpertStore:
         if config.experts is None:
             raise DeviceError(f"{bundle.name} has no experts", "leave the experts' budget out")
         self.n_layers = config.n_layers if layers is None else layers
-        self._records = [bundle.records(index) for index in range(self.n_layers)]
-        self._planes = [min(planes or 3, len(records.planes)) for records in self._records]
+        self._records = {i: bundle.records(i) for i in range(self.n_layers) if config.experts_of(i)}
+        self._planes = {i: min(planes or 3, len(records.planes)) for i, records in self._records.items()}
         least = floor_bytes(self._records, self._planes, config.experts.top_k)
         if budget < least:
             raise DeviceError(
@@ -80,10 +80,10 @@ class ExpertStore:
             )
         self.budget, self.foresee, self._policy = budget, foresee, POLICIES[policy]
         self.tables = ExpertTables(config, 0, self.n_layers)
-        for index, (records, n) in enumerate(zip(self._records, self._planes, strict=True)):
-            self.tables.layer(index).shape(records.formats_of(n))
+        for index, records in self._records.items():
+            self.tables.layer(index).shape(records.formats_of(self._planes[index]))
         sizes = {
-            size for records, n in zip(self._records, self._planes, strict=True) for size in records.plane_sizes[:n]
+            size for index, records in self._records.items() for size in records.plane_sizes[: self._planes[index]]
         }
         self.arena = Arena(budget, sizes)
         self.direct, self._files = _open(self._records)
@@ -128,7 +128,7 @@ class ExpertStore:
         if self.reader is not None:
             self.reader.close()
             self.reader = None
-            for file in self._files:
+            for file in self._files.values():
                 os.close(file)
 
     def _collect(self) -> None:
@@ -235,28 +235,27 @@ class ExpertStore:
             self.arena.give(self._records[layer].plane_sizes[top], int(self._address[layer, expert, top]))
 
 
-def floor_bytes(records: Sequence[Records], planes: Sequence[int], top_k: int) -> int:
+def floor_bytes(records: Mapping[int, Records], planes: Mapping[int, int], top_k: int) -> int:
     """The least budget: one more expert than a row takes in a layer."""
-    return max((top_k + 1) * sum(one.plane_sizes[:n]) for one, n in zip(records, planes, strict=True))
+    return max((top_k + 1) * sum(one.plane_sizes[: planes[layer]]) for layer, one in records.items())
 
 
-def _open(records: Sequence[Records]) -> tuple[bool, list[int]]:
-    direct = getattr(os, "O_DIRECT", 0)
-    for flags in (os.O_RDONLY | direct, os.O_RDONLY):
-        files: list[int] = []
+def _open(records: Mapping[int, Records]) -> tuple[bool, dict[int, int]]:
+    """Whether files are read past the page cache, and their descriptors."""
+    for flags in {os.O_RDONLY | getattr(os, "O_DIRECT", 0): None, os.O_RDONLY: None}:
+        files: dict[int, int] = {}
         try:
-            for one in records:
-                files.append(os.open(one.path, flags))
-                if flags != os.O_RDONLY:
-                    os.preadv(files[-1], [_page()], 0)
+            for layer, one in records.items():
+                files[layer] = os.open(one.path, flags)
+                os.preadv(files[layer], [_page()], 0)
         except OSError as error:
-            for file in files:
+            for file in files.values():
                 os.close(file)
             if flags == os.O_RDONLY:
                 raise BundleError(f"{one.path} cannot be read: {error.strerror}", AGAIN) from error
             continue
         return flags != os.O_RDONLY, files
-    raise AssertionError("the second way raises or returns")
+    raise AssertionError("the last way raises or returns")
 
 
 def _page() -> mmap.mmap:

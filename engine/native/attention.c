@@ -3,13 +3,16 @@
 
 #include "step.h"
 
+enum { HEADS_AT_ONCE = 16 };  // what they need stands on the stack
+
 // rope: cosines, then sines, of one position
 static void rotate(const im_engine *e, const im_part *p, float *head, const float *norm, const float *rope) {
-  const int half = p->head_dim / 2;
+  const int half = rotated(p) / 2;
   const float *cs = rope, *sn = cs + half;
   if (norm) {  // the head stands in a buffer of whole lanes, zero in the padding
     e->k->rms_norm(head, norm, head, p->head_dim, p->norm_eps);
   }
+  head += p->kv_rank;
   for (int i = 0; i < half; i++) {
     float a = head[i], b = head[i + half];
     head[i] = a * cs[i] - b * sn[i];
@@ -65,9 +68,10 @@ static void attend_heads(im_engine *e, const im_part *p, const im_layer *l, int 
                      p->kv_block_bytes,
                      pad,
                      p->kv_f32,
-                     1.f / sqrtf((float)hd),
+                     p->attention_scale != 0.f ? p->attention_scale : 1.f / sqrtf((float)hd),
                      0,
-                     sink_qs};
+                     sink_qs,
+                     l->sink_logits ? l->sink_logits + h0 : NULL};
   int first = window_start(table, row->position), last = row->position;
   if (l->window && last + 1 - l->window >= first) {
     first = last + 1 - l->window;  // the model's own window is the narrower one, and has no sinks
@@ -97,16 +101,29 @@ static void attend_heads(im_engine *e, const im_part *p, const im_layer *l, int 
   for (int h = 0; h < n; h++) memcpy(out + (size_t)(h0 + h) * hd, os + h * pad, (size_t)hd * 4);
 }
 
+// q and k under a norm over all heads together
+static void norm_whole(walker *w, const im_part *p, const im_layer *l, int count) {
+  im_engine *e = w->e;
+  const int hd = p->head_dim;
+  for (int i = w->thread; i < count; i += e->threads) {
+    float *q = e->qkv + (size_t)i * (size_t)e->w.qkv, *k = q + e->w.q_rows;
+    e->k->rms_norm(q, l->q_norm_whole, q, p->n_heads * hd, p->norm_eps);
+    e->k->rms_norm(k, l->k_norm_whole, k, p->n_kv_heads * hd, p->norm_eps);
+  }
+  meet(w);
+}
+
 void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count) {
   im_engine *e = w->e;
   const im_layer *l = &p->layers[layer - p->start];
   const int d_pad = e->w.d_pad, att_pad = e->w.att_pad;
+  const im_matrix *first = p->q_rank ? &l->q_down : &l->q, *second = p->kv_rank ? &l->latent : &l->k;
   int from, to;
   own_rows(w, count, &from, &to);
   for (int i = from; i < to; i++) {
-    e->k->rms_norm(w->l->x + (size_t)active[i] * d_pad, l->attn_norm, w->l->normed + (size_t)i * d_pad, p->d_model,
-                   p->norm_eps);
-    if (is_quantized(&l->q) || is_quantized(&l->k) || is_quantized(&l->v))
+    norm_row(e, p, w->l->x + (size_t)active[i] * d_pad, l->attn_norm, l->attn_norm_bias,
+             w->l->normed + (size_t)i * d_pad);
+    if (is_quantized(first) || is_quantized(second) || is_quantized(&l->v))
       quantize_row(e, w->l, 1, w->l->normed, i, count, d_pad);
   }
   if (!w->single) meet(w);
@@ -114,8 +131,14 @@ void im_attention(walker *w, const im_part *p, int part, int layer, const int32_
   im_acts acts = acts_of(w->l, w->l->normed, d_pad, 1);
   const int ldy = e->w.qkv;
   float *q = e->qkv, *k = q + e->w.q_rows, *v = k + e->w.kv_rows;
-  im_linear_targets(e, (target[]){{&l->q, q, ldy}, {&l->k, k, ldy}, {&l->v, v, ldy}}, 3, &acts, count, w->thread);
+  im_linear_targets(e, (target[]){{first, q, ldy}, {second, k, ldy}, {&l->v, v, ldy}}, p->kv_rank ? 2 : 3, &acts, count,
+                    w->thread);
   meet(w);
+  if (l->q_norm_whole) norm_whole(w, p, l, count);
+  if (p->kv_rank) {  // keys begin with what serves as values
+    im_latent_queries(w, p, l, count);
+    v = k;
+  }
   const int pairs = count * p->n_kv_heads, hd = p->head_dim;
   for (int j = pairs * w->thread / e->threads; j < pairs * (w->thread + 1) / e->threads; j++) {
     const int i = j / p->n_kv_heads, h = j % p->n_kv_heads;
@@ -126,12 +149,15 @@ void im_attention(walker *w, const im_part *p, int part, int layer, const int32_
   if (w->thread == 0) im_pool_rewind(e->pool);
   meet(w);
   const int share = p->n_heads / p->n_kv_heads;
-  float *out = e->shared.attention;
+  float *out = p->kv_rank ? e->mixed : e->shared.attention;
+  const size_t out_row = (size_t)(p->kv_rank ? p->n_heads * hd : att_pad), q_row = p->kv_rank ? out_row : (size_t)ldy;
+  if (p->kv_rank) q = e->queries;
   if (count == 1) {  // whole query heads: finer than KV heads, so that two threads balance
     const im_row *row = &w->c->rows[active[0]];
     const int h1 = p->n_heads * (w->thread + 1) / e->threads;
     for (int h = p->n_heads * w->thread / e->threads; h < h1;) {
-      const int end = (h / share + 1) * share < h1 ? (h / share + 1) * share : h1;
+      const int whole = (h / share + 1) * share < h1 ? (h / share + 1) * share : h1;
+      const int end = whole < h + HEADS_AT_ONCE ? whole : h + HEADS_AT_ONCE;
       attend_heads(e, p, l, layer, h, end, row, table_of(w, part, row), active[0], q, out, w->thread);
       h = end;
     }
@@ -140,11 +166,18 @@ void im_attention(walker *w, const im_part *p, int part, int layer, const int32_
       for (int n = j; n < j + 2 && n < pairs; n++) {
         const int h = n / count, i = n % count;
         const im_row *row = &w->c->rows[active[i]];
-        attend_heads(e, p, l, layer, h * share, (h + 1) * share, row, table_of(w, part, row), active[i],
-                     q + (size_t)i * ldy, out + (size_t)i * att_pad, w->thread);
+        for (int at = h * share; at < (h + 1) * share; at += HEADS_AT_ONCE) {
+          const int end = at + HEADS_AT_ONCE < (h + 1) * share ? at + HEADS_AT_ONCE : (h + 1) * share;
+          attend_heads(e, p, l, layer, at, end, row, table_of(w, part, row), active[i], q + (size_t)i * q_row,
+                       out + (size_t)i * out_row, w->thread);
+        }
       }
   }
   meet(w);
+  if (p->kv_rank) {
+    im_latent_values(w, p, l, count);
+    out = e->shared.attention;
+  }
   if (is_quantized(&l->o)) {
     for (int i = from; i < to; i++) quantize_row(e, w->l, 0, out, i, count, att_pad);
     if (!w->single) meet(w);
@@ -153,5 +186,5 @@ void im_attention(walker *w, const im_part *p, int part, int layer, const int32_
   im_linear_targets(e, (target[]){{&l->o, e->shared.delta, d_pad}}, 1, &acts, count, w->thread);
   meet(w);
   for (int i = from; i < to; i++)
-    e->k->add(w->l->x + (size_t)active[i] * d_pad, e->shared.delta + (size_t)i * d_pad, im_pad(p->d_model, 16));
+    add_residual(e, p, w->l->x + (size_t)active[i] * d_pad, e->shared.delta + (size_t)i * d_pad, l->o_bias);
 }

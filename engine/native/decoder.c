@@ -52,8 +52,8 @@ static void give_logits(walker *w) {
     int from, to;
     own_rows(w, count, &from, &to);
     for (int i = from; i < to; i++) {
-      e->k->rms_norm(w->l->x + (size_t)rows[i] * d_pad, p->final_norm, w->l->normed + (size_t)i * d_pad, p->d_model,
-                     p->norm_eps);
+      norm_row(e, p, w->l->x + (size_t)rows[i] * d_pad, p->final_norm, p->final_norm_bias,
+               w->l->normed + (size_t)i * d_pad);
       if (is_quantized(&p->head)) quantize_row(e, w->l, 0, w->l->normed, i, count, d_pad);
     }
     if (!w->single) meet(w);
@@ -62,8 +62,12 @@ static void give_logits(walker *w) {
     meet(w);
     for (int i = 0; i < count; i++) {
       const im_row *row = &c->rows[rows[i]];
-      const float *y = e->logits + (size_t)i * ldy;
+      float *y = e->logits + (size_t)i * ldy;
       const int mine = i % e->threads == w->thread;
+      if (mine && p->head_bias)
+        for (int j = 0; j < n; j++) y[j] += p->head_bias[j];
+      if (mine && p->logit_scale != 0.f)
+        for (int j = 0; j < n; j++) y[j] *= p->logit_scale;
       if (row->want & IM_WANT_LOGITS) {
         if (mine) memcpy(c->logits_out + (size_t)logits * (size_t)n, y, (size_t)n * 4);
         logits++;
@@ -116,15 +120,18 @@ static void start_rows(walker *w) {
   for (int i = from; i < to; i++) {
     const im_row *row = &c->rows[i];
     float *x = w->l->x + (size_t)i * e->w.d_pad;
-    if (row->token >= 0) im_embed(&p->embedding, row->token, x);
-    else {
+    if (row->token >= 0) {
+      im_embed(&p->embedding, row->token, x);
+      if (p->embedding_scale != 0.f)
+        for (int j = 0; j < p->d_model; j++) x[j] *= p->embedding_scale;
+    } else {
       const float *hidden = p->has_input ? e->shared.delta + (size_t)i * e->w.d_pad
                                          : c->hidden_in + (size_t)row->hidden * p->d_model;
       memcpy(x, hidden, (size_t)p->d_model * 4);
       memset(x + p->d_model, 0, (size_t)(e->w.d_pad - p->d_model) * 4);
     }
     if (!w->single || w->thread == 0) {
-      const int half = p->head_dim / 2, first = window_start(table_of(w, 0, row), row->position);
+      const int half = rotated(p) / 2, first = window_start(table_of(w, 0, row), row->position);
       const size_t at = (size_t)i * (size_t)p->head_dim;
       im_rope(p->inv_freq, half, row->position, p->rope_scale, e->rope + at);
       if (first && table_of(w, 0, row)->sinks)
@@ -138,7 +145,7 @@ static void start_rows(walker *w) {
 static void walk(void *argument, int thread) {
   im_engine *e = argument;
   im_step_call *c = e->call;
-  walker w = {e, c, thread, c->n_rows == 1 && !e->w.max_experts, NULL};
+  walker w = {e, c, thread, c->n_rows == 1 && !e->w.max_experts && !e->w.latent, NULL};
   w.l = w.single ? &e->own[thread] : &e->shared;
   int resumed = e->resumed, s = e->segment, layer = e->layer, part;
   if (!resumed) start_rows(&w);
@@ -208,8 +215,10 @@ im_engine *im_engine_new(int threads, const char *cpu) {
   e->scores = calloc((size_t)threads, sizeof *e->scores);
   e->candidates = calloc((size_t)threads, sizeof *e->candidates);
   e->gathered = calloc((size_t)threads, sizeof *e->gathered);
+  e->heads = calloc((size_t)threads, sizeof *e->heads);
+  e->head_panels = calloc((size_t)threads, sizeof *e->head_panels);
   e->pool = im_pool_new(threads);
-  if (!e->own || !e->scores || !e->candidates || !e->gathered || !e->pool) {
+  if (!e->own || !e->scores || !e->candidates || !e->gathered || !e->heads || !e->head_panels || !e->pool) {
     im_engine_free(e);
     return NULL;
   }
@@ -224,6 +233,8 @@ void im_engine_free(im_engine *e) {
   free(e->scores);
   free(e->candidates);
   free(e->gathered);
+  free(e->heads);
+  free(e->head_panels);
   free(e);
 }
 

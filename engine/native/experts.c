@@ -17,12 +17,18 @@ static int planes_ready(const im_expert *x) {
   return present < 0 ? -1 : !(present & 1) ? 0 : !(present & 2) ? 1 : !(present & 4) ? 2 : 3;
 }
 
-static im_matrix with_planes(const im_matrix *m, int planes) {
-  im_matrix narrow = *m;
-  if (m->format < IM_N2) return narrow;
-  if (IM_N2 + planes - 1 < m->format) narrow.format = IM_N2 + planes - 1;
-  if (planes == 1 && m->format != IM_N2) narrow.scales = m->mins;
-  return narrow;
+static void narrow(im_matrix *m, int planes) {
+  if (m->format < IM_N2) return;
+  if (planes == 1 && m->format != IM_N2) m->scales = m->mins;
+  if (IM_N2 + planes - 1 < m->format) m->format = IM_N2 + planes - 1;
+}
+
+static im_expert with_planes(const im_expert *x, int planes) {
+  im_expert some = *x;
+  narrow(&some.gate, planes);
+  narrow(&some.up, planes);
+  narrow(&some.down, planes);
+  return some;
 }
 
 // ---- what the layer wants
@@ -112,7 +118,7 @@ static int next_wave(im_engine *e, const im_part *p, const im_layer *l) {
 
 // ---- one row: its experts side by side, three barriers for all of them
 typedef struct {
-  im_matrix gate, up, down;
+  im_expert x;
   int rank;
 } taken;
 
@@ -125,18 +131,16 @@ static void one_row(walker *w, const im_part *p, const im_layer *l, const int32_
   for (int i = 0; i < e->n_wave; i++)
     for (int r = 0; r < p->top_k; r++)
       if (e->now.chosen[row + (size_t)r] == e->wave[i]) {
-        const im_expert *x = &l->experts[e->wave[i]];
-        const int planes = e->now.planes[row + (size_t)r];
-        t[n++] = (taken){with_planes(&x->gate, planes), with_planes(&x->up, planes), with_planes(&x->down, planes), r};
+        t[n++] = (taken){with_planes(&l->experts[e->wave[i]], e->now.planes[row + (size_t)r]), r};
       }
   float *g = e->shared.gate, *u = e->up;
   const int blocks = width / 16, all = n * blocks;
   for (int b = all * w->thread / e->threads, end = all * (w->thread + 1) / e->threads; b < end;) {
     const int i = b / blocks, b0 = b % blocks, b1 = end - i * blocks < blocks ? end - i * blocks : blocks;
     float *gi = g + (size_t)i * stride, *ui = u + (size_t)i * stride;
-    e->k->linear(&t[i].gate, acts, 1, gi, (size_t)stride, b0, b1);
-    e->k->linear(&t[i].up, acts, 1, ui, (size_t)stride, b0, b1);
-    e->k->silu_mul(gi + 16 * b0, ui + 16 * b0, gi + 16 * b0, 16 * (b1 - b0));
+    e->k->linear(&t[i].x.gate, acts, 1, gi, (size_t)stride, b0, b1);
+    e->k->linear(&t[i].x.up, acts, 1, ui, (size_t)stride, b0, b1);
+    im_gate_row(e, p, &t[i].x, gi, ui, b0, b1);
     if (b1 == blocks && width < stride) memset(gi + width, 0, (size_t)(stride - width) * 4);
     b += b1 - b0;
   }
@@ -152,7 +156,9 @@ static void one_row(walker *w, const im_part *p, const im_layer *l, const int32_
   for (int b = total * w->thread / e->threads, end = total * (w->thread + 1) / e->threads; b < end;) {
     const int i = b / down, b0 = b % down, b1 = end - i * down < down ? end - i * down : down;
     const im_acts hidden = {g + (size_t)i * stride, e->hidden_panels + (size_t)i * panel, stride, 0};
-    e->k->linear(&t[i].down, &hidden, 1, e->kept + (size_t)t[i].rank * d_pad, (size_t)d_pad, b0, b1);
+    float *to = e->kept + (size_t)t[i].rank * d_pad;
+    e->k->linear(&t[i].x.down, &hidden, 1, to, (size_t)d_pad, b0, b1);
+    if (t[i].x.down_bias) e->k->add(to + 16 * b0, t[i].x.down_bias + 16 * b0, 16 * (b1 - b0));
     b += b1 - b0;
   }
 }
@@ -192,13 +198,11 @@ static void many_rows(walker *w, const im_part *p, const im_layer *l, const int3
   lane *gathered = &e->own[e->threads], *before = w->l, hidden = *gathered;
   gather(w, p, active, count, expert, planes, acts, gathered, rows);
   meet(w);
-  const im_expert *x = &l->experts[expert];
-  const im_matrix gate = with_planes(&x->gate, planes), up = with_planes(&x->up, planes),
-                  down = with_planes(&x->down, planes);
+  const im_expert x = with_planes(&l->experts[expert], planes);
   const im_acts its = acts_of(gathered, gathered->normed, d_pad, 0);
   hidden.panels = (uint8_t *)gathered->attention;  // 4 bytes an activation, of which panels take at most 4
   w->l = &hidden;
-  im_gated_mlp(w, &gate, &up, &down, &its, rows, e->shared.delta);
+  im_gated_mlp(w, p, &x, &its, rows, e->shared.delta);
   w->l = before;
   for (int i = 0, n = 0; i < count; i++)
     for (int r = 0; r < p->top_k; r++)
@@ -242,8 +246,8 @@ static void route(walker *w, const im_part *p, const im_layer *l, const im_layer
   const size_t ldy = (size_t)im_pad(p->n_experts, 16);
   if (next) {
     for (int i = w->thread; i < count; i += e->threads)
-      e->k->rms_norm(e->shared.x + (size_t)active[i] * e->w.d_pad, next->ffn_norm,
-                     e->next.x + (size_t)i * e->w.d_pad, p->d_model, p->norm_eps);
+      norm_row(e, p, e->shared.x + (size_t)active[i] * e->w.d_pad, next->ffn_norm, next->ffn_norm_bias,
+               e->next.x + (size_t)i * e->w.d_pad);
     meet(w);
     const im_acts ahead = acts_of(&e->shared, e->next.x, e->w.d_pad, 0);
     im_linear_targets(e, (target[]){{&next->router, e->next.logits, ldy}}, 1, &ahead, count, w->thread);
@@ -269,7 +273,7 @@ int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *n
                int count, int resumed) {
   im_engine *e = w->e;
   const im_acts acts = acts_of(&e->shared, e->shared.normed, e->w.d_pad, 0);
-  if (!p->foresee) next = NULL;
+  if (!p->foresee || (next && !next->experts)) next = NULL;
   if (!resumed) {
     im_ffn_norm(w, p, l, active, count, 1);
     route(w, p, l, next, layer, active, count, &acts);
@@ -301,5 +305,6 @@ int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *n
       for (int i = 0; i < e->n_wave; i++) l->use[e->wave[i]].wanted = 0;
   }
   add_up(w, p, active, count);
+  if (p->d_shared) im_shared_expert(w, p, l, active, count);
   return 1;
 }

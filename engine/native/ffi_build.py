@@ -18,6 +18,7 @@ SOURCES = (
     "scratch.c",
     "attention.c",
     "feed_forward.c",
+    "latent.c",
     "experts.c",
     "router.c",
     "reader.c",

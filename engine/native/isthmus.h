@@ -8,6 +8,7 @@
 enum { IM_F32, IM_F16, IM_BF16, IM_Q8, IM_Q8X, IM_Q4, IM_Q4M, IM_Q4X, IM_N2, IM_N4, IM_N8 };
 enum { IM_WANT_HIDDEN = 1, IM_WANT_LOGITS = 2, IM_WANT_SAMPLE = 4, IM_WANT_CONFIDENCE = 8 };
 enum { IM_DONE = 0, IM_NEED = 1, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3, IM_NOT_READ = -4 };
+enum { IM_SOFTMAX, IM_SIGMOID, IM_SPARSEMIXER };  // how a router's logits become weights
 
 typedef struct {  // a weight matrix, rows and cols before padding to 16 and 32
   int32_t format, rows, cols;
@@ -18,9 +19,10 @@ typedef struct im_reader im_reader;
 
 // An expert's planes are the bit planes of a nested format; other formats have one, which is all of it.
 typedef struct {
-  im_matrix gate, up, down;  // in the format of all planes
-  int32_t present;           // bit p: plane p is in memory; below 0: reading one failed
-  int32_t asked;             // leading planes that are in memory or on their way there
+  im_matrix gate, up, down;                      // in the format of all planes
+  const float *gate_bias, *up_bias, *down_bias;  // NULL: none; they are there whether the matrices are or not
+  int32_t present;                               // bit p: plane p is in memory; below 0: reading one failed
+  int32_t asked;                                 // leading planes that are in memory or on their way there
 } im_expert;
 
 typedef struct {              // what evictions are decided by
@@ -49,6 +51,14 @@ typedef struct {  // NULL or format -1: the layer has none
   im_traffic *traffic;
   const float *tolerance;  // [n_planes] the least share in its row that takes each plane of an expert; NULL: all planes
   int32_t window;      // positions that attention sees, 0 for all
+  const float *attn_norm_bias, *ffn_norm_bias, *o_bias;
+  const float *q_norm_whole, *k_norm_whole;  // over all heads together, instead of q_norm and k_norm
+  const float *sink_logits;                  // [n_heads]: a logit beside the scores of each head, with no value
+  const float *router_bias, *choice_bias;    // [n_experts]: on the logits; on the scores, for the choice only
+  im_matrix shared_gate;                     // [1, d_model]
+  im_expert shared;                          // where the part has d_shared
+  im_matrix q_down, latent, k_up, v_up;      // where it has kv_rank; see latent.c
+  const float *q_down_norm, *latent_norm;
 } im_layer;
 
 typedef struct {  // layers [start, end)
@@ -69,6 +79,18 @@ typedef struct {  // layers [start, end)
   int32_t kv_f32;    // KV in float32 instead of float16
   uint8_t *kv;       // blocks of 16 positions
   size_t kv_block_bytes;
+  // What 0 and NULL turn off:
+  int32_t layer_norm;  // norms subtract the mean and have a bias
+  const float *final_norm_bias, *head_bias;
+  float embedding_scale, attention_scale, residual_scale, logit_scale;  // attention's is 1 / sqrt(head_dim) then
+  float swiglu_alpha, swiglu_limit;                                     // of the gated network; a limit of 0: SiLU
+  // the router: expert_scale is a factor on all weights; group_best: experts whose scores make a group's
+  int32_t score, n_groups, top_groups, group_best, d_shared;
+  float expert_scale, jitter;
+  // latent attention: one KV head of kv_rank + rotated numbers serves all heads, whose queries have head_nope +
+  // rotated numbers and whose values have head_v
+  int32_t kv_rank, q_rank, head_nope, head_v;
+  float latent_eps;
 } im_part;
 
 typedef struct {
@@ -117,6 +139,7 @@ typedef struct {        // one KV head of one layer for a sequence
   float scale;
   int32_t sinks;        // the first so many blocks are scored with sink_q instead of q
   const float *sink_q;  // [heads][head_dim], as q
+  const float *sink_logits;  // [heads] in the softmax's sum, or NULL
 } im_kv_view;
 
 static inline int32_t im_pad(int32_t n, int32_t to) { return (n + to - 1) / to * to; }

@@ -44,7 +44,11 @@ typedef struct {
   void (*linear)(const im_matrix *w, const im_acts *acts, int rows, float *y, size_t ldy, int b0, int b1);
   // out = x / rms(x) * w; n real columns, the rest up to a multiple of 16 are zero in x and w
   void (*rms_norm)(const float *x, const float *w, float *out, int n, float eps);
+  // out = (x - mean) / deviation * w + b, as rms_norm
+  void (*layer_norm)(const float *x, const float *w, const float *b, float *out, int n, float eps);
   void (*silu_mul)(const float *gate, const float *up, float *out, int n);  // n a multiple of 16
+  // out = (up + 1) * gate * sigmoid(alpha gate) with gate at most `limit` and up within it; n a multiple of 16
+  void (*swiglu_mul)(const float *gate, const float *up, float *out, int n, float alpha, float limit);
   void (*add)(float *x, const float *y, int n);                             // x += y, n a multiple of 16
   // `heads` query heads of one KV head over positions [first, last]; see im_attend in kernels_body.h
   void (*attend)(const im_kv_view *kv, const float *q, int heads, int first, int last, float *scores, float *out);

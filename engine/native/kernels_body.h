@@ -245,10 +245,34 @@ static void rms_norm(const float *x, const float *w, float *out, int n, float ep
   for (int i = 0; i < n; i += 16) vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), r), vf_load(w + i)));
 }
 
+static void layer_norm(const float *x, const float *w, const float *b, float *out, int n, float eps) {
+  vf s = vf_zero(), q = vf_zero();
+  for (int i = 0; i < n; i += 16) s = vf_add(s, vf_load(x + i));
+  const vf mean = vf_set1(vf_sum(s) / (float)n);
+  for (int i = 0; i < n; i += 16) {
+    vf a = vf_sub(vf_load(x + i), mean);
+    if (n - i < 16) a = vf_keep(a, 0, n - i, 0.f);
+    q = vf_fma(a, a, q);
+  }
+  const vf r = vf_set1(1.f / sqrtf(vf_sum(q) / (float)n + eps));
+  for (int i = 0; i < n; i += 16) {
+    const vf a = vf_mul(vf_mul(vf_sub(vf_load(x + i), mean), r), vf_load(w + i));
+    vf_store(out + i, vf_add(a, vf_load(b + i)));
+  }
+}
+
 static void silu_mul(const float *gate, const float *up, float *out, int n) {
   for (int i = 0; i < n; i += 16) {
     vf g = vf_load(gate + i), e = vf_exp(vf_sub(vf_zero(), g));
     vf_store(out + i, vf_mul(vf_div(g, vf_add(e, vf_set1(1.f))), vf_load(up + i)));
+  }
+}
+
+static void swiglu_mul(const float *gate, const float *up, float *out, int n, float alpha, float limit) {
+  const vf high = vf_set1(limit), low = vf_set1(-limit), one = vf_set1(1.f), a = vf_set1(-alpha);
+  for (int i = 0; i < n; i += 16) {
+    const vf g = vf_min(vf_load(gate + i), high), u = vf_max(vf_min(vf_load(up + i), high), low);
+    vf_store(out + i, vf_mul(vf_div(g, vf_add(vf_exp(vf_mul(g, a)), one)), vf_add(u, one)));
   }
 }
 
@@ -361,7 +385,7 @@ INLINE void mix_values(const int f32, const int heads, const int tile, const im_
 }
 
 INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, const float *q, const float *sink_q,
-                         int first, int last, float *scores, float *out) {
+                         const float *sink_logits, int first, int last, float *scores, float *out) {
   const int tile = heads == 1 ? (2 * K_TILE > 8 ? 8 : 2 * K_TILE) : heads < 4 ? K_TILE : (K_TILE + 1) / 2;
   const int b0 = first / 16, b1 = last / 16 + 1;
   const size_t lds = (size_t)(b1 - b0) * 16;
@@ -380,6 +404,7 @@ INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, c
       m = vf_max(x, m);
     }
     m = vf_set1(vf_maxall(m));
+    if (sink_logits) m = vf_max(m, vf_set1(sink_logits[h]));
     for (int i = b0; i < b1; i++) {
       const int lo = i == b0 ? first % 16 : 0, hi = i == b1 - 1 ? last % 16 + 1 : 16;
       vf e = vf_exp(vf_sub(vf_load(s + 16 * (i - b0)), m));
@@ -387,7 +412,7 @@ INLINE void attend_heads(const int f32, const int heads, const im_kv_view *kv, c
       sum = vf_add(sum, e);
       vf_store(s + 16 * (i - b0), e);
     }
-    norm[h] = 1.f / vf_sum(sum);
+    norm[h] = 1.f / (sink_logits ? vf_sum(sum) + im_exp(sink_logits[h] - vf_maxall(m)) : vf_sum(sum));
   }
   int d = 0;
   for (; d + 16 * V_TILE <= kv->head_dim; d += 16 * V_TILE)
@@ -401,9 +426,10 @@ static void attend(const im_kv_view *kv, const float *q, int heads, int first, i
     const int n = heads - h < 4 ? heads - h : heads - h == 5 ? 3 : 4;
     const float *qh = q + (size_t)h * kv->head_dim;
     const float *sh = kv->sinks ? kv->sink_q + (size_t)h * kv->head_dim : NULL;
+    const float *lh = kv->sink_logits ? kv->sink_logits + h : NULL;
     float *oh = out + (size_t)h * kv->head_dim;
-#define CASE(f32, n)                                         \
-  attend_heads(f32, n, kv, qh, sh, first, last, scores, oh); \
+#define CASE(f32, n)                                             \
+  attend_heads(f32, n, kv, qh, sh, lh, first, last, scores, oh); \
   break
     switch (kv->f32 * 4 + n - 1) {
       case 0: CASE(0, 1);
@@ -420,6 +446,6 @@ static void attend(const im_kv_view *kv, const float *q, int heads, int first, i
   }
 }
 
-#define KERNELS(symbol, simd_name)                                                \
-  const im_kernels symbol = {simd_name, quantize, linear,     rms_norm, silu_mul, \
-                             add,       attend,   store_half, argmax,   confidence}
+#define KERNELS(symbol, simd_name)                                                            \
+  const im_kernels symbol = {simd_name,  quantize, linear, rms_norm,   layer_norm, silu_mul, \
+                             swiglu_mul, add,      attend, store_half, argmax,     confidence}

@@ -12,11 +12,14 @@ static void measure(im_engine *e, const im_step_call *c, int *context, size_t *l
     const im_part *p = c->parts[i];
     w.d = p->d_model;
     w.d_pad = im_pad(p->d_model, 32);
-    w.att_pad = im_pad(p->n_heads * p->head_dim, 32);
-    w.q_rows = im_pad(p->n_heads * p->head_dim, 16);
+    w.att_pad = im_pad(p->n_heads * head_out(p), 32);
+    w.q_rows = im_pad(max_int(p->n_heads * (p->kv_rank ? p->head_nope + rotated(p) : p->head_dim), p->q_rank), 16);
     w.kv_rows = im_pad(p->n_kv_heads * p->head_dim, 16);
-    w.qkv = w.q_rows + 2 * w.kv_rows;
-    w.ff_pad = im_pad(max_int(p->d_ff, p->d_expert), 32);
+    w.qkv = w.q_rows + (p->kv_rank ? 1 : 2) * w.kv_rows;
+    w.q_rank = im_pad(p->q_rank, 32);
+    w.queries = p->kv_rank ? p->n_heads * p->head_dim : 0;
+    w.latent = p->kv_rank ? im_pad(max_int(p->kv_rank, p->head_nope), 32) : 0;
+    w.ff_pad = im_pad(max_int(max_int(p->d_ff, p->d_expert), p->d_shared), 32);
     w.vocab_pad = p->has_head ? im_pad(p->head.rows, 16) : 0;
     w.max_experts = max_int(w.max_experts, p->n_experts);
     w.top_k = max_int(w.top_k, p->top_k);
@@ -47,7 +50,7 @@ static void carve_lane(arena *a, lane *l, const widths *w, int rows) {
   l->attention = carve(a, (size_t)rows * (size_t)w->widest * 4);
   l->gate = carve(a, (size_t)(rows > w->top_k ? rows : w->top_k) * (size_t)w->ff_pad * 4);
   l->delta = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
-  const size_t fine = im_panels_bytes(rows, w->d_pad, 1), plain = im_panels_bytes(rows, w->widest, 0);
+  const size_t fine = im_panels_bytes(rows, max_int(w->d_pad, w->q_rank), 1), plain = im_panels_bytes(rows, w->widest, 0);
   l->panels = carve(a, fine > plain ? fine : plain);
 }
 
@@ -69,7 +72,12 @@ static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context
   if (w->max_experts) carve_lane(a, &e->own[e->threads], w, c->n_rows * 1);
   e->qkv = carve(a, rows * (size_t)w->qkv * 4);
   e->up = carve(a, wide * (size_t)w->ff_pad * 4);
+  e->lowered = carve(a, rows * (size_t)w->q_rank * 4);
+  e->queries = carve(a, rows * (size_t)w->queries * 4);
+  e->mixed = carve(a, rows * (size_t)w->queries * 4);
   for (int t = 0; t < e->threads; t++) {
+    e->heads[t] = carve(a, rows * (size_t)w->latent * 4);
+    e->head_panels[t] = carve(a, w->latent ? im_panels_bytes(c->n_rows, w->latent, 1) : 0);
     e->scores[t] = carve(a, (size_t)context * 16);
     e->gathered[t] = carve(a, (size_t)context / 4);
     e->candidates[t] = carve(a, head_rows ? (size_t)w->vocab_pad * sizeof(im_candidate) : 0);
@@ -104,7 +112,7 @@ int im_prepare(im_engine *e, im_step_call *c) {
   carve_all(e, &a, c, context, logits);
   // padding that no kernel writes must be zero where a linear map reads it
   const widths *w = &e->w;
-  const int att = c->parts[0]->n_heads * c->parts[0]->head_dim;
+  const int att = c->parts[0]->n_heads * head_out(c->parts[0]);
   if (att < w->att_pad)
     for (int i = 0; i < c->n_rows; i++)
       memset(e->shared.attention + (size_t)i * w->att_pad + att, 0, (size_t)(w->att_pad - att) * 4);

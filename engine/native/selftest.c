@@ -145,7 +145,7 @@ static void build(model *m, int format) {
       l->router = matrix(IM_F32, EXPERTS, D);
       l->experts = calloc(EXPERTS, sizeof *l->experts);
       for (int e = 0; e < EXPERTS; e++)
-        l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), 7, 3};
+        l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), NULL, NULL, NULL, 7, 3};
       l->use = calloc(EXPERTS, sizeof *l->use);
       l->traffic = calloc(1, sizeof *l->traffic);
       l->n_planes = format < IM_N2 ? 1 : format - IM_N2 + 1;

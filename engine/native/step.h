@@ -26,6 +26,7 @@ typedef struct {  // what one thread (or all of them together) needs for some ro
 
 typedef struct {
   int d, d_pad, heads_pad, att_pad, q_rows, kv_rows, qkv, ff_pad, widest, vocab_pad, max_experts, top_k;
+  int q_rank, queries, latent;  // of latent attention: padded; numbers of a row's queries; widest input of a head's map
 } widths;
 
 typedef struct {  // where rows go
@@ -45,6 +46,8 @@ struct im_engine {
   lane shared, *own;  // own[thread] for the single row
   float *qkv, *up, **scores, *logits, *rope, *sink_rope, *kept;
   im_candidate **candidates;
+  float *lowered, *queries, *mixed, **heads;  // latent attention: see latent.c
+  uint8_t **head_panels;
   int32_t **gathered;        // [thread]: the blocks that a row sees, where there is a hole between sinks and window
   int32_t *active;  // active rows of all segments
   routes now, next;  // of the layer under way, and of the one behind it where it is foreseen
@@ -109,6 +112,28 @@ static inline int window_start(const im_sequence *table, int position) {
   return !table->sinks ? first : first / 16 <= table->sinks ? 0 : first / 16 * 16;
 }
 
+static inline void norm_row(const im_engine *e, const im_part *p, const float *x, const float *weight,
+                            const float *bias, float *out) {
+  if (p->layer_norm) e->k->layer_norm(x, weight, bias, out, p->d_model, p->norm_eps);
+  else e->k->rms_norm(x, weight, out, p->d_model, p->norm_eps);
+}
+
+// x += residual_scale (delta + bias); leaves delta alone, which threads with copies of x share
+static inline void add_residual(const im_engine *e, const im_part *p, float *x, const float *delta,
+                                const float *bias) {
+  if (p->residual_scale != 0.f) {
+    for (int j = 0; j < p->d_model; j++) x[j] += p->residual_scale * (bias ? delta[j] + bias[j] : delta[j]);
+    return;
+  }
+  e->k->add(x, delta, im_pad(p->d_model, 16));
+  if (bias) e->k->add(x, bias, im_pad(p->d_model, 16));
+}
+
+// numbers of a head that are rotated, the last ones
+static inline int rotated(const im_part *p) { return p->head_dim - p->kv_rank; }
+// numbers of a head's result, which the output matrix sees
+static inline int head_out(const im_part *p) { return p->kv_rank ? p->head_v : p->head_dim; }
+
 // scratch.c: memory for a call, zeroed where kernels read padding; and which rows are active in which layers
 int im_prepare(im_engine *e, im_step_call *c);
 int im_plan_segments(im_engine *e, const im_step_call *c);
@@ -116,10 +141,15 @@ int im_plan_segments(im_engine *e, const im_step_call *c);
 void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count);
 void im_dense(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count);
 // router.c: the experts of one row, into its place `slot`; `early`: of the layer behind the one under way
-void im_route(const im_part *p, const im_layer *l, int layer, const im_row *row, const float *logits, routes *to,
+void im_route(const im_part *p, const im_layer *l, int layer, const im_row *row, float *logits, routes *to,
               int slot, int early);
 int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer,
                const int32_t *active, int count, int resumed);
 void im_ffn_norm(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count, int quantized);
-void im_gated_mlp(walker *w, const im_matrix *gate, const im_matrix *up, const im_matrix *down, const im_acts *acts,
-                  int count, float *delta);
+// rows [16 b0, 16 b1) of the gated hidden activations of one row: g = the activation of g and u
+void im_gate_row(const im_engine *e, const im_part *p, const im_expert *x, float *g, float *u, int b0, int b1);
+void im_gated_mlp(walker *w, const im_part *p, const im_expert *x, const im_acts *acts, int count, float *delta);
+void im_shared_expert(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count);
+// latent.c: what comes before and after attention over one KV head that all query heads share
+void im_latent_queries(walker *w, const im_part *p, const im_layer *l, int count);
+void im_latent_values(walker *w, const im_part *p, const im_layer *l, int count);

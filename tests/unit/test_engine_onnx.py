@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from isthmus.engine.config import DecoderConfig, ExpertsConfig
 from isthmus.engine.onnx_graph import Builder, cells
 from isthmus.engine.onnx_part import OnnxPart, open_onnx
 from isthmus.engine.onnx_session import Session
-from isthmus.engine.part import KvConfig, Rows, Want
+from isthmus.engine.part import KvConfig, Rows, Want, WeightSource
 from isthmus.engine.sampler import sample
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol.errors import EngineError, OutOfBlocks
@@ -307,3 +308,14 @@ def test_numerics_are_declared() -> None:
     numerics = opened(precision="q4").numerics
     assert numerics.id.startswith("ort-1.") and numerics.id.endswith("-q4")
     assert numerics.varies_with == {"batch", "threads", "isa"} and not numerics.exact
+
+
+def test_what_only_the_native_back_end_has_is_refused() -> None:
+    for changes, says in (
+        ({"layer_norm": True, "o_bias": True}, "layer_norm, o_bias"),
+        ({"logit_scale": 0.5}, "logit"),
+    ):
+        changed: dict[str, Any] = changes
+        source = cast(WeightSource, SimpleNamespace(config=replace(CONFIG, **changed)))
+        with pytest.raises(EngineError, match=f"the onnx back end has no {says}"):
+            open_onnx(source, 0, 1, threads=1, kv=KvConfig())

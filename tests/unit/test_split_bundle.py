@@ -54,9 +54,9 @@ class Source:
 
     def layer(self, index: int) -> Weights:
         found: dict[str, PackedMatrix | NDArray[np.float32]] = {}
-        for name, shape in array_shapes(self.config).items():
+        for name, shape in array_shapes(self.config, index).items():
             found[name] = self._random(index, *shape)
-        for name, size in matrix_shapes(self.config).items():
+        for name, size in matrix_shapes(self.config, index).items():
             found[name] = quantize(self._random(index, *size), "q4m")
         return found
 
@@ -151,7 +151,7 @@ def test_a_partial_bundle_gives_what_it_holds(folder: Path) -> None:
     bundle = Bundle.open(folder)
     assert bundle.held_layers == 2 and not bundle.whole and not bundle.holds(HEAD)
     bundle.prefetch(0, 3)
-    assert set(bundle.layer(1)) == set(matrix_shapes(bundle.config)) | set(array_shapes(bundle.config))
+    assert set(bundle.layer(1)) == set(matrix_shapes(bundle.config, 1)) | set(array_shapes(bundle.config, 1))
     bundle.verify()
     for load in (lambda: bundle.layer(2), bundle.head, bundle.final_norm, lambda: bundle.verify([HEAD])):
         with pytest.raises(BundleError, match="does not hold"):

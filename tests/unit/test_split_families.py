@@ -9,8 +9,10 @@ import pytest
 
 from isthmus.engine.config import ExpertsConfig
 from isthmus.protocol.errors import ModelError
-from isthmus.split.families import FAMILIES, config_from_gguf, config_from_hf, half_rotated_rows
+from isthmus.split.families import FAMILIES, config_from_hf
+from isthmus.split.gguf_config import config_from_gguf
 from isthmus.split.manifest import FAMILIES as BUNDLED
+from isthmus.split.places import half_rotated_rows
 from isthmus.split.rope import plain, rope_frequencies
 
 BASE = {
@@ -89,7 +91,7 @@ def test_flags_and_experts() -> None:
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not share"),
         ({"hidden_size": "wide"}, "wrong type"),
         ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked"] * 2}, "chunked"),
-        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"model_type": "mixtral", "mlp_only_layers": [0]}, "mlp_only_layers"),
     ],
 )
 def test_what_is_not_supported_is_named(changes: dict[str, Any], says: str) -> None:
@@ -145,7 +147,7 @@ def test_gguf_rope_factors_divide_the_frequencies() -> None:
         ({"llama__attention__value_length": 8}, "different sizes"),
         ({"llama__rope__dimension_count": 8}, "part of each head"),
         ({"llama__rope__scaling__type": "su", "llama__rope__scaling__factor": 2.0}, "'su' is not supported"),
-        ({"general__architecture": "gemma3"}, "'gemma3' is not supported; supported are llama, qwen2"),
+        ({"general__architecture": "gemma3"}, "'gemma3' is not supported; supported are llama, olmoe, qwen2"),
         ({"llama__block_count": None}, "no llama.block_count"),
     ],
 )

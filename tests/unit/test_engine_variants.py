@@ -1,0 +1,140 @@
+"""What decoders have beyond the plain one, each on every kernel family: the same bits however rows are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import pytest
+
+from isthmus.engine.binding import cpu_names
+from isthmus.engine.config import DecoderConfig, ExpertsConfig, LatentConfig
+from isthmus.engine.experts import Brought, Expert
+from isthmus.engine.part import WeightSource
+from isthmus.protocol.errors import EngineError
+from isthmus.quant.packed import PackedMatrix
+from tests.native_tools import kv_bytes, open_part, run_tokens, some_tokens
+from tests.random_model import RandomModel, random_config
+
+pytestmark = pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
+PLAIN = random_config(full=False)
+EXPERTS = ExpertsConfig(n_experts=8, top_k=3, d_expert=40)
+LATENT = LatentConfig(kv_rank=32, d_rotated=6, d_plain=20, d_value=16, q_rank=40)
+
+
+def latent(d: LatentConfig, experts: ExpertsConfig | None) -> DecoderConfig:
+    return replace(
+        PLAIN,
+        rope_inv_freq=PLAIN.rope_inv_freq[: d.d_rotated // 2],
+        n_kv_heads=1,
+        head_dim=d.kv_rank + d.d_rotated,
+        attention_scale=0.2,
+        latent=d,
+        experts=experts,
+    )
+
+
+CASES: Mapping[str, DecoderConfig] = {
+    "whole-norm": replace(PLAIN, qk_norm_whole=True, experts=replace(EXPERTS, renormalize=False)),
+    "factors": replace(PLAIN, embedding_scale=3.0, residual_scale=0.4, logit_scale=0.5, attention_scale=0.1),
+    "factors-shared": replace(PLAIN, residual_scale=0.4, experts=replace(EXPERTS, d_shared=56, shared_gate=True)),
+    "groups": replace(
+        PLAIN,
+        experts=replace(
+            EXPERTS,
+            score="sigmoid",
+            choice_bias=True,
+            n_groups=4,
+            top_groups=2,
+            group_best=2,
+            scale=2.5,
+            d_shared=24,
+            dense_layers=(0,),
+        ),
+    ),
+    "softmax-groups": replace(PLAIN, experts=replace(EXPERTS, n_groups=2, choice_bias=True, renormalize=False)),
+    "biased": replace(
+        PLAIN,
+        o_bias=True,
+        qkv_bias=True,
+        sink_logits=True,
+        windows=(7, 0, 7),
+        experts=replace(EXPERTS, router_bias=True, bias=True, swiglu_alpha=1.702, swiglu_limit=0.8),
+    ),
+    "sparse": replace(
+        PLAIN,
+        layer_norm=True,
+        head_bias=True,
+        o_bias=True,
+        experts=ExpertsConfig(6, 2, 40, False, "sparsemixer", jitter=0.1),
+    ),
+    "layer-norm": replace(PLAIN, layer_norm=True, o_bias=True, residual_scale=0.3, sink_logits=True),
+    "latent": latent(LATENT, replace(EXPERTS, d_shared=24)),
+    "latent-dense": latent(replace(LATENT, q_rank=0, kv_rank=48, d_value=32), None),
+}
+TEXT = some_tokens(40)
+
+
+@pytest.fixture(
+    scope="module", params=[(case, format) for case in CASES for format in ("q4", "f32", "n8")], ids="-".join
+)
+def model(request: pytest.FixtureRequest) -> RandomModel:
+    case, format = request.param
+    return RandomModel(format, CASES[case])
+
+
+def test_no_bit_depends_on_how_rows_are_computed(model: RandomModel) -> None:
+    whole = open_part(model, cpu="plain")
+    one = whole.open()
+    expected = run_tokens(whole, one, TEXT, [40])
+    for cpu in cpu_names():
+        for threads, steps in ((1, [1] * 40), (2, [13, 1, 26]), (3, [1] * 5 + [35])):
+            part = open_part(model, cpu=cpu, threads=threads)
+            sequence = part.open()
+            found = run_tokens(part, sequence, TEXT, steps)
+            assert found[0].tobytes() == expected[0].tobytes() and found[1].tobytes() == expected[1].tobytes()
+            assert found[2] == expected[2] and kv_bytes(sequence) == kv_bytes(one)
+            part.close()
+    assert np.isfinite(expected[0]).all() and expected[0].std() > 1e-3
+
+
+class Shelf:
+    """An `ExpertSource` that keeps the experts of two layers."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source, self.held = source, list[tuple[int, int]]()
+
+    def bring(self, layer: int, experts: Sequence[int]) -> Brought:
+        gone = [key for key in self.held if key[0] != layer]
+        weights = self.source.layer(layer)
+        self.held = [key for key in self.held if key[0] == layer] + [(layer, e) for e in experts]
+        names = ("gate", "up", "down")
+        return Brought(
+            {e: Expert(*(cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in names)) for e in experts}, gone
+        )
+
+
+@pytest.mark.parametrize("case", [name for name, config in CASES.items() if config.experts])
+def test_experts_that_come_late_have_their_biases(case: str) -> None:
+    model = RandomModel("q4", CASES[case])
+    whole, paged = open_part(model), open_part(model, experts=Shelf(model), threads=2)
+    expected = run_tokens(whole, whole.open(), TEXT, [40])
+    for steps in ([40], [1] * 40):
+        found = run_tokens(paged, paged.open(), TEXT, steps)
+        assert found[0].tobytes() == expected[0].tobytes() and found[2] == expected[2]
+
+
+def test_a_missing_weight_is_named() -> None:
+    for case, name, says in (
+        ("biased", "sink_logits", "'sink_logits' of layer 1 is missing"),
+        ("biased", "gate_bias", "'gate_bias' of layer 1 is missing, not of shape"),
+        ("latent", "k_up", "layer 1 has no 'k_up'"),
+        ("latent", "shared.up", "layer 1 has no 'shared.up'"),
+        ("factors-shared", "shared_gate", "'shared_gate' of layer 1 is missing"),
+    ):
+        model = RandomModel("q4", CASES[case])
+        del model.layers[1][name]
+        with pytest.raises(EngineError, match=says):
+            open_part(model)
