@@ -10,7 +10,7 @@ import pytest
 from isthmus.quant.groups import dequantize
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.checkpoints import Checkpoint, open_checkpoint
-from isthmus.split.families import GGUF_NAMES
+from isthmus.split.gguf_config import GGUF_NAMES
 from isthmus.split.gguf_file import GgufFile
 from tests.conformance.smollm2 import smollm2, values
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import pytest
 
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.config import DecoderConfig, ExpertsConfig, LatentConfig
-from isthmus.engine.experts import Brought, Expert
-from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import EngineError
-from isthmus.quant.packed import PackedMatrix
+from tests.expert_shelf import Shelf
 from tests.native_tools import kv_bytes, open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
 
@@ -100,26 +97,10 @@ def test_no_bit_depends_on_how_rows_are_computed(model: RandomModel) -> None:
     assert np.isfinite(expected[0]).all() and expected[0].std() > 1e-3
 
 
-class Shelf:
-    """An `ExpertSource` that keeps the experts of two layers."""
-
-    def __init__(self, source: WeightSource) -> None:
-        self.source, self.held = source, list[tuple[int, int]]()
-
-    def bring(self, layer: int, experts: Sequence[int]) -> Brought:
-        gone = [key for key in self.held if key[0] != layer]
-        weights = self.source.layer(layer)
-        self.held = [key for key in self.held if key[0] == layer] + [(layer, e) for e in experts]
-        names = ("gate", "up", "down")
-        return Brought(
-            {e: Expert(*(cast(PackedMatrix, weights[f"experts.{e}.{name}"]) for name in names)) for e in experts}, gone
-        )
-
-
 @pytest.mark.parametrize("case", [name for name, config in CASES.items() if config.experts])
 def test_experts_that_come_late_have_their_biases(case: str) -> None:
     model = RandomModel("q4", CASES[case])
-    whole, paged = open_part(model), open_part(model, experts=Shelf(model), threads=2)
+    whole, paged = open_part(model), open_part(model, experts=Shelf(model, 8), threads=2)
     expected = run_tokens(whole, whole.open(), TEXT, [40])
     for steps in ([40], [1] * 40):
         found = run_tokens(paged, paged.open(), TEXT, steps)
