@@ -164,7 +164,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "granitemoe": Family(
-        (),
+        ("granitemoe",),
         scales={
             "embedding_scale": "embedding_multiplier",
             "attention_scale": "attention_multiplier",
@@ -392,7 +392,7 @@ def config_from_hf(config: Mapping[str, Any], *, has_head: bool = True) -> tuple
             tied=bool(get("tie_word_embeddings", False)) or not has_head,
             experts=_experts(family, config, get, n_layers),
             **{"qkv_bias": bool(get("qkv_bias", family.qkv_bias)), **flags(family, get)},
-            **_scales(family, get),
+            **scales(family.scales, get),
             **({} if latent is None else {"latent": latent, "attention_scale": _latent_scale(latent, rope)}),
         )
     except KeyError as error:
@@ -446,12 +446,14 @@ def _windows(family: Family, config: Mapping[str, Any], get: Any, n_layers: int)
 
 
 def flags(family: Family, get: Any) -> dict[str, Any]:
+    """The flags of a `DecoderConfig` that a family has, or that its settings turn on."""
     return {name: flag if isinstance(flag, bool) else bool(get(flag, False)) for name, flag in family.flags.items()}
 
 
-def _scales(family: Family, get: Any) -> dict[str, Any]:
-    found = {name: float(get(key.lstrip("/"), 1.0)) for name, key in family.scales.items()}
-    return {name: 1 / value if family.scales[name][0] == "/" else value for name, value in found.items()}
+def scales(names: Mapping[str, str], get: Any) -> dict[str, Any]:
+    """The factors of a `DecoderConfig` by the settings that tell them (see `Family.scales`)."""
+    found = {name: float(get(key.lstrip("/"), 1.0)) for name, key in names.items()}
+    return {name: 1 / value if names[name][0] == "/" else value for name, value in found.items()}
 
 
 def _latent(get: Any) -> LatentConfig:

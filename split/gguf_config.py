@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.config import DecoderConfig, ExpertsConfig
 from isthmus.protocol.errors import EngineError, ModelError
-from isthmus.split.families import FAMILIES, Family, check_size, check_window, flags
+from isthmus.split.families import FAMILIES, Family, check_size, check_window, flags, scales
 from isthmus.split.rope import rope_frequencies
 
 # role -> tensor of a layer; the prefix of layer i is "blk.i."
@@ -30,7 +30,15 @@ GGUF_NAMES: Mapping[str, str] = {
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
-PERMUTED = ("llama",)  # architectures whose q and k interleave the halves of a head
+FOLDERS = ("deepseek2", "gpt-oss", "phimoe")  # known from Hugging Face folders only
+# a decoder's factors; what stands after a slash divides
+GGUF_SCALES = {
+    "embedding_scale": "embedding_scale",
+    "attention_scale": "attention.scale",
+    "residual_scale": "residual_scale",
+    "logit_scale": "/logit_scale",
+}
+PERMUTED = ("llama", "granitemoe")  # architectures whose q and k interleave the halves of a head
 GGUF_EXPERTS = {
     "shared.gate": "ffn_gate_shexp.weight",
     "shared.up": "ffn_up_shexp.weight",
@@ -62,7 +70,9 @@ def config_from_gguf(
     arch = str(fields.get("general.architecture", "?"))
     known = sorted({a for f in FAMILIES.values() for a in f.architectures})
     if arch not in known:
-        raise ModelError(f"GGUF architecture {arch!r} is not supported", f"supported are {', '.join(known)}")
+        remedy = f"supported are {', '.join(known)}"
+        folder = f"give its Hugging Face folder; GGUF files that are {remedy}"
+        raise ModelError(f"GGUF architecture {arch!r} is not supported", folder if arch in FOLDERS else remedy)
 
     def get(key: str, default: Any = None) -> Any:
         value = fields.get(f"{arch}.{key}", default)
@@ -128,6 +138,7 @@ def config_from_gguf(
             tied=GGUF_TOP["head"] not in shapes,
             experts=experts,
             **flags(family, lambda name, default: default),
+            **scales(GGUF_SCALES if family.scales else {}, get),
         )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"the GGUF metadata have a value of the wrong type: {error}", "fetch it again") from error

@@ -11,6 +11,7 @@ from isthmus.apps.bench.contenders import MAX_CONTEXT, Contender, logits_along
 from isthmus.engine import KvConfig, open_part
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.part import Part, Rows, Want, WeightSource
+from isthmus.engine.shapes import matrix_shapes
 from isthmus.quant.groups import dequantize, quantize
 from isthmus.quant.packed import PackedMatrix
 
@@ -81,10 +82,9 @@ class Quality:
 
 def float_bytes(config: DecoderConfig) -> int:
     """Memory that the float32 model takes, about."""
-    heads = (config.n_heads + config.n_kv_heads) * config.head_dim
-    width = config.d_ff if config.experts is None else config.experts.n_experts * config.experts.d_expert
-    layer = config.d_model * (2 * heads + 3 * width)
-    return 4 * (config.n_layers * layer + (1 if config.tied else 2) * config.vocab_size * config.d_model)
+    shapes = [shape for index in range(config.n_layers) for shape in matrix_shapes(config, index).values()]
+    layers = sum(rows * cols for rows, cols in shapes)
+    return 4 * (layers + (1 if config.tied else 2) * config.vocab_size * config.d_model)
 
 
 def in_float(matrix: PackedMatrix) -> PackedMatrix:

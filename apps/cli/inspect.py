@@ -127,6 +127,8 @@ def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     c = facts["config"]
     heads = f"{c['n_heads']} query and {c['n_kv_heads']} KV heads of {c['head_dim']}"
+    if latent := c.get("latent"):
+        heads = f"{c['n_heads']} heads over latents of {latent['kv_rank']} and rotated keys of {latent['d_rotated']}"
     experts = f", {c['experts']['n_experts']} experts" if c["experts"] else ""
     windows = sorted({window for window in c["windows"] if window})
     formats = sorted({format for file in facts["files"] for format in file["formats"]})

@@ -147,7 +147,10 @@ def test_gguf_rope_factors_divide_the_frequencies() -> None:
         ({"llama__attention__value_length": 8}, "different sizes"),
         ({"llama__rope__dimension_count": 8}, "part of each head"),
         ({"llama__rope__scaling__type": "su", "llama__rope__scaling__factor": 2.0}, "'su' is not supported"),
-        ({"general__architecture": "gemma3"}, "'gemma3' is not supported; supported are llama, olmoe, qwen2"),
+        (
+            {"general__architecture": "gemma3"},
+            "'gemma3' is not supported; supported are granitemoe, llama, olmoe, qwen2",
+        ),
         ({"llama__block_count": None}, "no llama.block_count"),
     ],
 )

@@ -35,7 +35,13 @@ def shapes(n_experts: int = 0) -> dict[str, tuple[int, ...]]:
 
 
 def write(
-    path: Path, kind: str = "Q8_0", *, arch: str = "llama", n_experts: int = 0, extra: dict[str, Any] | None = None
+    path: Path,
+    kind: str = "Q8_0",
+    *,
+    arch: str = "llama",
+    n_experts: int = 0,
+    extra: dict[str, Any] | None = None,
+    numbers: dict[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes a model of two layers; gives the tensors' values as the file rounds them."""
     rng = np.random.default_rng(3)
@@ -51,6 +57,8 @@ def write(
     if n_experts:
         writer.add_expert_count(n_experts)
         writer.add_expert_used_count(2)
+    for name, number in (numbers or {}).items():
+        writer.add_uint32(f"{arch}.{name}", number)
     values = {}
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, D), "output_norm.weight": (D,)}
     for i in range(2):
@@ -119,6 +127,39 @@ def test_experts_share_a_tensor(tmp_path: Path) -> None:
     for e in range(3):
         for role in ("gate", "up", "down"):
             assert np.array_equal(plain(layer[f"experts.{e}.{role}"]), values[f"blk.1.ffn_{role}_exps.weight"][e])
+
+
+def test_shared_experts_and_their_gate(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    own = {"gate": (80, D), "up": (80, D), "down": (D, 80)}
+    extra = {
+        f"blk.{i}.ffn_{x}_shexp.weight": rng.standard_normal(s).astype(np.float32)
+        for i in range(2)
+        for x, s in own.items()
+    }
+    extra |= {f"blk.{i}.ffn_gate_inp_shexp.weight": rng.standard_normal(D).astype(np.float32) for i in range(2)}
+    for i in range(2):
+        rows = {"q": HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD}
+        extra |= {f"blk.{i}.attn_{x}.bias": np.ones(n, np.float32) for x, n in rows.items()}
+    numbers = {"expert_shared_feed_forward_length": 80}
+    values = write(tmp_path / "m.gguf", arch="qwen2moe", n_experts=3, extra=extra, numbers=numbers)
+    layer = open_checkpoint(tmp_path / "m.gguf").layer(1)
+    assert np.array_equal(plain(layer["q"]), values["blk.1.attn_q.weight"])
+    assert np.array_equal(plain(layer["shared.down"]), extra["blk.1.ffn_down_shexp.weight"])
+    assert np.array_equal(plain(layer["shared_gate"])[0], extra["blk.1.ffn_gate_inp_shexp.weight"])
+    assert np.array_equal(plain(layer["experts.2.up"]), values["blk.1.ffn_up_exps.weight"][2])
+
+
+def test_olmoe_norms_all_heads_and_granite_interleaves(tmp_path: Path) -> None:
+    rows = {"q": HEADS * HEAD, "k": KV_HEADS * HEAD}
+    norms = {f"blk.{i}.attn_{x}_norm.weight": np.arange(n, dtype=np.float32) for i in range(2) for x, n in rows.items()}
+    values = write(tmp_path / "m.gguf", arch="olmoe", n_experts=3, extra=norms)
+    layer = open_checkpoint(tmp_path / "m.gguf").layer(0)
+    assert np.array_equal(plain(layer["q"]), values["blk.0.attn_q.weight"])
+    assert np.array_equal(plain(layer["k_norm"]), np.arange(KV_HEADS * HEAD))
+    values = write(tmp_path / "g.gguf", arch="granitemoe", n_experts=3)
+    layer = open_checkpoint(tmp_path / "g.gguf").layer(0)
+    assert np.array_equal(plain(layer["q"]), unpermuted(values["blk.0.attn_q.weight"], HEADS))
 
 
 def test_a_target_format_is_what_quantizing_the_numbers_gives(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_granite_has_factors() -> None:
     config = hf("granitemoe", logits_scaling=6.0, **scales)
     assert (config.embedding_scale, config.attention_scale, config.residual_scale) == (12.0, 0.0078125, 0.22)
     assert config.logit_scale == pytest.approx(1 / 6) and config.experts == ExpertsConfig(8, 2, 128)
+    factors = {"embedding_scale": 12.0, "attention__scale": 0.0078125, "residual_scale": 0.22, "logit_scale": 6.0}
+    found = gguf("granitemoe", **factors)
+    assert [getattr(found, name) for name in found.special] == [getattr(config, name) for name in config.special]
     assert hf("granitemoe").special == ("attention_scale",)  # whose default is 1, not 1 / sqrt(head_dim)
 
 
@@ -176,6 +179,12 @@ def test_published_models_have_their_size(name: str) -> None:
         shapes = {**matrix_shapes(config, index), **array_shapes(config, index)}
         weights += sum(math.prod(shape) for shape in shapes.values())
     assert weights / 1e9 == pytest.approx(expected, rel=5e-3)
+
+
+def test_gguf_architectures_that_are_known_from_folders_only() -> None:
+    for arch in ("deepseek2", "gpt-oss", "phimoe"):
+        with pytest.raises(ModelError, match=f"'{arch}' is not supported; give its Hugging Face folder; GGUF files"):
+            gguf(arch)
 
 
 @pytest.mark.parametrize(
