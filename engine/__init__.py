@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isthmus.engine.config import DecoderConfig, ExpertsConfig
-    from isthmus.engine.experts import Expert, ExpertSource, Wanted
+    from isthmus.engine.experts import Expert, ExpertSource
     from isthmus.engine.part import KvConfig, Numerics, Part, Rows, Sequence, StepResult, Want, WeightSource
     from isthmus.engine.sampling import GREEDY, Sampling
 
@@ -27,7 +27,6 @@ __all__ = [
     "Sequence",
     "StepResult",
     "Want",
-    "Wanted",
     "WeightSource",
     "cpu_names",
     "open_part",
@@ -35,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("DecoderConfig", "ExpertsConfig"),
-    "experts": ("Expert", "ExpertSource", "Wanted"),
+    "experts": ("Expert", "ExpertSource"),
     "part": ("KvConfig", "Numerics", "Part", "Rows", "Sequence", "StepResult", "Want", "WeightSource"),
     "sampling": ("GREEDY", "Sampling"),
     "binding": ("cpu_names",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,8 @@ class ExpertTables:
         count: int32 [layers, experts, 3], how many steps did.
         rate: float32 [layers, experts, 3], the same with less weight the longer ago, as of `last`.
         wanted: int32, planes that the step under way has still to compute.
+        n_experts: of a layer.
+        cells, uses: of the C engine.
     """
 
     def __init__(self, config: DecoderConfig, start: int, end: int) -> None:
@@ -48,7 +49,7 @@ class ExpertTables:
         self.present, self.asked = states[..., -2], states[..., -1]
         self.last, self.count, self.wanted = counted[..., 0:3], counted[..., 3:6], counted[..., 9]
         self.rate = counted.view(np.float32)[..., 6:9]
-        self._memory = memory
+        self._memory, self.cells, self.uses, self.n_experts = memory, cells, use, n
         self._tables = [
             ExpertTable(config, start + i, words[i], cells + i * n, use + i * n, traffic + i, self)
             for i in range(layers)
@@ -90,9 +91,8 @@ class ExpertTable:
         at = layer - tables.start
         self.present, self.asked, self.wanted = tables.present[at], tables.asked[at], tables.wanted[at]
         self._tables = tables  # whose memory this is
-        self._columns: list[NDArray[np.intp]] = []
-        self._offsets: list[NDArray[np.uint64]] = []
-        self._held: dict[int, Memory] = {}
+        self._fields: list[NDArray[np.int32]] = []
+        self._held: list[Memory] = []
 
     def shape(self, formats: Formats) -> None:
         """Says which formats the matrices of all experts have, before any is expected."""
@@ -103,24 +103,23 @@ class ExpertTable:
             for name, format, size in zip(MATRICES, formats, self._sizes(), strict=True):
                 matrix = getattr(self.cells[i], name)
                 matrix.format, (matrix.rows, matrix.cols) = FORMAT_IDS[format], size
-        for plane in expert_planes(formats, config.d_model, experts.d_expert):
-            columns = [_MATRIX * MATRICES.index(f.matrix) + _POINTERS[_pointer(formats, f.array)] for f in plane.fields]
-            self._columns.append(np.array(columns, np.intp))
-            self._offsets.append(np.array([field.offset for field in plane.fields], np.uint64))
+        self._fields = [
+            np.array(
+                [
+                    (_MATRIX * MATRICES.index(f.matrix) + _POINTERS[_pointer(formats, f.array)], f.offset)
+                    for f in plane.fields
+                ],
+                np.int32,
+            )
+            for plane in expert_planes(formats, config.d_model, experts.d_expert)
+        ]
 
-    def expect(self, index: int, places: Mapping[int, int]) -> None:
-        """Shows the engine where planes will stand; it computes with them once a reader has said that they do.
-
-        Args:
-            places: plane -> address.
-        """
-        row = self._words[index]
-        for plane, address in places.items():
-            row[self._columns[plane]] = self._offsets[plane] + np.uint64(address)
-        self.asked[index] = max(places) + 1
+    def fields(self, plane: int) -> NDArray[np.int32]:
+        """What an expert's matrices point to in a plane: [n, 2], a word of C's im_expert and an offset in the plane."""
+        return self._fields[plane]
 
     def place(self, index: int, expert: Expert) -> None:
-        """Puts an expert into the table whose memory is its own; it is held until the expert is evicted.
+        """Puts an expert into the table, to stay there.
 
         Raises:
             EngineError: no such expert, or a matrix of another shape.
@@ -136,26 +135,9 @@ class ExpertTable:
                     f"not {shape[0]} x {shape[1]}"
                 )
             memory.matrix(getattr(self.cells[index], name), matrix)
-        self._held[index] = memory
+        self._held.append(memory)
         self.n_planes = max(self.n_planes, n_planes((expert.gate.format, expert.up.format, expert.down.format)))
         self.present[index], self.asked[index] = (1 << MAX_PLANES) - 1, MAX_PLANES
-
-    def evict(self, index: int, planes: int = 0) -> None:
-        """Keeps only the first `planes` planes of an expert; the memory of the others may be used for something else.
-
-        Raises:
-            EngineError: so many are not there, or the step under way has still to compute them.
-        """
-        if not 0 <= index < self.n_experts or self.present[index] >> planes == 0:
-            raise EngineError(f"expert {index} of layer {self.layer} is not held, so it cannot be evicted")
-        if self.wanted[index] > planes:
-            raise EngineError(
-                f"the expert source evicted expert {index} of layer {self.layer} while it is computed",
-                "give it room for all experts of one layer, or use smaller steps",
-            )
-        self.present[index] &= (1 << planes) - 1
-        self.asked[index] = planes
-        self._held.pop(index, None)
 
     def report(self) -> dict[str, Any]:
         """What steps took of this layer so far, by plane: taken, missed (not in memory) and late (under way); and how

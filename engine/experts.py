@@ -1,10 +1,9 @@
-"""What the engine asks of whoever holds the experts; the device implements it over its byte budget."""
+"""What the engine needs of whoever holds the experts; the device implements it over its byte budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from isthmus.protocol.errors import IsthmusError
 from isthmus.quant.packed import PackedMatrix
@@ -23,45 +22,21 @@ class Expert:
     down: PackedMatrix
 
 
-class Wanted(NamedTuple):
-    """An expert that a layer needs.
-
-    Attributes:
-        expert: its number in the layer.
-        planes: how many of its leading planes.
-        rows: how many rows take it.
-    """
-
-    expert: int
-    planes: int
-    rows: int
-
-
 class ExpertSource(Protocol):
-    """Brings experts into the engine's tables when a step pauses at a router.
+    """Experts that come and go: the C engine asks its store for those that a step lacks, and computes the others.
 
     Attributes:
         tables: of all layers whose experts it has; parts that are opened with it compute with what stands there.
-        foresee: whether a step asks the next layer's router early.
-        reader: reads in the background while steps compute what is there; None where `want` itself waits.
+        store: the C engine's `im_store *`.
+        reader: reads in the background while steps compute what is there.
+        foresee: whether a step asks the next layer's router early, so that its experts can be read ahead.
     """
 
     tables: ExpertTables
+    store: Any
+    reader: Reader
     foresee: bool
-    reader: Reader | None
-
-    def want(self, step: int, layer: int, wanted: Sequence[Wanted], foreseen: Sequence[Wanted]) -> None:
-        """Sees to it that the engine can go on.
-
-        Args:
-            step: how many there were, this one included.
-            layer: the layer under way. What its table's `wanted` names must stay in memory.
-            wanted: what it lacks, that of the largest weights first. At least one of them is in the table, or expected
-                there, on return. What is left out is asked for again when all others are computed.
-            foreseen: what the layer behind it will probably lack, the likeliest first; for nothing but reading ahead.
-        """
-        ...
 
     def failure(self) -> IsthmusError:
-        """Why what was expected did not come."""
+        """Why experts did not come."""
         ...

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from isthmus.engine.binding import Memory, native
 from isthmus.engine.config import SCORES
 from isthmus.engine.expert_table import ExpertTables
-from isthmus.engine.experts import Expert, ExpertSource, Wanted
+from isthmus.engine.experts import Expert, ExpertSource
 from isthmus.engine.head import check_head, head_tokens
 from isthmus.engine.kv import KvPool
 from isthmus.engine.part import KvConfig, WeightSource
@@ -85,8 +85,8 @@ class Layers:
             part.score = SCORES.index(experts.score)
             part.patience_ns, part.half_life = int(PATIENCE * 1e9), HALF_LIFE
             if self.experts is not None:
-                reader = self.experts.reader
-                part.foresee, part.reader = self.experts.foresee, reader.pointer if reader else native().ffi.NULL
+                part.foresee, part.store = self.experts.foresee, self.experts.store
+                part.reader = self.experts.reader.pointer
             scale = experts.scale * config.residual_scale  # of the shared expert the residual's alone
             part.expert_scale = 0.0 if scale == 1 else scale
 
@@ -154,20 +154,29 @@ class Layers:
             whole = "_whole" if self.config.qk_norm_whole and name in ("q_norm", "k_norm") else ""
             setattr(layer, name + whole, memory.vector(array))
 
-    def want(self, step: int, layer: int, wanted: list[Wanted], foreseen: list[Wanted]) -> None:
-        """Has the expert source see to what a paused step lacks.
+    def tolerate(self, tolerance: NDArray[np.float32] | None) -> None:
+        """Takes only as many planes of an expert as its share in its row asks for.
+
+        Args:
+            tolerance: float32 [layers, planes], the least share that takes a plane, ascending with the planes; a share
+                is a weight divided by the sum of its row's. None for all planes.
 
         Raises:
-            EngineError: there is no source, or it brings nothing of what is wanted.
+            EngineError: another shape, or shares that do not ascend.
         """
-        lacking = [one.expert for one in wanted]
-        if self.experts is None:
-            raise EngineError(f"experts {lacking} of layer {layer} are missing", "give the part an ExpertSource")
-        self.experts.want(step, layer, wanted, foreseen)
-        asked = self.tables.layer(layer).asked
-        if wanted and not any(asked[one.expert] >= one.planes for one in wanted):
-            raise EngineError(f"the expert source did not bring experts {lacking} of layer {layer}", "check its memory")
-        self.c_part.foresee = self.experts.foresee
+        ffi, layers = native().ffi, range(self.end - self.start)
+        if tolerance is None:
+            for i in layers:
+                self.c_part.layers[i].tolerance = ffi.NULL
+            return
+        most = max(self.c_part.layers[i].n_planes for i in layers)
+        if tolerance.shape != (len(layers), most) or not (np.diff(tolerance, axis=1) >= 0).all():
+            raise EngineError(
+                f"tolerances are {tolerance.shape}", f"give [{len(layers)}, {most}], ascending with the planes"
+            )
+        held = self._tolerance = np.ascontiguousarray(tolerance, np.float32)
+        for i in layers:
+            self.c_part.layers[i].tolerance = ffi.cast("float *", held[i].ctypes.data)
 
     def replay(self, routing: Routing | None) -> None:
         """Takes experts and weights from a record, position by position and from its beginning again behind its end;
@@ -193,11 +202,6 @@ class Layers:
         record.foreseen = memory.pointer(np.ascontiguousarray(routing.foreseen, np.int32), "int32_t *")
         record.weights = memory.pointer(np.ascontiguousarray(routing.weights, np.float32), "float *")
         self.c_part.replay, self._record = record, memory
-
-    def release(self, layer: int) -> None:
-        """Takes back what a step that failed still wanted of a layer."""
-        if self.config.experts and self.start <= layer < self.end:
-            self.tables.layer(layer).wanted[:] = 0
 
 
 def sized(vector: object, size: int | tuple[int, ...], name: str) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from isthmus.engine.binding import Workers, native
 from isthmus.engine.config import DecoderConfig
-from isthmus.engine.experts import ExpertSource, Wanted
+from isthmus.engine.experts import ExpertSource
 from isthmus.engine.kv import BlockTable, Forecast
 from isthmus.engine.native_decode import NOTHING, ROW, DecodeRow
 from isthmus.engine.native_layers import Layers
@@ -70,13 +70,10 @@ class NativePart:
         self._samplings = module.ffi.new("im_sampling[]", STEP_ROWS + 1)
         self._samplings[0].top_p = 1.0
         self._tokens = module.ffi.new("int32_t[]", STEP_ROWS)
-        n_experts = self.config.experts.n_experts if self.config.experts else 1
-        self._lists = [module.ffi.new("int32_t[]", n_experts) for _ in range(5)]
         self._parts = module.ffi.new("im_part *[]", [piece.c_part for piece in layers])
         call = self._call
         call.parts, call.n_parts, call.rows = self._parts, len(layers), self._rows_c
         call.samplings, call.tokens_out = self._samplings, self._tokens
-        call.need_experts, call.need_planes, call.need_rows, call.foreseen_experts, call.foreseen_planes = self._lists
         self._decode = DecodeRow(module.ffi, call, self.config.vocab_size, self.config.d_model, self.end)
         self._seats: list[NativeSequence | None] = []
         self._grow_seats(16)
@@ -128,6 +125,12 @@ class NativePart:
     def unseat(self, sequence: NativeSequence) -> None:
         """Frees a closed sequence's place."""
         self._seats[sequence.slot] = None
+
+    def tolerate(self, tolerance: NDArray[np.float32] | None) -> None:
+        """Takes only the planes of experts that their shares ask for; see `Layers.tolerate`. For parts that are no
+        chain."""
+        with self.lock:
+            self._layers[0].tolerate(tolerance)
 
     def replay(self, routing: Routing | None) -> None:
         """Takes experts from a record; see `Layers.replay`. For parts that are no chain."""
@@ -184,7 +187,7 @@ class NativePart:
                 self._set_sampling(sampling := 1, span.sampling)
             if self._decode.put(span, sequence.slot, sampling):
                 if status := self._im_step(self._engine, self._decode.call):
-                    self._finish(self._decode.call, status, [span])
+                    raise self._failed(self._decode.call, status, [span])
                 sequence.fill(span)
                 sequence.going = position + 1, span.enter, span.leave, want
                 return self._decode.result(want)
@@ -324,38 +327,19 @@ class NativePart:
             call.confidence_out = pointer("float[]", confidence)
         call.n_rows = row
         if status := self._im_step(self._engine, call):
-            self._finish(call, status, spans)
+            raise self._failed(call, status, spans)
         for span in spans:
             cast(NativeSequence, span.sequence).fill(span)
         return StepResult(self._ffi.unpack(self._tokens, n_tokens) if n_tokens else [], hidden, logits, confidence)
 
-    def _finish(self, call: Any, status: int, spans: list[Span]) -> None:
-        """Goes on with a call that paused for experts; where it failed, gives back what was reserved for it."""
-        try:
-            while status == 1:
-                self._want(call)
-                status = self._lib.im_step_resume(self._engine, call)
-            if status == _NOT_READ:
-                raise self._not_read(call.need_layer)
-            if status:
-                raise EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
-        except BaseException:
-            for layers in self._layers:
-                layers.release(call.need_layer)
-            for span in spans:
-                cast(NativeSequence, span.sequence).give_back()
-            raise
-
-    def _want(self, call: Any) -> None:
-        n, foreseen = call.n_need, call.n_foreseen
-        needed, planes, rows, next_experts, next_planes = self._lists
-        wanted = [Wanted(needed[i], planes[i], rows[i]) for i in range(n)]
-        ahead = [Wanted(next_experts[i], next_planes[i], 0) for i in range(foreseen)]
-        self._holding(call.need_layer).want(call.step, call.need_layer, wanted, ahead)
-
-    def _not_read(self, layer: int) -> IsthmusError:
-        source = self._holding(layer).experts
-        return source.failure() if source else EngineError(f"experts of layer {layer} are missing")
+    def _failed(self, call: Any, status: int, spans: list[Span]) -> IsthmusError:
+        """Why a call failed; gives back what was reserved for it."""
+        for span in spans:
+            cast(NativeSequence, span.sequence).give_back()
+        if status != _NOT_READ:
+            return EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
+        source = self._holding(call.layer).experts
+        return source.failure() if source else EngineError(f"experts of layer {call.layer} are missing")
 
     def _holding(self, layer: int) -> Layers:
         for layers in self._layers:

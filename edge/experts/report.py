@@ -15,7 +15,7 @@ class ExpertReport:
     """From the beginning until now.
 
     Attributes:
-        budget_bytes, resident_bytes: what experts may take in memory, and do.
+        budget_bytes, resident_bytes, most_bytes: what experts may take in memory, do, and did at most.
         taken: planes that steps took, by layer.
         in_memory: those of them that were in memory when their router named them.
         on_the_way: those of the rest that had been asked for ahead.
@@ -23,11 +23,13 @@ class ExpertReport:
         read_bytes, reads: from flash.
         reading_seconds: in which at least one read was under way.
         withdrawn: reads ahead that were taken back before they began.
+        read_ahead, taken_ahead: planes read ahead, and those of them that their layer took.
         direct: whether reads went past the page cache.
     """
 
     budget_bytes: int
     resident_bytes: int
+    most_bytes: int
     taken: tuple[int, ...]
     in_memory: tuple[int, ...]
     on_the_way: tuple[int, ...]
@@ -36,6 +38,8 @@ class ExpertReport:
     reads: int
     reading_seconds: float
     withdrawn: int
+    read_ahead: int
+    taken_ahead: int
     direct: bool
 
     @property
@@ -50,13 +54,14 @@ class ExpertReport:
     @classmethod
     def of(cls, store: ExpertStore) -> ExpertReport:
         """Of a store that is open."""
-        assert store.reader is not None
-        read, layers = store.reader.report(), [store.tables.layer(i).report() for i in range(store.n_layers)]
+        read, held = store.reader.report(), store.report()
+        layers = [store.tables.layer(i).report() for i in range(store.n_layers)]
         sums = {key: np.array([sum(layer[key]) for layer in layers]) for key in ("taken", "missed", "late")}
         named = sum(layer["foreseen"] for layer in layers)
         return cls(
             budget_bytes=store.budget,
-            resident_bytes=store.arena.resident,
+            resident_bytes=held.resident,
+            most_bytes=held.most,
             taken=tuple(sums["taken"].tolist()),
             in_memory=tuple((sums["taken"] - sums["missed"]).tolist()),
             on_the_way=tuple(sums["late"].tolist()),
@@ -65,5 +70,7 @@ class ExpertReport:
             reads=read.reads,
             reading_seconds=read.busy,
             withdrawn=read.withdrawn,
+            read_ahead=held.read_ahead,
+            taken_ahead=held.taken_ahead,
             direct=store.direct,
         )

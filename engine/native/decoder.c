@@ -147,40 +147,22 @@ static void walk(void *argument, int thread) {
   im_step_call *c = e->call;
   walker w = {e, c, thread, c->n_rows == 1 && !e->w.max_experts && !e->w.latent, NULL};
   w.l = w.single ? &e->own[thread] : &e->shared;
-  int resumed = e->resumed, s = e->segment, layer = e->layer, part;
-  if (!resumed) start_rows(&w);
-  for (int moved = 0; s < e->n_segments; s++, layer = -1, moved = 1) {
-    if (moved) meet(&w);  // rows change their threads between segments
+  start_rows(&w);
+  for (int s = 0; s < e->n_segments; s++) {
+    if (s) meet(&w);  // rows change their threads between segments
     const segment *g = &e->segments[s];
     const int32_t *active = e->active + g->first;
-    if (layer < 0) layer = g->first_layer;
-    for (; layer < g->last_layer && g->count; layer++) {
+    for (int layer = g->first_layer; layer < g->last_layer && g->count; layer++) {
+      int part;
       const im_part *p = part_of(c, layer, &part);
       const im_layer *l = &p->layers[layer - p->start];
-      if (!resumed) im_attention(&w, p, part, layer, active, g->count);
-      if (l->experts) {
-        const im_layer *next = layer + 1 < p->end ? l + 1 : NULL;
-        if (!im_experts(&w, p, l, next, layer, active, g->count, resumed)) {
-          if (thread == 0) {
-            e->segment = s;
-            e->layer = layer;
-          }
-          return;
-        }
-      } else {
-        im_dense(&w, p, l, active, g->count);
-      }
-      resumed = 0;
+      im_attention(&w, p, part, layer, active, g->count);
+      if (!l->experts) im_dense(&w, p, l, active, g->count);
+      else if (!im_experts(&w, p, l, layer + 1 < p->end ? l + 1 : NULL, layer, active, g->count)) return;
     }
   }
   give_hidden(&w);
   give_logits(&w);
-  if (thread == 0) e->layer = -2;
-}
-
-static int go(im_engine *e) {
-  im_pool_run(e->pool, walk, e);
-  return e->layer == -2 ? IM_DONE : e->verdict;
 }
 
 int im_step(im_engine *e, im_step_call *c) {
@@ -192,16 +174,9 @@ int im_step(im_engine *e, im_step_call *c) {
   if (status != IM_DONE) return status;
   e->call = c;
   e->steps++;
-  e->resumed = 0;
-  e->segment = 0;
-  e->layer = -1;
-  return go(e);
-}
-
-int im_step_resume(im_engine *e, im_step_call *c) {
-  if (e->call != c || e->layer < 0) return IM_BAD_ROW;
-  e->resumed = 1;
-  return go(e);
+  e->verdict = IM_DONE;
+  im_pool_run(e->pool, walk, e);
+  return e->verdict;
 }
 
 im_engine *im_engine_new(int threads, const char *cpu) {

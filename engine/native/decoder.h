@@ -9,9 +9,8 @@ const char *im_engine_cpu(const im_engine *engine);
 int64_t im_engine_waited(const im_engine *engine);  // ns that steps waited for experts so far
 const char *im_cpu_best(void);
 int im_cpu_supported(const char *cpu);
-// Computes call->rows: IM_DONE, IM_NEED (bring call->need_experts and call im_step_resume), or an error below 0.
+// Computes call->rows: IM_DONE, or an error below 0.
 int im_step(im_engine *engine, im_step_call *call);
-int im_step_resume(im_engine *engine, im_step_call *call);
 // y[rows][pad16(w->rows)] = w times x[rows][pad32(w->cols)], x in 16 bits when `fine`; for tests and measurements
 int im_linear(im_engine *engine, const im_matrix *w, const float *x, int rows, int fine, float *y);
 void im_embed(const im_matrix *w, int32_t token, float *x);

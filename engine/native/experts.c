@@ -33,7 +33,8 @@ static im_expert with_planes(const im_expert *x, int planes) {
 
 // ---- what the layer wants
 // The planes that rows want of each expert go to its `wanted`.
-static void want(im_engine *e, const im_part *p, const im_layer *l, const routes *r, const int32_t *active, int count) {
+static void want(im_engine *e, const im_part *p, const im_layer *l, int layer, const routes *r, const int32_t *active,
+                 int count) {
   for (int x = 0; x < p->n_experts; x++) l->use[x].wanted = 0;
   for (int i = 0; i < count; i++)
     for (int k = 0; k < p->top_k; k++) {
@@ -43,6 +44,7 @@ static void want(im_engine *e, const im_part *p, const im_layer *l, const routes
     }
   for (int x = 0; x < p->n_experts; x++) {
     const int ready = planes_ready(&l->experts[x]);
+    if (p->store && l->use[x].wanted) im_store_taken(p->store, layer, x, l->use[x].wanted);
     for (int plane = 0; plane < l->use[x].wanted; plane++) {
       im_use *use = &l->use[x];
       const float age = (float)(e->steps - use->last[plane]);
@@ -56,15 +58,9 @@ static void want(im_engine *e, const im_part *p, const im_layer *l, const routes
   }
 }
 
-static int missing(const im_part *p, const im_layer *l) {
-  int n = 0;
-  for (int x = 0; x < p->n_experts; x++) n += l->use[x].wanted > l->experts[x].asked;
-  return n;
-}
-
 // What rows want of a layer's experts and is not asked for, by the sum of their weights, the largest first: how many.
 static int name_missing(const im_part *p, const im_layer *l, const routes *to, const int32_t *active, int count,
-                        int left_over, int32_t *experts, int32_t *planes, int32_t *rows) {
+                        int left_over, im_wanted *found) {
   float sum[p->n_experts];
   int most[p->n_experts], taken[p->n_experts], n = 0;
   memset(sum, 0, sizeof sum);
@@ -81,19 +77,26 @@ static int name_missing(const im_part *p, const im_layer *l, const routes *to, c
   for (int x = 0; x < p->n_experts; x++) {
     if (most[x] <= l->experts[x].asked || (left_over && !l->use[x].wanted)) continue;
     int at = n++;
-    for (; at && sum[experts[at - 1]] < sum[x]; at--) {
-      experts[at] = experts[at - 1];
-      planes[at] = planes[at - 1];
-      if (rows) rows[at] = rows[at - 1];
-    }
-    experts[at] = x;
-    planes[at] = most[x];
-    if (rows) rows[at] = taken[x];
+    for (; at && sum[found[at - 1].expert] < sum[x]; at--) found[at] = found[at - 1];
+    found[at] = (im_wanted){x, most[x], taken[x]};
   }
   return n;
 }
 
-// ---- what is computed next; one thread decides for all
+// ---- what is computed next
+// waits for something to arrive; 0 when nothing does
+static int await_since(im_engine *e, const im_part *p, uint32_t seen) {
+  if (!p->reader) return 0;
+  const int64_t start = now_ns();
+  const int arrived = im_reader_wait(p->reader, seen, p->patience_ns);
+  e->waited_ns += now_ns() - start;
+  return arrived;
+}
+
+static int await(im_engine *e, const im_part *p) {
+  return p->reader && im_reader_busy(p->reader) && await_since(e, p, im_reader_arrivals(p->reader));
+}
+
 static int next_wave(im_engine *e, const im_part *p, const im_layer *l) {
   for (;;) {
     const uint32_t seen = p->reader ? im_reader_arrivals(p->reader) : 0;
@@ -109,10 +112,7 @@ static int next_wave(im_engine *e, const im_part *p, const im_layer *l) {
     }
     if (e->n_wave) return READY;
     if (!coming) return absent ? MISSING : NOTHING_LEFT;
-    const int64_t start = now_ns();
-    const int arrived = im_reader_wait(p->reader, seen, p->patience_ns);
-    e->waited_ns += now_ns() - start;
-    if (!arrived) return LOST;
+    if (!await_since(e, p, seen)) return LOST;
   }
 }
 
@@ -268,30 +268,41 @@ static void route(walker *w, const im_part *p, const im_layer *l, const im_layer
   meet(w);
 }
 
-// returns 0 to pause or give up, with e->verdict: every thread sees the same
+// What the layer lacks is asked for, and behind it what the next one will probably lack.
+static int ask(im_engine *e, const im_part *p, const im_layer *l, const im_layer *next, int layer,
+               const int32_t *active, int count, int first) {
+  if (p->store) im_store_begin(p->store, layer);
+  const int n = name_missing(p, l, &e->now, active, count, !first, e->wanted);
+  const int ahead = first && next ? name_missing(p, next, &e->next, active, count, 0, e->foreseen) : 0;
+  if (!n && !ahead) return 1;
+  return p->store && im_store_want(p->store, e->steps, layer, e->wanted, n, e->foreseen, ahead) > 0;
+}
+
+// one thread decides for all what is computed next
+static void decide(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer,
+                   const int32_t *active, int count, int first) {
+  im_engine *e = w->e;
+  if (first) ask(e, p, l, next, layer, active, count, 1);
+  int found;
+  while ((found = next_wave(e, p, l)) == MISSING)
+    if (!ask(e, p, l, NULL, layer, active, count, 0) && !await(e, p)) found = LOST;
+  if (found != LOST) return;
+  for (int x = 0; x < p->n_experts; x++) l->use[x].wanted = 0;
+  w->c->layer = layer;
+  e->verdict = IM_NOT_READ;
+}
+
+// returns 0 to give up, with e->verdict: every thread sees the same
 int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer, const int32_t *active,
-               int count, int resumed) {
+               int count) {
   im_engine *e = w->e;
   const im_acts acts = acts_of(&e->shared, e->shared.normed, e->w.d_pad, 0);
   if (!p->foresee || (next && !next->experts)) next = NULL;
-  if (!resumed) {
-    im_ffn_norm(w, p, l, active, count, 1);
-    route(w, p, l, next, layer, active, count, &acts);
-    if (w->thread == 0) want(e, p, l, &e->now, active, count);
-  }
-  for (int first = !resumed;; first = 0) {
-    if (w->thread == 0) {
-      im_step_call *c = w->c;
-      c->n_foreseen = !first || !next ? 0
-                                      : name_missing(p, next, &e->next, active, count, 0, c->foreseen_experts,
-                                                     c->foreseen_planes, NULL);
-      const int found = first && (c->n_foreseen || missing(p, l)) ? MISSING : next_wave(e, p, l);
-      c->need_layer = layer;
-      c->step = e->steps;
-      if (found == MISSING)
-        c->n_need = name_missing(p, l, &e->now, active, count, 1, c->need_experts, c->need_planes, c->need_rows);
-      e->verdict = found == LOST ? IM_NOT_READ : found == MISSING ? IM_NEED : IM_DONE;
-    }
+  im_ffn_norm(w, p, l, active, count, 1);
+  route(w, p, l, next, layer, active, count, &acts);
+  if (w->thread == 0) want(e, p, l, layer, &e->now, active, count);
+  for (int first = 1;; first = 0) {
+    if (w->thread == 0) decide(w, p, l, next, layer, active, count, first);
     meet(w);
     if (e->verdict != IM_DONE) return 0;
     if (!e->n_wave) break;

@@ -22,6 +22,7 @@ SOURCES = (
     "experts.c",
     "router.c",
     "reader.c",
+    "store.c",
     "checksum.c",
     "probe.c",
     "decoder.c",
@@ -42,10 +43,16 @@ def declarations(header: str) -> str:
 
 
 ffibuilder = FFI()
-ffibuilder.cdef(re.sub(r"//.*", "", declarations("isthmus.h") + declarations("reader.h") + declarations("decoder.h")))
+ffibuilder.cdef(
+    re.sub(
+        r"//.*",
+        "",
+        declarations("isthmus.h") + declarations("reader.h") + declarations("store.h") + declarations("decoder.h"),
+    )
+)
 ffibuilder.set_source(
     "isthmus.engine._native",
-    '#include "decoder.h"\n#include "reader.h"',
+    '#include "decoder.h"\n#include "store.h"',
     sources=[f"engine/native/{name}" for name in SOURCES],  # relative to the repository, as setuptools wants them
     include_dirs=["engine/native"],
     depends=[f"engine/native/{path.name}" for path in sorted(HERE.glob("*.h"))],

@@ -7,7 +7,7 @@
 // formats of quant/packed.py
 enum { IM_F32, IM_F16, IM_BF16, IM_Q8, IM_Q8X, IM_Q4, IM_Q4M, IM_Q4X, IM_N2, IM_N4, IM_N8 };
 enum { IM_WANT_HIDDEN = 1, IM_WANT_LOGITS = 2, IM_WANT_SAMPLE = 4, IM_WANT_CONFIDENCE = 8 };
-enum { IM_DONE = 0, IM_NEED = 1, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3, IM_NOT_READ = -4 };
+enum { IM_DONE = 0, IM_NO_MEMORY = -1, IM_BAD_ROW = -2, IM_NOT_FINITE = -3, IM_NOT_READ = -4 };
 enum { IM_SOFTMAX, IM_SIGMOID, IM_SPARSEMIXER };  // how a router's logits become weights
 
 typedef struct {  // a weight matrix, rows and cols before padding to 16 and 32
@@ -16,6 +16,7 @@ typedef struct {  // a weight matrix, rows and cols before padding to 16 and 32
 } im_matrix;
 
 typedef struct im_reader im_reader;
+typedef struct im_store im_store;
 
 // An expert's planes are the bit planes of a nested format; other formats have one, which is all of it.
 typedef struct {
@@ -72,7 +73,8 @@ typedef struct {  // layers [start, end)
   const float *final_norm;
   const int32_t *head_tokens;  // [head.rows] the token of each of the head's rows, ascending; NULL: row i is token i
   im_layer *layers;  // [end - start]
-  im_reader *reader;  // brings experts; NULL: all are in memory
+  im_reader *reader;  // bring experts; NULL: all are in memory
+  im_store *store;
   int64_t patience_ns;  // how long a step waits for a read
   float half_life;      // of im_use.rate, in steps
   const im_replay *replay;  // NULL: routers decide
@@ -121,10 +123,7 @@ typedef struct {
   float *hidden_out, *logits_out;  // of the rows that want them, in order
   int32_t *tokens_out;
   int32_t n_parts, n_rows, n_hidden;
-  // After IM_NEED: a layer, the experts that it takes and that are neither in memory nor under way, how many of their
-  // planes, and in how many rows; and those that the next layer will probably take, the likeliest first.
-  int32_t need_layer, n_need, n_foreseen, step;  // step: how many there were, this one included
-  int32_t *need_experts, *need_planes, *need_rows, *foreseen_experts, *foreseen_planes;  // [n_experts] room
+  int32_t layer;  // after IM_NOT_READ: whose experts did not come
   float *confidence_out;       // of the rows that want it: the softmax probability of their largest logit
 } im_step_call;
 

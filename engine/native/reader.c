@@ -2,6 +2,7 @@
 #include "reader.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,32 +46,38 @@ static int64_t length(const im_read *r) {
   return bytes;
 }
 
-// One system call where the kernel gives all at once; 0, or IM_READ_* with errno in `error`.
-static int fetch(const im_read *r, int *error) {
-  struct iovec parts[3];
-  int n = 0;
-  for (int p = 0; p < 3; p++)
-    if (r->to[p]) parts[n++] = (struct iovec){r->to[p], (size_t)r->bytes[p]};
-  struct iovec *next = parts;
-  int64_t at = r->offset;
-  while (n) {
-    const ssize_t got = preadv(r->file, next, n, at);
+enum { PIECE = 256 << 10 };  // of reads that are not urgent, after which an urgent one may go first
+
+// Reads at most `most` bytes more, in one system call where the kernel gives them at once; 0, or IM_READ_* with errno.
+static int fetch(im_read *r, int64_t most, int *error) {
+  for (const int64_t end = r->begun + most; r->begun < end;) {
+    struct iovec parts[3];
+    int n = 0;
+    int64_t skip = r->begun, left = end - r->begun;
+    for (int p = 0; p < 3; p++) {
+      if (!r->to[p]) continue;
+      int64_t bytes = r->bytes[p] - skip;
+      if (bytes > left) bytes = left;
+      if (bytes > 0) {
+        parts[n++] = (struct iovec){(char *)r->to[p] + skip, (size_t)bytes};
+        left -= bytes;
+      }
+      skip = skip > r->bytes[p] ? skip - r->bytes[p] : 0;
+    }
+    const ssize_t got = preadv(r->file, parts, n, r->offset + r->begun);
     if (got < 0 && errno == EINTR) continue;
     *error = got < 0 ? errno : 0;
-    if (got < 0) return IM_READ_FILE;
-    if (got == 0) return IM_READ_SHORT;
-    at += got;
-    size_t left = (size_t)got;
-    while (n && left >= next->iov_len) {
-      left -= next->iov_len;
-      next++;
-      n--;
-    }
-    if (n) {
-      next->iov_base = (char *)next->iov_base + left;
-      next->iov_len -= left;
-    }
+    if (got <= 0) return got < 0 ? IM_READ_FILE : IM_READ_SHORT;
+    r->begun += got;
   }
+  return 0;
+}
+
+// What was read is whole and as it was written.
+static int check(const im_read *r) {
+#if defined(POSIX_FADV_DONTNEED)
+  if (r->drop) posix_fadvise(r->file, r->offset, length(r), POSIX_FADV_DONTNEED);
+#endif
   for (int p = 0; p < 3; p++)
     if (r->to[p] && r->check >> p & 1 && im_crc32c(0, r->to[p], (size_t)r->bytes[p]) != r->checksum[p])
       return IM_READ_CHECKSUM;
@@ -84,6 +91,34 @@ static im_read pop(queue *q, int room) {
   return r;
 }
 
+static void push_front(queue *q, const im_read *r, int room) {
+  q->first = (q->first + room - 1) % room;
+  q->at[q->first] = *r;
+  q->count++;
+}
+
+// when an emulated device has given so many bytes more; 0 where there is none
+static int64_t due(im_reader *reader, int64_t bytes, int64_t now) {
+  if (reader->bytes_per_second <= 0) return 0;
+  if (reader->free_at < now) reader->free_at = now;
+  return reader->free_at += (int64_t)((double)bytes / reader->bytes_per_second * 1e9);
+}
+
+static void finish(im_reader *reader, const im_read *r, int failure, int error) {
+  int32_t there = failure ? INT32_MIN : 0;
+  for (int p = 0; p < 3; p++) there |= r->to[p] ? 1 << p : 0;
+  __atomic_fetch_or(&r->expert->present, there, __ATOMIC_RELEASE);
+  reader->report.reads++;
+  if (failure && !reader->report.failure) {
+    reader->report.failure = failure;
+    reader->report.error = error;
+    reader->report.failed_tag = r->tag;
+  }
+  reader->done[reader->n_done++] = r->tag;
+  reader->arrivals++;
+  pthread_cond_broadcast(&reader->arrived);
+}
+
 static void *work(void *argument) {
   im_reader *reader = argument;
   pthread_mutex_lock(&reader->lock);
@@ -91,32 +126,24 @@ static void *work(void *argument) {
     while (!reader->closing && !reader->urgent.count && !reader->idle.count)
       pthread_cond_wait(&reader->asked, &reader->lock);
     if (reader->closing) break;
-    im_read r = pop(reader->urgent.count ? &reader->urgent : &reader->idle, reader->room);
-    int64_t now = now_ns(), until = 0;
-    if (!reader->report.under_way++) reader->busy_since = now;
-    if (reader->bytes_per_second > 0) {
-      if (reader->free_at < now) reader->free_at = now;
-      until = reader->free_at += (int64_t)((double)length(&r) / reader->bytes_per_second * 1e9);
-    }
-    pthread_mutex_unlock(&reader->lock);
-    int error = 0;
-    const int failure = fetch(&r, &error);
-    if (until) sleep_until(until);
-    int32_t there = failure ? INT32_MIN : 0;
-    for (int p = 0; p < 3; p++) there |= r.to[p] ? 1 << p : 0;
-    __atomic_fetch_or(&r.expert->present, there, __ATOMIC_RELEASE);
-    pthread_mutex_lock(&reader->lock);
+    const int urgent = reader->urgent.count > 0;
+    im_read r = pop(urgent ? &reader->urgent : &reader->idle, reader->room);
+    if (!reader->report.under_way++) reader->busy_since = now_ns();
+    int failure = 0, error = 0, whole;
+    do {
+      const int64_t left = length(&r) - r.begun, piece = urgent || left < PIECE ? left : PIECE;
+      const int64_t until = due(reader, piece, now_ns());
+      pthread_mutex_unlock(&reader->lock);
+      failure = fetch(&r, piece, &error);
+      whole = piece == left;
+      if (whole && !failure) failure = check(&r);
+      if (until) sleep_until(until);
+      pthread_mutex_lock(&reader->lock);
+      reader->report.bytes += piece;
+    } while (!whole && !failure && !reader->urgent.count && !reader->closing);
     if (!--reader->report.under_way) reader->report.busy_ns += now_ns() - reader->busy_since;
-    reader->report.bytes += length(&r);
-    reader->report.reads++;
-    if (failure && !reader->report.failure) {
-      reader->report.failure = failure;
-      reader->report.error = error;
-      reader->report.failed_tag = r.tag;
-    }
-    reader->done[reader->n_done++] = r.tag;
-    reader->arrivals++;
-    pthread_cond_broadcast(&reader->arrived);
+    if (whole || failure) finish(reader, &r, failure, error);
+    else push_front(&reader->idle, &r, reader->room);
   }
   pthread_mutex_unlock(&reader->lock);
   return NULL;
@@ -166,6 +193,13 @@ void im_reader_reports(im_reader *reader, im_reader_report *report) {
 uint32_t im_reader_arrivals(im_reader *reader) {
   pthread_mutex_lock(&reader->lock);
   const uint32_t found = reader->arrivals;
+  pthread_mutex_unlock(&reader->lock);
+  return found;
+}
+
+int im_reader_busy(im_reader *reader) {
+  pthread_mutex_lock(&reader->lock);
+  const int found = reader->urgent.count + reader->idle.count + reader->report.under_way > 0;
   pthread_mutex_unlock(&reader->lock);
   return found;
 }

@@ -12,7 +12,8 @@ typedef struct {            // planes of one expert that follow each other in th
   uint32_t checksum[3];     // CRC-32C
   int32_t file, check;      // descriptor; bit p of `check`: plane p is compared with its checksum
   im_expert *expert;
-  int32_t tag;              // the caller's own number
+  int32_t tag, drop;        // the caller's own number; whether the page cache shall forget what was read
+  int64_t begun;            // the reader's: bytes that are there already
 } im_read;
 
 typedef struct {
@@ -34,5 +35,6 @@ uint32_t im_crc32c(uint32_t before, const void *data, size_t bytes);
 // END SHARED WITH PYTHON
 
 uint32_t im_reader_arrivals(im_reader *reader);
+int im_reader_busy(im_reader *reader);  // whether something waits or is under way
 // Waits until arrivals are no longer `seen`; 0 when nothing arrived within the time.
 int im_reader_wait(im_reader *reader, uint32_t seen, int64_t timeout_ns);

@@ -88,6 +88,8 @@ static void carve_all(im_engine *e, arena *a, const im_step_call *c, int context
   carve_routes(a, &e->now, w, w->max_experts ? rows : 0);
   carve_routes(a, &e->next, w, w->max_experts ? rows : 0);
   e->hidden_panels = carve(a, (size_t)w->top_k * im_panels_bytes(1, w->ff_pad, 0));
+  e->wanted = carve(a, (size_t)w->max_experts * sizeof *e->wanted);
+  e->foreseen = carve(a, (size_t)w->max_experts * sizeof *e->foreseen);
   e->wave = carve(a, (size_t)w->max_experts * 4);
   e->kept = carve(a, rows * (size_t)w->top_k * (size_t)w->d_pad * 4);
   e->logit_rows = carve(a, rows * 4);

@@ -174,7 +174,7 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
   if (!e) exit(4);
   float *logits = take(2 * TOKENS * VOCAB * 4), *hidden = take(2 * TOKENS * D * 4);
   im_row *rows = calloc(2 * TOKENS, sizeof *rows);
-  int32_t tokens[2 * TOKENS], lists[5][EXPERTS];
+  int32_t tokens[2 * TOKENS];
   uint64_t *outs = calloc(2 * TOKENS, sizeof *outs), h = 14695981039346656037ull;
   for (int from = 0, s = 0; from < TOKENS; s += steps[s + 1] != 0) {
     const int to = from + steps[s] < TOKENS ? from + steps[s] : TOKENS;
@@ -184,8 +184,7 @@ static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const in
         rows[n++] = (im_row){
             q,    i, (i * 37 + q * 101 + 5) % VOCAB, 0, 0, LAYERS, IM_WANT_HIDDEN | IM_WANT_LOGITS | IM_WANT_SAMPLE,
             i % 3};
-    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, 0, 0, 0,
-                      lists[0], lists[1], lists[2], lists[3], lists[4], NULL};
+    im_step_call c = {parts, &table, rows, samplings, NULL, hidden, logits, tokens, 1, n, 0, 0, NULL};
     if (im_step(e, &c) != IM_DONE) exit(5);
     for (int i = 0; i < n; i++) {
       uint64_t o = fnv(14695981039346656037ull, logits + (size_t)i * VOCAB, VOCAB * 4);

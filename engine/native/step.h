@@ -9,7 +9,7 @@
 #include "decoder.h"
 #include "kernels.h"
 #include "pool.h"
-#include "reader.h"
+#include "store.h"
 #include "sampler.h"
 
 enum { HEAD_ROWS = 32 };  // rows that go through the output head together
@@ -56,9 +56,9 @@ struct im_engine {
   segment *segments;
   int n_segments, n_logit_rows;
   int32_t *logit_rows;
-  // where to go on after IM_NEED
+  im_wanted *wanted, *foreseen;  // [n_experts] room
   im_step_call *call;
-  int segment, layer, resumed, verdict, n_wave;
+  int verdict, n_wave;
   int32_t steps;      // so far
   int64_t waited_ns;  // for experts
 };
@@ -137,14 +137,14 @@ static inline int head_out(const im_part *p) { return p->kv_rank ? p->head_v : p
 // scratch.c: memory for a call, zeroed where kernels read padding; and which rows are active in which layers
 int im_prepare(im_engine *e, im_step_call *c);
 int im_plan_segments(im_engine *e, const im_step_call *c);
-// attention.c and feed_forward.c: the two halves of a layer over its active rows. experts gives 0 to pause.
+// attention.c and feed_forward.c: the two halves of a layer over its active rows. experts gives 0 when they do not come.
 void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count);
 void im_dense(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count);
 // router.c: the experts of one row, into its place `slot`; `early`: of the layer behind the one under way
 void im_route(const im_part *p, const im_layer *l, int layer, const im_row *row, float *logits, routes *to,
               int slot, int early);
 int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer,
-               const int32_t *active, int count, int resumed);
+               const int32_t *active, int count);
 void im_ffn_norm(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count, int quantized);
 // rows [16 b0, 16 b1) of the gated hidden activations of one row: g = the activation of g and u
 void im_gate_row(const im_engine *e, const im_part *p, const im_expert *x, float *g, float *u, int b0, int b1);

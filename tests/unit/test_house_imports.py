@@ -34,7 +34,7 @@ EXPORTS: dict[str, set[str]] = {
     },
     "quant": {"FORMATS", "PackedMatrix", "dequantize", "pack", "quantize", "unpack", "view"},
     "engine": {
-        *("GREEDY", "DecoderConfig", "Expert", "ExpertSource", "ExpertsConfig", "KvConfig", "Numerics", "Wanted"),
+        *("GREEDY", "DecoderConfig", "Expert", "ExpertSource", "ExpertsConfig", "KvConfig", "Numerics"),
         *("Part", "Rows", "Sampling", "Sequence", "StepResult", "Want", "WeightSource", "cpu_names", "open_part"),
     },
     "split": {"Bundle", "Checkpoint", "Tokenizer", "open_checkpoint", "write_bundle"},
