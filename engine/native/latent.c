@@ -1,6 +1,7 @@
 // Latent attention (MLA, DeepSeek-V2 2024) in its absorbed form: all query heads share one KV head of kv_rank normed
 // numbers, the latent, and a rotated key. KV holds these alone; a head's own keys and values are never made: its
-// queries go through the transposed key map instead (k_up), and what it gathers of latents through its value map (v_up).
+// queries go through the transposed key map instead (k_up), and the latents that it gathers through its value map
+// (v_up).
 #include "step.h"
 
 typedef struct {

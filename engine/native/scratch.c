@@ -50,7 +50,8 @@ static void carve_lane(arena *a, lane *l, const widths *w, int rows) {
   l->attention = carve(a, (size_t)rows * (size_t)w->widest * 4);
   l->gate = carve(a, (size_t)(rows > w->top_k ? rows : w->top_k) * (size_t)w->ff_pad * 4);
   l->delta = carve(a, (size_t)rows * (size_t)w->d_pad * 4);
-  const size_t fine = im_panels_bytes(rows, max_int(w->d_pad, w->q_rank), 1), plain = im_panels_bytes(rows, w->widest, 0);
+  const size_t fine = im_panels_bytes(rows, max_int(w->d_pad, w->q_rank), 1);
+  const size_t plain = im_panels_bytes(rows, w->widest, 0);
   l->panels = carve(a, fine > plain ? fine : plain);
 }
 

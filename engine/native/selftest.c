@@ -145,7 +145,8 @@ static void build(model *m, int format) {
       l->router = matrix(IM_F32, EXPERTS, D);
       l->experts = calloc(EXPERTS, sizeof *l->experts);
       for (int e = 0; e < EXPERTS; e++)
-        l->experts[e] = (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), NULL, NULL, NULL, 7, 3};
+        l->experts[e] =
+            (im_expert){matrix(format, FF, D), matrix(format, FF, D), matrix(format, D, FF), NULL, NULL, NULL, 7, 3};
       l->use = calloc(EXPERTS, sizeof *l->use);
       l->traffic = calloc(1, sizeof *l->traffic);
       l->n_planes = format < IM_N2 ? 1 : format - IM_N2 + 1;
@@ -158,11 +159,93 @@ static void build(model *m, int format) {
   }
 }
 
+static const float *some(int n) { return floats((size_t)im_pad(n, 32), (size_t)n, -1, 1); }
+
+static void make_latent(im_part *p, im_layer *l, int format) {
+  const int own = HEADS * (p->head_nope + p->head_dim - p->kv_rank);
+  l->q_norm = l->k_norm = l->q_bias = l->k_bias = l->v_bias = NULL;
+  l->q_down = matrix(format, p->q_rank, D);
+  l->q = matrix(format, own, p->q_rank);
+  l->latent = matrix(format, p->head_dim, D);
+  l->k_up = matrix(format, HEADS * p->kv_rank, p->head_nope);
+  l->v_up = matrix(format, HEADS * p->head_v, p->kv_rank);
+  l->o = matrix(format, D, HEADS * p->head_v);
+  l->v.format = -1;
+  l->q_down_norm = some(p->q_rank);
+  l->latent_norm = some(p->kv_rank);
+}
+
+enum { BIASED = 1, SPARSE, GROUPS, LATENT };
+
+// What families have beyond the plain decoder, some of it at a time.
+static void vary(model *m, int format, int variant) {
+  im_part *p = &m->part;
+  im_layer *mixed = &m->layers[1];
+  if (variant == LATENT) {
+    p->kv_rank = 32;
+    p->q_rank = 40;
+    p->head_nope = 20;
+    p->head_v = 16;
+    p->n_kv_heads = 1;
+    p->head_dim = 40;
+    p->attention_scale = 0.2f;
+    p->latent_eps = 1e-6f;
+  }
+  if (variant == BIASED) {
+    p->swiglu_alpha = 1.702f;
+    p->swiglu_limit = 0.8f;
+    mixed->router_bias = some(EXPERTS);
+    for (int e = 0; e < EXPERTS; e++) {
+      mixed->experts[e].gate_bias = some(FF);
+      mixed->experts[e].up_bias = some(FF);
+      mixed->experts[e].down_bias = some(D);
+    }
+  }
+  if (variant == SPARSE) {
+    p->layer_norm = 1;
+    p->final_norm_bias = some(D);
+    p->head_bias = some(VOCAB);
+    p->embedding_scale = 2.f;
+    p->attention_scale = 0.3f;
+    p->residual_scale = 0.6f;
+    p->logit_scale = 0.7f;
+    p->score = IM_SPARSEMIXER;
+    p->renormalize = 0;
+    p->jitter = 0.1f;
+  }
+  if (variant == GROUPS) {
+    p->score = IM_SIGMOID;
+    p->n_groups = p->group_best = 2;
+    p->top_groups = 1;
+    p->expert_scale = 2.5f;
+    p->d_shared = FF;
+    mixed->choice_bias = some(EXPERTS);
+    mixed->shared_gate = matrix(IM_F32, 1, D);
+    mixed->shared.gate = matrix(format, FF, D);
+    mixed->shared.up = matrix(format, FF, D);
+    mixed->shared.down = matrix(format, D, FF);
+  }
+  for (int i = 0; i < LAYERS; i++) {
+    im_layer *l = &m->layers[i];
+    if (variant == LATENT) make_latent(p, l, format);
+    if (variant == BIASED) l->sink_logits = some(HEADS);
+    if (variant == BIASED || variant == SPARSE) l->o_bias = some(D);
+    if (variant == SPARSE) {
+      l->attn_norm_bias = some(D);
+      l->ffn_norm_bias = some(D);
+    }
+    if (variant != GROUPS) continue;
+    l->q_norm = l->k_norm = l->q_bias = l->k_bias = NULL;
+    l->q_norm_whole = some(HEADS * HEAD);
+    l->k_norm_whole = some(KV * HEAD);
+  }
+}
+
 // Runs two sequences of tokens in steps of the given sizes (0 ends the list) and hashes everything that comes out.
 static uint64_t run(model *m, const char *cpu, int threads, int kv_f32, const int *steps) {
   im_part *p = &m->part;
   p->kv_f32 = kv_f32;
-  p->kv_block_bytes = (size_t)LAYERS * KV * 32 * 32 * (kv_f32 ? 4 : 2);
+  p->kv_block_bytes = (size_t)(LAYERS * p->n_kv_heads * 32 * im_pad(p->head_dim, 16) * (kv_f32 ? 4 : 2));
   m->kv_bytes = p->kv_block_bytes * BLOCKS;
   p->kv = take(m->kv_bytes);
   memset(p->kv, 0, m->kv_bytes);
@@ -211,7 +294,8 @@ static int chosen(const char *name, int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
-  static const char *const names[] = {"f32", "f16", "bf16", "q8", "q8x", "q4", "q4m", "q4x", "n2", "n4", "n8"};
+  static const char *const names[] = {"f32", "f16", "bf16", "q8", "q8x", "q4", "q4m", "q4x", "n2", "n4", "n8",
+                                     "q4-biased", "q4-sparse", "q4-groups", "q4-latent"};
   static const char *const cpus[] = {"plain", "avx2", "avx512-vnni", "neon", "neon-dotprod"};
   static const int whole[] = {TOKENS, 0}, single[] = {1, 0}, mixed[] = {5, 1, 16, 2, 0};
   static const int *const chunkings[] = {whole, mixed, single};
@@ -219,10 +303,11 @@ int main(int argc, char **argv) {
   argc -= 1 + quick;
   argv += 1 + quick;
   int wrong = 0;
-  for (int f = 0; f < 11; f++) {
+  for (int f = 0; f < 15; f++) {
     if (!chosen(names[f], argc, argv)) continue;
     model m;
-    build(&m, f);
+    build(&m, f < 11 ? f : IM_Q4);
+    if (f >= 11) vary(&m, IM_Q4, f - 10);
     for (int kv_f32 = 0; kv_f32 < (quick && f != IM_Q4 ? 1 : 2); kv_f32++) {
       uint64_t first = 0;
       for (int c = 0; c < 5; c++) {

@@ -50,7 +50,7 @@ def hashes_of(printed: str) -> tuple[dict[str, str], list[str]]:
 
 def test_the_hashes_belong_to_the_numerics_id() -> None:
     assert VECTORS["numerics"] == NUMERICS.id, "bits changed: print the hashes again, under the new id"
-    assert NUMERICS.exact and len(HASHES) == 22 and len(set(HASHES.values())) == 22
+    assert NUMERICS.exact and len(HASHES) == 30 and len(set(HASHES.values())) == 30
 
 
 @pytest.mark.parametrize("compiler", ["cc", ARM])
@@ -72,7 +72,7 @@ def test_this_machine(tmp_path: Path) -> None:
     found, families = hashes_of(printed)
     assert sorted(families) == sorted(cpu_names())
     assert found == {name: HASHES[name] for name in found}
-    assert len(found) == 12
+    assert len(found) == 16
     printed = run([sys.executable, "-c", INSIDE, native().__file__, str(library), "n8"])  # with nothing left out
     found, _ = hashes_of(printed)
     assert found == {name: HASHES[name] for name in ("n8 kv-f16", "n8 kv-f32")}
@@ -118,7 +118,7 @@ def test_arm_under_emulation(request: pytest.FixtureRequest) -> None:
     found, families = hashes_of(run(["qemu-aarch64", str(binary), "--quick"]))
     assert families == ["plain", "neon", "neon-dotprod"]
     assert found == {name: HASHES[name] for name in found}
-    assert len(found) == 12
+    assert len(found) == 16
     oldest = ["qemu-aarch64", "-cpu", "cortex-a53", str(binary), "--quick", "q4", "n8"]  # a core without dotprod
     found, families = hashes_of(run(oldest))
     assert families == ["plain", "neon"]
@@ -136,4 +136,4 @@ def test_webassembly(request: pytest.FixtureRequest) -> None:
     script = self_test(cache.mkdir("isthmus-wasm"), "emcc", ["-msimd128"], linking, ".js")
     found, families = hashes_of(run(["node", str(script), "--quick"]))
     assert families == ["plain"]
-    assert found == {name: HASHES[name] for name in found} and len(found) == 12
+    assert found == {name: HASHES[name] for name in found} and len(found) == 16
