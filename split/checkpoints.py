@@ -15,7 +15,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import ModelError, QuantError
 from isthmus.quant.groups import QUANTIZABLE, chunks, decode_rows, empty, encode_rows, write_rows
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split import families, gguf_config
+from isthmus.split import gguf_config, hf_config
 from isthmus.split.files import is_there, read_regular
 from isthmus.split.ggml_blocks import LOSSLESS
 from isthmus.split.gguf_file import GgufFile, GgufTensor
@@ -97,7 +97,7 @@ class Checkpoint:
         for tensor in sorted(used - present):
             raise ModelError(f"the checkpoint has no tensor {tensor}", "fetch the model again, all its files")
         for tensor in sorted(present - used):
-            if not tensor.endswith(_IGNORED) and not (config.tied and tensor == families.HF_TOP["head"]):
+            if not tensor.endswith(_IGNORED) and not (config.tied and tensor == hf_config.HF_TOP["head"]):
                 raise ModelError(f"tensor {tensor} is not known in family {config.family}", "it is not supported yet")
 
     @property
@@ -331,10 +331,10 @@ def _open_folder(path: Path, format: str, head_format: str | None) -> Checkpoint
     if not is_there(path / "config.json"):
         raise ModelError(f"{path} has no config.json", "give a .gguf file or a Hugging Face folder")
     fields = _json(path / "config.json")
-    families.config_from_hf(fields)  # an unknown family is told before missing files are
+    hf_config.config_from_hf(fields)  # an unknown family is told before missing files are
     store = _SafetensorsStore(path)
-    family, config = families.config_from_hf(fields, has_head=families.HF_TOP["head"] in store.names())
-    names = _names(config, families.HF_TOP, families.HF_NAMES, "model.layers.{i}.", family.hf_experts)
+    family, config = hf_config.config_from_hf(fields, has_head=hf_config.HF_TOP["head"] in store.names())
+    names = _names(config, hf_config.HF_TOP, hf_config.HF_NAMES, "model.layers.{i}.", family.hf_experts)
 
     def tokenizer() -> Tokenizer:
         from isthmus.split.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from isthmus.quant.groups import dequantize  # noqa: E402
 from isthmus.quant.packed import PackedMatrix  # noqa: E402
 from isthmus.split.bundle import Bundle  # noqa: E402
 from isthmus.split.checkpoints import open_checkpoint  # noqa: E402
-from isthmus.split.families import HF_NAMES  # noqa: E402
+from isthmus.split.hf_config import HF_NAMES  # noqa: E402
 from isthmus.split.manifest import TokenizerEntry  # noqa: E402
 from isthmus.split.writer import write_bundle  # noqa: E402
 from tests.conformance.tiny import CASES, build  # noqa: E402

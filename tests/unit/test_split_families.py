@@ -9,8 +9,9 @@ import pytest
 
 from isthmus.engine.config import ExpertsConfig
 from isthmus.protocol.errors import ModelError
-from isthmus.split.families import FAMILIES, config_from_hf
+from isthmus.split.families import FAMILIES
 from isthmus.split.gguf_config import config_from_gguf
+from isthmus.split.hf_config import config_from_hf
 from isthmus.split.manifest import FAMILIES as BUNDLED
 from isthmus.split.places import half_rotated_rows
 from isthmus.split.rope import plain, rope_frequencies

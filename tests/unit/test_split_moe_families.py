@@ -11,8 +11,8 @@ import pytest
 from isthmus.engine.config import DecoderConfig, ExpertsConfig, LatentConfig
 from isthmus.engine.shapes import array_shapes, matrix_shapes
 from isthmus.protocol.errors import ModelError
-from isthmus.split.families import config_from_hf
 from isthmus.split.gguf_config import config_from_gguf
+from isthmus.split.hf_config import config_from_hf
 
 BASE = {
     "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 128,
