@@ -15,7 +15,7 @@ from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import ModelError, QuantError
 from isthmus.quant.groups import QUANTIZABLE, chunks, decode_rows, empty, encode_rows, write_rows
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split import gguf_config, hf_config
+from isthmus.split import gguf_config, hf_config, mxfp4
 from isthmus.split.files import is_there, read_regular
 from isthmus.split.ggml_blocks import LOSSLESS
 from isthmus.split.gguf_file import GgufFile, GgufTensor
@@ -42,6 +42,7 @@ TARGETS: Mapping[str, tuple[str, str]] = {
 }
 _HF_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _QUANTIZATION = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)\Z", re.IGNORECASE)  # at the end of a GGUF file's name
+_MXFP4 = (mxfp4.BLOCKS, mxfp4.SCALES)
 _IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")
 
 
@@ -273,14 +274,25 @@ class _SafetensorsStore:
         for path in paths:
             file = TensorFile(path, ModelError)
             self._files |= dict.fromkeys(file.tensors, file)
+        bases = {name.removesuffix(mxfp4.BLOCKS) for name in self._files if name.endswith(mxfp4.BLOCKS)}
+        self.packed = {base for base in bases if base + mxfp4.SCALES in self._files}  # pairs of tensors that make one
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._files) - {base + end for base in self.packed for end in _MXFP4} | self.packed
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._files[name].tensors[name].shape
+        if name not in self.packed:
+            return self._files[name].tensors[name].shape
+        blocks, scales = (self._files[name + end].tensors[name + end] for end in _MXFP4)
+        if blocks.shape != (*scales.shape, 16) or {blocks.tag, scales.tag} != {"U8"} or len(scales.shape) < 2:
+            raise ModelError(f"tensor {name} is no MXFP4: blocks are {list(blocks.shape)}", "fetch the model again")
+        return (*scales.shape[:-1], 32 * scales.shape[-1])
 
     def rows(self, name: str, index: NDArray[np.int64] | slice) -> tuple[str, Mapping[str, NDArray[np.generic]]]:
+        if name in self.packed:
+            blocks, scales = (self._files[name + end].array(name + end).view(np.uint8) for end in _MXFP4)
+            blocks, scales = blocks.reshape(-1, *blocks.shape[-2:]), scales.reshape(-1, scales.shape[-1])
+            return mxfp4.decode(blocks[index], scales[index])
         file = self._files[name]
         tag = file.tensors[name].tag
         if tag not in _HF_FORMATS:
@@ -334,7 +346,10 @@ def _open_folder(path: Path, format: str, head_format: str | None) -> Checkpoint
     hf_config.config_from_hf(fields)  # an unknown family is told before missing files are
     store = _SafetensorsStore(path)
     family, config = hf_config.config_from_hf(fields, has_head=hf_config.HF_TOP["head"] in store.names())
-    names = _names(config, hf_config.HF_TOP, hf_config.HF_NAMES, "model.layers.{i}.", family.hf_experts)
+    experts = family.hf_experts
+    if store.packed:  # which is never transposed
+        experts = {k: p._replace(transposed=False) if isinstance(p, Place) else p for k, p in experts.items()}
+    names = _names(config, hf_config.HF_TOP, hf_config.HF_NAMES, "model.layers.{i}.", experts)
 
     def tokenizer() -> Tokenizer:
         from isthmus.split.tokenizer import Tokenizer

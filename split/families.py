@@ -32,6 +32,7 @@ class Family:
             checkpoints, or their places.
         latent: whether attention is latent, in DeepSeek's names.
         short_rope: whether a "longrope" is read with its short factors, for the positions that these are made for.
+        mxfp4: whether experts may be in MXFP4, and then are not transposed.
         defaults: what an absent entry of config.json means.
         settings: values of settings that this version can honour, beside or instead of those of `_OFF`.
     """
@@ -48,6 +49,7 @@ class Family:
     hf_experts: Mapping[str, str | Place] = field(default_factory=dict)
     latent: bool = False
     short_rope: bool = False
+    mxfp4: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -234,6 +236,7 @@ FAMILIES: Mapping[str, Family] = {
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
         },
+        mxfp4=True,
         settings={"attention_bias": (ANY,)},
     ),
     "deepseek_v2": Family(

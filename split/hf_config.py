@@ -81,6 +81,9 @@ def config_from_hf(config: Mapping[str, Any], *, has_head: bool = True) -> tuple
     if family is None:
         raise ModelError(f"model family {name!r} is not supported", f"supported are {', '.join(FAMILIES)}")
     for setting, off in {**_OFF, **family.settings}.items():
+        quantized = config.get(setting) if setting == "quantization_config" and family.mxfp4 else None
+        if isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4":
+            continue
         if ANY not in off and config.get(setting) not in off:
             problem = f"{setting}={_short(config[setting])} of {name} is not supported"
             raise ModelError(problem, f"supported is {setting}={off[-1]!r}{_HINTS.get(setting, '')}")
