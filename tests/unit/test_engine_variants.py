@@ -97,6 +97,21 @@ def test_no_bit_depends_on_how_rows_are_computed(model: RandomModel) -> None:
     assert np.isfinite(expected[0]).all() and expected[0].std() > 1e-3
 
 
+@pytest.mark.parametrize("case", ["latent", "latent-dense", "biased", "whole-norm"])
+def test_a_sliding_window_with_sinks_goes_on(case: str) -> None:
+    """Past the end of what is kept, with the first positions in sight: the same bits in steps of any size."""
+    model, text, results = RandomModel("f32", CASES[case]), some_tokens(150), []
+    for steps in ([1] * 150, [32] * 4 + [22], [30, 1, 1, 32, 32, 32, 22]):
+        part = open_part(model, threads=2, max_tokens=144, format="f32")
+        results.append(run_tokens(part, part.open(window=48), text, steps))
+        part.close()
+    for found in results[1:]:
+        assert found[0].tobytes() == results[0][0].tobytes() and found[2] == results[0][2]
+    whole = open_part(model, format="f32")
+    seen, _, _ = run_tokens(whole, whole.open(), text, [150])
+    assert np.array_equal(seen[:48], results[0][0][:48]) and not np.allclose(seen[149], results[0][0][149])
+
+
 @pytest.mark.parametrize("case", [name for name, config in CASES.items() if config.experts])
 def test_experts_that_come_late_have_their_biases(case: str) -> None:
     model = RandomModel("q4", CASES[case])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -240,6 +242,18 @@ def test_tokens_that_do_not_ascend_in_the_vocabulary_are_refused(tokens: list[An
 def test_channels_that_cannot_be_are_refused(name: str, value: Any, says: str, folder: Path) -> None:
     with pytest.raises(BundleError, match=says):
         ExitSource(Bundle.open(folder), 2, {**weights(), name: value})
+
+
+@pytest.mark.parametrize("change", [{"layer_norm": True}, {"head_bias": True}, {"logit_scale": 0.5}])
+def test_models_whose_heads_exits_cannot_use_are_refused(change: dict[str, Any]) -> None:
+    model = cast(Bundle, SimpleNamespace(config=replace(CONFIG, **change)))
+    with pytest.raises(BundleError, match=f"exits of models with {next(iter(change))} are not supported"):
+        ExitSource(model, 2, weights())
+
+
+def test_an_exit_has_nothing_special(folder: Path) -> None:
+    model = cast(Bundle, SimpleNamespace(config=replace(CONFIG, o_bias=True, residual_scale=0.5, sink_logits=True)))
+    assert not ExitSource(model, 2, weights()).config.special
 
 
 def test_only_one_process_writes(folder: Path) -> None:
