@@ -42,6 +42,7 @@ TARGETS: Mapping[str, tuple[str, str]] = {
 }
 _HF_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _QUANTIZATION = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)\Z", re.IGNORECASE)  # at the end of a GGUF file's name
+_APART = ("attn_k_b.weight", "attn_v_b.weight")  # of GGUF: maps to keys, transposed already, and to values
 _MXFP4 = (mxfp4.BLOCKS, mxfp4.SCALES)
 _IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")
 
@@ -140,13 +141,14 @@ class Checkpoint:
         for role, shape in array_shapes(self.config, index).items():
             found[role] = self._array(f"{index}.{role}", shape)
         for role, size in matrix_shapes(self.config, index).items():
-            found[role] = self._matrix(f"{index}.{role}", size, self._layer_format, order=self._order(role, size))
+            found[role] = self._matrix(f"{index}.{role}", size, self._layer_format)
         check_layer(self.config, index, found, ModelError)
         return found
 
-    def _order(self, role: str, size: tuple[int, int]) -> NDArray[np.int64] | None:
+    def _order(self, key: str, size: tuple[int, int]) -> NDArray[np.int64] | None:
         """For each row of a matrix its row in the tensor, None for the same order."""
-        if self.config.latent:
+        role = key.rpartition(".")[2]
+        if self.config.latent and not self._names[key].tensor.endswith(_APART):
             return latent_rows(self.config, self.config.latent, role)
         return half_rotated_rows(size[0], self.config.head_dim) if self._permuted and role in ("q", "k") else None
 
@@ -154,6 +156,8 @@ class Checkpoint:
         """Where a weight is, and the first row of its tensor or of the expert's entry of it."""
         place, first = self._names[key], 0
         found = self._store.shape(place.tensor)
+        if place.tensor.endswith(_APART) and len(found) == 3:  # a matrix for each head
+            found = (found[0] * found[1], found[2])
         if place.entry is not None:
             found = found[1:] if len(found) == 3 and place.entry < found[0] else (0,)
             first = place.entry * found[0]
@@ -173,19 +177,18 @@ class Checkpoint:
         found = decode_rows(format, values, shape[-1] * place.parts)
         return (found if place.parts == 1 else found[:, place.rows(shape[-1])]).reshape(shape)
 
-    def _matrix(
-        self, key: str, size: tuple[int, int], format: str, *, order: NDArray[np.int64] | None = None
-    ) -> PackedMatrix:
-        rows, cols = size
+    def _matrix(self, key: str, size: tuple[int, int], format: str) -> PackedMatrix:
+        (rows, cols), order = size, self._order(key, size)
         role = key.rpartition(".")[2]
         latent = self.config.latent
-        if latent and role in ("k_up", "v_up"):  # both stand in one tensor
+        joined = latent and role in ("k_up", "v_up") and not self._names[key].tensor.endswith(_APART)
+        if latent and joined:  # both stand in one tensor
             place = self._names[key]
             self._check(place.tensor, (self.config.n_heads * (latent.d_plain + latent.d_value), latent.kv_rank))
             first = 0
         else:
             place, first = self._place(key, size)
-        if role == "k_up" or place.transposed:
+        if (joined and role == "k_up") or place.transposed:
             return self._transposed(place, first, size, format, order)
         if order is None and place.interleaved:
             order = place.rows(rows)
@@ -327,7 +330,10 @@ def _open_gguf(path: Path, format: str, head_format: str | None) -> Checkpoint:
         kind, values = store.rows("rope_freqs.weight", slice(None))
         factors = decode_rows(kind, values, shapes["rope_freqs.weight"][-1]).reshape(-1)
     _, config = gguf_config.config_from_gguf(file.fields, shapes, factors)
-    names = _names(config, gguf_config.GGUF_TOP, gguf_config.GGUF_NAMES, "blk.{i}.", gguf_config.GGUF_EXPERTS)
+    roles = gguf_config.GGUF_NAMES
+    if f"blk.0.{gguf_config.GGUF_OLD_LATENT}" in shapes:
+        roles = {**roles, **dict.fromkeys(("k_up", "v_up"), gguf_config.GGUF_OLD_LATENT)}
+    names = _names(config, gguf_config.GGUF_TOP, roles, "blk.{i}.", gguf_config.GGUF_EXPERTS)
 
     def tokenizer() -> Tokenizer:
         from isthmus.split.tokenizer_gguf import tokenizer_from_gguf

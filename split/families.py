@@ -240,7 +240,7 @@ FAMILIES: Mapping[str, Family] = {
         settings={"attention_bias": (ANY,)},
     ),
     "deepseek_v2": Family(
-        (),
+        ("deepseek2",),
         latent=True,
         experts=_DEEPSEEK_EXPERTS,
         router={"renormalize": False},
@@ -254,7 +254,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "deepseek_v3": Family(
-        (),
+        ("deepseek2",),
         latent=True,
         experts={**_DEEPSEEK_EXPERTS, "renormalize": "norm_topk_prob"},
         router={"score": "sigmoid", "choice_bias": True, "group_best": 2},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.config import DecoderConfig, ExpertsConfig
+from isthmus.engine.config import DecoderConfig, ExpertsConfig, LatentConfig
 from isthmus.protocol.errors import EngineError, ModelError
 from isthmus.split.families import FAMILIES, Family, check_size, check_window, flags, scales
 from isthmus.split.rope import rope_frequencies
@@ -26,11 +27,19 @@ GGUF_NAMES: Mapping[str, str] = {
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
     "ffn_norm": "ffn_norm.weight",
+    "q_down": "attn_q_a.weight",
+    "q_down_norm": "attn_q_a_norm.weight",
+    "q_up": "attn_q_b.weight",
+    "latent": "attn_kv_a_mqa.weight",
+    "latent_norm": "attn_kv_a_norm.weight",
+    "k_up": "attn_k_b.weight",
+    "v_up": "attn_v_b.weight",
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
 }
-FOLDERS = ("deepseek2", "gpt-oss", "phimoe")  # known from Hugging Face folders only
+_SIGMOID = 2  # of `expert_gating_func`
+FOLDERS = ("gpt-oss", "phimoe")  # known from Hugging Face folders only
 # a decoder's factors; what stands after a slash divides
 GGUF_SCALES = {
     "embedding_scale": "embedding_scale",
@@ -39,7 +48,9 @@ GGUF_SCALES = {
     "logit_scale": "/logit_scale",
 }
 PERMUTED = ("llama", "granitemoe")  # architectures whose q and k interleave the halves of a head
+GGUF_OLD_LATENT = "attn_kv_b.weight"  # where older files keep both k_up and v_up
 GGUF_EXPERTS = {
+    "choice_bias": "exp_probs_b.bias",
     "shared.gate": "ffn_gate_shexp.weight",
     "shared.up": "ffn_up_shexp.weight",
     "shared.down": "ffn_down_shexp.weight",
@@ -87,6 +98,8 @@ def config_from_gguf(
     try:
         n_experts, window = int(get("expert_count", 0)), check_window(int(get("attention.sliding_window", 0)))
         name = next((name for name, family in FAMILIES.items() if arch != "llama" and arch in family.architectures), "")
+        if arch == "deepseek2" and int(get("expert_gating_func", 1)) == _SIGMOID:
+            name = "deepseek_v3"
         name = name or ("mixtral" if n_experts else "mistral" if window else "llama")
         family = FAMILIES[name]
         d_model, n_heads, context = (
@@ -95,10 +108,13 @@ def config_from_gguf(
         head_dim, d_ff = int(get("attention.key_length", d_model // n_heads)), int(get("feed_forward_length"))
         n_layers = int(get("block_count"))
         check_size(n_layers, head_dim)
-        if int(get("attention.value_length", head_dim)) != head_dim:
+        latent = _latent(get) if family.latent else None
+        if latent:
+            head_dim = latent.kv_rank + latent.d_rotated
+        elif int(get("attention.value_length", head_dim)) != head_dim:
             raise ModelError("keys and values of different sizes are not supported", "choose another model")
         rotated = int(get("rope.dimension_count", head_dim))
-        rope: dict[str, Any] = {"partial_rotary_factor": rotated / head_dim}
+        rope: dict[str, Any] = {} if latent else {"partial_rotary_factor": rotated / head_dim}
         kind, factor = str(get("rope.scaling.type", "none")), float(get("rope.scaling.factor", 0.0))
         linear = float(get("rope.scale_linear", 1.0))
         if kind != "none" and factor not in (0.0, 1.0):
@@ -106,7 +122,10 @@ def config_from_gguf(
             rope["original_max_position_embeddings"] = int(get("rope.scaling.original_context_length", context))
         elif linear != 1.0:
             rope |= {"rope_type": "linear", "factor": linear}
-        frequencies, scale = rope_frequencies(head_dim, float(get("rope.freq_base", 10000.0)), context, rope)
+        if latent and "factor" in rope:
+            rope["attention_factor"] = 1.0  # all of YaRN's magnitude is in the scale of attention
+        width = latent.d_rotated if latent else head_dim
+        frequencies, scale = rope_frequencies(width, float(get("rope.freq_base", 10000.0)), context, rope)
         if rope_factors is not None:
             if rope_factors.shape != frequencies.shape:
                 raise ModelError(f"rope_freqs.weight has shape {rope_factors.shape}", "fetch the model again")
@@ -117,6 +136,8 @@ def config_from_gguf(
             shared = (
                 {"d_shared": int(get("expert_shared_feed_forward_length"))} if "shared_gate" in family.router else {}
             )
+            if latent:
+                shared = _deepseek_experts(get, d_expert, name)
             fixed = {**family.router, **family.gguf_router, **shared}
             experts = ExpertsConfig(n_experts, int(get("expert_used_count")), d_expert, **fixed)
         return family, DecoderConfig(
@@ -124,7 +145,7 @@ def config_from_gguf(
             n_layers=n_layers,
             d_model=d_model,
             n_heads=n_heads,
-            n_kv_heads=int(get("attention.head_count_kv", n_heads)),
+            n_kv_heads=1 if latent else int(get("attention.head_count_kv", n_heads)),
             head_dim=head_dim,
             d_ff=d_ff,
             vocab_size=shapes.get(GGUF_TOP["embedding"], (0,))[0],
@@ -139,8 +160,37 @@ def config_from_gguf(
             experts=experts,
             **flags(family, lambda name, default: default),
             **scales(GGUF_SCALES if family.scales else {}, get),
+            **({} if latent is None else {"latent": latent, "attention_scale": _latent_scale(latent, get)}),
         )
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"the GGUF metadata have a value of the wrong type: {error}", "fetch it again") from error
     except EngineError as error:
         raise ModelError(f"the GGUF metadata: {error.problem}", error.remedy) from error
+
+
+def _latent(get: Any) -> LatentConfig:
+    rotated, eps = int(get("rope.dimension_count")), float(get("attention.layer_norm_rms_epsilon"))
+    key, value = (int(get(f"attention.{x}_length_mla", get(f"attention.{x}_length"))) for x in ("key", "value"))
+    rank, q_rank = int(get("attention.kv_lora_rank")), int(get("attention.q_lora_rank", 0))
+    return LatentConfig(rank, rotated, key - rotated, value, q_rank, eps)
+
+
+def _latent_scale(latent: LatentConfig, get: Any) -> Any:
+    """As `hf_config` has it; the header's multiplier is YaRN's weight for all dimensions, times 0.1."""
+    factor, weight = float(get("rope.scaling.factor", 1.0)), float(get("rope.scaling.yarn_log_multiplier", 0.0))
+    magnitude = weight * math.log(factor) + 1 if factor > 1 else 1.0
+    return (latent.d_plain + latent.d_rotated) ** -0.5 * magnitude**2
+
+
+def _deepseek_experts(get: Any, d_expert: int, name: str) -> dict[str, Any]:
+    groups = int(get("expert_group_count", 0))
+    if name == "deepseek_v3" and not groups:
+        raise ModelError("the GGUF metadata have no deepseek2.expert_group_count", "convert the model again")
+    return {
+        "renormalize": bool(get("expert_weights_norm", False)),
+        "scale": float(get("expert_weights_scale", 1.0)),
+        "d_shared": d_expert * int(get("expert_shared_count", 0)),
+        "n_groups": max(groups, 1),
+        "top_groups": max(int(get("expert_group_used_count", 1)), 1),
+        "dense_layers": tuple(range(int(get("leading_dense_block_count", 0)))),
+    }

@@ -150,7 +150,7 @@ def test_gguf_rope_factors_divide_the_frequencies() -> None:
         ({"llama__rope__scaling__type": "su", "llama__rope__scaling__factor": 2.0}, "'su' is not supported"),
         (
             {"general__architecture": "gemma3"},
-            "'gemma3' is not supported; supported are granitemoe, llama, olmoe, qwen2",
+            "'gemma3' is not supported; supported are deepseek2, granitemoe, llama",
         ),
         ({"llama__block_count": None}, "no llama.block_count"),
     ],

@@ -182,7 +182,7 @@ def test_published_models_have_their_size(name: str) -> None:
 
 
 def test_gguf_architectures_that_are_known_from_folders_only() -> None:
-    for arch in ("deepseek2", "gpt-oss", "phimoe"):
+    for arch in ("gpt-oss", "phimoe"):
         with pytest.raises(ModelError, match=f"'{arch}' is not supported; give its Hugging Face folder; GGUF files"):
             gguf(arch)
 
