@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from isthmus.engine.native_part import NativePart, open_native
 from isthmus.engine.native_sequence import NativeSequence
-from isthmus.engine.part import KV_BLOCK, KvConfig, Rows, Want
+from isthmus.engine.part import KV_BLOCK, KvConfig, Rows, Want, WeightSource
 from isthmus.engine.sampling import GREEDY, Sampling
-from tests.random_model import RandomModel
 
 ALL = Want.HIDDEN | Want.LOGITS | Want.SAMPLE
 
 
-def open_part(model: RandomModel, start: int = 0, end: int | None = None, **settings: Any) -> NativePart:
+def open_part(model: WeightSource, start: int = 0, end: int | None = None, **settings: Any) -> NativePart:
     """Layers [start, end) on one thread with room for 1,024 positions, unless `settings` say otherwise."""
     kv = KvConfig(settings.pop("format", "f16"), settings.pop("max_tokens", 1024))
     end = model.config.n_layers if end is None else end

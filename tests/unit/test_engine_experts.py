@@ -1,23 +1,31 @@
-"""Mixtures of experts whose weights come and go while a step waits."""
+"""Mixtures of experts, resident and read from flash while steps compute: the same bits, and clear errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from isthmus.edge.experts.store import ExpertStore
+from isthmus.engine import native_layers
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.config import ExpertsConfig
-from isthmus.engine.experts import Expert, Wanted
-from isthmus.engine.native_part import NativePart, chain
+from isthmus.engine.native_part import chain
 from isthmus.engine.part import Rows, Want
-from isthmus.protocol.errors import EngineError
+from isthmus.engine.reader import crc32c
+from isthmus.engine.routing import Routing
+from isthmus.protocol.errors import BundleError, DeviceError, EngineError
+from isthmus.quant import nested
 from isthmus.quant.packed import PackedMatrix
-from tests.expert_shelf import Shelf
+from isthmus.split.bundle import Bundle
+from isthmus.split.manifest import expert_file
 from tests.native_tools import ALL, kv_bytes, open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
+from tests.stored_experts import paged, record_bytes, stored
 
 pytestmark = pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
 EXPERTS = ExpertsConfig(n_experts=8, top_k=2, d_expert=40)
@@ -29,137 +37,255 @@ def model(request: pytest.FixtureRequest) -> RandomModel:
     return RandomModel(request.param, random_config(experts=EXPERTS))
 
 
-def paged(model: RandomModel, room: int, threads: int = 1) -> tuple[NativePart, Shelf]:
-    shelf = Shelf(model, room)
-    return open_part(model, threads=threads, experts=shelf), shelf
+@pytest.fixture(scope="module")
+def bundle(model: RandomModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return stored(model, tmp_path_factory.mktemp("bundle") / "b")
+
+
+@pytest.fixture
+def nested_bundle(tmp_path: Path) -> Bundle:
+    return stored(RandomModel("n8", random_config(experts=EXPERTS)), tmp_path / "nested")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("room", [1, 2, 8, 11, 24])
-def test_few_experts_in_memory_change_no_bit(model: RandomModel, threads: int, room: int) -> None:
+@pytest.mark.parametrize("room", [3, 8, 11, 24])
+@pytest.mark.parametrize("foresee", [False, True])
+def test_few_experts_in_memory_change_no_bit(
+    model: RandomModel, bundle: Bundle, threads: int, room: int, foresee: bool
+) -> None:
     whole = open_part(model)
     one = whole.open()
     expected = run_tokens(whole, one, TEXT, [40])
-    part, shelf = paged(model, room, threads)
-    for steps in ([1] * 40, [40], [13, 1, 26]):
-        sequence = part.open()
-        found = run_tokens(part, sequence, TEXT, steps)
-        assert found[0].tobytes() == expected[0].tobytes() and found[1].tobytes() == expected[1].tobytes()
-        assert found[2] == expected[2] and kv_bytes(sequence) == kv_bytes(one)
-        sequence.close()
-    assert shelf.asked[0][0] == 0 and {layer for layer, _ in shelf.asked} == {0, 1, 2}
-    most = 3 * EXPERTS.n_experts
-    assert sum(len(experts) for _, experts in shelf.asked) <= most if room == 24 else len(shelf.asked) > 3
-    assert len(shelf.held) <= room
+    budget = room * record_bytes(bundle)
+    with paged(bundle, budget, threads=threads, foresee=foresee) as (part, store):
+        for steps in ([1] * 40, [40], [13, 1, 26]):
+            sequence = part.open()
+            found = run_tokens(part, sequence, TEXT, steps)
+            assert found[0].tobytes() == expected[0].tobytes() and found[1].tobytes() == expected[1].tobytes()
+            assert found[2] == expected[2] and kv_bytes(sequence) == kv_bytes(one)
+            sequence.close()
+        report = store.report()
+        assert 0 < report.resident <= report.most <= budget
+        assert report.evicted == 0 if room == 24 else report.evicted > 0 or room > 3
+        assert (report.read_ahead > 0) == foresee
+        layers = [store.tables.layer(i).report() for i in range(3)]
+        assert all(sum(layer["taken"]) >= sum(layer["missed"]) for layer in layers) and sum(layers[0]["missed"])
+        assert all((layer["foreseen"] > 0) == (foresee and i > 0) for i, layer in enumerate(layers))
 
 
-def test_mixed_rows_pause_in_every_segment(model: RandomModel) -> None:
-    """Rows that enter and leave in the middle, with a source that must change experts in between."""
+def test_mixed_rows_in_every_segment(model: RandomModel, bundle: Bundle) -> None:
+    """Rows that enter and leave in the middle, with experts that must change in between."""
     hidden = np.random.default_rng(0).standard_normal((5, model.config.d_model)).astype(np.float32)
     results = []
-    for part in (open_part(model), paged(model, 8)[0], paged(model, 8, 2)[0]):
-        a, b, c = part.open(), part.open(), part.open()
-        rows = Rows().tokens(a, 0, TEXT[:9], leave=2, want=Want.HIDDEN, want_all=True)
-        rows.hidden(b, 0, hidden, enter=1, want=ALL).tokens(c, 0, TEXT[3:6], want=ALL, want_all=True)
-        result = part.step(rows)
-        results.append((result.hidden.tobytes(), result.logits.tobytes(), result.tokens))
+    room = 4 * record_bytes(bundle)
+    with paged(bundle, room) as (one, _), paged(bundle, room, threads=2) as (two, _):
+        for part in (open_part(model), one, two):
+            a, b, c = part.open(), part.open(), part.open()
+            rows = Rows().tokens(a, 0, TEXT[:9], leave=2, want=Want.HIDDEN, want_all=True)
+            rows.hidden(b, 0, hidden, enter=1, want=ALL).tokens(c, 0, TEXT[3:6], want=ALL, want_all=True)
+            result = part.step(rows)
+            results.append((result.hidden.tobytes(), result.logits.tobytes(), result.tokens))
     assert results[0] == results[1] == results[2]
 
 
-def test_a_chain_shares_one_source() -> None:
-    model = RandomModel("q4", random_config(experts=EXPERTS))
+def test_a_chain_shares_one_store(model: RandomModel, bundle: Bundle) -> None:
     whole = open_part(model)
     expected = run_tokens(whole, whole.open(), TEXT, [40])
-    shelf = Shelf(model, 9)
-    linked = chain([open_part(model, i, i + 1, experts=shelf) for i in range(3)])
+    store = ExpertStore(bundle, 5 * record_bytes(bundle))
+    source = bundle.without_experts()
+    linked = chain([open_part(source, i, i + 1, experts=store) for i in range(3)])
     for steps in ([40], [1] * 40):
         found = run_tokens(linked, linked.open(), TEXT, steps)
         assert found[0].tobytes() == expected[0].tobytes()
+    linked.close()
+    store.close()
 
 
-class Odd(Shelf):
-    """A source that does something wrong once it is told to."""
-
-    wrong = ""
-
-    def want(self, step: int, layer: int, wanted: Sequence[Wanted], foreseen: Sequence[Wanted]) -> None:
-        if self.wrong == "raises":
-            raise OSError("the disk is gone")
-        if self.wrong == "nothing":
-            return
-        super().want(step, layer, wanted, foreseen)
-        first, table = wanted[0].expert, self.tables.layer(layer)
-        if self.wrong == "evicts itself":
-            table.evict(first)
-        if self.wrong == "evicts twice":
-            self.tables.layer(2 - layer).evict(7)
-        if self.wrong == "number":
-            table.place(8, self.expert(layer, first))
-        if self.wrong == "shape":
-            e = self.expert(layer, first)
-            table.place(first, Expert(e.gate, e.down, e.up))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ("nothing", "did not bring"),
-        ("evicts itself", "while it is computed"),
-        ("evicts twice", "not held"),
-        ("number", "no expert 8"),
-        ("shape", "'up' of expert"),
-    ],
-)
-def test_a_wrong_source_is_one_error(wrong: str, match: str) -> None:
-    model = RandomModel("q4", random_config(experts=EXPERTS))
-    source = Odd(model, 24)
-    part = open_part(model, experts=source)
-    sequence = part.open()
-    source.wrong = wrong
-    with pytest.raises(EngineError, match=match):
-        part.step(Rows().tokens(sequence, 0, TEXT[:20]))
-    assert sequence.length == 0 and part.free_tokens == 1024
-
-
-def test_a_step_can_be_repeated_after_its_source_failed() -> None:
-    model = RandomModel("q4", random_config(experts=EXPERTS))
-    whole = open_part(model)
+def test_planes_by_share_are_the_same_resident_and_read(nested_bundle: Bundle) -> None:
+    tolerance = np.tile(np.array([0.1, 0.45, 0.7], np.float32), (3, 1))
+    whole = open_part(nested_bundle)
+    plain, _, _ = run_tokens(whole, whole.open(), TEXT, [40])
+    whole.tolerate(tolerance)
     expected, _, _ = run_tokens(whole, whole.open(), TEXT, [40])
-    source = Odd(model, 12)
-    part = open_part(model, threads=2, experts=source)
-    sequence = part.open()
-    run_tokens(part, sequence, TEXT[:10], [10])
-    source.wrong = "raises"
-    with pytest.raises(OSError, match="disk"):
-        part.step(Rows().tokens(sequence, 10, TEXT[10:]))
-    assert sequence.length == 10
-    source.wrong = ""
-    found, _, _ = run_tokens(part, sequence, TEXT[10:], [30])
-    assert found.tobytes() == expected[10:].tobytes()
+    assert not np.allclose(plain, expected)
+    with paged(nested_bundle, 4 * record_bytes(nested_bundle), threads=2) as (part, store):
+        part.tolerate(tolerance)
+        for steps in ([1] * 40, [40], [13, 1, 26]):
+            found, _, _ = run_tokens(part, part.open(), TEXT, steps)
+            assert found.tobytes() == expected.tobytes()
+        taken = np.sum([store.tables.layer(i).report()["taken"] for i in range(3)], axis=0)
+        assert taken[0] > taken[1] > taken[2] > 0
+    whole.tolerate(None)
+    again, _, _ = run_tokens(whole, whole.open(), TEXT, [40])
+    assert again.tobytes() == plain.tobytes()
+    for wrong in (tolerance[:, ::-1], tolerance[:2], tolerance[:, :2]):
+        with pytest.raises(EngineError, match="ascending"):
+            whole.tolerate(wrong)
 
 
-def test_experts_that_left_are_not_kept_alive() -> None:
-    """The engine holds on to resident experts only, so a source's byte budget is the process's."""
-    import gc
-    import weakref
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_so_many_planes_are_the_model_in_so_many_bits(nested_bundle: Bundle, planes: int) -> None:
+    format, least = nested.WIDTHS[planes - 1], np.full((3, 3), 9.0, np.float32)
+    least[:, :planes] = 0
+    narrow = RandomModel("n8", random_config(experts=EXPERTS))
+    for layer in narrow.layers:
+        for name, matrix in layer.items():
+            if name.startswith("experts."):
+                layer[name] = nested.view(cast(PackedMatrix, matrix), format)
+    expected_part = open_part(narrow)
+    expected, _, _ = run_tokens(expected_part, expected_part.open(), TEXT, [40])
+    resident = open_part(nested_bundle)
+    resident.tolerate(least)
+    with paged(nested_bundle, 4 * record_bytes(nested_bundle), planes=planes) as (part, _):
+        for one in (resident, part):
+            found, _, _ = run_tokens(one, one.open(), TEXT, [1] * 40)
+            assert found.tobytes() == expected.tobytes()
 
-    model = RandomModel("q4", random_config(experts=EXPERTS))
-    part, shelf = paged(model, 6)
-    made: list[weakref.ref[np.ndarray]] = []
-    plain = shelf.expert
 
-    def watched(layer: int, index: int) -> Expert:
-        expert = plain(layer, index)
-        made.append(weakref.ref(cast(np.ndarray, expert.gate.arrays["codes"])))
-        return expert
+def record(chosen: list[list[int]]) -> Routing:
+    """The same experts in all three layers, foreseen rightly."""
+    named: NDArray[np.int32] = np.repeat(np.array(chosen, np.int32)[:, None], 3, axis=1)
+    return Routing(named, np.full(named.shape, 0.5, np.float32), named)
 
-    shelf.expert = watched  # type: ignore[method-assign]
-    sequence = part.open()
-    for at, token in enumerate(TEXT):
-        part.step(Rows().tokens(sequence, at, [token]))
-    gc.collect()
-    assert len(made) > 20
-    assert sum(ref() is not None for ref in made) == len(shelf.held) <= 6
+
+def test_recorded_routing_is_followed(model: RandomModel, bundle: Bundle) -> None:
+    """Every position takes what the record says, over and over; a mixture of one expert only is that expert."""
+    part = open_part(model)
+    own, _, _ = run_tokens(part, part.open(), TEXT, [40])
+    part.replay(record([[0, 1], [2, 3]]))
+    found, _, _ = run_tokens(part, part.open(), TEXT, [40])
+    assert not np.allclose(own, found)
+    with paged(bundle, 24 * record_bytes(bundle)) as (other, store):
+        other.replay(record([[0, 1], [2, 3]]))
+        again, _, _ = run_tokens(other, other.open(), TEXT, [1] * 40)
+        assert again.tobytes() == found.tobytes()
+        assert (store.tables.count[:, :4, 0] == 20).all() and not store.tables.count[:, 4:].any()
+        right = [store.tables.layer(i).report() for i in range(3)]
+        assert [(one["foreseen"], one["foreseen_right"]) for one in right] == [(0, 0), (80, 80), (80, 80)]
+    part.replay(None)
+    back, _, _ = run_tokens(part, part.open(), TEXT, [40])
+    assert back.tobytes() == own.tobytes()
+    for wrong in (record([[0, 8]]), record([[0, 1, 2]]), record([[0, -1]])):
+        with pytest.raises(EngineError, match="recorded routing"):
+            part.replay(wrong)
+
+
+@pytest.mark.parametrize(("policy", "stays"), [("lru", 4), ("lfu", 0), ("lfru", 0)])
+def test_policies_differ_in_what_leaves(bundle: Bundle, policy: str, stays: int) -> None:
+    """Experts 0 and 1 are taken often, then 2 to 5 once each: who was used often outlives who was used last, or not."""
+    steps = [[0, 1]] * 8 + [[2, 3], [4, 5]]
+    with paged(bundle, 12 * record_bytes(bundle), policy=policy, foresee=False) as (part, store):
+        part.replay(record(steps))
+        run_tokens(part, part.open(), TEXT[:10], [1] * 10)
+        held = (store.tables.ready() > 0).sum(axis=0)
+        assert held[stays] == held[stays + 1] == 3 and held.sum() == 12
+
+
+def test_a_budget_below_the_floor_names_the_least(bundle: Bundle) -> None:
+    with pytest.raises(DeviceError, match="does not hold the experts that one layer needs at once") as raised:
+        ExpertStore(bundle, 2 * record_bytes(bundle))
+    least = float(raised.value.remedy.split()[3])
+    ExpertStore(bundle, int(least * 1e6)).close()
+    with pytest.raises(DeviceError, match="policy"):
+        ExpertStore(bundle, 1 << 30, policy="none")
+
+
+def damage(bundle: Bundle, layer: int, at: int) -> None:
+    with (bundle.path / expert_file(layer)).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+@pytest.mark.parametrize("foresee", [False, True])
+def test_an_altered_expert_is_found_when_it_is_read(nested_bundle: Bundle, foresee: bool) -> None:
+    records = nested_bundle.records(1)
+    damage(nested_bundle, 1, records.offset(5, 2) + 100)
+    whole = RandomModel("n8", random_config(experts=EXPERTS))
+    reference = open_part(whole)
+    with paged(nested_bundle, 8 * record_bytes(nested_bundle), foresee=foresee) as (part, _):
+        for routing in (record([[0, 1]]), record([[2, 5]])):
+            part.replay(routing)
+            reference.replay(routing)
+            sequence = part.open()
+            if routing.chosen[0, 0, 0] == 0:
+                found = run_tokens(part, sequence, TEXT[:5], [1] * 5)
+                assert found[0].tobytes() == run_tokens(reference, reference.open(), TEXT[:5], [5])[0].tobytes()
+                continue
+            for _ in range(2):  # it stays so
+                with pytest.raises(BundleError, match=r"expert 5 of layer 1 in experts-001.*a checksum does not match"):
+                    part.step(Rows().tokens(sequence, 0, TEXT[:1]))
+                assert sequence.length == 0
+
+
+def test_a_file_that_ends_is_one_error(nested_bundle: Bundle) -> None:
+    with paged(nested_bundle, 8 * record_bytes(nested_bundle), foresee=False) as (part, _):
+        os.truncate(nested_bundle.path / expert_file(2), nested_bundle.records(2).start)
+        with pytest.raises(BundleError, match="ends too early"):
+            part.step(Rows().tokens(part.open(), 0, TEXT[:1]))
+
+
+def test_a_disk_that_fails_is_one_error(nested_bundle: Bundle) -> None:
+    with paged(nested_bundle, 8 * record_bytes(nested_bundle), foresee=False) as (part, store):
+        os.dup2(folder := os.open("/", os.O_RDONLY), store._files[1])
+        os.close(folder)
+        with pytest.raises(DeviceError, match=r"layer 1.*cannot be read: Is a directory"):
+            part.step(Rows().tokens(part.open(), 0, TEXT[:1]))
+
+
+def test_a_disk_that_stalls_is_one_error(nested_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_layers, "PATIENCE", 0.02)
+    with paged(nested_bundle, 8 * record_bytes(nested_bundle), bytes_per_second=200_000.0) as (part, _):
+        sequence = part.open()
+        with pytest.raises(DeviceError, match="the disk does not give"):
+            part.step(Rows().tokens(sequence, 0, TEXT[:1]))
+        assert sequence.length == 0 and part.free_tokens == 1024
+
+
+def test_a_slower_device_takes_its_time(nested_bundle: Bundle) -> None:
+    """All bytes pass through the pretended device, which was busy for as long as it takes them."""
+    rate = 2_000_000.0
+    with paged(nested_bundle, 24 * record_bytes(nested_bundle), bytes_per_second=rate, foresee=False) as (part, store):
+        run_tokens(part, part.open(), TEXT[:4], [1] * 4)
+        report = store.reader.report()
+        assert report.bytes > 100_000 and report.busy >= 0.9 * report.bytes / rate
+
+
+def test_damaged_headers_are_refused(nested_bundle: Bundle) -> None:
+    path = nested_bundle.path / expert_file(0)
+    good = path.read_bytes()
+    for old, new in (
+        (b'"experts.3.up.p1"', b'"experts.3.up.pX"'),
+        (b"crc32c", b"crc32d"),
+        (b'\\"planes\\"', b'\\"planet\\"'),
+    ):
+        assert old in good
+        path.write_bytes(good.replace(old, new))
+        if new == b'\\"planet\\"':
+            nested_bundle.records(0)  # of no use to anybody
+            continue
+        with pytest.raises(BundleError, match="experts-000"):
+            nested_bundle.records(0)
+    path.write_bytes(good)
+    nested_bundle.records(0)
+
+
+def test_expert_files_are_safetensors(nested_bundle: Bundle) -> None:
+    numpy = pytest.importorskip("safetensors.numpy")
+    tensors, layer = numpy.load_file(nested_bundle.path / expert_file(1)), nested_bundle.layer(1)
+    for expert in range(8):
+        matrix = cast(PackedMatrix, layer[f"experts.{expert}.down"])
+        for name, array in matrix.arrays.items():
+            assert np.array_equal(tensors[f"experts.{expert}.down.{name}"], array)
+    records = nested_bundle.records(1)
+    assert records.start % 4096 == 0 and all(size % 4096 == 0 for size in records.plane_sizes)
+
+
+def test_checksums_are_castagnolis() -> None:
+    """The check value of the catalogue of parametrised CRC algorithms, and of RFC 3720."""
+    assert crc32c(b"123456789") == 0xE3069283 and crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
 
 
 def test_the_weights_of_experts_are_the_softmax_of_the_router() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.config import DecoderConfig, ExpertsConfig, LatentConfig
 from isthmus.protocol.errors import EngineError
-from tests.expert_shelf import Shelf
 from tests.native_tools import kv_bytes, open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
+from tests.stored_experts import paged, record_bytes, stored
 
 pytestmark = pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
 PLAIN = random_config(full=False)
@@ -113,13 +114,14 @@ def test_a_sliding_window_with_sinks_goes_on(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [name for name, config in CASES.items() if config.experts])
-def test_experts_that_come_late_have_their_biases(case: str) -> None:
+def test_experts_that_come_late_have_their_biases(case: str, tmp_path: Path) -> None:
     model = RandomModel("q4", CASES[case])
-    whole, paged = open_part(model), open_part(model, experts=Shelf(model, 8), threads=2)
+    whole, bundle = open_part(model), stored(model, tmp_path / "bundle")
     expected = run_tokens(whole, whole.open(), TEXT, [40])
-    for steps in ([40], [1] * 40):
-        found = run_tokens(paged, paged.open(), TEXT, steps)
-        assert found[0].tobytes() == expected[0].tobytes() and found[2] == expected[2]
+    with paged(bundle, 5 * record_bytes(bundle), threads=2) as (part, _):
+        for steps in ([40], [1] * 40):
+            found = run_tokens(part, part.open(), TEXT, steps)
+            assert found[0].tobytes() == expected[0].tobytes() and found[2] == expected[2]
 
 
 def test_a_missing_weight_is_named() -> None:
