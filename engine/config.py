@@ -36,6 +36,10 @@ class ExpertsConfig:
         bias: whether gate, up and down have biases.
         swiglu_limit: 0 for SiLU(gate) up; else (up + 1) gate sigmoid(swiglu_alpha gate), with gate at most
             `swiglu_limit` and up within -swiglu_limit..swiglu_limit.
+        weigh: whether the chosen experts' outputs are weighted at all; if not each of them counts in full, and the
+            router only selects.
+        pre_gate: whether the router reads the normalized feed-forward input of the layer before, so that a layer's
+            experts are known one layer ahead; that of the first layer reads its own.
         dense_layers: the layers that have no experts but a feed-forward network of `DecoderConfig.d_ff`, ascending.
     """
 
@@ -57,6 +61,8 @@ class ExpertsConfig:
     swiglu_alpha: float = 1.0
     swiglu_limit: float = 0.0
     dense_layers: tuple[int, ...] = ()
+    weigh: bool = True
+    pre_gate: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.n_experts <= MAX_EXPERTS:

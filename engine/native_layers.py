@@ -82,6 +82,7 @@ class Layers:
                 *("d_shared", "jitter", "swiglu_alpha", "swiglu_limit"),
             ):
                 setattr(part, name, getattr(experts, name))
+            part.unweighed, part.pre_gate = not experts.weigh, experts.pre_gate
             part.score = SCORES.index(experts.score)
             part.patience_ns, part.half_life = int(PATIENCE * 1e9), HALF_LIFE
             if self.experts is not None:

@@ -62,6 +62,7 @@ class NativePart:
         self.lock = workers.lock  # of the threads that a step, and whatever changes its tables, must have to itself
         self.config: DecoderConfig = layers[0].config
         self.start, self.end = layers[0].start, layers[-1].end
+        self._ahead = self.config.experts is not None and self.config.experts.pre_gate
         self.kv_bytes_per_token = sum(piece.pool.memory.shape[1] for piece in layers) // KV_BLOCK
         self._call = module.ffi.new("im_step_call *")
         self._rows_c = module.ffi.new("im_row[]", STEP_ROWS)
@@ -213,6 +214,9 @@ class NativePart:
             leave = self.end
         if not self.start <= span.enter <= leave <= self.end:
             raise EngineError(f"rows of layers [{span.enter}, {leave})", f"this part has [{self.start}, {self.end})")
+        if span.enter and self._ahead:
+            problem = f"rows enter at layer {span.enter}, whose experts are chosen in the layer before"
+            raise EngineError(problem, "this model runs whole on one side: use local or stream mode")
         first, last = span.enter - self.start, leave - self.start
         held = min((filled or sequence.filled)[first:last], default=sequence.length)
         if count < 1 or not 0 <= position <= held:

@@ -13,6 +13,14 @@ static const im_part *part_of(const im_step_call *c, int layer, int *index) {
   return c->parts[p];
 }
 
+// NULL behind the last one
+static const im_layer *layer_of(const im_step_call *c, int layer) {
+  int part;
+  if (layer >= c->parts[c->n_parts - 1]->end) return NULL;
+  const im_part *p = part_of(c, layer, &part);
+  return &p->layers[layer - p->start];
+}
+
 void im_linear_targets(im_engine *e, const target *t, int n, const im_acts *acts, int rows, int thread) {
   int total = 0, done = 0;
   for (int i = 0; i < n; i++) total += im_pad(t[i].w->rows, 16) / 16;
@@ -158,7 +166,7 @@ static void walk(void *argument, int thread) {
       const im_layer *l = &p->layers[layer - p->start];
       im_attention(&w, p, part, layer, active, g->count);
       if (!l->experts) im_dense(&w, p, l, active, g->count);
-      else if (!im_experts(&w, p, l, layer + 1 < p->end ? l + 1 : NULL, layer, active, g->count)) return;
+      else if (!im_experts(&w, p, l, layer_of(c, layer + 1), layer, active, g->count)) return;
     }
   }
   give_hidden(&w);

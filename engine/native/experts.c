@@ -239,12 +239,21 @@ static int row_wants(const im_part *p, const routes *a, const routes *b, int row
   return same;
 }
 
+static void copy_routes(const im_part *p, const routes *from, routes *to, int row) {
+  const size_t at = (size_t)row * (size_t)p->top_k, bytes = (size_t)p->top_k * 4;
+  memcpy(to->chosen + at, from->chosen + at, bytes);
+  memcpy(to->planes + at, from->planes + at, bytes);
+  memcpy(to->weights + at, from->weights + at, bytes);
+}
+
 // This layer's routes to `now`, and where they are asked for early, the next one's to `next`.
 static void route(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer,
                   const int32_t *active, int count, const im_acts *acts) {
   im_engine *e = w->e;
   const size_t ldy = (size_t)im_pad(p->n_experts, 16);
-  if (next) {
+  if (next && p->pre_gate) {
+    im_linear_targets(e, (target[]){{&next->router, e->next.logits, ldy}}, 1, acts, count, w->thread);
+  } else if (next) {
     for (int i = w->thread; i < count; i += e->threads)
       norm_row(e, p, e->shared.x + (size_t)active[i] * e->w.d_pad, next->ffn_norm, next->ffn_norm_bias,
                e->next.x + (size_t)i * e->w.d_pad);
@@ -256,7 +265,8 @@ static void route(walker *w, const im_part *p, const im_layer *l, const im_layer
   meet(w);
   for (int i = w->thread; i < count; i += e->threads) {
     const int row = active[i];
-    im_route(p, l, layer, &w->c->rows[row], e->now.logits + (size_t)i * ldy, &e->now, row, 0);
+    if (p->pre_gate && e->next.layer[row] == layer) copy_routes(p, &e->next, &e->now, row);
+    else im_route(p, l, layer, &w->c->rows[row], e->now.logits + (size_t)i * ldy, &e->now, row, 0);
     if (e->next.layer[row] == layer) {
       __atomic_fetch_add(&l->traffic->foreseen, p->top_k, __ATOMIC_RELAXED);
       __atomic_fetch_add(&l->traffic->foreseen_right, row_wants(p, &e->next, &e->now, row), __ATOMIC_RELAXED);
@@ -297,7 +307,7 @@ int im_experts(walker *w, const im_part *p, const im_layer *l, const im_layer *n
                int count) {
   im_engine *e = w->e;
   const im_acts acts = acts_of(&e->shared, e->shared.normed, e->w.d_pad, 0);
-  if (!p->foresee || (next && !next->experts)) next = NULL;
+  if (!(p->foresee || p->pre_gate) || (next && !next->experts)) next = NULL;
   im_ffn_norm(w, p, l, active, count, 1);
   route(w, p, l, next, layer, active, count, &acts);
   if (w->thread == 0) want(e, p, l, layer, &e->now, active, count);

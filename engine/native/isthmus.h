@@ -66,6 +66,7 @@ typedef struct {  // layers [start, end)
   int32_t d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, start, end;
   int32_t n_experts, top_k, renormalize, d_expert;
   int32_t foresee;  // whether the next layer's router is asked early
+  int32_t unweighed, pre_gate;  // chosen experts count in full; routers read what the layer before them reads
   float norm_eps, rope_scale;
   const float *inv_freq;  // [head_dim / 2]
   int32_t has_embedding, has_head, has_input;
