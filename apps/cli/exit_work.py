@@ -30,12 +30,12 @@ def working(bundle: Bundle, work: Path | None = None, threads: int = 0) -> Itera
     from isthmus.split.exit_run import ExitRun, work_folder, working_in
 
     folder = work or work_folder(bundle.model_id)
-    with ending_cleanly(), working_in(folder), _progress() as say:
+    with ending_cleanly(), working_in(folder), bars() as say:
         yield ExitRun(bundle, folder, say, threads)
 
 
 @contextmanager
-def _progress() -> Iterator[Say]:
+def bars() -> Iterator[Say]:
     """Bars on a terminal; without one a line now and then, and one when a step is done."""
     import sys
     import time

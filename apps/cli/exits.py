@@ -101,7 +101,7 @@ def train(
     try:
         from isthmus.split.exit_training import Recipe
     except ModuleNotFoundError as error:
-        raise ModelError("training exits needs PyTorch", _get_torch()) from error
+        raise ModelError("training exits needs PyTorch", get_torch()) from error
     rows, stays = [], []
     with working(opened, work, threads) as run:
         tokenizer, room = opened.tokenizer(), opened.config.context_length
@@ -134,7 +134,7 @@ def train(
                     f"{megabytes / emits:.1f}" if emits else "-",
                 )
             )
-    _table(["exit", "names", "texts", "answers", "emits", "MB/token", "MB/emitted"], rows)
+    table(["exit", "names", "texts", "answers", "emits", "MB/token", "MB/emitted"], rows)
     print(AGREES)
     for line in stays:
         print(line)
@@ -268,7 +268,7 @@ def measure(
                     f"{megabytes / share:.1f}" if share else "-",
                 )
             )
-    _table(["exit", "agrees", "threshold", "emits", "disagrees", "MB/token", "MB/emitted"], rows)
+    table(["exit", "agrees", "threshold", "emits", "disagrees", "MB/token", "MB/emitted"], rows)
     if check:
         print("the certificates follow from these prompts and answers")
 
@@ -299,7 +299,7 @@ def _without(kept: Certificate | None) -> str:
     )
 
 
-def _get_torch() -> str:
+def get_torch() -> str:
     """How PyTorch is installed without gigabytes for GPUs."""
     import platform
     import sys
@@ -408,7 +408,7 @@ def _numbers(layers: str, n_layers: int) -> list[int]:
     return found
 
 
-def _table(titles: list[str], rows: Sequence[tuple[str, ...]]) -> None:
+def table(titles: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -54,6 +54,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "fetch": Entry("isthmus.apps.cli.fetch", "Download a model: smollm2, or a Hugging Face repository"),
         "split": Entry("isthmus.apps.cli.split", "Turn a model into a bundle that can be cut at any layer"),
         "exits": Entry("isthmus.apps.cli.exits", "Train early exits for a bundle, certify and measure them"),
+        "moefy": Entry("isthmus.apps.cli.moefy", "Make a mixture of experts of a dense model"),
         "inspect": Entry("isthmus.apps.cli.inspect", "Show a bundle's layers, bytes, family and hashes"),
         "keys": Entry("isthmus.apps.cli.keys", "Make keys and say which devices a cloud lets in"),
     },

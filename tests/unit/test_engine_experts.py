@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -20,9 +21,11 @@ from isthmus.engine.reader import crc32c
 from isthmus.engine.routing import Routing
 from isthmus.protocol.errors import BundleError, DeviceError, EngineError
 from isthmus.quant import nested
+from isthmus.quant.groups import dequantize, quantize
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.bundle import Bundle
 from isthmus.split.manifest import expert_file
+from isthmus.split.roles import Weights
 from tests.native_tools import ALL, kv_bytes, open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
 from tests.stored_experts import paged, record_bytes, stored
@@ -319,3 +322,50 @@ def test_the_weights_of_experts_are_the_softmax_of_the_router() -> None:
         weights = p[best] / (p[best].sum() if renormalize else 1)
         expected = x + sum(w * (deltas[e] - x) for w, e in zip(weights, best, strict=True))
         assert np.abs(out - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_experts_that_are_not_weighed_count_in_full() -> None:
+    one = RandomModel("f32", random_config(experts=ExpertsConfig(1, 1, 40)))
+    apart = RandomModel("f32", random_config(experts=ExpertsConfig(2, 2, 20, weigh=False)))
+    whole = [one.layer(index) for index in range(one.config.n_layers)]
+    routers = [apart.layer(index)["router"] for index in range(one.config.n_layers)]
+
+    def halves(index: int) -> Weights:
+        found = {name: value for name, value in whole[index].items() if not name.startswith("experts.")}
+        found["router"] = routers[index]
+        for name in ("gate", "up", "down"):
+            w = dequantize(cast(PackedMatrix, whole[index][f"experts.0.{name}"]))
+            for e, half in enumerate(np.split(w, 2, axis=1 if name == "down" else 0)):
+                found[f"experts.{e}.{name}"] = quantize(np.ascontiguousarray(half), "f32")
+        return found
+
+    apart.layer = halves  # type: ignore[method-assign]
+    found = []
+    for model in (one, apart):
+        part = open_part(model)
+        found.append(run_tokens(part, part.open(), TEXT, [40])[0])
+    assert np.abs(found[0]).max() > 0.1
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+
+
+def test_a_pre_gate_names_experts_one_layer_ahead(tmp_path: Path) -> None:
+    """A layer's experts are those that its router names from what the layer before reads; all are foreseen rightly."""
+    plain = RandomModel("f32", random_config(experts=EXPERTS))
+    gated = RandomModel("f32", random_config(experts=replace(EXPERTS, pre_gate=True)))
+    usual, part = open_part(plain), open_part(gated)
+    own, _, _ = run_tokens(usual, usual.open(), TEXT, [40])
+    expected, _, _ = run_tokens(part, part.open(), TEXT, [40])
+    assert not np.allclose(own, expected)
+    bundle = stored(gated, tmp_path / "gated")
+    with paged(bundle, 6 * record_bytes(bundle), threads=2) as (other, store):
+        for steps in ([1] * 40, [13, 1, 26]):
+            found, _, _ = run_tokens(other, other.open(), TEXT, steps)
+            assert found.tobytes() == expected.tobytes()
+        for layer in (1, 2):
+            told = store.tables.layer(layer).report()
+            assert told["foreseen"] == told["foreseen_right"] > 0
+    linked = chain([open_part(gated, i, i + 1) for i in range(3)])
+    found, _, _ = run_tokens(linked, linked.open(), TEXT, [7] * 5 + [5])
+    assert found.tobytes() == expected.tobytes()
+    with pytest.raises(EngineError, match="chosen in the layer before"):
+        part.step(Rows().hidden(part.open(), 0, np.ones((1, 72), np.float32), enter=1, want=Want.SAMPLE))
