@@ -179,6 +179,32 @@ class Layers:
         for i in layers:
             self.c_part.layers[i].tolerance = ffi.cast("float *", held[i].ctypes.data)
 
+    def record(self, positions: int) -> Routing | None:
+        """Writes down what routers say of positions [0, positions) from now on, in the arrays of the `Routing` that it
+        returns; 0 ends that. What is foreseen is asked for as well.
+
+        Raises:
+            EngineError: no layer has experts.
+        """
+        experts, ffi = self.config.experts, native().ffi
+        self.c_part.record = ffi.NULL
+        if not positions:
+            self.c_part.foresee = self.experts is not None and self.experts.foresee
+            return None
+        if experts is None:
+            raise EngineError("no layer has experts", "record the routing of a mixture")
+        shape = (positions, self.end - self.start, experts.top_k)
+        found = Routing(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32))
+        memory = Memory()
+        record = memory.keep(ffi.new("im_record *"))
+        record.positions = positions
+        record.chosen = memory.pointer(found.chosen, "int32_t *")
+        record.foreseen = memory.pointer(found.foreseen, "int32_t *")
+        record.weights = memory.pointer(found.weights, "float *")
+        self.c_part.record, self._written = record, memory
+        self.c_part.foresee = 1
+        return found
+
     def replay(self, routing: Routing | None) -> None:
         """Takes experts and weights from a record, position by position and from its beginning again behind its end;
         None for what the routers say.

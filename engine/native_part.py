@@ -133,6 +133,11 @@ class NativePart:
         with self.lock:
             self._layers[0].tolerate(tolerance)
 
+    def record(self, positions: int) -> Routing | None:
+        """Writes down what routers say; see `Layers.record`. For parts that are no chain."""
+        with self.lock:
+            return self._layers[0].record(positions)
+
     def replay(self, routing: Routing | None) -> None:
         """Takes experts from a record; see `Layers.replay`. For parts that are no chain."""
         with self.lock:

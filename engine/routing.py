@@ -17,8 +17,8 @@ class Routing:
     Attributes:
         chosen: int32 [positions, layers, top_k], by falling weight.
         weights: float32 [positions, layers, top_k] of their outputs.
-        foreseen: int32 [positions, layers, top_k], what was named for each layer one layer early; the first layer's row
-            means nothing.
+        foreseen: int32 [positions, layers, top_k], what was named for each layer one layer early; of the first layer,
+            which nobody foresees, what it chose.
     """
 
     chosen: NDArray[np.int32]

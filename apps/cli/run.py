@@ -131,15 +131,11 @@ def command(
             help="For a mixture of experts: memory that they may take, in MB; others are read when they are needed",
         ),
     ] = None,
-    experts: Annotated[
-        str,
-        typer.Option(
-            metavar="exact|bounded",
-            help="With --expert-mb: all bits of each expert, or as few as the bundle's certificate allows",
-        ),
-    ] = "exact",
     expert_bits: Annotated[
-        int, typer.Option("--expert-bits", help="With --expert-mb: at most 2, 4 or 8 bits of each expert; 0 for all")
+        int,
+        typer.Option(
+            "--expert-bits", help="With --expert-mb: read nested experts with 2, 4 or 8 bits; 0 for all that are there"
+        ),
     ] = 0,
     flash_mb_s: Annotated[
         float, typer.Option("--flash-mb-s", help="With --expert-mb: pretend that flash reads so many MB/s; 0 for none")
@@ -241,7 +237,7 @@ def command(
             draft_depth=draft_depth,
             threads=threads,
             memory_mb=memory_mb,
-            experts=None if expert_mb is None else ExpertSettings(expert_mb, experts, expert_bits, flash_mb_s),  # type: ignore[arg-type]
+            experts=None if expert_mb is None else ExpertSettings(expert_mb, expert_bits, flash_mb_s),
             kv_tokens=kv_tokens,
             overflow=overflow,  # type: ignore[arg-type]
             on_rollback=screen.rollback if on_rollback == "replace" and not json else on_rollback,  # type: ignore[arg-type]
@@ -326,7 +322,7 @@ def _check_effects(ctx: typer.Context) -> None:
                 refuse(name.replace("_", "-"), "has no effect without --cloud", "name a cloud, or leave it out")
     if {"keys", "no_keys"} <= given:
         refuse("keys", "has no effect with --no-keys", "choose one of them")
-    for name in ("experts", "expert_bits", "flash_mb_s"):
+    for name in ("expert_bits", "flash_mb_s"):
         if name in given and "expert_mb" not in given:
             refuse(name.replace("_", "-"), "has no effect without --expert-mb", "add that, or leave it out")
     if {"greedy", "temperature"} <= given:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, get_args
 
 from isthmus.protocol.errors import DeviceError
-
-Quality = Literal["exact", "bounded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,21 +14,17 @@ class ExpertSettings:
 
     Attributes:
         mb: memory that experts may take, in 10^6 bytes.
-        quality: "exact" (all bits of each expert) or "bounded" (as few as the bundle's certificate allows).
         bits: 2, 4 or 8: nested experts are read with so many bits at most; 0 for all that are there.
         flash_mb_s: pretends that flash reads so many 10^6 bytes a second; 0 for what it does.
     """
 
     mb: float
-    quality: Quality = "exact"
     bits: int = 0
     flash_mb_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mb < inf:
             raise DeviceError(f"expert_mb is {self.mb}", "give a positive number of megabytes")
-        if self.quality not in get_args(Quality):
-            raise DeviceError(f"experts is {self.quality!r}", f"choose {' or '.join(get_args(Quality))}")
         if self.bits not in (0, 2, 4, 8):
             raise DeviceError(f"expert_bits is {self.bits}", "choose 2, 4 or 8, or 0 for all")
         if not 0 <= self.flash_mb_s < inf:

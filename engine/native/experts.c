@@ -246,6 +246,16 @@ static void copy_routes(const im_part *p, const routes *from, routes *to, int ro
   memcpy(to->weights + at, from->weights + at, bytes);
 }
 
+static void write_down(const im_part *p, const routes *now, const routes *foreseen, int layer, int row, int position) {
+  const im_record *r = p->record;
+  if (position >= r->positions) return;
+  const size_t k = (size_t)p->top_k, from = (size_t)row * k;
+  const size_t to = ((size_t)position * (size_t)(p->end - p->start) + (size_t)(layer - p->start)) * k;
+  memcpy(r->chosen + to, now->chosen + from, k * 4);
+  memcpy(r->weights + to, now->weights + from, k * 4);
+  memcpy(r->foreseen + to, (foreseen->layer[row] == layer ? foreseen : now)->chosen + from, k * 4);
+}
+
 // This layer's routes to `now`, and where they are asked for early, the next one's to `next`.
 static void route(walker *w, const im_part *p, const im_layer *l, const im_layer *next, int layer,
                   const int32_t *active, int count, const im_acts *acts) {
@@ -271,6 +281,7 @@ static void route(walker *w, const im_part *p, const im_layer *l, const im_layer
       __atomic_fetch_add(&l->traffic->foreseen, p->top_k, __ATOMIC_RELAXED);
       __atomic_fetch_add(&l->traffic->foreseen_right, row_wants(p, &e->next, &e->now, row), __ATOMIC_RELAXED);
     }
+    if (p->record) write_down(p, &e->now, &e->next, layer, row, w->c->rows[row].position);
     if (!next) continue;
     im_route(p, next, layer + 1, &w->c->rows[row], e->next.logits + (size_t)i * ldy, &e->next, row, 1);
     e->next.layer[row] = layer + 1;

@@ -43,6 +43,12 @@ typedef struct {  // routing that was recorded, instead of the router's: [positi
   const float *weights;
 } im_replay;
 
+typedef struct {  // where what routers say is written down: as im_replay
+  int32_t positions;  // rows of later ones are left out
+  int32_t *chosen, *foreseen;
+  float *weights;
+} im_record;
+
 typedef struct {  // NULL or format -1: the layer has none
   const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias;
   im_matrix q, k, v, o, gate, up, down, router;
@@ -79,6 +85,7 @@ typedef struct {  // layers [start, end)
   int64_t patience_ns;  // how long a step waits for a read
   float half_life;      // of im_use.rate, in steps
   const im_replay *replay;  // NULL: routers decide
+  const im_record *record;  // NULL: nobody writes down
   int32_t kv_f32;    // KV in float32 instead of float16
   uint8_t *kv;       // blocks of 16 positions
   size_t kv_block_bytes;

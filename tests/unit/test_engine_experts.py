@@ -173,6 +173,24 @@ def test_recorded_routing_is_followed(model: RandomModel, bundle: Bundle) -> Non
             part.replay(wrong)
 
 
+def test_what_was_recorded_replays_to_the_same_bits(model: RandomModel) -> None:
+    part = open_part(model, threads=2)
+    own, _, _ = run_tokens(part, part.open(), TEXT, [40])
+    written = part.record(30)
+    assert written is not None
+    again, _, _ = run_tokens(part, part.open(), TEXT, [13, 1, 26])
+    assert again.tobytes() == own.tobytes()
+    part.record(0)
+    assert (written.weights > 0).all() and (np.diff(written.weights, axis=2) <= 0).all()
+    assert (written.foreseen[:, 0] == written.chosen[:, 0]).all() and (written.foreseen != written.chosen).any()
+    other = open_part(model)
+    other.replay(written)
+    found, _, _ = run_tokens(other, other.open(), TEXT[:30], [1] * 30)
+    assert found.tobytes() == own[:30].tobytes()
+    with pytest.raises(EngineError, match="no layer has experts"):
+        open_part(RandomModel("q4", random_config())).record(3)
+
+
 @pytest.mark.parametrize(("policy", "stays"), [("lru", 4), ("lfu", 0), ("lfru", 0)])
 def test_policies_differ_in_what_leaves(bundle: Bundle, policy: str, stays: int) -> None:
     """Experts 0 and 1 are taken often, then 2 to 5 once each: who was used often outlives who was used last, or not."""
