@@ -73,7 +73,7 @@ class Records:
         Raises:
             BundleError: the file is missing or truncated, or its header describes something else.
         """
-        file = TensorFile(path)
+        file = TensorFile(path, sparse=True)
         experts, name = config.experts, path.name
         assert experts is not None
         try:

@@ -62,6 +62,7 @@ class TensorFile:
         path: the file.
         error: the class of the errors raised.
         sha256: the hash that the file must have, in hex; it is taken of the mapped bytes, which are the ones used.
+        sparse: whether little of it will be looked at, and nothing beside that shall be read.
 
     Attributes:
         tensors: by name.
@@ -71,7 +72,9 @@ class TensorFile:
         IsthmusError: the file is missing, truncated or altered, or its header does not fit its bytes.
     """
 
-    def __init__(self, path: Path, error: type[IsthmusError] = BundleError, sha256: str | None = None) -> None:
+    def __init__(
+        self, path: Path, error: type[IsthmusError] = BundleError, sha256: str | None = None, sparse: bool = False
+    ) -> None:
         self.path = path
         self._error = error
         try:
@@ -79,6 +82,8 @@ class TensorFile:
                 self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as problem:
             raise error(f"cannot read {path}: {problem}", "check that the file is there and is not empty") from problem
+        if sparse and hasattr(mmap, "MADV_RANDOM"):
+            self.buffer.madvise(mmap.MADV_RANDOM)
         if sha256 is not None and hashlib.sha256(self.buffer).hexdigest() != sha256:
             raise error(
                 f"{path} was altered: its sha256 is not the listed one", "remove it, and fetch or split the model again"

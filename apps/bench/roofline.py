@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.split.manifest import EMBEDDING, HEAD, Manifest
+from isthmus.split.manifest import EMBEDDING, HEAD, Manifest, expert_file
 
 BUFFER_BYTES = 128 << 20  # far beyond a core's own caches, small enough for a small device
 REPEATS = 5
@@ -38,9 +38,13 @@ def read_bandwidth(threads: int, *, buffer_bytes: int = BUFFER_BYTES, repeats: i
 
 
 def token_bytes(manifest: Manifest) -> int:
-    """Bytes of weights that one decoded token reads: everything but an embedding that is not the head as well."""
-    unread = EMBEDDING if HEAD in manifest.files else None
-    return sum(e.bytes for name, e in manifest.files.items() if name.startswith("weights/") and name != unread)
+    """Bytes of weights that one decoded token reads: everything but an embedding that is not the head as well, and of
+    experts those that a token takes."""
+    experts, unread = manifest.config.experts, EMBEDDING if HEAD in manifest.files else None
+    routed = {expert_file(layer) for layer in range(manifest.config.n_layers) if manifest.config.experts_of(layer)}
+    sizes = {name: one.bytes for name, one in manifest.files.items() if name.startswith("weights/") and name != unread}
+    taken = sum(size for name, size in sizes.items() if name in routed)
+    return sum(sizes.values()) - (taken - taken * experts.top_k // experts.n_experts if experts else 0)
 
 
 def steal_ticks(root: Path = Path("/")) -> tuple[int, int]:

@@ -129,7 +129,8 @@ def _print(facts: dict[str, Any]) -> None:
     heads = f"{c['n_heads']} query and {c['n_kv_heads']} KV heads of {c['head_dim']}"
     if latent := c.get("latent"):
         heads = f"{c['n_heads']} heads over latents of {latent['kv_rank']} and rotated keys of {latent['d_rotated']}"
-    experts = f", {c['experts']['n_experts']} experts" if c["experts"] else ""
+    routed = c["experts"]
+    experts = f", {routed['top_k']} of {routed['n_experts']} experts of {routed['d_expert']}" if routed else ""
     windows = sorted({window for window in c["windows"] if window})
     formats = sorted({format for file in facts["files"] for format in file["formats"]})
     weights = f"{', '.join(formats) or 'none here'} (split with --format {facts['weights']})"

@@ -12,7 +12,7 @@ import re
 from isthmus.protocol.errors import BundleError, IsthmusError, ModelError
 
 _KEYWORDS = re.compile(
-    r"(?<![\w/.'-])(kv_format|kv_share|kv_tokens|max_disagreement|max_sessions|max_tokens|memory_mb|top_k|top_p)(?![\w/.'-])"
+    r"(?<![\w/.'-])(expert_bits|expert_mb|flash_mb_s|kv_format|kv_share|kv_tokens|max_disagreement|max_sessions|max_tokens|memory_mb|top_k|top_p)(?![\w/.'-])"
 )
 _SUBJECT = re.compile(r"(codec|cut|kv|mode|overflow|prefer|seed|temperature|threads)(?= is )")
 

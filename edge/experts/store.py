@@ -123,6 +123,12 @@ class ExpertStore:
             shelf.bytes[plane], shelf.n_fields[plane] = size, len(fields)
             shelf.fields[plane] = memory.pointer(fields, "int32_t *")
 
+    @property
+    def plane_sizes(self) -> tuple[int, ...]:
+        """Bytes of each plane that is used, in the first layer that has experts."""
+        index = min(self._records)
+        return self._records[index].plane_sizes[: self._planes[index]]
+
     def failure(self) -> IsthmusError:
         """See `ExpertSource`."""
         report = self.reader.report()

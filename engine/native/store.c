@@ -34,6 +34,7 @@ struct im_store {
   int n_sizes;
   int32_t *place;                // [cells][3]
   uint8_t *checked, *under_way;  // [cells] planes that were compared with their checksums; reads
+  uint8_t *early;                // [cells] planes read ahead
   int32_t *ahead;                // [cells] 1 + rank in the list it was read ahead by, 0: it was not
   float decay[AGES];
   victim victims[VICTIMS];       // the one to leave first is the last
@@ -214,6 +215,8 @@ static void take_back(im_store *s) {
     if (x->asked > first) x->asked = first;
     s->under_way[cell]--;
     s->report.read -= count;
+    s->report.read_ahead -= count;
+    s->early[cell] &= (uint8_t)~(((1 << count) - 1) << first);
     if (!s->ahead[cell] || s->under_way[cell]) continue;
     s->tried[s->ahead[cell] - 1] -= 1.f;  // it was not tried
     s->ahead[cell] = 0;
@@ -243,7 +246,7 @@ void im_store_taken(im_store *s, int layer, int expert, int planes) {
   const int cell = layer * s->stock.n_experts + expert;
   if (!s->ahead[cell]) return;
   s->right[s->ahead[cell] - 1] += 1.f;
-  s->report.taken_ahead += planes;
+  s->report.taken_ahead += __builtin_popcount(s->early[cell] & ((1 << planes) - 1));
   s->ahead[cell] = 0;
 }
 
@@ -266,6 +269,7 @@ int im_store_want(im_store *s, int step, int layer, const im_wanted *wanted, int
     const int before = s->stock.cells[cell].asked;
     if (!fetch(s, step, cell, foreseen[i].planes, 0)) break;
     s->ahead[cell] = i + 1;
+    s->early[cell] = (uint8_t)(((1 << foreseen[i].planes) - 1) & ~((1 << before) - 1));
     s->ahead_layer = layer + 1;
     s->tried[i] += 1.f;
     s->report.read_ahead += foreseen[i].planes - before;
@@ -308,9 +312,10 @@ im_store *im_store_new(const im_stock *stock, im_reader *reader) {
   s->place = calloc(3 * cells, sizeof *s->place);
   s->checked = calloc(cells, 1);
   s->under_way = calloc(cells, 1);
+  s->early = calloc(cells, 1);
   s->ahead = calloc(cells, sizeof *s->ahead);
   s->tags = calloc(4096, sizeof *s->tags);
-  int fine = s->place && s->checked && s->under_way && s->ahead && s->tags;
+  int fine = s->place && s->checked && s->under_way && s->early && s->ahead && s->tags;
   for (int i = 0; i < stock->n_layers && fine; i++)
     for (int plane = 0; plane < stock->shelves[i].n_planes && stock->shelves[i].file >= 0 && fine; plane++)
       fine = add_size(s, stock->shelves[i].bytes[plane]);
@@ -330,6 +335,7 @@ void im_store_free(im_store *s) {
   free(s->place);
   free(s->checked);
   free(s->under_way);
+  free(s->early);
   free(s->ahead);
   free(s->tags);
   free(s);
