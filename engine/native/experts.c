@@ -110,7 +110,8 @@ static int next_wave(im_engine *e, const im_part *p, const im_layer *l) {
       else if (l->experts[x].asked >= l->use[x].wanted) coming++;
       else absent++;
     }
-    if (e->n_wave) return READY;
+    // Small experts are computed faster than threads are woken for each.
+    if (e->n_wave && !(coming && !absent && p->store && im_store_small(p->store))) return READY;
     if (!coming) return absent ? MISSING : NOTHING_LEFT;
     if (!await_since(e, p, seen)) return LOST;
   }

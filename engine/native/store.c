@@ -58,10 +58,10 @@ static void strip(im_store *s, places *p) {
   s->report.resident -= p->size;
 }
 
-// a place, or -1 when the budget is spent
-static int32_t take(im_store *s, places *p) {
+// a place, or -1 when the budget is spent; `stripping`: spare ones of other sizes may give their memory back
+static int32_t take(im_store *s, places *p, int stripping) {
   if (p->n_spare) return p->spare[--p->n_spare];
-  for (int i = 0; i < s->n_sizes; i++)
+  for (int i = 0; i < s->n_sizes && stripping; i++)
     while (s->sizes[i].n_spare && s->report.resident + p->size > s->stock.budget) strip(s, &s->sizes[i]);
   if (s->report.resident + p->size > s->stock.budget) return -1;
   s->report.resident += p->size;
@@ -126,20 +126,21 @@ static void evict(im_store *s, const victim *v) {
   s->ahead[v->cell] = 0;
 }
 
+// Whoever leaves mostly leaves with planes of all sizes: memory changes its size only where that does not help.
 static int32_t room(im_store *s, places *p, int step, int urgent) {
-  int32_t place;
-  int desperate = 0;
-  while ((place = take(s, p)) < 0) {
-    if (!s->n_victims) {
-      choose(s, step, desperate);
-      if (s->n_victims) continue;
-      if (desperate || !urgent) return -1;
-      desperate = 1;
+  for (int desperate = 0, left = 0;;) {
+    int32_t place = take(s, p, left >= 3);
+    if (place >= 0) return place;
+    if (!s->n_victims) choose(s, step, desperate);
+    if (s->n_victims) {
+      evict(s, &s->victims[--s->n_victims]);
+      left++;
       continue;
     }
-    evict(s, &s->victims[--s->n_victims]);
+    if ((place = take(s, p, 1)) >= 0) return place;
+    if (desperate || !urgent) return -1;
+    desperate = 1;
   }
-  return place;
 }
 
 // ---- reads
@@ -240,6 +241,12 @@ static int pays(im_store *s, int rank) {
   s->tried[rank] *= 0.999f;
   s->right[rank] = s->right[rank] * 0.999f + 0.0005f;
   return 0;
+}
+
+int im_store_small(const im_store *s) {
+  int64_t most = 0;
+  for (int i = 0; i < s->n_sizes; i++) most = s->sizes[i].bytes > most ? s->sizes[i].bytes : most;
+  return most < LARGE;
 }
 
 void im_store_taken(im_store *s, int layer, int expert, int planes) {

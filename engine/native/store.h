@@ -45,5 +45,6 @@ void im_store_begin(im_store *store, int layer);
 // matters: returns how many of the first are in memory or under way now.
 int im_store_want(im_store *store, int step, int layer, const im_wanted *wanted, int n, const im_wanted *foreseen,
                   int n_foreseen);
+int im_store_small(const im_store *store);  // whether planes are read in less time than two threads meet twice
 // Tells that a layer took planes of an expert.
 void im_store_taken(im_store *store, int layer, int expert, int planes);
