@@ -71,6 +71,7 @@ class Workers:
         self.cpu: str = module.ffi.string(module.lib.im_engine_cpu(engine)).decode()
         self.lock = threading.RLock()
         self.lost = False  # in a forked child, which has none of these threads
+        self.reads = False  # whether reading threads work for parts of this pool
         self._alive.add(self)
 
     _alive: weakref.WeakSet[Workers] = weakref.WeakSet()
@@ -91,7 +92,7 @@ class Workers:
     def forget(cls) -> None:
         """Forgets the shared pools and marks all as lost; a forked child has none of their threads."""
         for workers in cls._alive:
-            workers.lost = workers.threads > 1
+            workers.lost = workers.threads > 1 or workers.reads
         cls._shared = {}
         cls._shared_lock = threading.Lock()
 

@@ -9,6 +9,7 @@ from isthmus.protocol.errors import IsthmusError
 from isthmus.quant.packed import PackedMatrix
 
 if TYPE_CHECKING:
+    from isthmus.engine.binding import Workers
     from isthmus.engine.expert_table import ExpertTables
     from isthmus.engine.reader import Reader
 
@@ -37,6 +38,18 @@ class ExpertSource(Protocol):
     reader: Reader
     foresee: bool
 
-    def failure(self) -> IsthmusError:
-        """Why experts did not come."""
+    def attach(self, part: Any, workers: Workers) -> None:
+        """A part is opened that computes with these experts.
+
+        Args:
+            part: the C engine's `im_part *`.
+            workers: the threads that it runs on.
+
+        Raises:
+            EngineError: another part of these experts runs on other threads.
+        """
+        ...
+
+    def failure(self, layer: int) -> IsthmusError:
+        """Why a layer's experts did not come."""
         ...

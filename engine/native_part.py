@@ -56,6 +56,9 @@ class NativePart:
             raise EngineError(
                 "the parts of a chain do not follow each other", "let each start where the one before ends"
             )
+        for piece in layers:
+            if piece.experts is not None:
+                piece.experts.attach(piece.c_part, workers)
         module = native()
         self._ffi, self._lib, self._workers, self._layers = module.ffi, module.lib, workers, layers
         self._im_step, self._engine = module.lib.im_step, workers.engine
@@ -348,7 +351,7 @@ class NativePart:
         if status != _NOT_READ:
             return EngineError(*_FAILURES.get(status, (f"the native step failed ({status})", "")))
         source = self._holding(call.layer).experts
-        return source.failure() if source else EngineError(f"experts of layer {call.layer} are missing")
+        return source.failure(call.layer) if source else EngineError(f"experts of layer {call.layer} are missing")
 
     def _holding(self, layer: int) -> Layers:
         for layers in self._layers:

@@ -80,9 +80,10 @@ class Bundle:
         """Where the experts of a layer stand in their file, whose header alone is read.
 
         Raises:
-            BundleError: the layer has none, or its file is absent or describes something else.
+            BundleError: the layer has none, or its file is absent, was altered, or is another layer's.
         """
-        return Records.open(self._held(expert_file(index)), self.config)
+        name = expert_file(index)
+        return Records.open(self._held(name), self.config, self._entry(name).header)
 
     @property
     def config(self) -> DecoderConfig:

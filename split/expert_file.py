@@ -7,6 +7,7 @@ CRC-32C for each plane; bundle.json has the sha256 of the whole file. Tensors na
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -67,25 +68,31 @@ class Records:
         return self.start + expert * self.record_bytes + sum(self.plane_sizes[:plane])
 
     @classmethod
-    def open(cls, path: Path, config: DecoderConfig) -> Records:
+    def open(cls, path: Path, config: DecoderConfig, header: str) -> Records:
         """Reads a file's header; no expert is read.
 
+        Args:
+            header: the sha256 that it must have.
+
         Raises:
-            BundleError: the file is missing or truncated, or its header describes something else.
+            BundleError: the file is missing or truncated, its header is another one, or describes something else.
         """
         file = TensorFile(path, sparse=True)
         experts, name = config.experts, path.name
         assert experts is not None
+        if hashlib.sha256(file.buffer[: file.data_start]).hexdigest() != header:
+            raise BundleError(f"{name} was altered, or is another model's or layer's: its header is another one", AGAIN)
         try:
             described = json.loads(file.metadata["experts"])
             formats = tuple(file.matrices[f"experts.0.{matrix}"][0] for matrix in MATRICES)
             checksums = tuple(tuple(int(sum) for sum in sums) for sums in described["crc32c"])
             planes = expert_planes((formats[0], formats[1], formats[2]), config.d_model, experts.d_expert)
             start = file.tensors[f"experts.0.gate.{planes[0].fields[0].array}"].start
-        except (KeyError, ValueError, TypeError, QuantError) as problem:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError, QuantError) as problem:
             raise BundleError(f"{name} does not describe its experts: {problem}", AGAIN) from problem
         found = cls(path, start, experts.n_experts, (formats[0], formats[1], formats[2]), planes, checksums)
-        if len(checksums) != experts.n_experts or any(len(sums) != len(planes) for sums in checksums):
+        fits = all(len(sums) == len(planes) and all(0 <= one < 1 << 32 for one in sums) for sums in checksums)
+        if len(checksums) != experts.n_experts or not fits:
             raise BundleError(f"{name} holds no {experts.n_experts} experts of {len(planes)} planes", AGAIN)
         if start % PAGE or len(file.buffer) < start + experts.n_experts * found.record_bytes:
             raise BundleError(f"{name} is truncated: it ends within an expert", AGAIN)

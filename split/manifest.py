@@ -51,11 +51,16 @@ def check_name(name: str) -> str:
     return name
 
 
-class FileEntry(msgspec.Struct, frozen=True):
-    """Size and hash of a file."""
+class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Size and hash of a file.
+
+    Attributes:
+        header: the sha256 of a file's header alone, where that is read without the rest.
+    """
 
     bytes: int
     sha256: str
+    header: str = ""
 
 
 def check_files(files: Mapping[str, FileEntry]) -> None:
@@ -66,7 +71,8 @@ def check_files(files: Mapping[str, FileEntry]) -> None:
     """
     for name, entry in files.items():
         check_name(name)
-        if not 0 <= entry.bytes <= MAX_FILE_BYTES or not _HEX.match(entry.sha256):
+        hashes = [entry.sha256, *([entry.header] if entry.header else [])]
+        if not 0 <= entry.bytes <= MAX_FILE_BYTES or not all(map(_HEX.match, hashes)):
             raise BundleError(f"bundle.json has no valid size and hash of {name}", "fetch or split the model again")
 
 

@@ -65,6 +65,7 @@ class TensorFile:
         sparse: whether little of it will be looked at, and nothing beside that shall be read.
 
     Attributes:
+        data_start: offset of the first tensor's bytes, behind the header.
         tensors: by name.
         matrices: format, rows and columns of the packed matrices, by name.
 
@@ -102,6 +103,7 @@ class TensorFile:
         (length,) = struct.unpack_from("<Q", self.buffer)
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise self._damaged(f"its header claims {length} bytes of {size}")
+        self.data_start = 8 + length
         try:
             header = json.loads(self.buffer[8 : 8 + length])
             metadata = header.pop("__metadata__", {})

@@ -95,24 +95,28 @@ class BundleWriter:
                 else:
                     old.replace(self.path)
 
-    def add(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+    def add(self, name: str, pieces: Iterable[bytes | memoryview], *, header: bool = False) -> None:
         """Writes a file piece by piece.
+
+        Args:
+            header: whether the first piece is a header that is read without the rest.
 
         Raises:
             BundleError: a name that leads out of the bundle, or a full disk.
         """
         target = self._work / check_name(name)
-        digest, size = hashlib.sha256(), 0
+        digest, size, first = hashlib.sha256(), 0, ""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as file:
                 for piece in pieces:
                     file.write(piece)
                     digest.update(piece)
+                    first = first or (digest.hexdigest() if header else "")
                     size += len(piece)
         except OSError as error:
             raise BundleError(f"cannot write {self.path / name}: {error.strerror}", "free some space") from error
-        self.files[name] = FileEntry(size, digest.hexdigest())
+        self.files[name] = FileEntry(size, digest.hexdigest(), first)
 
     def place(self, name: str) -> Path:
         """Where to write a file of that name; `take` it when it is there.
@@ -231,7 +235,7 @@ def write_bundle(
         for index in range(config.n_layers):
             layer = source.layer(index)
             if config.experts_of(index):
-                writer.add(expert_file(index), encode_experts(layer, config))
+                writer.add(expert_file(index), encode_experts(layer, config), header=True)
             rest = {role: weight for role, weight in layer.items() if not role.startswith(EXPERTS)}
             writer.add_weights(layer_file(index), rest)
             if progress:

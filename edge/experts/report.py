@@ -54,7 +54,7 @@ class ExpertReport:
     @classmethod
     def of(cls, store: ExpertStore) -> ExpertReport:
         """Of a store that is open."""
-        read, held = store.reader.report(), store.report()
+        held, read = store.report(), store.reader.report()
         layers = [store.tables.layer(i).report() for i in range(store.n_layers)]
         sums = {key: np.array([sum(layer[key]) for layer in layers]) for key in ("taken", "missed", "late")}
         named = sum(layer["foreseen"] for layer in layers)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from isthmus.edge.options import is_number
 from isthmus.protocol.errors import DeviceError
+
+MOST_MB = 1e9  # more than any machine has
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,14 @@ class ExpertSettings:
     flash_mb_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.mb < inf:
-            raise DeviceError(f"expert_mb is {self.mb}", "give a positive number of megabytes")
+        if not (is_number(self.mb) and 0 < self.mb <= MOST_MB):
+            raise DeviceError(f"expert_mb is {self.mb!r}", "give a positive number of megabytes")
         if self.bits not in (0, 2, 4, 8):
             raise DeviceError(f"expert_bits is {self.bits}", "choose 2, 4 or 8, or 0 for all")
-        if not 0 <= self.flash_mb_s < inf:
-            raise DeviceError(f"flash_mb_s is {self.flash_mb_s}", "give a number of megabytes a second, 0 for no limit")
+        if not (is_number(self.flash_mb_s) and 0 <= self.flash_mb_s < inf):
+            raise DeviceError(
+                f"flash_mb_s is {self.flash_mb_s!r}", "give a number of megabytes a second, 0 for no limit"
+            )
 
     @property
     def budget(self) -> int:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from isthmus.edge.experts.policy import policy_number
-from isthmus.engine.binding import Memory, native
+from isthmus.engine.binding import Memory, Workers, native
 from isthmus.engine.config import ExpertsConfig
 from isthmus.engine.expert_table import ExpertTables
 from isthmus.engine.native_layers import HALF_LIFE
 from isthmus.engine.reader import Reader
-from isthmus.protocol.errors import BundleError, DeviceError, IsthmusError
+from isthmus.protocol.errors import BundleError, DeviceError, EngineError, IsthmusError
 from isthmus.split.bundle import Bundle
 from isthmus.split.expert_file import AGAIN, Records
 
 MB = 1_000_000
+MAX_PLANES = 3
 AHEAD = 8  # experts that are read ahead for the next layer, at most
 
 
@@ -58,7 +61,7 @@ class ExpertStore:
         direct: whether files are read past the page cache; where a file system cannot, it fills up.
 
     Raises:
-        DeviceError: the budget holds less than one layer needs at once.
+        DeviceError: the budget holds less than one layer needs at once, or a number makes no sense.
         BundleError: an expert file is absent or describes something else.
     """
 
@@ -77,24 +80,47 @@ class ExpertStore:
         config = bundle.config
         if config.experts is None:
             raise DeviceError(f"{bundle.name} has no experts", "leave the experts' budget out")
+        number = policy_number(policy)
         self.n_layers = config.n_layers if layers is None else layers
+        if not 1 <= self.n_layers <= config.n_layers or not 0 <= planes <= MAX_PLANES or threads < 1:
+            raise DeviceError(
+                f"{self.n_layers} layers, {planes} planes, {threads} reading threads", "check the numbers"
+            )
+        if isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= bytes_per_second < math.inf:
+            raise DeviceError(f"a budget of {budget!r} bytes, read at {bytes_per_second!r}", "check the numbers")
         self._records = {i: bundle.records(i) for i in range(self.n_layers) if config.experts_of(i)}
-        self._planes = {i: min(planes or 3, len(records.planes)) for i, records in self._records.items()}
+        self._planes = {i: min(planes or MAX_PLANES, len(records.planes)) for i, records in self._records.items()}
         least = floor_bytes(self._records, self._planes, config.experts.top_k)
         if budget < least:
             raise DeviceError(
                 f"a budget of {budget / MB:g} MB does not hold the experts that one layer needs at once",
                 f"give at least {-(-least // 100_000) / 10:g} MB",
             )
-        self.budget, self.foresee = budget, foresee
+        self.budget, self.foresee = min(budget, max(least, self._whole())), foresee
         self.tables = ExpertTables(config, 0, self.n_layers)
         for index, records in self._records.items():
             self.tables.layer(index).shape(records.formats_of(self._planes[index]))
-        self.direct, self._files = _open(self._records)
-        self._memory = Memory()
-        self.reader = Reader(threads, bytes_per_second)
-        self.store = self._new(config.experts, policy_number(policy))
-        self._closed = False
+        self._memory, self._parts, self._closed = Memory(), list[Any](), False
+        self._workers: Workers | None = None
+        with ExitStack() as opened:
+            self.direct, self._files = _open(self._records)
+            for file in self._files.values():
+                opened.callback(os.close, file)
+            room = 3 * self.n_layers * config.experts.n_experts
+            self.reader = Reader(room, threads, bytes_per_second)
+            opened.callback(self.reader.close)
+            self.store = self._new(config.experts, number)
+            opened.callback(native().ffi.release, self.store)
+            opened.callback(self.reader.close)  # before the memory goes that it reads into
+            opened.callback(self._detach)
+            self._opened = opened.pop_all()
+
+    def _whole(self) -> int:
+        """Bytes of all experts in memory."""
+        return sum(
+            one.n_experts * sum(map(_in_memory, one.plane_sizes[: self._planes[layer]]))
+            for layer, one in self._records.items()
+        )
 
     def _new(self, experts: ExpertsConfig, policy: int) -> Any:
         module, memory = native(), self._memory
@@ -126,40 +152,66 @@ class ExpertStore:
     @property
     def plane_sizes(self) -> tuple[int, ...]:
         """Bytes of each plane that is used, in the first layer that has experts."""
-        index = min(self._records)
+        index = min(self._records, default=0)
         return self._records[index].plane_sizes[: self._planes[index]]
 
-    def failure(self) -> IsthmusError:
+    def attach(self, part: Any, workers: Workers) -> None:
         """See `ExpertSource`."""
+        if self._closed:
+            raise EngineError("the experts are closed", "open them again")
+        if self._workers not in (None, workers):
+            raise EngineError("another part of these experts runs on other threads", "give both the same threads")
+        self._workers, workers.reads = workers, True
+        self._parts.append(part)
+
+    def failure(self, layer: int) -> IsthmusError:
+        """See `ExpertSource`."""
+        if self._closed:
+            return DeviceError("the experts are closed", "open them and the part again")
         report = self.reader.report()
-        if report.failed is None:
+        failed = np.flatnonzero(self.tables.layer(layer).present < 0)
+        if not len(failed):
             return DeviceError("the disk does not give what was asked of it", "check it, and start again")
-        layer, expert = divmod(report.failed // 12, self.tables.n_experts)
-        what = f"expert {expert} of layer {layer} in {self._records[layer].path.name}"
+        what = f"expert {failed[0]} of layer {layer} in {self._records[layer].path.name}"
         if report.error:
             return DeviceError(f"{what} cannot be read: {os.strerror(report.error)}", "check the disk, and start again")
         return BundleError(f"{what} was altered or is damaged: {report.failure}", AGAIN)
 
     def report(self) -> StoreReport:
-        """See `StoreReport`."""
+        """See `StoreReport`.
+
+        Raises:
+            DeviceError: the store is closed.
+        """
+        if self._closed:
+            raise DeviceError("the experts are closed", "ask before that")
         module = native()
         r = module.ffi.new("im_store_report *")
         module.lib.im_store_reports(self.store, r)
         return StoreReport(r.resident, r.most, r.evicted, r.read, r.read_ahead, r.taken_ahead)
 
     def close(self) -> None:
-        """Ends the reading threads and closes the files; parts that were opened with this are not to be used again."""
+        """Ends the reading threads and closes the files; a part that was opened with this can no longer be stepped."""
         if not self._closed:
             self._closed = True
-            self.reader.close()
-            native().ffi.release(self.store)
-            for file in self._files.values():
-                os.close(file)
+            self._opened.close()
+
+    def _detach(self) -> None:
+        for part in self._parts:
+            part.store = part.reader = native().ffi.NULL
+
+
+def _in_memory(plane: int) -> int:
+    """Bytes of the pages that a plane takes."""
+    return -(-plane // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def floor_bytes(records: Mapping[int, Records], planes: Mapping[int, int], top_k: int) -> int:
     """The least budget: one more expert than a row takes in a layer."""
-    return max((top_k + 1) * sum(one.plane_sizes[: planes[layer]]) for layer, one in records.items())
+    return max(
+        ((top_k + 1) * sum(map(_in_memory, one.plane_sizes[: planes[layer]])) for layer, one in records.items()),
+        default=0,
+    )
 
 
 def _open(records: Mapping[int, Records]) -> tuple[bool, dict[int, int]]:

@@ -24,7 +24,7 @@ static void narrow(im_matrix *m, int planes) {
 }
 
 static im_expert with_planes(const im_expert *x, int planes) {
-  im_expert some = *x;
+  im_expert some = {x->gate, x->up, x->down, x->gate_bias, x->up_bias, x->down_bias, 0, 0};  // the rest may change
   narrow(&some.gate, planes);
   narrow(&some.up, planes);
   narrow(&some.down, planes);
@@ -35,6 +35,7 @@ static im_expert with_planes(const im_expert *x, int planes) {
 // The planes that rows want of each expert go to its `wanted`.
 static void want(im_engine *e, const im_part *p, const im_layer *l, int layer, const routes *r, const int32_t *active,
                  int count) {
+  if (p->store) im_store_begin(p->store);
   for (int x = 0; x < p->n_experts; x++) l->use[x].wanted = 0;
   for (int i = 0; i < count; i++)
     for (int k = 0; k < p->top_k; k++) {
@@ -93,8 +94,10 @@ static int await_since(im_engine *e, const im_part *p, uint32_t seen) {
   return arrived;
 }
 
-static int await(im_engine *e, const im_part *p) {
-  return p->reader && im_reader_busy(p->reader) && await_since(e, p, im_reader_arrivals(p->reader));
+// waits for something to arrive after `seen`; 0 when nothing is coming
+static int await(im_engine *e, const im_part *p, uint32_t seen) {
+  if (!p->reader || (!im_reader_busy(p->reader) && im_reader_arrivals(p->reader) == seen)) return 0;
+  return await_since(e, p, seen);
 }
 
 static int next_wave(im_engine *e, const im_part *p, const im_layer *l) {
@@ -293,7 +296,7 @@ static void route(walker *w, const im_part *p, const im_layer *l, const im_layer
 // What the layer lacks is asked for, and behind it what the next one will probably lack.
 static int ask(im_engine *e, const im_part *p, const im_layer *l, const im_layer *next, int layer,
                const int32_t *active, int count, int first) {
-  if (p->store) im_store_begin(p->store, layer);
+  if (p->store && !first) im_store_begin(p->store);
   const int n = name_missing(p, l, &e->now, active, count, !first, e->wanted);
   const int ahead = first && next ? name_missing(p, next, &e->next, active, count, 0, e->foreseen) : 0;
   if (!n && !ahead) return 1;
@@ -305,10 +308,13 @@ static void decide(walker *w, const im_part *p, const im_layer *l, const im_laye
                    const int32_t *active, int count, int first) {
   im_engine *e = w->e;
   if (first) ask(e, p, l, next, layer, active, count, 1);
-  int found;
-  while ((found = next_wave(e, p, l)) == MISSING)
-    if (!ask(e, p, l, NULL, layer, active, count, 0) && !await(e, p)) found = LOST;
-  if (found != LOST) return;
+  for (;;) {
+    const uint32_t seen = p->reader ? im_reader_arrivals(p->reader) : 0;
+    const int found = next_wave(e, p, l);
+    if (found == LOST) break;
+    if (found != MISSING) return;
+    if (!ask(e, p, l, NULL, layer, active, count, 0) && !await(e, p, seen)) break;
+  }
   for (int x = 0; x < p->n_experts; x++) l->use[x].wanted = 0;
   w->c->layer = layer;
   e->verdict = IM_NOT_READ;

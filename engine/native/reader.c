@@ -101,7 +101,8 @@ static void push_front(queue *q, const im_read *r, int room) {
 static int64_t due(im_reader *reader, int64_t bytes, int64_t now) {
   if (reader->bytes_per_second <= 0) return 0;
   if (reader->free_at < now) reader->free_at = now;
-  return reader->free_at += (int64_t)((double)bytes / reader->bytes_per_second * 1e9);
+  const double ns = (double)bytes / reader->bytes_per_second * 1e9;
+  return reader->free_at += ns < 1e13 ? (int64_t)ns : (int64_t)1e13;
 }
 
 static void finish(im_reader *reader, const im_read *r, int failure, int error) {
@@ -109,7 +110,7 @@ static void finish(im_reader *reader, const im_read *r, int failure, int error) 
   for (int p = 0; p < 3; p++) there |= r->to[p] ? 1 << p : 0;
   __atomic_fetch_or(&r->expert->present, there, __ATOMIC_RELEASE);
   reader->report.reads++;
-  if (failure && !reader->report.failure) {
+  if (failure) {
     reader->report.failure = failure;
     reader->report.error = error;
     reader->report.failed_tag = r->tag;
@@ -167,7 +168,11 @@ int im_reader_ask(im_reader *reader, const im_read *reads, int n, int urgent) {
 int im_reader_withdraw(im_reader *reader, int32_t *tags) {
   pthread_mutex_lock(&reader->lock);
   int n = 0;
-  while (reader->idle.count) tags[n++] = pop(&reader->idle, reader->room).tag;
+  for (int left = reader->idle.count; left > 0; left--) {
+    const im_read r = pop(&reader->idle, reader->room);
+    if (r.begun) reader->idle.at[(reader->idle.first + reader->idle.count++) % reader->room] = r;
+    else tags[n++] = r.tag;
+  }
   reader->report.withdrawn += n;
   pthread_mutex_unlock(&reader->lock);
   return n;

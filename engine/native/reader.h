@@ -18,7 +18,7 @@ typedef struct {            // planes of one expert that follow each other in th
 
 typedef struct {
   int64_t bytes, reads, busy_ns, withdrawn;  // busy: while at least one read was under way
-  int32_t failed_tag, failure, error;        // failure: IM_READ_* of the first read that failed, with its errno
+  int32_t failed_tag, failure, error;        // failure: IM_READ_* of the last read that failed, with its errno
   int32_t waiting, under_way;
 } im_reader_report;
 

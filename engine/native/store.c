@@ -91,6 +91,13 @@ static int leaves_before(const victim *a, const victim *b) {  // of the same exp
   return a->worth != b->worth ? a->worth < b->worth : a->cell != b->cell ? a->cell < b->cell : a->plane > b->plane;
 }
 
+// Planes of an expert that may not leave: those that its layer still has to compute. When nothing else is left, they
+// may if others of them are not even asked for: else the first planes of many could keep each of them from the rest.
+static int kept(const im_store *s, int cell, int desperate) {
+  const int wanted = s->stock.uses[cell].wanted;
+  return desperate > 1 && s->stock.cells[cell].asked < wanted ? 0 : wanted;
+}
+
 // The planes of the least worth; those read ahead for a layer that is still to come only where nothing else is left.
 static void choose(im_store *s, int step, int desperate) {
   const int cells = s->stock.n_layers * s->stock.n_experts;
@@ -99,7 +106,7 @@ static void choose(im_store *s, int step, int desperate) {
   for (int c = 0; c < cells; c++) {
     if (s->under_way[c] || (s->ahead[c] && !desperate)) continue;
     const int held = ready(&s->stock.cells[c]);
-    for (int plane = held - 1; plane >= s->stock.uses[c].wanted; plane--) {
+    for (int plane = held - 1; plane >= kept(s, c, desperate); plane--) {
       const victim one = {worth(s, &s->stock.uses[c], plane, step), c, plane};
       if (n == VICTIMS && !leaves_before(&one, &v[0])) continue;
       int at = n < VICTIMS ? n++ : 0;
@@ -114,9 +121,9 @@ static void choose(im_store *s, int step, int desperate) {
   s->n_victims = n;
 }
 
-static void evict(im_store *s, const victim *v) {
+static void evict(im_store *s, const victim *v, int desperate) {
   im_expert *x = &s->stock.cells[v->cell];
-  if (s->under_way[v->cell] || s->stock.uses[v->cell].wanted > v->plane) return;  // since it was chosen
+  if (s->under_way[v->cell] || kept(s, v->cell, desperate) > v->plane) return;  // since it was chosen
   for (int plane = x->asked - 1; plane >= v->plane; plane--) {  // those above are of no use without it
     __atomic_fetch_and(&x->present, ~(1 << plane), __ATOMIC_RELEASE);
     release(s, v->cell, plane);
@@ -133,13 +140,13 @@ static int32_t room(im_store *s, places *p, int step, int urgent) {
     if (place >= 0) return place;
     if (!s->n_victims) choose(s, step, desperate);
     if (s->n_victims) {
-      evict(s, &s->victims[--s->n_victims]);
+      evict(s, &s->victims[--s->n_victims], desperate);
       left++;
       continue;
     }
     if ((place = take(s, p, 1)) >= 0) return place;
-    if (desperate || !urgent) return -1;
-    desperate = 1;
+    if (desperate == urgent) return -1;
+    desperate++;
   }
 }
 
@@ -202,7 +209,14 @@ static void collect(im_store *s) {
     for (int i = 0; i < n; i++) {
       const int cell = s->tags[i] / 12, first = s->tags[i] / 4 % 3, count = s->tags[i] % 4;
       s->under_way[cell]--;
-      for (int plane = first; plane < first + count; plane++) s->checked[cell] |= (uint8_t)(1 << plane);
+      im_expert *x = &s->stock.cells[cell];
+      if (x->present >= 0) {
+        for (int plane = first; plane < first + count; plane++) s->checked[cell] |= (uint8_t)(1 << plane);
+      } else if (!s->under_way[cell] && !s->stock.uses[cell].wanted) {  // a guess could not be read: it counts for nothing
+        for (int plane = 0; plane < x->asked; plane++) release(s, cell, plane);
+        x->asked = s->ahead[cell] = s->checked[cell] = s->early[cell] = 0;
+        __atomic_store_n(&x->present, 0, __ATOMIC_RELEASE);
+      }
     }
 }
 
@@ -257,17 +271,17 @@ void im_store_taken(im_store *s, int layer, int expert, int planes) {
   s->ahead[cell] = 0;
 }
 
-void im_store_begin(im_store *s, int layer) {
+void im_store_begin(im_store *s) {
   collect(s);
   take_back(s);
-  settle(s, layer);
 }
 
 int im_store_want(im_store *s, int step, int layer, const im_wanted *wanted, int n, const im_wanted *foreseen,
                   int n_foreseen) {
+  settle(s, layer);
   s->n_victims = 0;
   int found = 0;
-  for (int i = 0; i < n; i++) found += fetch(s, step, layer * s->stock.n_experts + wanted[i].expert, wanted[i].planes, 1);
+  for (int i = 0; i < n; i++) found += fetch(s, step, layer * s->stock.n_experts + wanted[i].expert, wanted[i].planes, found ? 1 : 2);
   if (found < n) return found;
   const int most = s->stock.ahead < RANKS ? s->stock.ahead : RANKS;
   for (int i = 0; i < n_foreseen && i < most; i++) {
@@ -321,7 +335,7 @@ im_store *im_store_new(const im_stock *stock, im_reader *reader) {
   s->under_way = calloc(cells, 1);
   s->early = calloc(cells, 1);
   s->ahead = calloc(cells, sizeof *s->ahead);
-  s->tags = calloc(4096, sizeof *s->tags);
+  s->tags = calloc(3 * cells + 256, sizeof *s->tags);
   int fine = s->place && s->checked && s->under_way && s->early && s->ahead && s->tags;
   for (int i = 0; i < stock->n_layers && fine; i++)
     for (int plane = 0; plane < stock->shelves[i].n_planes && stock->shelves[i].file >= 0 && fine; plane++)

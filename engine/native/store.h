@@ -40,7 +40,7 @@ typedef struct {
 } im_wanted;
 
 // A layer's rows are routed: what was to be read ahead and has not begun is taken back, so that what they want goes first.
-void im_store_begin(im_store *store, int layer);
+void im_store_begin(im_store *store);
 // A layer lacks `n` experts, and the one behind it will probably lack `n_foreseen`, each list in the order of what it
 // matters: returns how many of the first are in memory or under way now.
 int im_store_want(im_store *store, int step, int layer, const im_wanted *wanted, int n, const im_wanted *foreseen,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from isthmus.edge.experts.settings import ExpertSettings
 from isthmus.edge.experts.store import ExpertStore
 from isthmus.engine import native_layers
 from isthmus.engine.binding import cpu_names
@@ -24,6 +27,7 @@ from isthmus.quant import nested
 from isthmus.quant.groups import dequantize, quantize
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.bundle import Bundle
+from isthmus.split.expert_file import Records
 from isthmus.split.manifest import expert_file
 from isthmus.split.roles import Weights
 from tests.native_tools import ALL, kv_bytes, open_part, run_tokens, some_tokens
@@ -143,6 +147,12 @@ def test_so_many_planes_are_the_model_in_so_many_bits(nested_bundle: Bundle, pla
         for one in (resident, part):
             found, _, _ = run_tokens(one, one.open(), TEXT, [1] * 40)
             assert found.tobytes() == expected.tobytes()
+
+
+def rotating(chosen: list[list[int]]) -> Routing:
+    """Experts of a single layer."""
+    named = np.array(chosen, np.int32)[:, None]
+    return Routing(named, np.full(named.shape, 0.3, np.float32), named)
 
 
 def record(chosen: list[list[int]]) -> Routing:
@@ -274,22 +284,128 @@ def test_a_slower_device_takes_its_time(nested_bundle: Bundle) -> None:
 
 
 def test_damaged_headers_are_refused(nested_bundle: Bundle) -> None:
-    path = nested_bundle.path / expert_file(0)
-    good = path.read_bytes()
-    for old, new in (
-        (b'"experts.3.up.p1"', b'"experts.3.up.pX"'),
-        (b"crc32c", b"crc32d"),
-        (b'\\"planes\\"', b'\\"planet\\"'),
+    path, config = nested_bundle.path / expert_file(0), nested_bundle.config
+    good, start = path.read_bytes(), nested_bundle.records(0).start
+    sums = json.loads(json.loads(good[8:start])["__metadata__"]["experts"])["crc32c"]
+    long = next(str(one) for row in sums for one in row if len(str(one)) == 10)
+    for old, new, says in (
+        (b'"experts.3.up.p1"', b'"experts.3.up.pX"', "no up.p1 of expert 3 in its place"),
+        (b"crc32c", b"crc32d", "does not describe its experts"),
+        (long.encode(), b"9999999999", "holds no 8 experts of 3 planes"),
     ):
-        assert old in good
-        path.write_bytes(good.replace(old, new))
-        if new == b'\\"planet\\"':
-            nested_bundle.records(0)  # of no use to anybody
-            continue
-        with pytest.raises(BundleError, match="experts-000"):
+        bad = good.replace(old, new)
+        assert bad != good
+        path.write_bytes(bad)
+        with pytest.raises(BundleError, match="its header is another one"):
             nested_bundle.records(0)
+        with pytest.raises(BundleError, match=says):
+            Records.open(path, config, hashlib.sha256(bad[:start]).hexdigest())
     path.write_bytes(good)
     nested_bundle.records(0)
+
+
+def test_another_layers_experts_are_refused(nested_bundle: Bundle) -> None:
+    one, two = (nested_bundle.path / expert_file(layer) for layer in (0, 1))
+    one.rename(spare := one.with_suffix(".spare"))
+    two.rename(one)
+    spare.rename(two)
+    with pytest.raises(BundleError, match="another model's or layer's"):
+        ExpertStore(nested_bundle, 8 * (1 << 20))
+
+
+def test_first_planes_of_many_do_not_keep_each_other_from_the_rest(tmp_path: Path) -> None:
+    """At the least budget every expert's first plane is in memory, then many rows want all planes of all of them."""
+    model = RandomModel("n4", random_config(n_layers=1, experts=ExpertsConfig(8, 3, 64)))
+    bundle, whole = stored(model, tmp_path / "bundle"), open_part(model)
+    routing = rotating([[0, 1, 2], [3, 4, 5], [6, 7, 0]])
+    with paged(bundle, 4 * record_bytes(bundle), foresee=False) as (part, store):
+        results = []
+        for one in (part, whole):
+            one.replay(routing)
+            one.tolerate(np.array([[0, 9]], np.float32))
+            sequence = one.open()
+            one.step(Rows().tokens(sequence, 0, TEXT))
+            one.tolerate(None)
+            results.append(one.step(Rows().tokens(sequence, 40, TEXT, want=Want.LOGITS, want_all=True)).logits)
+        assert results[0].tobytes() == results[1].tobytes()
+        assert store.report().most <= 4 * record_bytes(bundle)
+
+
+def test_a_guess_that_cannot_be_read_counts_for_nothing(nested_bundle: Bundle) -> None:
+    """What is read ahead may fail; when the expert is wanted it is read anew."""
+    records = nested_bundle.records(1)
+    where = records.offset(5, 0) + 7
+    damage(nested_bundle, 1, where)
+    named: NDArray[np.int32] = np.array([[[0, 1]] * 3], np.int32)
+    wrong = named.copy()
+    wrong[:, 1] = [5, 6]
+    with paged(nested_bundle, 12 * record_bytes(nested_bundle)) as (part, store):
+        part.replay(Routing(named, np.full(named.shape, 0.5, np.float32), wrong))
+        sequence = part.open()
+        for at in range(3):
+            part.step(Rows().tokens(sequence, at, TEXT[at : at + 1]))
+        damage(nested_bundle, 1, where)  # whole again
+        part.replay(record([[5, 6]]))
+        part.step(Rows().tokens(sequence, 3, TEXT[3:4]))
+        assert store.tables.present[1, 5] == 7
+
+
+def test_one_store_serves_one_pool_of_threads(nested_bundle: Bundle) -> None:
+    with (
+        paged(nested_bundle, 8 * record_bytes(nested_bundle), threads=1) as (_, store),
+        pytest.raises(EngineError, match="runs on other threads"),
+    ):
+        open_part(nested_bundle.without_experts(), threads=2, experts=store)
+
+
+def test_closed_experts_are_one_error(nested_bundle: Bundle) -> None:
+    with paged(nested_bundle, 8 * record_bytes(nested_bundle)) as (part, store):
+        sequence = part.open()
+        store.close()
+        with pytest.raises(DeviceError, match="experts are closed"):
+            part.step(Rows().tokens(sequence, 0, TEXT[:1]))
+        with pytest.raises(DeviceError, match="experts are closed"):
+            store.report()
+        with pytest.raises(EngineError, match="experts are closed"):
+            open_part(nested_bundle.without_experts(), experts=store)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_no_readers(nested_bundle: Bundle) -> None:
+    with paged(nested_bundle, 8 * record_bytes(nested_bundle)) as (part, _):
+        sequence = part.open()
+        child = os.fork()
+        if not child:
+            try:
+                part.step(Rows().tokens(sequence, 0, TEXT[:1]))
+            except EngineError as error:
+                os._exit(0 if "forked" in error.problem else 2)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        part.step(Rows().tokens(sequence, 0, TEXT[:1]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"budget": 1.5e6}, {"budget": True}, {"layers": 0}, {"layers": 4}, {"planes": -1}, {"planes": 4}, {"threads": 0},
+     {"bytes_per_second": float("nan")}, {"bytes_per_second": -1.0}, {"policy": "none"}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_make_no_sense(nested_bundle: Bundle, wrong: dict[str, Any]) -> None:
+    held = Path("/proc/self/fd")
+    before = len(list(held.iterdir())) if held.exists() else 0
+    with pytest.raises(DeviceError):
+        ExpertStore(**{"bundle": nested_bundle, "budget": 1 << 20, **wrong})
+    if before:
+        assert len(list(held.iterdir())) == before
+    ExpertStore(nested_bundle, 10**30).close()
+
+
+@pytest.mark.parametrize("wrong", [{"mb": 0}, {"mb": "16"}, {"mb": float("nan")}, {"mb": 1e300}, {"mb": 16, "bits": 3},
+                                   {"mb": 16, "flash_mb_s": -1}, {"mb": 16, "flash_mb_s": "x"}], ids=str)  # fmt: skip
+def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError):
+        ExpertSettings(**wrong)
 
 
 def test_expert_files_are_safetensors(nested_bundle: Bundle) -> None:
