@@ -221,7 +221,7 @@ class Device:
                     watch,
                     small=self._drafting.small,
                     slides=slides,
-                    settings=(backend, threads, slow_down, memory_mb, kv_tokens),
+                    settings=(backend, threads, slow_down, memory_mb, kv_tokens, experts),
                     tries=standby is not False,
                     kept=profile.folder(),
                     clock=clock,

@@ -98,6 +98,7 @@ class Holding:
         settings = self._experts
         if self.part is not None:  # fewer layers were open
             self.part.close()
+            self.part = None
         if self.store is not None:
             self.store.close()
         self.store = ExpertStore(

@@ -71,7 +71,7 @@ class Workers:
         self.cpu: str = module.ffi.string(module.lib.im_engine_cpu(engine)).decode()
         self.lock = threading.RLock()
         self.lost = False  # in a forked child, which has none of these threads
-        self.reads = False  # whether reading threads work for parts of this pool
+        self.stores = 0  # of experts that are open for parts of this pool, each with reading threads
         self._alive.add(self)
 
     _alive: weakref.WeakSet[Workers] = weakref.WeakSet()
@@ -92,7 +92,7 @@ class Workers:
     def forget(cls) -> None:
         """Forgets the shared pools and marks all as lost; a forked child has none of their threads."""
         for workers in cls._alive:
-            workers.lost = workers.threads > 1 or workers.reads
+            workers.lost = workers.threads > 1 or workers.stores > 0
         cls._shared = {}
         cls._shared_lock = threading.Lock()
 

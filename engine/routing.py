@@ -16,7 +16,7 @@ class Routing:
 
     Attributes:
         chosen: int32 [positions, layers, top_k], by falling weight.
-        weights: float32 [positions, layers, top_k] of their outputs.
+        weights: float32 [positions, layers, top_k], what the router gives them, also where experts count in full.
         foreseen: int32 [positions, layers, top_k], what was named for each layer one layer early; of the first layer,
             which nobody foresees, what it chose.
     """

@@ -7,14 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.edge.experts.policy import Policy
 from isthmus.engine.native_layers import HALF_LIFE
 from isthmus.engine.routing import Routing
 
 _NEVER = 1 << 30
 
 
-def hit_rate(routing: Routing, n_experts: int, capacity: int, policy: Policy | str, *, warm: int = 0) -> float:
+def hit_rate(routing: Routing, n_experts: int, capacity: int, policy: str, *, warm: int = 0) -> float:
     """Share of the experts that were in memory when a layer took them, all layers sharing one budget.
 
     Args:

@@ -51,14 +51,15 @@ class ExpertStore:
         budget: bytes that experts may take in memory.
         layers: how many of its layers, all by default.
         planes: how many planes are used at most, 0 for all.
-        policy: a key of `policy.POLICIES`.
+        policy: one of `policy.POLICIES`.
         foresee: whether the next layer's router is asked early, and what it names read ahead.
         threads: that read.
         bytes_per_second: the speed of a slower device that is emulated, 0 for none.
 
     Attributes:
         budget: see above.
-        direct: whether files are read past the page cache; where a file system cannot, it fills up.
+        direct: whether files are read past the page cache; where a file system cannot, the kernel is told to forget
+            what was read.
 
     Raises:
         DeviceError: the budget holds less than one layer needs at once, or a number makes no sense.
@@ -161,7 +162,9 @@ class ExpertStore:
             raise EngineError("the experts are closed", "open them again")
         if self._workers not in (None, workers):
             raise EngineError("another part of these experts runs on other threads", "give both the same threads")
-        self._workers, workers.reads = workers, True
+        if self._workers is None:
+            self._workers = workers
+            workers.stores += 1
         self._parts.append(part)
 
     def failure(self, layer: int) -> IsthmusError:
@@ -199,6 +202,8 @@ class ExpertStore:
     def _detach(self) -> None:
         for part in self._parts:
             part.store = part.reader = native().ffi.NULL
+        if self._workers is not None:
+            self._workers.stores -= 1
 
 
 def _in_memory(plane: int) -> int:
@@ -216,7 +221,7 @@ def floor_bytes(records: Mapping[int, Records], planes: Mapping[int, int], top_k
 
 def _open(records: Mapping[int, Records]) -> tuple[bool, dict[int, int]]:
     """Whether files are read past the page cache, and their descriptors."""
-    for flags in {os.O_RDONLY | getattr(os, "O_DIRECT", 0): None, os.O_RDONLY: None}:
+    for flags in dict.fromkeys((os.O_RDONLY | getattr(os, "O_DIRECT", 0), os.O_RDONLY)):
         files: dict[int, int] = {}
         try:
             for layer, one in records.items():

@@ -63,23 +63,21 @@ static void want(im_engine *e, const im_part *p, const im_layer *l, int layer, c
 static int name_missing(const im_part *p, const im_layer *l, const routes *to, const int32_t *active, int count,
                         int left_over, im_wanted *found) {
   float sum[p->n_experts];
-  int most[p->n_experts], taken[p->n_experts], n = 0;
+  int most[p->n_experts], n = 0;
   memset(sum, 0, sizeof sum);
   memset(most, 0, sizeof most);
-  memset(taken, 0, sizeof taken);
   for (int i = 0; i < count; i++)
     for (int k = 0; k < p->top_k; k++) {
       const size_t at = (size_t)active[i] * (size_t)p->top_k + (size_t)k;
       const int x = to->chosen[at];
       sum[x] += to->weights[at];
-      taken[x] += to->planes[at] > 0;
       if (to->planes[at] > most[x]) most[x] = to->planes[at];
     }
   for (int x = 0; x < p->n_experts; x++) {
     if (most[x] <= l->experts[x].asked || (left_over && !l->use[x].wanted)) continue;
     int at = n++;
     for (; at && sum[found[at - 1].expert] < sum[x]; at--) found[at] = found[at - 1];
-    found[at] = (im_wanted){x, most[x], taken[x]};
+    found[at] = (im_wanted){x, most[x]};
   }
   return n;
 }
@@ -227,7 +225,8 @@ static void add_up(walker *w, const im_part *p, const int32_t *active, int count
     for (int j = 0; j < p->d_model; j++) {
       float sum = 0;
       for (int r = 0; r < p->top_k; r++)
-        if (e->now.planes[at + (size_t)r]) sum += e->now.weights[at + (size_t)r] * kept[(size_t)r * d_pad + j];
+        if (e->now.planes[at + (size_t)r])
+          sum += (p->unweighed ? 1.f : e->now.weights[at + (size_t)r]) * kept[(size_t)r * d_pad + j];
       row[j] += sum;
     }
   }

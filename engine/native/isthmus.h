@@ -34,7 +34,7 @@ typedef struct {              // what evictions are decided by
 
 typedef struct {  // planes of experts that steps took: all, those that were not in memory, and of these under way
   int64_t taken[3], missed[3], late[3];
-  int64_t foreseen, foreseen_right, chosen;  // experts foreseen one layer early, those of them chosen, all chosen
+  int64_t foreseen, foreseen_right;  // experts foreseen one layer early, and those of them that were then chosen
 } im_traffic;
 
 typedef struct {  // routing that was recorded, instead of the router's: [positions][layers][top_k]

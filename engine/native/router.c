@@ -112,5 +112,4 @@ void im_route(const im_part *p, const im_layer *l, int layer, const im_row *row,
     decide(p, l, logits, to->chosen + at, to->weights + at);
   }
   take_planes(p, l, to->weights + at, to->planes + at);
-  for (int r = 0; p->unweighed && r < p->top_k; r++) to->weights[at + (size_t)r] = 1;
 }

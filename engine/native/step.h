@@ -33,7 +33,7 @@ typedef struct {  // where rows go
   float *logits, *x;         // [row][n_experts padded]; [row][d_pad] what the router reads
   int32_t *layer;            // [row] the layer that these are routes to, -1 for none
   int32_t *chosen, *planes;  // [row][top_k] experts, and how many of their planes
-  float *weights;            // [row][top_k] of the chosen experts' outputs
+  float *weights;            // [row][top_k] what the router gives the chosen experts
 } routes;
 
 struct im_engine {
@@ -137,7 +137,7 @@ static inline int head_out(const im_part *p) { return p->kv_rank ? p->head_v : p
 // scratch.c: memory for a call, zeroed where kernels read padding; and which rows are active in which layers
 int im_prepare(im_engine *e, im_step_call *c);
 int im_plan_segments(im_engine *e, const im_step_call *c);
-// attention.c and feed_forward.c: the two halves of a layer over its active rows. experts gives 0 when they do not come.
+// attention.c and feed_forward.c: the two halves of a layer over its active rows. experts gives 0 if they do not come.
 void im_attention(walker *w, const im_part *p, int part, int layer, const int32_t *active, int count);
 void im_dense(walker *w, const im_part *p, const im_layer *l, const int32_t *active, int count);
 // router.c: the experts of one row, into its place `slot`; `early`: of the layer behind the one under way

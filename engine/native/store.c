@@ -8,8 +8,8 @@
 
 #include "kernels.h"
 
-// Memory for planes of one size: a run of addresses as long as the whole budget. Memory stands behind a place only while
-// it is taken, or was and is not needed for another size yet. So nothing has to be moved, however sizes come and go.
+// Memory for planes of one size: a run of addresses as long as the whole budget. Memory stands behind a place only
+// while it is taken, or was and is not needed for another size yet. So nothing has to be moved, however sizes change.
 typedef struct {
   int64_t bytes, size;  // of a plane, and of the pages that it takes
   size_t length;        // of the run
@@ -165,7 +165,8 @@ static void point(im_store *s, int cell, int plane) {
 static void ask(im_store *s, int cell, int first, int end, int urgent) {
   const im_shelf *shelf = &s->stock.shelves[cell / s->stock.n_experts];
   const int expert = cell % s->stock.n_experts;
-  im_read r = {.file = shelf->file, .drop = shelf->drop, .expert = &s->stock.cells[cell], .tag = (cell * 3 + first) * 4 + end - first};
+  im_read r = {.file = shelf->file, .drop = shelf->drop, .expert = &s->stock.cells[cell]};
+  r.tag = (cell * 3 + first) * 4 + end - first;
   r.offset = shelf->start + expert * shelf->record_bytes;
   for (int plane = 0; plane < first; plane++) r.offset += shelf->bytes[plane];
   for (int plane = first; plane < end; plane++) {
@@ -212,7 +213,7 @@ static void collect(im_store *s) {
       im_expert *x = &s->stock.cells[cell];
       if (x->present >= 0) {
         for (int plane = first; plane < first + count; plane++) s->checked[cell] |= (uint8_t)(1 << plane);
-      } else if (!s->under_way[cell] && !s->stock.uses[cell].wanted) {  // a guess could not be read: it counts for nothing
+      } else if (!s->under_way[cell] && !s->stock.uses[cell].wanted) {  // a guess that failed counts for nothing
         for (int plane = 0; plane < x->asked; plane++) release(s, cell, plane);
         x->asked = s->ahead[cell] = s->checked[cell] = s->early[cell] = 0;
         __atomic_store_n(&x->present, 0, __ATOMIC_RELEASE);
@@ -241,7 +242,8 @@ static void take_back(im_store *s) {
 // The layers up to `layer` are there: what was read ahead for them and not taken was read in vain.
 static void settle(im_store *s, int layer) {
   if (s->ahead_layer < 0 || s->ahead_layer == layer + 1) return;
-  memset(s->ahead + (size_t)s->ahead_layer * (size_t)s->stock.n_experts, 0, (size_t)s->stock.n_experts * sizeof *s->ahead);
+  const size_t n = (size_t)s->stock.n_experts;
+  memset(s->ahead + (size_t)s->ahead_layer * n, 0, n * sizeof *s->ahead);
   s->ahead_layer = -1;
 }
 
@@ -281,7 +283,10 @@ int im_store_want(im_store *s, int step, int layer, const im_wanted *wanted, int
   settle(s, layer);
   s->n_victims = 0;
   int found = 0;
-  for (int i = 0; i < n; i++) found += fetch(s, step, layer * s->stock.n_experts + wanted[i].expert, wanted[i].planes, found ? 1 : 2);
+  for (int i = 0; i < n; i++) {
+    const int cell = layer * s->stock.n_experts + wanted[i].expert;
+    found += fetch(s, step, cell, wanted[i].planes, found ? 1 : 2);
+  }
   if (found < n) return found;
   const int most = s->stock.ahead < RANKS ? s->stock.ahead : RANKS;
   for (int i = 0; i < n_foreseen && i < most; i++) {

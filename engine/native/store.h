@@ -27,7 +27,7 @@ typedef struct {
 
 typedef struct {
   int64_t resident, most;            // bytes of planes in memory, spare ones included; and their most so far
-  int64_t evicted, read, read_ahead, taken_ahead;  // planes; taken: of those read ahead, by the layer they were read for
+  int64_t evicted, read, read_ahead, taken_ahead;  // planes; taken: of those read ahead, by their layer
 } im_store_report;
 
 im_store *im_store_new(const im_stock *stock, im_reader *reader);  // NULL: no memory
@@ -36,10 +36,10 @@ void im_store_reports(const im_store *store, im_store_report *report);
 // END SHARED WITH PYTHON
 
 typedef struct {
-  int32_t expert, planes, rows;
+  int32_t expert, planes;
 } im_wanted;
 
-// A layer's rows are routed: what was to be read ahead and has not begun is taken back, so that what they want goes first.
+// A layer's rows are routed: what was to be read ahead and has not begun is taken back; what they want goes first.
 void im_store_begin(im_store *store);
 // A layer lacks `n` experts, and the one behind it will probably lack `n_foreseen`, each list in the order of what it
 // matters: returns how many of the first are in memory or under way now.

@@ -34,16 +34,6 @@ EXPERTS = ExpertsConfig(n_experts=8, top_k=2, d_expert=40)
 TEXT = some_tokens(40)
 
 
-@pytest.fixture(scope="module", params=["q4", "f32", "n8"])
-def model(request: pytest.FixtureRequest) -> RandomModel:
-    return RandomModel(request.param, random_config(experts=EXPERTS))
-
-
-@pytest.fixture(scope="module")
-def bundle(model: RandomModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return stored(model, tmp_path_factory.mktemp("bundle") / "b")
-
-
 @pytest.fixture
 def nested_bundle(tmp_path: Path) -> Bundle:
     return stored(RandomModel("n8", random_config(experts=EXPERTS)), tmp_path / "nested")
@@ -56,23 +46,23 @@ def rotating(chosen: list[list[int]]) -> Routing:
 
 
 @pytest.mark.parametrize(("policy", "stays"), [("lru", 4), ("lfu", 0), ("lfru", 0)])
-def test_policies_differ_in_what_leaves(bundle: Bundle, policy: str, stays: int) -> None:
+def test_policies_differ_in_what_leaves(nested_bundle: Bundle, policy: str, stays: int) -> None:
     """Experts 0 and 1 are taken often, then 2 to 5 once each: who was used often outlives who was used last, or not."""
     steps = [[0, 1]] * 8 + [[2, 3], [4, 5]]
-    with paged(bundle, 12 * record_bytes(bundle), policy=policy, foresee=False) as (part, store):
+    with paged(nested_bundle, 12 * record_bytes(nested_bundle), policy=policy, foresee=False) as (part, store):
         part.replay(record(steps))
         run_tokens(part, part.open(), TEXT[:10], [1] * 10)
         held = (store.tables.ready() > 0).sum(axis=0)
         assert held[stays] == held[stays + 1] == 3 and held.sum() == 12
 
 
-def test_a_budget_below_the_floor_names_the_least(bundle: Bundle) -> None:
+def test_a_budget_below_the_floor_names_the_least(nested_bundle: Bundle) -> None:
     with pytest.raises(DeviceError, match="does not hold the experts that one layer needs at once") as raised:
-        ExpertStore(bundle, 2 * record_bytes(bundle))
+        ExpertStore(nested_bundle, 2 * record_bytes(nested_bundle))
     least = float(raised.value.remedy.split()[3])
-    ExpertStore(bundle, int(least * 1e6)).close()
+    ExpertStore(nested_bundle, int(least * 1e6)).close()
     with pytest.raises(DeviceError, match="policy"):
-        ExpertStore(bundle, 1 << 30, policy="none")
+        ExpertStore(nested_bundle, 1 << 30, policy="none")
 
 
 def damage(bundle: Bundle, layer: int, at: int) -> None:

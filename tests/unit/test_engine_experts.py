@@ -234,6 +234,10 @@ def test_experts_that_are_not_weighed_count_in_full() -> None:
         found.append(run_tokens(part, part.open(), TEXT, [40])[0])
     assert np.abs(found[0]).max() > 0.1
     np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    written = (part := open_part(apart)).record(40)  # routers' weights, by which experts are told from each other
+    run_tokens(part, part.open(), TEXT, [40])
+    assert written is not None and written.weights.std() > 0.05
+    np.testing.assert_allclose(written.weights.sum(-1), 1, rtol=1e-5)
 
 
 def test_a_pre_gate_names_experts_one_layer_ahead(tmp_path: Path) -> None:
