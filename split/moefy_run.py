@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from isthmus.engine import KvConfig, open_part
+from isthmus.engine.experts import Expert
 from isthmus.engine.part import Part, WeightSource
 from isthmus.protocol.errors import ModelError
+from isthmus.quant.groups import QUANTIZABLE
+from isthmus.quant.nested import WIDTHS
 from isthmus.quant.packed import PackedMatrix
 from isthmus.split.exit_samples import ANSWER_TOKENS, kept_answers
 from isthmus.split.exit_states import BATCH, Progress, Sample
@@ -28,6 +31,7 @@ from isthmus.split.fetch import cache_folder
 from isthmus.split.files import write_whole
 from isthmus.split.moefy_decoder import Decoder, Feed, fast_dtype
 from isthmus.split.moefy_experts import Routing, grouped, log_energies
+from isthmus.split.moefy_fit import fitted, rounded
 from isthmus.split.moefy_mixture import Batch, Mixture, Watch, batches, perplexity
 from isthmus.split.moefy_source import Shape
 from isthmus.split.moefy_training import Recipe, trainable, tune
@@ -153,6 +157,18 @@ class MoefyRun:
         tune(found, samples, shape.active, recipe, lambda done, total, _: tell(done, total), kept, key.hexdigest())
         return found
 
+    def experts(self, mixture: Mixture, samples: Sequence[Sample], format: str) -> list[list[Expert]]:
+        """The experts of all layers in a format; nested ones are fitted to the tokens that come to them.
+
+        Raises:
+            ModelError: a format that nothing is rounded to.
+        """
+        known_format(format)
+        if format not in WIDTHS:
+            return [rounded(feed, self.shape.experts, format) for feed in mixture.feeds]
+        some = _some(batches(samples, _BATCH_TOKENS, np.random.default_rng(0)))
+        return fitted(mixture, some, self.shape.active, format, progress=self._say("rounding"))
+
     def measure(self, mixture: Mixture, held: Sequence[Sample], counts: Sequence[int]) -> tuple[float, list[Figure]]:
         """The dense model's perplexity on held-out samples, and figures for so many active experts."""
         found, each = [], batches(held, _BATCH_TOKENS)
@@ -197,6 +213,16 @@ class MoefyRun:
         torch.save({"key": key, "order": order, "router": router}, data)
         write_whole(kept, data.getvalue())
         return feed, router
+
+
+def known_format(format: str) -> None:
+    """Checks a format of experts.
+
+    Raises:
+        ModelError: nothing is rounded to it.
+    """
+    if format not in QUANTIZABLE:
+        raise ModelError(f"weight format {format!r} is unknown", f"choose one of {', '.join(QUANTIZABLE)}")
 
 
 def usual_counts(shape: Shape) -> list[int]:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.engine.config import DecoderConfig, ExpertsConfig
+from isthmus.engine.experts import Expert
 from isthmus.engine.part import WeightSource
 from isthmus.protocol.errors import ModelError
-from isthmus.quant.groups import QUANTIZABLE, quantize
 from isthmus.quant.packed import PackedMatrix
-from isthmus.split.moefy_decoder import Feed
+from isthmus.quant.planes import MATRICES
 from isthmus.split.roles import Weights
 
 
@@ -67,21 +67,18 @@ class ConvertedSource:
 
     Args:
         source: the dense model.
-        feeds: of each layer, neurons by expert.
+        experts: of each layer.
         routers: of each layer [experts, d_model] f32.
-        format: of the experts' matrices, out of `quant.groups.QUANTIZABLE`.
 
     Raises:
-        ModelError: an unknown format, or a model that cannot be of that shape.
+        ModelError: a model that cannot be of that shape.
     """
 
     def __init__(
-        self, source: WeightSource, shape: Shape, feeds: Sequence[Feed], routers: Sequence[Tensor], format: str
+        self, source: WeightSource, shape: Shape, experts: Sequence[Sequence[Expert]], routers: Sequence[Tensor]
     ) -> None:
-        if format not in QUANTIZABLE:
-            raise ModelError(f"weight format {format!r} is unknown", f"choose one of {', '.join(QUANTIZABLE)}")
-        self._source, self._shape, self._feeds, self._routers = source, shape, feeds, routers
-        self._config, self._format = shape.of(source.config), format
+        self._source, self._experts, self._routers = source, experts, routers
+        self._config = shape.of(source.config)
 
     @property
     def config(self) -> DecoderConfig:
@@ -98,11 +95,8 @@ class ConvertedSource:
             name: weight for name, weight in self._source.layer(index).items() if name not in ("gate", "up", "down")
         }
         found["router"] = self._routers[index].numpy()
-        feed, experts = self._feeds[index], self._shape.experts
-        gates, ups = feed.gate.chunk(experts), feed.up.chunk(experts)
-        for e, (gate, up, down) in enumerate(zip(gates, ups, feed.down.chunk(experts, dim=1), strict=True)):
-            for name, matrix in (("gate", gate), ("up", up), ("down", down)):
-                found[f"experts.{e}.{name}"] = quantize(matrix.contiguous().numpy(), self._format)
+        for e, expert in enumerate(self._experts[index]):
+            found |= {f"experts.{e}.{name}": getattr(expert, name) for name in MATRICES}
         return found
 
     def final_norm(self) -> NDArray[np.float32]:

@@ -76,7 +76,7 @@ def command(
         import torch
 
         from isthmus.split.moefy_decoder import keep_freed_memory
-        from isthmus.split.moefy_run import MoefyRun, identity, usual_counts, work_folder
+        from isthmus.split.moefy_run import MoefyRun, identity, known_format, usual_counts, work_folder
         from isthmus.split.moefy_source import ConvertedSource, Shape
         from isthmus.split.moefy_training import Recipe
     except ModuleNotFoundError as error:
@@ -86,7 +86,7 @@ def command(
     path = found_model(model)
     source = open_checkpoint(path, format=rest)
     shape.of(source.config)
-    ConvertedSource(source, shape, (), (), format)
+    known_format(format)
     BundleWriter(output, force=force)  # a place that is taken is told now
     paths = text or [folder for folder in [find("texts")] if folder is not None]
     if not paths:
@@ -106,10 +106,11 @@ def command(
             mixture = run.tune(mixture, [*samples, *own], Recipe(epochs=tune, seed=seed))
         held = chunks(tokenizer, texts.held[:: max(1, len(texts.held) // checks)], source.config.context_length)
         dense, figures = run.measure(mixture, held[:checks], measured)
+        rounded = run.experts(mixture, samples, format)
         tell = say("bundle")
         manifest = write_bundle(
             output,
-            ConvertedSource(source, shape, mixture.feeds, mixture.routers, format),
+            ConvertedSource(source, shape, rounded, mixture.routers),
             name=name or f"{source.name}-{experts}x{active}",
             weights=format,
             tokenizer=tokenizer.to_json(),

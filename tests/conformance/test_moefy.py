@@ -27,6 +27,7 @@ from isthmus.split.bundle import Bundle  # noqa: E402
 from isthmus.split.exit_states import Sample  # noqa: E402
 from isthmus.split.moefy_decoder import Decoder, Feed  # noqa: E402
 from isthmus.split.moefy_experts import Routing, grouped, log_energies, recall  # noqa: E402
+from isthmus.split.moefy_fit import rounded  # noqa: E402
 from isthmus.split.moefy_mixture import Mixture, batches  # noqa: E402
 from isthmus.split.moefy_run import MoefyRun, identity  # noqa: E402
 from isthmus.split.moefy_source import ConvertedSource, Shape  # noqa: E402
@@ -80,7 +81,7 @@ def test_the_decoder_says_what_transformers_does(case: str, tmp_path: Path) -> N
 def test_with_all_experts_nothing_changes(case: str, tmp_path: Path) -> None:
     source, shape = build(case, tmp_path).source, Shape(8, 8)
     mixture = run_of(source, shape, tmp_path / "work").convert(SAMPLES)
-    converted = ConvertedSource(source, shape, mixture.feeds, mixture.routers, "f32")
+    converted = ConvertedSource(source, shape, [rounded(feed, 8, "f32") for feed in mixture.feeds], mixture.routers)
     assert converted.config.experts == ExpertsConfig(8, 8, source.config.d_ff // 8, weigh=False)
     np.testing.assert_allclose(native_logits(converted, TOKENS), native_logits(source, TOKENS), atol=1e-4)
 
@@ -89,7 +90,8 @@ def test_with_all_experts_nothing_changes(case: str, tmp_path: Path) -> None:
 def test_the_engine_chooses_as_the_training_does(tiny: Tiny, tmp_path: Path) -> None:
     shape = Shape(8, 3)
     mixture = run_of(tiny.source, shape, tmp_path).convert(SAMPLES)
-    converted = ConvertedSource(tiny.source, shape, mixture.feeds, mixture.routers, "f32")
+    experts = [rounded(feed, 8, "f32") for feed in mixture.feeds]
+    converted = ConvertedSource(tiny.source, shape, experts, mixture.routers)
     (batch,) = batches([Sample(TOKENS)], 64)
     logits = mixture.decoder.logits(mixture.last(batch, 3)).numpy()
     np.testing.assert_allclose(native_logits(converted, TOKENS), logits, atol=1e-3)
