@@ -106,6 +106,7 @@ class Holding:
             settings.budget,
             layers=layers,
             planes=settings.planes,
+            bounded=settings.mode == "bounded",
             bytes_per_second=settings.flash_mb_s * 1e6,
         )
         return self.open_part(self._source, 0, layers, self.kv, self.store)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from isthmus.protocol.errors import IsthmusError
 from isthmus.quant.packed import PackedMatrix
 
@@ -31,12 +34,14 @@ class ExpertSource(Protocol):
         store: the C engine's `im_store *`.
         reader: reads in the background while steps compute what is there.
         foresee: whether a step asks the next layer's router early, so that its experts can be read ahead.
+        tolerance: float32 [layers, planes] of `Layers.tolerate`, from layer 0 on; None for all planes.
     """
 
     tables: ExpertTables
     store: Any
     reader: Reader
     foresee: bool
+    tolerance: NDArray[np.float32] | None
 
     def attach(self, part: Any, workers: Workers) -> None:
         """A part is opened that computes with these experts.

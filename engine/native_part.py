@@ -59,6 +59,8 @@ class NativePart:
         for piece in layers:
             if piece.experts is not None:
                 piece.experts.attach(piece.c_part, workers)
+                if piece.experts.tolerance is not None:
+                    piece.tolerate(piece.experts.tolerance[piece.start : piece.end])
         module = native()
         self._ffi, self._lib, self._workers, self._layers = module.ffi, module.lib, workers, layers
         self._im_step, self._engine = module.lib.im_step, workers.engine

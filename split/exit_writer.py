@@ -1,10 +1,9 @@
-"""Puts exits into a bundle that is there already; whoever is killed meanwhile leaves a bundle that opens."""
+"""Puts exits, their certificates and their codecs into a bundle that is there already."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,8 +15,8 @@ from isthmus.split.bundle import MANIFEST_FILE, Bundle
 from isthmus.split.certificate import Certificate
 from isthmus.split.exit_entry import CodecChoice, ExitEntry
 from isthmus.split.exits import HEAD_TOKENS, MODEL_ID
-from isthmus.split.files import PARTIAL, locked
 from isthmus.split.manifest import FileEntry, Manifest
+from isthmus.split.rewriting import changed, put_file
 from isthmus.split.roles import Weights
 from isthmus.split.tensorfile import encode
 
@@ -56,16 +55,16 @@ def put_exits(path: Path, model_id: str, exits: Sequence[tuple[ExitEntry, bytes]
         kept = tuple(entry for entry in old.exits if entry.layer not in replaced)
         if len(kept) < len(old.exits):  # a file is not replaced while bundle.json has its hash
             listed = {name: entry for name, entry in old.files.items() if name not in {e.file for e, _ in exits}}
-            _write(path / MANIFEST_FILE, msgspec.structs.replace(old, files=listed, exits=kept).encode())
+            put_file(path / MANIFEST_FILE, msgspec.structs.replace(old, files=listed, exits=kept).encode())
         new = [_calibrated(entry, same.get(entry.file)) for entry, _ in exits]
         entries = tuple(sorted([*kept, *new], key=lambda entry: entry.layer))
         manifest = msgspec.structs.replace(old, files=files, exits=entries)
         Manifest.parse(manifest.encode())
         for entry, data in exits:
-            _write(path / entry.file, data)
+            put_file(path / entry.file, data)
         return manifest
 
-    return _changed(path, change)
+    return changed(path, change)
 
 
 def put_certificates(path: Path, certificates: Mapping[int, Certificate | None]) -> Manifest:
@@ -94,7 +93,7 @@ def _put(path: Path, changes: Mapping[int, dict[str, Certificate | CodecChoice |
         entries = (msgspec.structs.replace(entry, **changes.get(entry.layer, {})) for entry in old.exits)
         return msgspec.structs.replace(old, exits=tuple(entries))
 
-    return _changed(path, change)
+    return changed(path, change)
 
 
 def _calibrated(entry: ExitEntry, old: ExitEntry | None) -> ExitEntry:
@@ -104,27 +103,3 @@ def _calibrated(entry: ExitEntry, old: ExitEntry | None) -> ExitEntry:
     return msgspec.structs.replace(
         entry, certificate=entry.certificate or old.certificate, codec=entry.codec or old.codec
     )
-
-
-def _changed(path: Path, change: Callable[[Bundle], Manifest]) -> Manifest:
-    try:
-        with locked(path):
-            manifest = change(Bundle.open(path))
-            data = manifest.encode()
-            Manifest.parse(data)
-            _write(path / MANIFEST_FILE, data)
-    except BlockingIOError as error:
-        raise BundleError(f"another process writes to {path}", "wait until it is done") from error
-    except OSError as error:
-        raise BundleError(f"cannot write to {path}: {error.strerror}", "free some space, or copy the bundle") from error
-    return manifest
-
-
-def _write(target: Path, data: bytes) -> None:
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(target.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)

@@ -13,6 +13,7 @@ import msgspec
 from isthmus.engine.config import DecoderConfig
 from isthmus.protocol.errors import BundleError, EngineError, IsthmusError
 from isthmus.split.exit_entry import ExitEntry, check_exits
+from isthmus.split.tolerance import Tolerance
 
 FORMAT_VERSION = 1
 KIND, GRAPH_KIND = "decoder", "graph"
@@ -128,6 +129,7 @@ class _Wire(msgspec.Struct, frozen=True):
     tokenizer: TokenizerEntry
     files: dict[str, FileEntry]
     exits: tuple[ExitEntry, ...] = ()
+    tolerance: Tolerance | None = None
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -143,6 +145,7 @@ class Manifest(msgspec.Struct, frozen=True):
         weights: the format asked for when the bundle was written ("keep", "q4", ...).
         files: every file but bundle.json, by its name within the bundle.
         exits: trained on the model and no part of its identity, in ascending order of their layers.
+        tolerance: with how few bits experts may be read; None until that is calibrated.
     """
 
     name: str
@@ -152,6 +155,7 @@ class Manifest(msgspec.Struct, frozen=True):
     tokenizer: TokenizerEntry
     files: dict[str, FileEntry]
     exits: tuple[ExitEntry, ...] = ()
+    tolerance: Tolerance | None = None
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
@@ -193,12 +197,16 @@ class Manifest(msgspec.Struct, frozen=True):
         check_files(wire.files)
         if config.n_layers > len(wire.files):
             raise BundleError(f"bundle.json lists {len(wire.files)} files for {config.n_layers} layers", again)
-        manifest = cls(wire.name, wire.model_id, config, wire.weights, wire.tokenizer, wire.files, wire.exits)
+        manifest = cls(
+            wire.name, wire.model_id, config, wire.weights, wire.tokenizer, wire.files, wire.exits, wire.tolerance
+        )
         for name in [*manifest.part_files(0, config.n_layers), wire.tokenizer.file]:
             if name not in wire.files:
                 raise BundleError(f"bundle.json lists no {name}", again)
         if wire.model_id != model_id(config, wire.files):
             raise BundleError(f"model_id {wire.model_id!r} does not follow from the bundle's files", again)
+        if wire.tolerance is not None:
+            wire.tolerance.check(config, wire.model_id)
         check_exits(wire.exits, config.n_layers, {name: entry.sha256 for name, entry in wire.files.items()})
         return manifest
 
@@ -216,6 +224,8 @@ class Manifest(msgspec.Struct, frozen=True):
         }
         if self.exits:
             fields["exits"] = msgspec.to_builtins(self.exits)
+        if self.tolerance is not None:
+            fields["tolerance"] = msgspec.to_builtins(self.tolerance)
         return json.dumps(fields, indent=1).encode() + b"\n"
 
     def layer_files(self, index: int) -> Sequence[str]:

@@ -55,6 +55,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "split": Entry("isthmus.apps.cli.split", "Turn a model into a bundle that can be cut at any layer"),
         "exits": Entry("isthmus.apps.cli.exits", "Train early exits for a bundle, certify and measure them"),
         "moefy": Entry("isthmus.apps.cli.moefy", "Make a mixture of experts of a dense model"),
+        "experts": Entry("isthmus.apps.cli.experts", "Say with how few bits a mixture's experts may be read"),
         "inspect": Entry("isthmus.apps.cli.inspect", "Show a bundle's layers, bytes, family and hashes"),
         "keys": Entry("isthmus.apps.cli.keys", "Make keys and say which devices a cloud lets in"),
     },

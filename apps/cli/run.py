@@ -131,6 +131,12 @@ def command(
             help="For a mixture of experts: memory that they may take, in MB; others are read when they are needed",
         ),
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="With --expert-mb: exact, or bounded: with as few bits as isthmus experts calibrate found good enough"
+        ),
+    ] = "exact",
     expert_bits: Annotated[
         int,
         typer.Option(
@@ -237,7 +243,7 @@ def command(
             draft_depth=draft_depth,
             threads=threads,
             memory_mb=memory_mb,
-            experts=None if expert_mb is None else ExpertSettings(expert_mb, expert_bits, flash_mb_s),
+            experts=None if expert_mb is None else ExpertSettings(expert_mb, expert_bits, flash_mb_s, experts),  # type: ignore[arg-type]
             kv_tokens=kv_tokens,
             overflow=overflow,  # type: ignore[arg-type]
             on_rollback=screen.rollback if on_rollback == "replace" and not json else on_rollback,  # type: ignore[arg-type]
@@ -322,7 +328,7 @@ def _check_effects(ctx: typer.Context) -> None:
                 refuse(name.replace("_", "-"), "has no effect without --cloud", "name a cloud, or leave it out")
     if {"keys", "no_keys"} <= given:
         refuse("keys", "has no effect with --no-keys", "choose one of them")
-    for name in ("expert_bits", "flash_mb_s"):
+    for name in ("experts", "expert_bits", "flash_mb_s"):
         if name in given and "expert_mb" not in given:
             refuse(name.replace("_", "-"), "has no effect without --expert-mb", "add that, or leave it out")
     if {"greedy", "temperature"} <= given:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import Literal, get_args
 
 from isthmus.edge.options import is_number
 from isthmus.protocol.errors import DeviceError
 
+ExpertMode = Literal["exact", "bounded"]
+MODES: tuple[ExpertMode, ...] = get_args(ExpertMode)
 MOST_MB = 1e9  # more than any machine has
 
 
@@ -19,11 +22,14 @@ class ExpertSettings:
         mb: memory that experts may take, in 10^6 bytes.
         bits: 2, 4 or 8: nested experts are read with so many bits at most; 0 for all that are there.
         flash_mb_s: pretends that flash reads so many 10^6 bytes a second; 0 for what it does.
+        mode: "exact", as if all experts were in memory, or "bounded", where each is read with as few bits as the
+            bundle's tolerance allows.
     """
 
     mb: float
     bits: int = 0
     flash_mb_s: float = 0.0
+    mode: ExpertMode = "exact"
 
     def __post_init__(self) -> None:
         if not (is_number(self.mb) and 0 < self.mb <= MOST_MB):
@@ -34,6 +40,9 @@ class ExpertSettings:
             raise DeviceError(
                 f"flash_mb_s is {self.flash_mb_s!r}", "give a number of megabytes a second, 0 for no limit"
             )
+
+        if self.mode not in MODES:
+            raise DeviceError(f"experts are to be read {self.mode!r}", f"choose {' or '.join(MODES)}")
 
     @property
     def budget(self) -> int:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.edge.experts.policy import policy_number
 from isthmus.engine.binding import Memory, Workers, native
@@ -53,6 +54,7 @@ class ExpertStore:
         planes: how many planes are used at most, 0 for all.
         policy: one of `policy.POLICIES`.
         foresee: whether the next layer's router is asked early, and what it names read ahead.
+        bounded: whether experts are read with as few bits as the bundle's tolerance allows.
         threads: that read.
         bytes_per_second: the speed of a slower device that is emulated, 0 for none.
 
@@ -62,7 +64,8 @@ class ExpertStore:
             what was read.
 
     Raises:
-        DeviceError: the budget holds less than one layer needs at once, or a number makes no sense.
+        DeviceError: the budget holds less than one layer needs at once, a number makes no sense, or a bundle without
+            a tolerance shall be read within it.
         BundleError: an expert file is absent or describes something else.
     """
 
@@ -75,6 +78,7 @@ class ExpertStore:
         planes: int = 0,
         policy: str = "lfru",
         foresee: bool = True,
+        bounded: bool = False,
         threads: int = 2,
         bytes_per_second: float = 0.0,
     ) -> None:
@@ -98,6 +102,7 @@ class ExpertStore:
                 f"give at least {-(-least // 100_000) / 10:g} MB",
             )
         self.budget, self.foresee = min(budget, max(least, self._whole())), foresee
+        self.tolerance = self._tolerance(bundle) if bounded else None
         self.tables = ExpertTables(config, 0, self.n_layers)
         for index, records in self._records.items():
             self.tables.layer(index).shape(records.formats_of(self._planes[index]))
@@ -122,6 +127,13 @@ class ExpertStore:
             one.n_experts * sum(map(_in_memory, one.plane_sizes[: self._planes[layer]]))
             for layer, one in self._records.items()
         )
+
+    def _tolerance(self, bundle: Bundle) -> NDArray[np.float32]:
+        found = bundle.manifest.tolerance
+        if found is None:
+            problem = f"nobody has measured with how few bits the experts of {bundle.name} may be read"
+            raise DeviceError(problem, "calibrate it: isthmus experts calibrate; or read them exactly")
+        return found.array(max(self._planes.values(), default=1))[: self.n_layers]
 
     def _new(self, experts: ExpertsConfig, policy: int) -> Any:
         module, memory = native(), self._memory

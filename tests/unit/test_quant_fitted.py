@@ -18,7 +18,8 @@ N, ROWS, COLS = 3, 20, 88  # the last group has 24 columns
 @pytest.fixture(scope="module")
 def weights() -> NDArray[np.float32]:
     found: NDArray[np.float32] = np.random.default_rng(1).standard_normal((N, ROWS, COLS), np.float32)
-    return np.float32(0.1) * found
+    found *= np.float32(0.1)
+    return found
 
 
 @pytest.fixture(scope="module")

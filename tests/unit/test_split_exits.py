@@ -145,11 +145,11 @@ def test_a_codec_stays_as_long_as_its_exit(folder: Path) -> None:
 
 
 def test_who_is_killed_while_an_exit_is_replaced_leaves_a_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isthmus.split import exit_writer
+    from isthmus.split import exit_writer, rewriting
 
     model_id = Bundle.open(folder).model_id
     put_exits(folder, model_id, [an_exit(model_id), an_exit(model_id, 3)])
-    whole, left = exit_writer._write, 0
+    whole, left = rewriting.put_file, 0
 
     def write(target: Path, data: bytes) -> None:
         nonlocal left
@@ -158,7 +158,8 @@ def test_who_is_killed_while_an_exit_is_replaced_leaves_a_bundle(folder: Path, m
         left -= 1
         whole(target, data)
 
-    monkeypatch.setattr(exit_writer, "_write", write)
+    for module in (exit_writer, rewriting):
+        monkeypatch.setattr(module, "put_file", write)
     for killed_after in range(3):
         left = 100
         put_exits(folder, model_id, [an_exit(model_id)])
