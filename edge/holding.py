@@ -7,10 +7,13 @@ from collections.abc import Callable
 from isthmus.edge import budget
 from isthmus.edge.experts.settings import ExpertSettings
 from isthmus.edge.experts.store import ExpertStore
+from isthmus.edge.experts.warm import check, warm
 from isthmus.edge.local import CHUNK, LocalPart
 from isthmus.edge.stopwatch import Stopwatch
 from isthmus.engine.experts import ExpertSource
+from isthmus.engine.native_part import NativePart
 from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig, Part, WeightSource
+from isthmus.engine.placement import Placement
 from isthmus.engine.slow import check_slow_down, slowed
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
@@ -46,6 +49,9 @@ class Holding:
         if experts is not None and bundle.config.experts is None:
             raise DeviceError(f"{bundle.name} has no experts", "leave expert_mb out")
         self._experts = experts
+        self._placement = Placement.load(experts.placement) if experts and experts.placement else None
+        if self._placement is not None:
+            check(self._placement, bundle)
         self.store: ExpertStore | None = None
         self._bundle, self._memory_mb, self._window = bundle, memory_mb, window
         self._source = bundle.without_experts() if experts else bundle
@@ -109,16 +115,21 @@ class Holding:
             bounded=settings.mode == "bounded",
             bytes_per_second=settings.flash_mb_s * 1e6,
         )
-        return self.open_part(self._source, 0, layers, self.kv, self.store)
+        part = self._opened(self._source, 0, layers, self.kv, self.store)
+        if self._placement is not None and isinstance(part, NativePart):
+            warm(part, self.store, self._placement)
+        return slowed(part, self._slow_down)
 
     def open_part(
         self, source: WeightSource, start: int, end: int, kv: KvConfig, experts: ExpertSource | None = None
     ) -> Part:
         """Layers [start, end) on this device's engine, of its own bundle or of another source."""
+        return slowed(self._opened(source, start, end, kv, experts), self._slow_down)
+
+    def _opened(self, source: WeightSource, start: int, end: int, kv: KvConfig, experts: ExpertSource | None) -> Part:
         from isthmus.engine import open_part
 
-        part = open_part(source, start, end, backend=self._backend, threads=self._threads, kv=kv, experts=experts)
-        return slowed(part, self._slow_down)
+        return open_part(source, start, end, backend=self._backend, threads=self._threads, kv=kv, experts=experts)
 
     def truncate(self, length: int) -> None:
         """Forgets the KV of positions from `length` on."""

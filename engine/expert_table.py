@@ -147,6 +147,10 @@ class ExpertTable:
         found: dict[str, Any] = {name: [getattr(t, name)[p] for p in planes] for name in ("taken", "missed", "late")}
         return found | {"foreseen": t.foreseen, "foreseen_right": t.foreseen_right}
 
+    def count_anew(self) -> None:
+        """Forgets what steps took so far; what is in memory stays there."""
+        native().ffi.memmove(self.traffic, bytes(native().ffi.sizeof("im_traffic")), native().ffi.sizeof("im_traffic"))
+
     def _sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         experts, d = self._config.experts, self._config.d_model
         assert experts is not None

@@ -67,6 +67,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Measure": {
         "profile": Entry("isthmus.apps.cli.profile", "Measure what a network's nodes take on this machine"),
         "plan": Entry("isthmus.apps.cli.plan", "Say where to cut a network, or that sharing does not pay"),
+        "place": Entry("isthmus.apps.cli.place", "Say where a mixture's experts should stand"),
         "bench": Entry("isthmus.apps.cli.bench", "Measure this machine, and ways to share a model over a link"),
         "doctor": Entry("isthmus.apps.cli.doctor", "Tell what this machine has and why something is slow"),
     },

@@ -146,6 +146,13 @@ def command(
     flash_mb_s: Annotated[
         float, typer.Option("--flash-mb-s", help="With --expert-mb: pretend that flash reads so many MB/s; 0 for none")
     ] = 0.0,
+    placement: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --expert-mb: read the experts that isthmus place gave to memory before the first token",
+        ),
+    ] = None,
     kv_tokens: Annotated[
         int | None,
         typer.Option("--kv-tokens", help="Tokens of a conversation; by default the model's context, up to 4096"),
@@ -224,6 +231,9 @@ def command(
     _check_effects(ctx)
     if greedy:
         sampling = Sampling()
+    held = None
+    if expert_mb is not None:
+        held = ExpertSettings(expert_mb, expert_bits, flash_mb_s, experts, placement)  # type: ignore[arg-type]
     screen, reasons = Screen(), list[str]()
     mode = "local" if cloud is None and mode == "auto" and not explain else mode
     with (
@@ -243,7 +253,7 @@ def command(
             draft_depth=draft_depth,
             threads=threads,
             memory_mb=memory_mb,
-            experts=None if expert_mb is None else ExpertSettings(expert_mb, expert_bits, flash_mb_s, experts),  # type: ignore[arg-type]
+            experts=held,
             kv_tokens=kv_tokens,
             overflow=overflow,  # type: ignore[arg-type]
             on_rollback=screen.rollback if on_rollback == "replace" and not json else on_rollback,  # type: ignore[arg-type]
@@ -328,7 +338,7 @@ def _check_effects(ctx: typer.Context) -> None:
                 refuse(name.replace("_", "-"), "has no effect without --cloud", "name a cloud, or leave it out")
     if {"keys", "no_keys"} <= given:
         refuse("keys", "has no effect with --no-keys", "choose one of them")
-    for name in ("experts", "expert_bits", "flash_mb_s"):
+    for name in ("experts", "expert_bits", "flash_mb_s", "placement"):
         if name in given and "expert_mb" not in given:
             refuse(name.replace("_", "-"), "has no effect without --expert-mb", "add that, or leave it out")
     if {"greedy", "temperature"} <= given:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Literal, get_args
 
 from isthmus.edge.options import is_number
@@ -24,12 +25,14 @@ class ExpertSettings:
         flash_mb_s: pretends that flash reads so many 10^6 bytes a second; 0 for what it does.
         mode: "exact", as if all experts were in memory, or "bounded", where each is read with as few bits as the
             bundle's tolerance allows.
+        placement: a file of `isthmus place`, whose experts of memory are read before the first token; None for none.
     """
 
     mb: float
     bits: int = 0
     flash_mb_s: float = 0.0
     mode: ExpertMode = "exact"
+    placement: Path | None = None
 
     def __post_init__(self) -> None:
         if not (is_number(self.mb) and 0 < self.mb <= MOST_MB):

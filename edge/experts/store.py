@@ -168,6 +168,12 @@ class ExpertStore:
         index = min(self._records, default=0)
         return self._records[index].plane_sizes[: self._planes[index]]
 
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes of an expert of a layer in memory, 0 where it has none."""
+        if layer not in self._records:
+            return 0
+        return sum(map(_in_memory, self._records[layer].plane_sizes[: self._planes[layer]]))
+
     def attach(self, part: Any, workers: Workers) -> None:
         """See `ExpertSource`."""
         if self._closed:

@@ -17,7 +17,7 @@ N, ROWS, COLS = 3, 20, 88  # the last group has 24 columns
 
 @pytest.fixture(scope="module")
 def weights() -> NDArray[np.float32]:
-    found: NDArray[np.float32] = np.random.default_rng(1).standard_normal((N, ROWS, COLS), np.float32)
+    found: NDArray[np.float32] = np.random.default_rng(1).standard_normal((N, ROWS, COLS)).astype(np.float32)
     found *= np.float32(0.1)
     return found
 
@@ -27,7 +27,8 @@ def moments() -> NDArray[np.float32]:
     rng = np.random.default_rng(2)
     mixing = rng.standard_normal((COLS, COLS)) * np.exp(rng.standard_normal(COLS))[:, None]
     inputs = rng.standard_normal((N, 400, COLS)) @ mixing
-    return np.einsum("nti,ntj->nij", inputs, inputs).astype(np.float32)
+    found: NDArray[np.float32] = np.einsum("nti,ntj->nij", inputs, inputs).astype(np.float32)
+    return found
 
 
 def apart(arrays: Arrays, format: str, w: NDArray[np.float32], moments: NDArray[np.float32]) -> float:
