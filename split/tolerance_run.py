@@ -147,7 +147,7 @@ def read(
         found.append(_loss(logits[:-1], np.array(document[1:])))
         tokens += len(document)
         if tolerance is not None:
-            taken += len(document) * _bits(routing.weights, tolerance)
+            taken += len(document) * mean_bits(routing.weights, tolerance)
         if progress:
             progress(done)
     part.record(0)
@@ -162,9 +162,13 @@ def _loss(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
     return float((total - logits[np.arange(len(truth)), truth]).sum())
 
 
-def _bits(weights: NDArray[np.float32], tolerance: NDArray[np.float32]) -> float:
-    """Bits of the experts that are taken, in the mean, of routing [positions, layers, top_k]; layers without experts
-    are left out."""
+def mean_bits(weights: NDArray[np.float32], tolerance: NDArray[np.float32]) -> float:
+    """Bits of the experts that a token is sent to, in the mean; layers without experts are left out.
+
+    Args:
+        weights: of recorded routing [positions, layers, top_k].
+        tolerance: see `shares`.
+    """
     there = weights.sum(axis=2, keepdims=True)
     held = there[0, :, 0] > 0
     planes = (weights[..., None] >= (tolerance[:, None] * there[..., None])).cumprod(axis=3).sum(axis=3)
