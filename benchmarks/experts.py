@@ -32,6 +32,8 @@ from isthmus.edge.experts.report import ExpertReport
 from isthmus.edge.experts.simulate import foresight, hit_rate
 from isthmus.edge.experts.store import ExpertStore, floor_bytes
 from isthmus.engine import KvConfig
+from isthmus.engine.binding import Workers, default_threads
+from isthmus.engine.native_layers import Layers
 from isthmus.engine.native_part import NativePart, open_native
 from isthmus.engine.part import Rows, Want
 from isthmus.engine.routing import Routing
@@ -118,6 +120,12 @@ def recorded(bundle: Bundle) -> Routing:
     return Routing(chosen, weights, foreseen)
 
 
+def opened(source: Bundle, store: ExpertStore, positions: int) -> NativePart:
+    """All layers on threads of their own: a pool counts steps, by which experts age, and others' must not count."""
+    layers = Layers(source, 0, olmoe.LAYERS, KvConfig(max_tokens=positions), store)
+    return NativePart([layers], Workers(default_threads()))
+
+
 @dataclass
 class Contender:
     """A way to hold experts, and what it took."""
@@ -140,7 +148,7 @@ class Contender:
     ) -> Contender:  # fmt: skip
         store = ExpertStore(bundle, budget, planes=planes, **settings)
         source = bundle.without_experts()
-        part = open_native(source, 0, olmoe.LAYERS, kv=KvConfig(max_tokens=512), experts=store)
+        part = opened(source, store, 512)
         part.tolerate(shares)
         return cls(name, store, part, routing)
 
@@ -199,7 +207,7 @@ def keeps_its_budget(bundle: Bundle, routing: Routing, budget: int, tokens: int)
     """The most bytes of experts in memory, page cache included, as a share of the budget; and the median ms a token."""
     source = bundle.without_experts()
     store = ExpertStore(bundle, budget, planes=PLANES)
-    part = open_native(source, 0, olmoe.LAYERS, kv=KvConfig(max_tokens=WATCHED), experts=store)
+    part = opened(source, store, WATCHED)
     before = anonymous_bytes() - cached_bytes(bundle)
     watched = Contender("budget", store, part, routing)
     most, times = 0, list[float]()
@@ -317,9 +325,9 @@ def measure(
     record.figure("order", 1e3 / contenders[EXACT].token_ms, "tok/s", target=1.1, of=f"speed/{BY_INDEX}")
     note = (
         f"A quarter of the experts in memory, {quarter / 1e6:,.0f} MB of {whole / 1e6:,.0f}; with no cache one "
-        f"layer's. Bounded: {bits:.2f} bits in the mean; small: in memory for as many experts. Exposed: what a token takes longer "
-        f"than with all in memory. Roofline: max(compute, bytes over bandwidth) at {bandwidth / 1e9:.2f} GB/s of reading, of "
-        "the bytes that routers name. 8 bits: a quarter of the experts, as everywhere."
+        f"layer's. Bounded: {bits:.2f} bits in the mean; small: in memory for as many experts. Exposed: what a token "
+        "takes longer than with all in memory. Roofline: max(compute, bytes over bandwidth) at "
+        f"{bandwidth / 1e9:.2f} GB/s of reading, of the bytes that routers name. 8 bits: a quarter of the experts, too."
     )
     columns = ["experts", "tokens/s", "MB read a token", "exposed ms a token", "of the roofline", "peak MB"]
     record.table("speed", columns, rows, note=note)

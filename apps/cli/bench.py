@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.apps.cli.bench_experts import command as experts
 from isthmus.apps.cli.bench_modes import command as modes
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ COLUMNS = (  # key of a row in --json, title, format
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True, add_completion=False)
 app.command("modes")(modes)
+app.command("experts")(experts)
 
 
 @app.callback()

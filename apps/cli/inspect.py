@@ -13,16 +13,49 @@ if TYPE_CHECKING:
 
 
 def command(
+    ctx: typer.Context,
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle's folder")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file's sha256")] = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Of a mixture of experts: which of them a memory budget would hold")
+    ] = False,
+    expert_mb: Annotated[
+        float | None,
+        typer.Option("--expert-mb", help="With --experts: the budget in MB; by default a quarter of the experts"),
+    ] = None,
+    expert_bits: Annotated[
+        int, typer.Option("--expert-bits", help="With --experts: nested experts with 2, 4 or 8 bits; 0 for all")
+    ] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="With --experts: draw the experts in memory, token by token"),
+    ] = None,
 ) -> None:
-    """Show a bundle's family and shapes, and of each file its bytes, weight formats and hash."""
+    """Show a bundle's family and shapes, and of each file its bytes, weight formats and hash.
+
+    With --experts: how many of a mixture's experts would be in memory when their layer takes them, layer by layer and
+    over time, and what would be read from flash. That is worked out from the experts that routers choose along a text;
+    the recording of isthmus bench experts is taken, or one is made. What --plot draws has a row for each expert and a
+    column for each token.
+    """
     import json
 
+    from isthmus.apps.cli.given import given_options
+    from isthmus.protocol.errors import DeviceError
+
+    given = given_options(ctx)
+    for name in ("expert_mb", "expert_bits", "plot"):
+        if name in given and not experts:
+            raise DeviceError(f"--{name.replace('_', '-')} has no effect without --experts", "add that")
+    if experts and verify:
+        raise DeviceError("--verify has no effect with --experts", "leave one of them out")
     from isthmus.split.bundle import Bundle, is_graph
     from isthmus.split.graph_bundle import GraphBundle
 
+    if experts:
+        _experts(bundle, expert_mb, expert_bits, plot, as_json=as_json)
+        return
     if is_graph(bundle):
         network = GraphBundle.open(bundle)
         if verify:
@@ -38,6 +71,30 @@ def command(
         print(json.dumps(facts, indent=1))
     else:
         _print(facts)
+
+
+def _experts(folder: Path, expert_mb: float | None, bits: int, plot: Path | None, *, as_json: bool) -> None:
+    import json
+
+    from isthmus.apps.cli.expert_view import look, show
+    from isthmus.protocol.errors import DeviceError
+    from isthmus.split.bundle import Bundle, is_graph
+
+    if plot is not None:
+        from isthmus.apps.bench.plot import check_drawing
+
+        check_drawing(plot)
+    if is_graph(folder):
+        raise DeviceError(f"{folder} is a network, and has no experts", "name a mixture of experts")
+    view = look(Bundle.open(folder), expert_mb, bits)
+    if plot is not None:
+        from isthmus.apps.cli.expert_picture import draw
+
+        draw(plot, view)
+    if as_json:
+        print(json.dumps(view.to_dict()))
+    else:
+        show(view, folder)
 
 
 def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from isthmus.apps.cli.tokens import Screen
-    from isthmus.edge import Device, Stats, Token
+    from isthmus.edge import Device, ExpertSettings, Stats, Token
 
 
 def command(
@@ -234,6 +234,7 @@ def command(
     held = None
     if expert_mb is not None:
         held = ExpertSettings(expert_mb, expert_bits, flash_mb_s, experts, placement)  # type: ignore[arg-type]
+        _foretell(bundle, held, threads)
     screen, reasons = Screen(), list[str]()
     mode = "local" if cloud is None and mode == "auto" and not explain else mode
     with (
@@ -278,6 +279,17 @@ def command(
             _answer(device, screen, tokens, max_tokens, json=json, reasons=told, kept=resume is not None)
         if prompt is None:
             chat(device, screen, raw, cloud is not None, options)
+
+
+def _foretell(bundle: Path, experts: ExpertSettings, threads: int) -> None:
+    """Says on a terminal what speed is to be expected; elsewhere nobody reads it."""
+    import sys
+
+    from isthmus.apps.cli.foretold import foretold
+    from isthmus.apps.cli.tokens import dim
+
+    if sys.stderr.isatty() and (line := foretold(bundle, experts, threads)):
+        print(dim(line, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _again(answered: Stats, json: bool, note: str) -> None:

@@ -109,7 +109,7 @@ class ExpertStore:
         self._memory, self._parts, self._closed = Memory(), list[Any](), False
         self._workers: Workers | None = None
         with ExitStack() as opened:
-            self.direct, self._files = _open(self._records)
+            self.direct, self._files = open_files(self._records)
             for file in self._files.values():
                 opened.callback(os.close, file)
             room = 3 * self.n_layers * config.experts.n_experts
@@ -124,7 +124,7 @@ class ExpertStore:
     def _whole(self) -> int:
         """Bytes of all experts in memory."""
         return sum(
-            one.n_experts * sum(map(_in_memory, one.plane_sizes[: self._planes[layer]]))
+            one.n_experts * sum(map(in_memory, one.plane_sizes[: self._planes[layer]]))
             for layer, one in self._records.items()
         )
 
@@ -172,7 +172,7 @@ class ExpertStore:
         """Bytes of an expert of a layer in memory, 0 where it has none."""
         if layer not in self._records:
             return 0
-        return sum(map(_in_memory, self._records[layer].plane_sizes[: self._planes[layer]]))
+        return sum(map(in_memory, self._records[layer].plane_sizes[: self._planes[layer]]))
 
     def attach(self, part: Any, workers: Workers) -> None:
         """See `ExpertSource`."""
@@ -224,7 +224,7 @@ class ExpertStore:
             self._workers.stores -= 1
 
 
-def _in_memory(plane: int) -> int:
+def in_memory(plane: int) -> int:
     """Bytes of the pages that a plane takes."""
     return -(-plane // mmap.PAGESIZE) * mmap.PAGESIZE
 
@@ -232,13 +232,17 @@ def _in_memory(plane: int) -> int:
 def floor_bytes(records: Mapping[int, Records], planes: Mapping[int, int], top_k: int) -> int:
     """The least budget: one more expert than a row takes in a layer."""
     return max(
-        ((top_k + 1) * sum(map(_in_memory, one.plane_sizes[: planes[layer]])) for layer, one in records.items()),
+        ((top_k + 1) * sum(map(in_memory, one.plane_sizes[: planes[layer]])) for layer, one in records.items()),
         default=0,
     )
 
 
-def _open(records: Mapping[int, Records]) -> tuple[bool, dict[int, int]]:
-    """Whether files are read past the page cache, and their descriptors."""
+def open_files(records: Mapping[int, Records]) -> tuple[bool, dict[int, int]]:
+    """Whether files are read past the page cache, and their descriptors, which the caller closes.
+
+    Raises:
+        BundleError: a file cannot be read.
+    """
     for flags in dict.fromkeys((os.O_RDONLY | getattr(os, "O_DIRECT", 0), os.O_RDONLY)):
         files: dict[int, int] = {}
         try:

@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from isthmus.edge.experts.policy import POLICIES
-from isthmus.edge.experts.simulate import foresight, hit_rate
+from isthmus.edge.experts.simulate import foresight, hit_rate, simulate
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.config import ExpertsConfig
 from isthmus.engine.routing import Routing
-from isthmus.protocol.errors import EngineError
+from isthmus.protocol.errors import DeviceError, EngineError
 from tests.native_tools import run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
 from tests.stored_experts import paged, record_bytes, stored
@@ -51,6 +51,24 @@ def test_foresight_counts_from_the_second_layer_on() -> None:
         Routing(chosen, np.ones((1, 3, 3), np.float32), foreseen)
 
 
+def test_layers_share_a_budget_that_is_never_exceeded() -> None:
+    rng = np.random.default_rng(5)
+    chosen = np.array([[rng.choice(8, 2, replace=False) for _ in range(3)] for _ in range(60)], np.int32)
+    found = simulate(routed(chosen), 8, 90, "lfru", sizes=[10, 20, 5])
+    taken = (found.resident.sum(axis=2) * [10, 20, 5]).sum(axis=1)
+    assert taken.max() <= 90 < taken.max() + 20
+    assert found.by_layer(10).mean() == pytest.approx(found.hit_rate(10))
+    last = np.take_along_axis(found.resident, chosen.astype(np.int64), axis=2)[:, -1]
+    assert last.all()  # what the last layer took is there
+
+
+def test_what_cannot_be_simulated_is_said() -> None:
+    with pytest.raises(DeviceError, match=r"a capacity of 1 experts.*at least the 2"):
+        simulate(routed(np.array([[[0, 1]]], np.int32)), 4, 1, "lru")
+    with pytest.raises(DeviceError, match="the eviction policy is 'none'"):
+        simulate(routed(np.array([[[0, 1]]], np.int32)), 4, 4, "none")
+
+
 @pytest.mark.skipif(not cpu_names(), reason="the native engine is not built (no C compiler?)")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_engines_store_does_what_is_simulated(tmp_path: Path, policy: str) -> None:
@@ -66,3 +84,6 @@ def test_the_engines_store_does_what_is_simulated(tmp_path: Path, policy: str) -
         layers = [store.tables.layer(i).report() for i in range(3)]
     found = 1 - sum(layer["missed"][0] for layer in layers) / sum(layer["taken"][0] for layer in layers)
     assert found == pytest.approx(hit_rate(routing, 8, 10, policy), abs=0.03)
+    if policy != "lfru":  # whose worth the engine keeps in half the digits
+        simulated = simulate(routing, 8, 10, policy).hits
+        assert [layer["missed"][0] for layer in layers] == (~simulated).sum(axis=(0, 2)).tolist()
