@@ -13,7 +13,7 @@ from isthmus.protocol.errors import EngineError
 
 VERSION = 1
 MOST_BYTES = 1 << 26  # of a file
-_AGAIN = "make it again: isthmus place BUNDLE -o FILE"
+_AGAIN = "make it again: isthmus experts place BUNDLE -o FILE"
 
 
 class Placement(msgspec.Struct, frozen=True):

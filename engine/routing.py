@@ -16,7 +16,7 @@ from isthmus.protocol.errors import EngineError
 FORMAT = "isthmus-routing-1"
 MOST_BYTES = 1 << 32  # of a file, unpacked
 _ARRAYS = ("chosen", "weights", "foreseen")
-_AGAIN = "record it again: isthmus place BUNDLE --text FILE --save-routing FILE.npz"
+_AGAIN = "record it again: isthmus experts place BUNDLE --text FILE --save-routing FILE.npz"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from isthmus.engine import KvConfig, open_part
 from isthmus.engine.experts import Expert
 from isthmus.engine.part import Part, WeightSource
 from isthmus.protocol.errors import ModelError
+from isthmus.quant.fitted import Aim
 from isthmus.quant.groups import QUANTIZABLE
 from isthmus.quant.nested import WIDTHS
 from isthmus.quant.packed import PackedMatrix
@@ -157,8 +158,13 @@ class MoefyRun:
         tune(found, samples, shape.active, recipe, lambda done, total, _: tell(done, total), kept, key.hexdigest())
         return found
 
-    def experts(self, mixture: Mixture, samples: Sequence[Sample], format: str) -> list[list[Expert]]:
+    def experts(
+        self, mixture: Mixture, samples: Sequence[Sample], format: str, aim: Aim | None = None
+    ) -> list[list[Expert]]:
         """The experts of all layers in a format; nested ones are fitted to the tokens that come to them.
+
+        Args:
+            aim: of that; see `quant.fitted.fit`.
 
         Raises:
             ModelError: a format that nothing is rounded to.
@@ -167,7 +173,7 @@ class MoefyRun:
         if format not in WIDTHS:
             return [rounded(feed, self.shape.experts, format) for feed in mixture.feeds]
         some = _some(batches(samples, _BATCH_TOKENS, np.random.default_rng(0)))
-        return fitted(mixture, some, self.shape.active, format, progress=self._say("rounding"))
+        return fitted(mixture, some, self.shape.active, format, aim, self._say("rounding"))
 
     def measure(self, mixture: Mixture, held: Sequence[Sample], counts: Sequence[int]) -> tuple[float, list[Figure]]:
         """The dense model's perplexity on held-out samples, and figures for so many active experts."""

@@ -26,7 +26,7 @@ from isthmus.protocol.errors import ModelError
 from isthmus.quant.groups import dequantize
 from isthmus.quant.nested import WIDTHS, view
 from isthmus.quant.packed import PackedMatrix
-from isthmus.quant.planes import MATRICES, n_planes
+from isthmus.quant.planes import MATRICES
 from isthmus.split.bundle import Bundle
 from isthmus.split.tolerance import NEVER, Tolerance
 
@@ -34,6 +34,7 @@ LEAST_DOCUMENTS = 30  # below them a mean is not normal
 LEAST_TOKENS = 8
 STEPS = tuple(2.0 ** (step / 2 - 12) for step in range(21))  # least errors that two bits must take away
 BITS = (0, 2, 4, 8)  # by planes
+Matrices = tuple[PackedMatrix, PackedMatrix, PackedMatrix]  # gate, up and down of an expert
 _SAMPLED = 4  # experts of a layer whose error is measured
 
 
@@ -73,36 +74,52 @@ def data_hash(documents: Sequence[Sequence[int]]) -> str:
 
 
 def errors(bundle: Bundle) -> NDArray[np.float64]:
+    """What experts are off by when some of their planes are read, of each layer; see `expert_errors`.
+
+    Raises:
+        ModelError: the bundle has no nested experts.
+    """
+    config, found = bundle.config, list[list[Matrices]]()
+    for index in range(config.n_layers):
+        found.append([])
+        if config.experts_of(index):
+            assert config.experts is not None
+            layer = bundle.layer(index)
+            for e in range(0, config.experts.n_experts, max(1, config.experts.n_experts // _SAMPLED)):
+                gate, up, down = (layer[f"experts.{e}.{name}"] for name in MATRICES)
+                assert (
+                    isinstance(gate, PackedMatrix) and isinstance(up, PackedMatrix) and isinstance(down, PackedMatrix)
+                )
+                found[-1].append((gate, up, down))
+    return expert_errors(found)
+
+
+def expert_errors(layers: Sequence[Sequence[Matrices]]) -> NDArray[np.float64]:
     """What experts are off by when some of their planes are read, [layers, planes + 1].
 
     Shares of their weights' square, added over their matrices: 1 with no plane, 0 with all; zeros where a layer has no
     experts.
 
+    Args:
+        layers: gate, up and down of some experts of each layer.
+
     Raises:
-        ModelError: the bundle has no nested experts.
+        ModelError: they are not nested.
     """
-    config, found = bundle.config, list[list[float]]()
-    for index in range(config.n_layers):
-        if not config.experts_of(index):
-            found.append([])
-            continue
-        assert config.experts is not None
-        layer = bundle.layer(index)
-        sampled = range(0, config.experts.n_experts, max(1, config.experts.n_experts // _SAMPLED))
-        each = [[layer[f"experts.{e}.{name}"] for name in MATRICES] for e in sampled]
-        formats = {matrix.format for matrices in each for matrix in matrices if isinstance(matrix, PackedMatrix)}
-        planes = n_planes((*formats,) * 3) if len(formats) == 1 else 1  # type: ignore[arg-type]
-        if planes == 1:
-            raise ModelError(f"the experts of {bundle.name} are not nested", "convert the model with --format n8 or n4")
-        found.append(np.mean([_apart(matrices, planes) for matrices in each], axis=0).tolist())
+    found = list[list[float]]()
+    for experts in layers:
+        formats = {matrix.format for matrices in experts for matrix in matrices}
+        if formats and not (len(formats) == 1 and formats <= set(WIDTHS[1:])):
+            raise ModelError("the experts are not nested", "convert the model with --format n8 or n4")
+        each = [_apart(matrices, 1 + WIDTHS.index(matrices[0].format)) for matrices in experts]
+        found.append(np.mean(each, axis=0).tolist() if each else [])
     most = max(map(len, found))
     return np.array([row or [0.0] * most for row in found])
 
 
-def _apart(matrices: Sequence[object], planes: int) -> list[float]:
+def _apart(matrices: Matrices, planes: int) -> list[float]:
     total = [0.0] * planes
     for matrix in matrices:
-        assert isinstance(matrix, PackedMatrix)
         whole = dequantize(matrix)
         energy = float(np.square(whole).sum()) or 1.0
         for plane in range(1, planes):

@@ -42,13 +42,13 @@ TEMPLATE = (
 class Weights:
     """Random weights, the same for a seed."""
 
-    def __init__(self, seed: int, experts: ExpertsConfig | None = None) -> None:
-        self._seed, self.config = seed, replace(CONFIG, experts=experts)
+    def __init__(self, seed: int, experts: ExpertsConfig | None = None, format: str = "f32") -> None:
+        self._seed, self.config, self._format = seed, replace(CONFIG, experts=experts), format
 
     def _matrix(self, name: str, rows: int, cols: int) -> PackedMatrix:
         seed = int.from_bytes(hashlib.sha256(f"{self._seed} {name}".encode()).digest()[:4], "little")
         values = np.random.default_rng(seed).standard_normal((rows, cols), np.float32) / np.float32(cols**0.5)
-        return quantize(values * np.float32(2.0), "f32")
+        return quantize(values * np.float32(2.0), self._format if " experts." in name else "f32")
 
     def embedding(self) -> PackedMatrix:
         return self._matrix("embed", CONFIG.vocab_size, CONFIG.d_model)
@@ -88,9 +88,11 @@ def tokenizer_json() -> bytes:
     return str(backend.to_str()).encode()
 
 
-def write_tiny(folder: Path, seed: int = 0, experts: ExpertsConfig | None = None) -> Path:
+def write_tiny(folder: Path, seed: int = 0, experts: ExpertsConfig | None = None, format: str = "f32") -> Path:
+    """A tiny model's bundle; the format is of its experts."""
     entry = TokenizerEntry("tokenizer.json", TEMPLATE, None, (256,), False)
-    write_bundle(folder, Weights(seed, experts), name="tiny", weights="f32", tokenizer=tokenizer_json(), entry=entry)
+    source = Weights(seed, experts, format)
+    write_bundle(folder, source, name="tiny", weights=format, tokenizer=tokenizer_json(), entry=entry)
     return folder
 
 

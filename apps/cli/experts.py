@@ -1,4 +1,4 @@
-"""`isthmus experts`: with how few bits a mixture's experts may be read."""
+"""`isthmus experts`: with how few bits a mixture's experts may be read, and where they should stand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from isthmus.apps.cli import experts_place
 
 if TYPE_CHECKING:
     from isthmus.split.tolerance import Tolerance
@@ -15,8 +17,10 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Prepare the experts of a mixture for a device that cannot hold them.\n\n"
     "`calibrate` finds with how few bits nested experts may be read while the perplexity stays within a bound, and "
-    "certifies it; isthmus run --experts bounded then reads no more.",
+    "certifies it; isthmus run --experts bounded then reads no more. `place` says which of them should stand in "
+    "memory, on flash and in a cloud, by recorded routing.",
 )
+app.command("place")(experts_place.command)
 
 
 @app.command()

@@ -130,6 +130,7 @@ def describe(bundle: Bundle, *, verified: bool = False) -> dict[str, Any]:
             }
             for entry in bundle.exits
         ],
+        "tolerance": msgspec.to_builtins(bundle.manifest.tolerance),
         "chat_template": bundle.manifest.tokenizer.chat_template is not None,
         "files": files,
     }
@@ -201,6 +202,8 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(f"here     {facts['layers_here']} of {c['n_layers']} layers, {here:.1f} of {whole:.1f} MB")
     for entry in facts["exits"]:
         console.print(_exit(entry))
+    if facts["tolerance"]:
+        console.print(f"bounded  {_tolerance(facts['tolerance'])}")
     if facts["verified"]:
         console.print("hashes   all files here are what the bundle says")
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -213,6 +216,16 @@ def _print(facts: dict[str, Any]) -> None:
         state = " ".join(file["formats"]) if file["here"] else "not here"
         table.add_row(escape(file["name"]), f"{file['bytes']:,}", state, file["sha256"][:16], style=style)
     console.print(table, soft_wrap=False)
+
+
+def _tolerance(told: dict[str, Any]) -> str:
+    """With how few bits experts may be read."""
+    import msgspec
+
+    from isthmus.apps.cli.experts import tolerance_text
+    from isthmus.split.tolerance import Tolerance
+
+    return tolerance_text(msgspec.convert(told, Tolerance))
 
 
 def _exit(entry: dict[str, Any]) -> str:

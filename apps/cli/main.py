@@ -55,7 +55,7 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
         "split": Entry("isthmus.apps.cli.split", "Turn a model into a bundle that can be cut at any layer"),
         "exits": Entry("isthmus.apps.cli.exits", "Train early exits for a bundle, certify and measure them"),
         "moefy": Entry("isthmus.apps.cli.moefy", "Make a mixture of experts of a dense model"),
-        "experts": Entry("isthmus.apps.cli.experts", "Say with how few bits a mixture's experts may be read"),
+        "experts": Entry("isthmus.apps.cli.experts", "Say with how few bits experts do, and where they should stand"),
         "inspect": Entry("isthmus.apps.cli.inspect", "Show a bundle's layers, bytes, family and hashes"),
         "keys": Entry("isthmus.apps.cli.keys", "Make keys and say which devices a cloud lets in"),
     },
@@ -67,7 +67,6 @@ COMMANDS: Mapping[str, Mapping[str, Entry]] = {
     "Measure": {
         "profile": Entry("isthmus.apps.cli.profile", "Measure what a network's nodes take on this machine"),
         "plan": Entry("isthmus.apps.cli.plan", "Say where to cut a network, or that sharing does not pay"),
-        "place": Entry("isthmus.apps.cli.place", "Say where a mixture's experts should stand"),
         "bench": Entry("isthmus.apps.cli.bench", "Measure this machine, and ways to share a model over a link"),
         "doctor": Entry("isthmus.apps.cli.doctor", "Tell what this machine has and why something is slow"),
     },

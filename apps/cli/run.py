@@ -150,7 +150,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="With --expert-mb: read the experts that isthmus place gave to memory before the first token",
+            help="With --expert-mb: read the experts that isthmus experts place gave to memory before the first token",
         ),
     ] = None,
     kv_tokens: Annotated[

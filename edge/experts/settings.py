@@ -25,7 +25,8 @@ class ExpertSettings:
         flash_mb_s: pretends that flash reads so many 10^6 bytes a second; 0 for what it does.
         mode: "exact", as if all experts were in memory, or "bounded", where each is read with as few bits as the
             bundle's tolerance allows.
-        placement: a file of `isthmus place`, whose experts of memory are read before the first token; None for none.
+        placement: a file of `isthmus experts place`, whose experts of memory are read before the first
+            token; None for none.
     """
 
     mb: float

@@ -19,7 +19,7 @@ from isthmus.engine.routing import Routing
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
 
-_AGAIN = "make one for this bundle: isthmus place BUNDLE --text FILE -o FILE"
+_AGAIN = "make one for this bundle: isthmus experts place BUNDLE --text FILE -o FILE"
 
 
 def check(placement: Placement, bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""`isthmus place`: where the experts of a mixture should stand."""
+"""`isthmus experts place`: where the experts of a mixture should stand."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def command(
 
     Record once and ask often:
 
-    isthmus place BUNDLE --text FILE --save-routing r.npz --expert-mb 30 -o placement.json
+    isthmus experts place BUNDLE --text FILE --save-routing r.npz --expert-mb 30 -o placement.json
 
-    isthmus place BUNDLE --routing r.npz --workers 4
+    isthmus experts place BUNDLE --routing r.npz --workers 4
     """
     from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""`isthmus place`: from recorded routing to a file that `isthmus run` takes, and all that can be asked wrongly."""
+"""`isthmus experts place`: from recorded routing to a file that `isthmus run` takes, and what can be asked wrongly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def routing_of(bundle: Bundle, path: Path, **other: Any) -> Path:
 
 
 def ask(bundle: Bundle, tmp_path: Path, *more: str) -> int:
-    return run(["place", str(bundle.path), "--routing", str(routing_of(bundle, tmp_path / "r.npz")), *more])
+    return run(["experts", "place", str(bundle.path), "--routing", str(routing_of(bundle, tmp_path / "r.npz")), *more])
 
 
 def test_a_placement_goes_to_a_file_and_to_people(
@@ -87,7 +87,7 @@ def test_routing_is_recorded_along_texts_and_kept(
     texts = [some_tokens(30, seed) for seed in (1, 2)]
     for name, tokens in zip("ab", texts, strict=True):
         (tmp_path / f"{name}.txt").write_text(" ".join(map(str, tokens)))
-    asked = ["place", str(bundle.path), "--text", str(tmp_path), "--workers", "2"]
+    asked = ["experts", "place", str(bundle.path), "--text", str(tmp_path), "--workers", "2"]
     assert run([*asked, "--tokens", "50", "--save-routing", str(tmp_path / "r.npz"), "--json"]) == 0
     shown = capsys.readouterr().out
     found = RoutingFile.load(tmp_path / "r.npz")
@@ -97,7 +97,10 @@ def test_routing_is_recorded_along_texts_and_kept(
     run_tokens(part, part.open(), texts[1][:20], [20])  # each text begins anew
     part.close()
     assert routing is not None and (found.routing.chosen[30:] == routing.chosen).all()
-    assert run(["place", str(bundle.path), "--routing", str(tmp_path / "r.npz"), "--workers", "2", "--json"]) == 0
+    assert (
+        run(["experts", "place", str(bundle.path), "--routing", str(tmp_path / "r.npz"), "--workers", "2", "--json"])
+        == 0
+    )
     again = capsys.readouterr().out
     assert json.loads(again)["stands"] == json.loads(shown)["stands"]
     assert run([*asked, "--save-routing", str(tmp_path / "r.txt")]) == 2
@@ -146,16 +149,16 @@ def test_routing_of_another_model_and_damaged(
         ({"model": "0" * 32}, "recorded with the model 000"),
     ):
         path = routing_of(bundle, tmp_path / "r.npz", **other)
-        assert run(["place", str(bundle.path), "--routing", str(path), "--expert-mb", "1"]) == 2
+        assert run(["experts", "place", str(bundle.path), "--routing", str(path), "--expert-mb", "1"]) == 2
         assert why in capsys.readouterr().err
     path.write_bytes(b"nothing of the kind")
-    assert run(["place", str(bundle.path), "--routing", str(path), "--expert-mb", "1"]) == 2
+    assert run(["experts", "place", str(bundle.path), "--routing", str(path), "--expert-mb", "1"]) == 2
     assert "is no recorded routing, or is damaged" in capsys.readouterr().err
 
 
 def test_a_model_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = stored(RandomModel("q8", random_config()), tmp_path / "dense")
-    assert run(["place", str(dense.path), "--text", "none.txt", "--workers", "2"]) == 2
+    assert run(["experts", "place", str(dense.path), "--text", "none.txt", "--workers", "2"]) == 2
     assert "has no experts to place" in capsys.readouterr().err
 
 

@@ -1,0 +1,255 @@
+"""Nested codes beside separate ones: what experts lose with 2, 4 and 8 bits, and mixed.
+
+The model is SmolLM2 as `isthmus moefy --experts 32 --active 8` converts and tunes it, on 1,500 documents; tuning takes
+it off the grid of 4 bits on which it is shipped. Nested codes are one file for three widths, fitted to the tokens that
+come to each expert; separate ones are fitted in the same way to one width alone, or rounded each weight for itself: q4
+is GGUF's Q4_0, q4m its Q4_1, NF4 that of QLoRA (Dettmers et al., 2305.14314), HQQ its authors' own, all in groups of
+32. Mixed ones follow an expert's share of a token, by the rule of `isthmus experts calibrate`.
+
+usage: python benchmarks/nested.py [--documents 200]
+
+The first call tunes for some twenty minutes. HQQ is left out unless it is there:
+  pip install --no-deps --target ~/.cache/isthmus/peers/hqq hqq==0.2.8.post1 termcolor
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from models import gguf
+from numpy.typing import NDArray
+from record import Cell, Record
+from torch import Tensor
+
+from isthmus.engine.experts import Expert
+from isthmus.engine.part import WeightSource
+from isthmus.quant.fitted import Aim
+from isthmus.quant.groups import decode_rows, dequantize, encode_rows
+from isthmus.quant.nested import view
+from isthmus.split.checkpoints import open_checkpoint
+from isthmus.split.exit_run import working_in
+from isthmus.split.exit_samples import Texts, chunks, divided, text_files
+from isthmus.split.exit_states import Sample
+from isthmus.split.fetch import cache_folder, fetch
+from isthmus.split.moefy_decoder import Feed, keep_freed_memory
+from isthmus.split.moefy_mixture import Batch, Mixture, Watch, batches, perplexity
+from isthmus.split.moefy_run import MoefyRun, identity, work_folder
+from isthmus.split.moefy_source import Shape
+from isthmus.split.moefy_training import Recipe
+from isthmus.split.tokenizer import Tokenizer
+from isthmus.split.tolerance_run import BITS, expert_errors, shares
+
+EXPERTS, ACTIVE, TAUGHT = 32, 8, 1500
+BATCH = 4096  # tokens
+LEAST = (0.001, 0.004, 0.016, 0.064)  # errors that two bits must take away, where planes are mixed
+HQQ = cache_folder().parent / "peers" / "hqq"
+NF4 = (  # quantiles of a normal distribution, symmetric in number around zero
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+MATRICES = ("gate", "up", "down")
+
+
+def say(what: str) -> None:
+    """What is under way."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def in_format(format: str) -> Callable[[Tensor], Tensor]:
+    """Rounds a matrix to one of our formats."""
+
+    def change(w: Tensor) -> Tensor:
+        return torch.from_numpy(decode_rows(format, encode_rows(w.numpy(), format), w.shape[1]))
+
+    return change
+
+
+def nf4(w: Tensor) -> Tensor:
+    """Rounds to the nearest of 16 numbers, times the largest of a group of 32."""
+    levels = torch.tensor(NF4)
+    padded = torch.nn.functional.pad(w, (0, -w.shape[1] % 32))
+    grouped = padded.reshape(len(w), -1, 32)
+    scale = grouped.abs().amax(-1, keepdim=True).half().float()
+    places = torch.bucketize(grouped / scale.clamp_min(1e-12), (levels[1:] + levels[:-1]) / 2)
+    return (levels[places] * scale).reshape(padded.shape)[:, : w.shape[1]].contiguous()
+
+
+def hqq(bits: int) -> Callable[[Tensor], Tensor]:
+    """Rounds as HQQ does."""
+    from hqq.core.quantize import Quantizer  # type: ignore[import-not-found, unused-ignore]
+
+    def change(w: Tensor) -> Tensor:
+        kind = {"nbits": bits, "axis": 1, "optimize": True, "round_zero": bits == 4, "bitpack": False}
+        size = 32 if w.shape[1] % 32 == 0 else 16  # it pads nothing
+        codes, meta = Quantizer.quantize(w, **kind, group_size=size, device="cpu", compute_dtype=torch.float32)
+        found: Tensor = Quantizer.dequantize(codes, meta).reshape(w.shape).float()
+        return found
+
+    return change
+
+
+def read_with(layers: Sequence[Sequence[Expert]], format: str) -> list[Feed]:
+    """Fitted experts as a width reads them."""
+    feeds = []
+    for experts in layers:
+        gate, up, down = (
+            [torch.from_numpy(dequantize(view(getattr(expert, name), format))) for expert in experts]
+            for name in MATRICES
+        )
+        feeds.append(Feed(torch.cat(gate), torch.cat(up), torch.cat(down, dim=1).contiguous()))
+    return feeds
+
+
+def by_expert(feed: Feed, change: Callable[[Tensor], Tensor]) -> Feed:
+    """Each expert's matrices changed by themselves: groups of columns end with an expert."""
+    downs = [change(part.contiguous()) for part in feed.down.chunk(EXPERTS, dim=1)]
+    return Feed(change(feed.gate), change(feed.up), torch.cat(downs, dim=1).contiguous())
+
+
+def error(feeds: Sequence[Feed], truth: Sequence[Feed]) -> float:
+    """Of the weights: root of the squares' share."""
+    off = whole = 0.0
+    for feed, right in zip(feeds, truth, strict=True):
+        for name in MATRICES:
+            a, b = getattr(feed, name), getattr(right, name)
+            off, whole = off + float((a - b).square().sum()), whole + float(b.square().sum())
+    return math.sqrt(off / whole)
+
+
+class Mixed(Mixture):
+    """A mixture whose experts are read with as many planes as their shares ask for.
+
+    Args:
+        widths: its experts with no, one, two and three planes.
+        table: see `tolerance_run.shares`.
+
+    Attributes:
+        bits: of an expert that a token is sent to, by layer and batch.
+    """
+
+    def __init__(self, mixture: Mixture, widths: Sequence[list[Feed]], table: NDArray[np.float32]) -> None:
+        super().__init__(mixture.decoder, mixture.feeds, mixture.routers, mixture.pre_gate)
+        self._widths, self._table, self.bits = widths, torch.from_numpy(table), list[float]()
+
+    def _fed(self, index: int, normed: Tensor, read: Tensor, active: int, oracle: bool, watch: Watch | None) -> Tensor:
+        best = (read @ self.routers[index].T).topk(active, -1)
+        planes = (best.values.softmax(-1)[..., None] >= self._table[index]).sum(-1)
+        self.bits.append(float(torch.tensor(BITS)[planes].float().mean()))
+        added, dtype = torch.zeros_like(normed), self.decoder.dtype
+        for count, feeds in enumerate(self._widths, 1):
+            chosen = torch.zeros(len(normed), self.experts).scatter_(-1, best.indices, (planes == count).float())
+            hidden = feeds[index].hidden(normed, dtype)
+            hidden = (hidden.view(len(hidden), self.experts, -1) * chosen.to(dtype)[..., None]).view(hidden.shape)
+            added += (hidden @ feeds[index].down.to(dtype).T).float()
+        return added
+
+
+class Scale:
+    """Perplexity of held-out documents with other experts."""
+
+    def __init__(self, mixture: Mixture, held: Sequence[Batch]) -> None:
+        self._mixture, self._held = mixture, held
+
+    def weigh(self, feeds: list[Feed]) -> float:
+        """All experts read alike."""
+        return self.of(Mixture(self._mixture.decoder, feeds, self._mixture.routers, False))
+
+    def of(self, mixture: Mixture) -> float:
+        """Of a mixture."""
+        return perplexity(mixture.decoder, lambda batch: mixture.last(batch, ACTIVE), self._held)
+
+
+def tuned(source: WeightSource, texts: Texts, tokenizer: Tokenizer) -> tuple[MoefyRun, Mixture, list[Sample]]:
+    """The converted model, and what it was tuned on; kept in the cache folder."""
+    called = identity(source)
+    run = MoefyRun(source, called, Shape(EXPERTS, ACTIVE), work_folder(called), begin)
+    taught = chunks(tokenizer, texts.taught[:: len(texts.taught) // TAUGHT][:TAUGHT], source.config.context_length)
+    return run, run.tune(run.convert(taught), taught, Recipe(epochs=1)), taught
+
+
+def begin(step: str) -> Callable[[int, int], None]:
+    """Tells of a step's progress."""
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done % 20 == 0:
+            say(f"{step}: {done} of {total}")
+
+    return tell
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=200, help="held out")
+    asked = parser.parse_args()
+    record = Record("nested", settings=vars(asked))
+    keep_freed_memory()
+    source = open_checkpoint(gguf(), format="keep")
+    texts, tokenizer = divided(text_files([fetch("texts")])), source.tokenizer()
+    with working_in(work_folder(identity(source))):
+        run, mixture, taught = tuned(source, texts, tokenizer)
+    held = batches(chunks(tokenizer, texts.held[: asked.documents], source.config.context_length), BATCH)
+    compare(record, run, mixture, taught, Scale(mixture, held))
+    record.write()
+
+
+def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample], scale: Scale) -> None:
+    """All codes, one after the other."""
+    rows, plain = list[list[Cell]](), scale.weigh(mixture.feeds)
+
+    def add(name: str, bits: float, feeds: list[Feed]) -> float:
+        return told(name, bits, scale.weigh(feeds), error(feeds, mixture.feeds))
+
+    def told(name: str, bits: float, found: float, off: float | str) -> float:
+        say(f"{name}: {found:.3f}")
+        rows.append([name, bits, found, f"{found / plain - 1:+.2%}", off])
+        record.figure(f"perplexity/{name}", found, "")
+        return found
+
+    def alone(change: Callable[[Tensor], Tensor]) -> list[Feed]:
+        return [by_expert(feed, change) for feed in mixture.feeds]
+
+    def own(format: str, aim: Aim) -> list[Feed]:
+        return read_with(run.experts(mixture, taught, format, aim), format)
+
+    add("float", 32, mixture.feeds)
+    nested = run.experts(mixture, taught, "n8")
+    widths = [read_with(nested, format) for format in ("n2", "n4", "n8")]
+    eight = add("nested, 8 bits", 9, widths[2])
+    add("q8", 8.5, alone(in_format("q8")))
+    four = add("nested, 4 bits", 5, widths[1])
+    add("fitted to 4 bits alone", 4.5, own("n4", Aim(0, 1, 0)))
+    add("q4", 4.5, alone(in_format("q4")))
+    add("q4m", 5, alone(in_format("q4m")))
+    add("NF4", 4.5, alone(nf4))
+    if HQQ.is_dir():
+        sys.path.append(str(HQQ))
+        add("HQQ, 4 bits", 5, alone(hqq(4)))
+    add("nested, 2 bits", 2.5, widths[0])
+    add("fitted to 2 bits alone", 2.5, own("n2", Aim(1, 0, 0)))
+    add("nested, 2 bits, not fitted", 2.5, alone(in_format("n2")))
+    if HQQ.is_dir():
+        add("HQQ, 2 bits", 3, alone(hqq(2)))
+    off = expert_errors([[(one.gate, one.up, one.down) for one in layer[:: EXPERTS // 4]] for layer in nested])
+    for least in LEAST:
+        mixed = Mixed(mixture, widths, shares(off, least))
+        found = scale.of(mixed)
+        told(f"nested, mixed, {least:g}", float(np.mean(mixed.bits)), found, "")
+    record.figure("8 bits", eight, "perplexity", target=1.002, of="perplexity/float", at_most=True)
+    record.figure("4 bits", four, "perplexity", target=1.01, of="perplexity/fitted to 4 bits alone", at_most=True)
+    note = (
+        f"{EXPERTS} experts, {ACTIVE} active. Perplexity of held-out documents; bits with all scales of the planes "
+        "that are read (mixed: of the codes, in the mean); error: root of the squares of what weights are off by, as a "
+        "share of theirs. Mixed: two bits are read where they take away so much error, times an expert's share."
+    )
+    record.table("codes", ["weights", "bits", "perplexity", "more", "error"], rows, note=note)
+
+
+if __name__ == "__main__":
+    main()
