@@ -46,14 +46,16 @@ class RoutingFile:
     Attributes:
         model: the model's id, as its bundle says.
         n_experts: of a layer.
+        text: what it was recorded along, for people.
     """
 
     routing: Routing
     model: str
     n_experts: int
+    text: str = ""
 
     def save(self, path: Path) -> None:
-        """Writes it as .npz: the three arrays, `model`, `n_experts` and `format`.
+        """Writes it as .npz: the three arrays, `model`, `n_experts`, `text` and `format`.
 
         Raises:
             OSError: it cannot be written; what stood there stands.
@@ -69,6 +71,7 @@ class RoutingFile:
                     foreseen=one.foreseen,
                     model=np.array(self.model),
                     n_experts=np.array(self.n_experts),
+                    text=np.array(self.text),
                     format=np.array(FORMAT),
                 )
             aside.replace(path)
@@ -91,7 +94,7 @@ class RoutingFile:
                 if str(found["format"]) != FORMAT:
                     raise EngineError(f"{path} is of the format {str(found['format'])[:40]!r}", _AGAIN)
                 chosen, weights, foreseen = (found[name] for name in _ARRAYS)
-                model, n_experts = str(found["model"]), int(found["n_experts"])
+                model, n_experts, text = str(found["model"]), int(found["n_experts"]), str(found["text"])
         except FileNotFoundError as error:
             raise EngineError(f"there is no file {path}", "name recorded routing, or a text with --text") from error
         except (
@@ -106,4 +109,6 @@ class RoutingFile:
         named = (chosen, foreseen)
         if not chosen.size or min(one.min() for one in named) < 0 or max(one.max() for one in named) >= n_experts:
             raise EngineError(f"{path} names experts that are none of {n_experts}, or no positions", _AGAIN)
-        return cls(routing, model, n_experts)
+        if not np.isfinite(weights).all():
+            raise EngineError(f"{path} has weights that are not finite", _AGAIN)
+        return cls(routing, model, n_experts, text)

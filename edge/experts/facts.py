@@ -7,16 +7,11 @@ held against that, and a file that is damaged counts as none, so that it is meas
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
-import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-
-import numpy as np
 
 from isthmus.edge import profile
 from isthmus.edge.experts.flash import FlashSpeed
@@ -24,8 +19,8 @@ from isthmus.edge.experts.forecast import Steps
 from isthmus.edge.experts.store import MAX_PLANES
 from isthmus.engine.binding import default_threads
 from isthmus.engine.config import DecoderConfig
-from isthmus.engine.routing import Routing
-from isthmus.protocol.errors import BundleError
+from isthmus.engine.routing import Routing, RoutingFile
+from isthmus.protocol.errors import BundleError, EngineError
 from isthmus.split.bundle import Bundle
 from isthmus.split.expert_file import Records
 from isthmus.split.files import read_regular, write_whole
@@ -172,39 +167,25 @@ def write_routing(bundle: Bundle, routing: Routing, text: str) -> None:
         routing: of all layers.
         text: what it was recorded along, for people.
     """
-    told = json.dumps({"version": VERSION, "model_id": bundle.model_id, "text": text}).encode()
-    file = io.BytesIO()
-    np.savez(
-        file,
-        told=np.frombuffer(told, np.uint8),
-        chosen=routing.chosen.astype(np.uint16),
-        foreseen=routing.foreseen.astype(np.uint16),
-        weights=routing.weights.astype(np.float16),
-    )
-    _write(routing_file(bundle), file.getvalue())
+    experts, path = bundle.config.experts, routing_file(bundle)
+    if experts is not None and path is not None:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            RoutingFile(routing, bundle.model_id, experts.n_experts, text).save(path)
 
 
 def read_routing(bundle: Bundle) -> tuple[Routing, str] | None:
     """Routing that was kept, of all layers, and what it was recorded along; None where there is none that fits."""
-    data, config = _read(routing_file(bundle)), bundle.config
+    experts, path = bundle.config.experts, routing_file(bundle)
+    if experts is None or path is None:
+        return None
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            told = json.loads(file["told"].tobytes())
-            chosen, foreseen, weights = (file[name] for name in ("chosen", "foreseen", "weights"))
-        right = (told["version"], told["model_id"]) == (VERSION, bundle.model_id)
-        text = str(told["text"])
-    except (ValueError, TypeError, KeyError, OSError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error):
+        found = RoutingFile.load(path)
+    except EngineError:
         return None
-    types = [np.dtype(np.uint16), np.dtype(np.uint16), np.dtype(np.float16)]
-    if not right or [one.dtype for one in (chosen, foreseen, weights)] != types:
-        return None
-    if config.experts is None or chosen.shape[1:] != (config.n_layers, config.experts.top_k) or not len(chosen):
-        return None
-    if not chosen.shape == foreseen.shape == weights.shape or not np.isfinite(weights).all():
-        return None
-    if max(chosen.max(), foreseen.max()) >= config.experts.n_experts:
-        return None
-    return Routing(chosen.astype(np.int32), weights.astype(np.float32), foreseen.astype(np.int32)), text
+    fits = (found.model, found.n_experts) == (bundle.model_id, experts.n_experts)
+    shape = bundle.config.n_layers, experts.top_k
+    return (found.routing, found.text) if fits and found.routing.chosen.shape[1:] == shape else None
 
 
 def of_expert_layers(routing: Routing, config: DecoderConfig) -> Routing:

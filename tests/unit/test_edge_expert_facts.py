@@ -118,12 +118,14 @@ def test_routing_that_lost_a_bit_is_none(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("chosen", np.full((5, 3, 2), 8, np.uint16)),  # no such expert
-        ("chosen", np.zeros((5, 4, 2), np.uint16)),  # nor layer
-        ("foreseen", np.zeros((4, 3, 2), np.uint16)),
-        ("weights", np.full((5, 3, 2), np.inf, np.float16)),
+        ("chosen", np.full((5, 3, 2), 8, np.int32)),  # no such expert
+        ("chosen", np.zeros((5, 4, 2), np.int32)),  # nor layer
+        ("foreseen", np.zeros((4, 3, 2), np.int32)),
+        ("weights", np.full((5, 3, 2), np.inf, np.float32)),
         ("weights", np.zeros((5, 3, 2), np.float64)),
-        ("told", np.frombuffer(b'{"version": 9, "model_id": "", "text": ""}', np.uint8)),
+        ("model", np.array("another")),
+        ("n_experts", np.array(9)),
+        ("format", np.array("isthmus-routing-9")),
     ],
 )
 def test_routing_of_something_else_is_none(bundle: Bundle, name: str, value: Any) -> None:

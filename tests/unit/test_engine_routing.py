@@ -31,7 +31,8 @@ def written(path: Path, **other: Any) -> Path:
     """A file with something else in it than there should be."""
     one = some()
     fields: dict[str, Any] = {"chosen": one.chosen, "weights": one.weights, "foreseen": one.foreseen}
-    fields |= {"model": np.array("abc"), "n_experts": np.array(8), "format": np.array(FORMAT)} | other
+    fields |= {"model": np.array("abc"), "n_experts": np.array(8), "text": np.array("a letter")}
+    fields |= {"format": np.array(FORMAT)} | other
     np.savez(path, **{name: value for name, value in fields.items() if value is not None})
     return path
 
@@ -45,6 +46,7 @@ def written(path: Path, **other: Any) -> Path:
         ({"chosen": some().chosen + 1}, "none of 8"),
         ({"foreseen": some().foreseen - 1}, "none of 8"),
         ({"chosen": some().chosen[:5]}, "different shapes"),
+        ({"weights": np.full_like(some().weights, np.nan)}, "not finite"),
         ({"n_experts": np.array("many")}, "damaged"),
         ({"model": np.array([{"a": 1}], dtype=object)}, "damaged"),  # what only a pickle can hold
         ({name: getattr(some(), name)[:0] for name in ("chosen", "weights", "foreseen")}, "no positions"),
