@@ -89,9 +89,8 @@ class Device:
         slow_down: pretends to be a machine so many times slower, by waiting in proportion to what it computes.
         prefer: what "auto" is after: "speed", "cloud-cost" (the fewest seconds of the cloud's engine that do not take
             much longer) or "privacy" (this device alone; no cloud is spoken to).
-        max_disagreement: share of tokens that "auto" may let exits decide otherwise than the cloud's model, as their
-            certificates promise for greedy answers; 0 keeps to the model's very text. (Where exits speak, states
-            travel rounded, which turns some near-ties beside that.)
+        max_disagreement: share of tokens that "auto" may let exits decide otherwise than the cloud's model, certified
+            for greedy answers; 0 keeps to its very text. (Where exits speak, states travel rounded, which turns ties.)
         explain: called with why "auto" works as it does, when an answer begins and when that changes.
         fallback: whether this device goes on by itself when the cloud, having answered, goes away; in "auto" also if it
             refuses what it granted before or stays busy. It does so after two round trips of silence with tokens that
@@ -186,6 +185,7 @@ class Device:
                 experts=experts,
                 watch=watch,
             )
+            self._holding.check_exact(opening.wire is not None)
             if self._wish.prefer == "privacy" and not self._holding.whole:
                 raise alone_refused(self._holding.layers, self.config.n_layers)
             opened.callback(self._holding.close)

@@ -66,6 +66,24 @@ class Holding:
         return bool(self._window)
 
     @property
+    def bounded(self) -> bool:
+        """Whether experts are read with fewer bits than the model has."""
+        return self._experts is not None and self._experts.mode == "bounded"
+
+    def check_exact(self, cloud: bool) -> None:
+        """Checks how experts are read.
+
+        Args:
+            cloud: whether there is one, which promises what the model itself says.
+
+        Raises:
+            DeviceError: with fewer bits than the model has, and there is one.
+        """
+        if cloud and self.bounded:
+            problem = "the experts are read as a bound allows, and a cloud answers as the model does"
+            raise DeviceError(problem, "read them exactly, or leave the cloud out")
+
+    @property
     def whole(self) -> bool:
         """Whether all layers and the head are here and fit."""
         return self.layers == self._bundle.config.n_layers
@@ -112,12 +130,16 @@ class Holding:
             settings.budget,
             layers=layers,
             planes=settings.planes,
-            bounded=settings.mode == "bounded",
+            bounded=self.bounded,
             bytes_per_second=settings.flash_mb_s * 1e6,
         )
         part = self._opened(self._source, 0, layers, self.kv, self.store)
         if self._placement is not None and isinstance(part, NativePart):
-            warm(part, self.store, self._placement)
+            try:
+                warm(part, self.store, self._placement)
+            except BaseException:
+                part.close()
+                raise
         return slowed(part, self._slow_down)
 
     def open_part(

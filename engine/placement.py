@@ -69,6 +69,8 @@ class Placement(msgspec.Struct, frozen=True):
             EngineError: it cannot be read, or is no placement.
         """
         try:
+            if path.exists() and not path.is_file():
+                raise EngineError(f"{path} is no file", "name a placement's file")
             if path.is_file() and path.stat().st_size > MOST_BYTES:
                 raise EngineError(f"{path} is too large for a placement", _AGAIN)
             return msgspec.json.decode(path.read_bytes(), type=cls)

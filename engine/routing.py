@@ -102,6 +102,8 @@ class RoutingFile:
             zipfile.BadZipFile, zlib.error,
         ) as problem:  # fmt: skip
             raise EngineError(f"{path} is no recorded routing, or is damaged: {problem}", _AGAIN) from problem
+        if not all(isinstance(one, np.ndarray) for one in (chosen, weights, foreseen)):
+            raise EngineError(f"{path} is no recorded routing, or is damaged", _AGAIN)
         kinds = [one.dtype for one in (chosen, weights, foreseen)]
         if kinds != [np.int32, np.float32, np.int32]:
             raise EngineError(f"{path} holds {', '.join(map(str, kinds))}, not int32, float32 and int32", _AGAIN)

@@ -40,7 +40,7 @@ def fit(w: F32, moments: F32 | None, format: str, aim: Aim | None = None) -> Arr
         w: weights of several matrices of one shape [n, rows, cols].
         moments: of the inputs of each: sums of x x^T, symmetric [n, cols, cols]; None where nothing is known of them.
         format: "n2", "n4" or "n8".
-        aim: by default 4 bits are a tenth off what they could be alone, and 8 half as far again.
+        aim: by default 4 and 8 bits give up a little for each other, and 2 bits more for both.
 
     Raises:
         QuantError: another format, shapes that do not go together, numbers that are not finite, or scales beyond f16.

@@ -95,20 +95,21 @@ def calibrate(
                         "yes" if tried.passed else "no",
                     )
                 )
-    before = opened.manifest.tolerance
+    before = Bundle.open(bundle).manifest.tolerance  # by now
     asked = data_hash(samples), within, confidence
     own = (
         before is not None and (before.data, before.within, before.confidence) == asked
     )  # it does not follow from them
     stays = found is None and before is not None and not force and not own
-    if not stays:
+    if not as_json:
+        table(["bits", "perplexity", f"rises at most ({confidence:.0%})", f"within {within:.1%}"], rows)
+    if found is not None or (before is not None and not stays):
         put_tolerance(bundle, found)
     if as_json:
         import msgspec
 
         print(json.dumps({"tried": told, "tolerance": msgspec.to_builtins(found)}))
         return
-    table(["bits", "perplexity", f"rises at most ({confidence:.0%})", f"within {within:.1%}"], rows)
     if found is not None:
         print(tolerance_text(found))
     else:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from isthmus.split.placement import Problem
 
 POLICIES = ("lru", "lfru", "belady")
-PLANES = {0: 0, 2: 1, 4: 2, 8: 3}  # of nested experts, by bits
 OF_DEVICES = {"expert_mb", "expert_bits", "flash_mb_s", "flash_ms", "flash_mb", "link"}
 
 
@@ -91,6 +90,7 @@ def command(
     from isthmus.apps.cli.given import given_options
     from isthmus.apps.cli.run import check_bundle, is_network
     from isthmus.apps.cli.targets import check_target
+    from isthmus.edge.experts.settings import PLANES_OF
     from isthmus.protocol.errors import PlanError
     from isthmus.split.bundle import Bundle
     from isthmus.split.files import write_whole
@@ -121,9 +121,9 @@ def command(
     if is_network(bundle):
         raise PlanError(f"{bundle.name} is a network without experts", "name the bundle of a mixture of experts")
     opened = Bundle.open(bundle)
-    if expert_bits not in PLANES:
+    if expert_bits not in PLANES_OF:
         raise PlanError(f"--expert-bits is {expert_bits}", "choose 2, 4 or 8, or 0 for all")
-    sizes = expert_bytes(opened, PLANES[expert_bits])
+    sizes = expert_bytes(opened, PLANES_OF[expert_bits])
     file = _routing(opened, routing, text or [], tokens, save_routing, threads)
     chosen = checked(opened, file)
     along, held = halves(chosen)

@@ -1,8 +1,9 @@
 """What is known of a mixture on this machine: how fast its flash and its steps are, and how its routers choose.
 
 Both are kept in the user's cache folder beside the profiles of `edge.profile`. A file is another one for another model,
-host, kind or number of processors, kernels, number of threads, width of experts or file system; what a file says is
-held against that, and a file that is damaged counts as none, so that it is measured anew.
+host, kind or number of processors, kernels, number of threads, width of experts or file system (routing: for another
+model, host or processor); what a file says is held against that, and a file that is damaged counts as none, so that it
+is measured anew.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def _read_facts(bundle: Bundle, path: Path | None) -> Facts | None:
         mb_s, latency, token, wait, read = numbers = [float(told[name]) for name in _NUMBERS]
         found = Facts(mb_s, latency, token, wait, read, told["direct"] is True)
         right = (told["version"], told["model_id"]) == (VERSION, bundle.model_id)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     fits = all(isfinite(x) and 0 <= x < _MOST for x in numbers) and found.flash_mb_s > 0 and found.token_ms > 0
     return found if right and fits else None

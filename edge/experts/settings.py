@@ -12,6 +12,7 @@ from isthmus.protocol.errors import DeviceError
 
 ExpertMode = Literal["exact", "bounded"]
 MODES: tuple[ExpertMode, ...] = get_args(ExpertMode)
+PLANES_OF = {0: 0, 2: 1, 4: 2, 8: 3}  # of nested experts, by bits; 0 for all
 MOST_MB = 1e9  # more than any machine has
 
 
@@ -38,7 +39,7 @@ class ExpertSettings:
     def __post_init__(self) -> None:
         if not (is_number(self.mb) and 0 < self.mb <= MOST_MB):
             raise DeviceError(f"expert_mb is {self.mb!r}", "give a positive number of megabytes")
-        if self.bits not in (0, 2, 4, 8):
+        if self.bits not in PLANES_OF:
             raise DeviceError(f"expert_bits is {self.bits}", "choose 2, 4 or 8, or 0 for all")
         if not (is_number(self.flash_mb_s) and 0 <= self.flash_mb_s < inf):
             raise DeviceError(
@@ -56,4 +57,4 @@ class ExpertSettings:
     @property
     def planes(self) -> int:
         """Leading planes of nested experts that are used at most; 0 for all."""
-        return {0: 0, 2: 1, 4: 2, 8: 3}[self.bits]
+        return PLANES_OF[self.bits]

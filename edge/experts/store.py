@@ -65,7 +65,7 @@ class ExpertStore:
 
     Raises:
         DeviceError: the budget holds less than one layer needs at once, a number makes no sense, or a bundle without
-            a tolerance shall be read within it.
+            a tolerance shall be read within it, or with fewer planes than that allows.
         BundleError: an expert file is absent or describes something else.
     """
 
@@ -130,10 +130,19 @@ class ExpertStore:
 
     def _tolerance(self, bundle: Bundle) -> NDArray[np.float32]:
         found = bundle.manifest.tolerance
+        again = "calibrate it: isthmus experts calibrate; or read them exactly"
         if found is None:
             problem = f"nobody has measured with how few bits the experts of {bundle.name} may be read"
-            raise DeviceError(problem, "calibrate it: isthmus experts calibrate; or read them exactly")
-        return found.array(max(self._planes.values(), default=1))[: self.n_layers]
+            raise DeviceError(problem, again)
+        whole = max((len(one.planes) for one in self._records.values()), default=0)
+        if self._records and len(found.shares[0]) != whole:
+            problem = f"the tolerance of {bundle.name} is of {len(found.shares[0])} planes, its experts have {whole}"
+            raise BundleError(problem, again)
+        used = max(self._planes.values(), default=0)
+        if used < whole:
+            problem = "what was certified may need all bits of an expert"
+            raise DeviceError(problem, "leave the experts' bits out, or read them exactly")
+        return found.array(used)[: self.n_layers]
 
     def _new(self, experts: ExpertsConfig, policy: int) -> Any:
         module, memory = native(), self._memory

@@ -76,6 +76,7 @@ def warm(part: NativePart, store: ExpertStore, placement: Placement) -> int:
     with part.lock:
         foresees, store.foresee = store.foresee, False
         part.record(0)  # takes over what the store foresees
+        part.tolerate(None)  # all planes, whatever the shares
         try:
             for layer, row in enumerate(held):
                 rows = _rows(row, experts.top_k)
@@ -85,6 +86,7 @@ def warm(part: NativePart, store: ExpertStore, placement: Placement) -> int:
             part.replay(None)
             store.foresee = foresees
             part.record(0)
+            part.tolerate(store.tolerance)
         _believe(store, placement)
     return sum(map(len, held))
 

@@ -88,4 +88,9 @@ def test_mistakes_are_said_in_one_line(folder: Path, text: Path, tmp_path: Path,
     run = ["run", str(folder), "--prompt", "x", "--max-tokens", "1"]
     fails("nobody has measured", main([*run, "--expert-mb", "2", "--experts", "bounded"]))
     fails("--experts has no effect without --expert-mb", main([*run, "--experts", "bounded"]))
+    assert calibrate(folder, text, "--within", "0.2") == 0
+    capsys.readouterr()
+    bounded = [*run, "--expert-mb", "2", "--experts", "bounded"]
+    fails("a cloud answers as the model does", main([*bounded, "--cloud", "127.0.0.1:9", "--no-keys"]))
+    fails("may need all bits", main([*bounded, "--expert-bits", "4"]))
     fails("choose exact or bounded", main([*run, "--expert-mb", "2", "--experts", "some"]))

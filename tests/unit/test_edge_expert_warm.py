@@ -64,6 +64,21 @@ def test_the_text_is_the_same_and_the_router_speaks_again(bundle: Bundle) -> Non
     np.testing.assert_array_equal(texts[0], texts[1])
 
 
+def test_a_tolerance_neither_hinders_nor_is_lost(bundle: Bundle) -> None:
+    """All planes are read, whatever shares they are worth; steps then read as few as before."""
+    table = np.full((3, 3), 0.9, np.float32)
+    texts = []
+    for warmed in (False, True):
+        with paged(bundle, 12 * record_bytes(bundle), foresee=False) as (part, store):
+            store.tolerance = table
+            part.tolerate(table)
+            if warmed:
+                assert warm(part, store, placed(bundle)) == 8
+                assert (store.tables.ready() == 3).sum() == 8
+            texts.append(run_tokens(part, part.open(), TEXT, [1] * len(TEXT))[0])
+    np.testing.assert_array_equal(texts[0], texts[1])
+
+
 def test_what_the_text_used_most_stays_longest(bundle: Bundle) -> None:
     """LFRU begins with the placement's uses: of all in memory the least used leaves first."""
     with paged(bundle, 8 * record_bytes(bundle), foresee=False) as (part, store):
