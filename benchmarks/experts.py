@@ -36,6 +36,7 @@ from isthmus.engine.binding import Workers, default_threads
 from isthmus.engine.native_layers import Layers
 from isthmus.engine.native_part import NativePart, open_native
 from isthmus.engine.part import Rows, Want
+from isthmus.engine.recording import along, joined
 from isthmus.engine.routing import Routing
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_samples import divided, text_files
@@ -103,20 +104,16 @@ def recorded(bundle: Bundle) -> Routing:
     tokenizer, found, count = bundle.tokenizer(), list[Routing](), 0
     for text in divided(text_files([fetch("texts")])).held:
         tokens = tokenizer.encode(text)[:DOCUMENT]
-        routing, sequence = part.record(len(tokens)), part.open()
-        assert routing is not None
-        part.step(Rows().tokens(sequence, 0, tokens, want=Want.NONE))
-        sequence.close()
-        found.append(routing)
+        found.append(along(part, tokens))
         count += len(tokens)
         if count >= POSITIONS:
             break
     part.close()
-    arrays = (
-        np.concatenate([getattr(one, name)[:, : olmoe.LAYERS] for one in found])
-        for name in ("chosen", "weights", "foreseen")
+    every = joined(found)
+    chosen, weights, foreseen = (
+        np.ascontiguousarray(array[:POSITIONS, : olmoe.LAYERS])
+        for array in (every.chosen, every.weights, every.foreseen)
     )
-    chosen, weights, foreseen = (np.ascontiguousarray(array[:POSITIONS]) for array in arrays)
     return Routing(chosen, weights, foreseen)
 
 

@@ -59,7 +59,8 @@ def recorded(
         PlanError: the model has no experts, or the texts have fewer than two tokens.
     """
     from isthmus.engine.native_part import open_native
-    from isthmus.engine.part import KvConfig, Rows, Want
+    from isthmus.engine.part import KvConfig
+    from isthmus.engine.recording import along, joined
 
     experts = mixture(bundle)
     part = open_native(
@@ -71,11 +72,7 @@ def recorded(
             tokens = tokenizer.encode(text)[: min(DOCUMENT, bundle.config.context_length, positions - count)]
             if not tokens:
                 continue
-            routing, sequence = part.record(len(tokens)), part.open()
-            assert routing is not None
-            part.step(Rows().tokens(sequence, 0, tokens, want=Want.NONE))
-            sequence.close()
-            found.append(routing)
+            found.append(along(part, tokens))
             count += len(tokens)
             if tell is not None:
                 tell(count)
@@ -85,10 +82,7 @@ def recorded(
         part.close()
     if count < 2:
         raise PlanError(f"the text has {count} tokens", "give one to learn from and one to be held out, better 2,000")
-    chosen = np.concatenate([one.chosen for one in found])
-    weights = np.concatenate([one.weights for one in found])
-    foreseen = np.concatenate([one.foreseen for one in found])
-    return RoutingFile(Routing(chosen, weights, foreseen), bundle.model_id, experts.n_experts)
+    return RoutingFile(joined(found), bundle.model_id, experts.n_experts)
 
 
 def checked(bundle: Bundle, file: RoutingFile) -> NDArray[np.int32]:

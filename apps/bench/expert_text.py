@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from isthmus.engine.native_part import NativePart
 from isthmus.engine.part import Rows, Want
+from isthmus.engine.recording import along, joined
 from isthmus.engine.routing import Routing
 from isthmus.protocol.errors import ModelError
 from isthmus.split.bundle import Bundle
@@ -52,7 +51,7 @@ def recorded(
         ids = tokenizer.encode(document)[: min(DOCUMENT, bundle.config.context_length, tokens - count)]
         if not ids:
             continue
-        found.append(_along(part, ids))
+        found.append(along(part, ids))
         count += len(ids)
         if progress:
             progress(count, tokens)
@@ -61,25 +60,6 @@ def recorded(
     if count < LEAST:
         raise ModelError(f"{called} has {count} tokens", f"name a text of at least {LEAST} with --text")
     return joined(found), called
-
-
-def joined(pieces: list[Routing]) -> Routing:
-    """One behind the other."""
-    chosen, weights, foreseen = (
-        np.concatenate([getattr(one, name) for one in pieces]) for name in ("chosen", "weights", "foreseen")
-    )
-    return Routing(chosen, weights, foreseen)
-
-
-def _along(part: NativePart, ids: list[int]) -> Routing:
-    routing, sequence = part.record(len(ids)), part.open()
-    assert routing is not None
-    try:
-        part.step(Rows().tokens(sequence, 0, ids, want=Want.NONE))
-    finally:
-        sequence.close()
-        part.record(0)
-    return routing
 
 
 def _answer(bundle: Bundle, part: NativePart, tokens: int, progress: Progress | None) -> Routing:

@@ -148,7 +148,8 @@ def _show(dense: float, figures: Sequence[Figure]) -> None:
         for one in figures
     ]
     table(["active", "share", "perplexity", "recall"], [*rows, ("dense", "", f"{dense:.2f}", "")])
-    print("perplexity of held-out documents; recall: of the experts that add most, the share that routers chose")
+    print("perplexity of held-out documents, before experts are rounded")
+    print("recall: of the experts that add most, the share that routers chose")
 
 
 def _counts(text: str, experts: int) -> list[int]:
