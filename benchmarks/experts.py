@@ -110,11 +110,12 @@ def recorded(bundle: Bundle) -> Routing:
             break
     part.close()
     every = joined(found)
-    chosen, weights, foreseen = (
-        np.ascontiguousarray(array[:POSITIONS, : olmoe.LAYERS])
-        for array in (every.chosen, every.weights, every.foreseen)
+    part_of = np.s_[:POSITIONS, : olmoe.LAYERS]
+    return Routing(
+        np.ascontiguousarray(every.chosen[part_of]),
+        np.ascontiguousarray(every.weights[part_of]),
+        np.ascontiguousarray(every.foreseen[part_of]),
     )
-    return Routing(chosen, weights, foreseen)
 
 
 def opened(source: Bundle, store: ExpertStore, positions: int) -> NativePart:
