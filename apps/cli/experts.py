@@ -97,9 +97,8 @@ def calibrate(
                 )
     before = Bundle.open(bundle).manifest.tolerance  # by now
     asked = data_hash(samples), within, confidence
-    own = (
-        before is not None and (before.data, before.within, before.confidence) == asked
-    )  # it does not follow from them
+    # What the bundle has does not follow from its own documents.
+    own = before is not None and (before.data, before.within, before.confidence) == asked
     stays = found is None and before is not None and not force and not own
     if not as_json:
         table(["bits", "perplexity", f"rises at most ({confidence:.0%})", f"within {within:.1%}"], rows)
