@@ -27,6 +27,7 @@ from models import BENCH
 from numpy.typing import NDArray
 from record import Cell, Record
 
+from isthmus.apps.bench import experts as bench
 from isthmus.edge.experts.policy import POLICIES
 from isthmus.edge.experts.report import ExpertReport
 from isthmus.edge.experts.simulate import foresight, hit_rate
@@ -51,6 +52,7 @@ PLANES = 2  # 4 bits
 RESIDENT, BARE, LRU, EXACT, BY_INDEX = "all in memory", "no cache", "LRU, on demand", "exact", "exact, in index order"
 BOUNDED, SMALL, INT8, NAIVE = "bounded", "bounded, small", "8 bits, LRU, on demand", "8 bits, no cache"
 MEAN_BITS = 3.0  # of what is bounded
+FORETOLD, LIMITS_MB_S = 256, (0.0, 500.0)  # tokens along which speeds are foretold, and speeds of flash, 0 as it is
 
 
 def say(what: str) -> None:
@@ -237,6 +239,7 @@ def main() -> None:
     bundle = olmoe.make(folder)
     try:
         measure(record, bundle, routing, table, asked)
+        foretold(record, bundle, window(routing, len(routing.chosen) // 2, FORETOLD))
     finally:
         shutil.rmtree(folder)
     record.write()
@@ -336,6 +339,21 @@ def measure(
         most, ms = keeps_its_budget(bundle, routing, int(share * whole), asked.long)
         record.figure(f"budget/{share:g}", most, "of it", target=1.05, at_most=True)
         record.figure(f"budget/{share:g}/speed", 1e3 / ms, "tok/s")
+
+
+def foretold(record: Record, bundle: Bundle, routing: Routing) -> None:
+    """What is said before anything is loaded, as `isthmus bench experts` and `isthmus run` do, beside what comes."""
+    rows = list[list[Cell]]()
+    for limit in LIMITS_MB_S:
+        name = f"{limit:g} MB/s" if limit else "as it is"
+        say(f"forecasts, flash {name}")
+        _, found = bench.measure(bench.Setup(bundle, bench.budgets(bundle, (), 4, limit)), routing, say)
+        for one in found:
+            off = abs(one.predicted_tok_s / one.tok_s - 1)
+            record.figure(f"foretold/{name}/{one.share:.1%}", off, "off", target=0.15, at_most=True)
+            rows.append([name, f"{one.share:.1%}", one.predicted_tok_s, one.tok_s, one.predicted_tok_s / one.tok_s])
+    note = f"Along {len(routing.chosen)} tokens; what is foretold knows their routing, and not these budgets."
+    record.table("foretold", ["flash", "memory", "foretold tok/s", "measured tok/s", "ratio"], rows, note=note)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Device:
         GenerateOptions(mode=as_mode(mode), codec=codec, threshold=threshold, guesses=guesses)
         check_device(overflow, on_rollback, threads, draft_depth)
         check_memory(memory_mb)
-        self._wish = as_wish(prefer, max_disagreement, mode)
+        self._wish = as_wish(prefer, max_disagreement, mode, experts is not None and experts.mode == "cloud")
         if self._wish.prefer == "privacy":
             cloud = wire = None
         self.stats = Stats()
@@ -171,7 +171,7 @@ class Device:
             self._cut = check_cut(cut, self.config) if cut is not None else None
             room, slides = kv_room(kv_tokens, self.config), overflow == "slide"
             window = room if slides else 0
-            watch = Stopwatch(priors.sizes(self._bundle), clock)
+            watch = Stopwatch(priors.sizes(self._bundle), clock, priors.stalls(self._bundle, experts, threads))
             self._conversation = Conversation(room, slides, self.config.vocab_size)
             self._log = self._conversation.log
             self._holding = Holding(
@@ -185,7 +185,7 @@ class Device:
                 experts=experts,
                 watch=watch,
             )
-            self._holding.check_exact(opening.wire is not None)
+            self._holding.check_cloud(opening.wire is not None)
             if self._wish.prefer == "privacy" and not self._holding.whole:
                 raise alone_refused(self._holding.layers, self.config.n_layers)
             opened.callback(self._holding.close)

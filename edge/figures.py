@@ -20,6 +20,26 @@ DRAFT_SOURCES: tuple[DraftSource, ...] = ("ngram", "exit", "model")
 Points = tuple[tuple[int, float], ...]  # (count, value), counts ascending
 
 
+class Waits(NamedTuple):
+    """What a device waits for experts that are not in its memory, through the whole model.
+
+    Attributes:
+        token_ms: one token.
+        prompt_ms: (rows, ms) of prompts of so many rows, ascending; what is longer goes in chunks of the last.
+    """
+
+    token_ms: float = 0.0
+    prompt_ms: Points = ()
+
+    def prompt(self, rows: float) -> float:
+        """Many rows, in ms."""
+        if not self.prompt_ms or rows <= 0:
+            return 0.0
+        most, ms = self.prompt_ms[-1]
+        chunks, left = divmod(rows, most)
+        return chunks * ms + (between(self.prompt_ms, left) if left else 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceFigures:
     """Times of this device, its slow-down included.
@@ -33,6 +53,7 @@ class DeviceFigures:
         prefill_row_ms: of one of many rows through the whole model.
         codec_ms: of coding one row of hidden states.
         exits_ms: (layer, ms) of the exit before it for one row, its output head included, where it is known.
+        waits: for experts, which the other times leave out.
     """
 
     held: int
@@ -43,6 +64,7 @@ class DeviceFigures:
     prefill_row_ms: float
     codec_ms: float = 0.0
     exits_ms: Points = ()
+    waits: Waits = Waits()  # noqa: RUF009
 
     def __post_init__(self) -> None:
         if not 0 <= self.held <= self.n_layers:
@@ -62,7 +84,7 @@ class DeviceFigures:
 
     def through(self, layer: int) -> float:
         """One token through layers [0, layer), in ms."""
-        return between(self.layers_ms, layer)
+        return between(self.layers_ms, layer) + self.waits.token_ms * layer / self.n_layers
 
     def drafted(self, layer: int) -> float:
         """One token through layers [0, layer) and the exit there, in ms."""
@@ -70,7 +92,7 @@ class DeviceFigures:
 
     def prefill(self, rows: float, layer: int) -> float:
         """Many rows through layers [0, layer), without logits, in ms."""
-        return rows * self.prefill_row_ms * layer / self.n_layers
+        return (rows * self.prefill_row_ms + self.waits.prompt(rows)) * layer / self.n_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +304,12 @@ class Wish:
             means local and nothing sent.
         max_disagreement: share of tokens that exits may decide otherwise than the cloud's model; 0 asks for its very
             text.
+        own: the device while it waits for experts for less than a round trip takes.
     """
 
     prefer: Prefer = "speed"
     max_disagreement: float = 0.0
+    own: bool = False
 
     def __post_init__(self) -> None:
         if self.prefer not in PREFERENCES:

@@ -70,15 +70,17 @@ class Holding:
         """Whether experts are read with fewer bits than the model has."""
         return self._experts is not None and self._experts.mode == "bounded"
 
-    def check_exact(self, cloud: bool) -> None:
+    def check_cloud(self, cloud: bool) -> None:
         """Checks how experts are read.
 
         Args:
             cloud: whether there is one, which promises what the model itself says.
 
         Raises:
-            DeviceError: with fewer bits than the model has, and there is one.
+            DeviceError: with fewer bits than the model has, and there is one; or there is none that could be asked.
         """
+        if not cloud and self._experts is not None and self._experts.mode == "cloud":
+            raise DeviceError("experts shall ask a cloud, and none is named", "name one, or read them exactly")
         if cloud and self.bounded:
             problem = "the experts are read as a bound allows, and a cloud answers as the model does"
             raise DeviceError(problem, "read them exactly, or leave the cloud out")
@@ -133,6 +135,8 @@ class Holding:
             bounded=self.bounded,
             bytes_per_second=settings.flash_mb_s * 1e6,
         )
+        if self._watch is not None and self._watch.stalls is not None:
+            self._watch.stalls.store = self.store
         part = self._opened(self._source, 0, layers, self.kv, self.store)
         if self._placement is not None and isinstance(part, NativePart):
             try:

@@ -15,7 +15,7 @@ from isthmus.edge.link import Link
 from isthmus.edge.runners import HIDDEN_LANE, TOKENS_LANE
 from isthmus.edge.shadow import DRAFTED, Shadow
 from isthmus.edge.small_model import SmallModel
-from isthmus.edge.stopwatch import Stopwatch
+from isthmus.edge.stopwatch import ENOUGH, Stopwatch
 from isthmus.engine.part import Rows, Want
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import IsthmusError
@@ -142,9 +142,12 @@ class Knowledge:
             sequence = part.open()
             try:
                 ids = (self._log.tokens * TRY_ROWS)[:TRY_ROWS]
-                part.step(Rows().tokens(sequence, 0, ids, want=Want.NONE))
+                waits = self._watch.stalls is not None  # for experts: no longer than it takes to learn something
+                rows, steps = (0, ENOUGH) if waits else (TRY_ROWS, TRY_STEPS)
+                if rows:
+                    part.step(Rows().tokens(sequence, 0, ids, want=Want.NONE))
                 want = Want.SAMPLE if self._whole else Want.HIDDEN
-                for at in range(TRY_ROWS, TRY_ROWS + TRY_STEPS):
+                for at in range(rows, rows + steps):
                     part.step(Rows().tokens(sequence, at, ids[:1], want=want))
             finally:
                 sequence.close()

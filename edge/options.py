@@ -130,15 +130,22 @@ def as_mode(mode: str) -> Mode:
     return mode
 
 
-def as_wish(prefer: str, max_disagreement: float, mode: str) -> Wish:
+def as_wish(prefer: str, max_disagreement: float, mode: str, own: bool = False) -> Wish:
     """What the user wishes, checked.
+
+    Args:
+        own: see `Wish`.
 
     Raises:
         DeviceError: no such wish, no share, or a mode that goes against it.
     """
     if not is_number(max_disagreement):
         raise DeviceError(f"max_disagreement is {max_disagreement!r}", "choose a share in 0..1")
-    wish = Wish(cast(Prefer, prefer), max_disagreement)
+    wish = Wish(cast(Prefer, prefer), max_disagreement, own)
+    if own and mode != "auto":
+        raise DeviceError(f"experts ask the cloud as auto sees fit, and the mode is {mode}", "leave the mode out")
+    if own and prefer != "speed":
+        raise DeviceError(f"experts ask the cloud when they are slow, and {prefer} is preferred", "prefer speed")
     if prefer == "privacy" and mode not in ("auto", "local"):
         raise DeviceError(f"{mode} mode sends something and privacy is preferred", "use mode local, or prefer speed")
     return wish

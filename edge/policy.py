@@ -40,7 +40,8 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     With `prefer="cloud-cost"` it is the one that takes the fewest seconds of the cloud's engine among those that end
     at most `PATIENCE` times as late as the first; with "privacy" the device alone. What is in use stays until another
     saves `MARGIN` of what remains. A device that holds the whole model goes on by itself when the cloud is gone, even
-    if the two models differ.
+    if the two models differ. Where the wish is for this device's own experts, it goes on by itself as well while it
+    waits for them for less than a round trip; the cloud is asked only where it would wait longer.
 
     Raises:
         DeviceError: no way is allowed; the message names the nearest one's obstacle.
@@ -53,6 +54,8 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     if current is not None and current.mode != "local" and figures.link is not None and figures.link.silent_ms > 0:
         # A link that is late is late for every way that needs it: to begin another is to ask again.
         allowed = [one for one in allowed if one.mode == "local" or one.key == current.key] or allowed
+    if wish.own and (own := _own(allowed, figures.link, standing)) is not None:
+        return Plan(own[0], weighed, own[1])
     first = min(allowed, key=lambda one: one.total_ms)
     if wish.prefer == "cloud-cost":
         bearable = [one for one in allowed if one.total_ms <= PATIENCE * first.total_ms]
@@ -117,8 +120,21 @@ def explain(plan: Plan) -> str:
         mark = "*" if one == plan.choice else " "
         times = f"{one.total_ms / 1e3:8.2f}  {one.ms_per_token:8.1f}  {one.setup_ms:9.1f}  {one.cloud_ms:14.1f}"
         line = f"{mark} {one.name:<{width}}  {times}"
-        lines.append(f"{line}  ({one.why_not})" if one.why_not else line)
+        why = one.why_not or (f"{one.waits_ms:.1f} ms of a token wait for experts" if one.waits_ms >= 0.05 else "")
+        lines.append(f"{line}  ({why})" if why else line)
     return "\n".join(lines)
+
+
+def _own(allowed: Iterable[Candidate], link: LinkFigures | None, standing: Standing) -> tuple[Candidate, str] | None:
+    """This device alone, and why, where it waits for its experts for less than a round trip."""
+    alone = next((one for one in allowed if one.mode == "local"), None)
+    if alone is None or link is None:
+        return None
+    trip = link.expected_trip_ms + link.silent_ms / max(1, standing.remaining)
+    if standing.current is not None and standing.current.mode != "local":
+        trip *= 1 - MARGIN
+    told = f"{alone.name}: a token waits {alone.waits_ms:.1f} ms for experts, and a round trip takes {trip:.1f}"
+    return (alone, told) if alone.waits_ms <= trip else None
 
 
 def _worth(held: Candidate, best: Candidate, wish: Wish, link: LinkFigures | None) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isthmus.edge import budget
-from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, round_of
+from isthmus.edge.experts.settings import ExpertSettings
+from isthmus.edge.experts.stalls import Stalls
+from isthmus.edge.figures import CloudFigures, CodecFigures, DeviceFigures, DraftFigures, ExitFigures, Waits, round_of
 from isthmus.edge.pace import ROW_SHARE
 from isthmus.edge.stopwatch import Sizes, Stopwatch
 from isthmus.protocol.messages import Offer
@@ -39,6 +41,15 @@ def sizes(bundle: Bundle) -> Sizes:
     return Sizes(bundle.config.n_layers, max(1.0, layer), head, max(1.0, layer), exits)
 
 
+def stalls(bundle: Bundle, experts: ExpertSettings | None, threads: int) -> Stalls | None:
+    """What steps will wait for experts; None where all of them are in memory.
+
+    Args:
+        threads: of the engine, 0 for one a core.
+    """
+    return Stalls.of(bundle, experts, threads) if experts is not None and bundle.config.experts is not None else None
+
+
 def device(watch: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
     """This device's times.
 
@@ -52,7 +63,9 @@ def device(watch: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
     times = tuple((depth, ms * known.of(depth, False)) for depth in depths)
     row_ms = watch.row_ms if watch.knows else 0.0
     exits_ms = tuple((layer, ms * size) for layer, size in known.exits)
-    return DeviceFigures(held, known.n_layers, times, ms * known.head, ms * known.exit, row_ms, CODEC_MS, exits_ms)
+    waits = Waits(watch.stalls.token_ms(), watch.stalls.prompt_ms(row_ms)) if watch.stalls else Waits()
+    head_ms, exit_ms = ms * known.head, ms * known.exit
+    return DeviceFigures(held, known.n_layers, times, head_ms, exit_ms, row_ms, CODEC_MS, exits_ms, waits)
 
 
 def cloud(offer: Offer, step_ms: float, known: Sizes, same_model: bool) -> CloudFigures:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from isthmus.edge.estimator import quantile
+from isthmus.edge.experts.stalls import Stalls
 from isthmus.engine.part import Part, Rows, StepResult, Want
+from isthmus.engine.slow import waited
 
 MANY = 16  # rows from which on a step is a prompt's, bound by arithmetic and not by memory
 KEPT = 31  # steps that are remembered
@@ -42,14 +44,16 @@ class Sizes:
 class Stopwatch:
     """Times of steps, as milliseconds for a megabyte of weights and for a row of a prompt.
 
-    One row is bound by the weights that it reads, so a step through some layers tells of all.
+    One row is bound by the weights that it reads, so a step through some layers tells of all. What a step waits for
+    experts is not part of its time.
 
     Args:
         clock: seconds. Steps that take no time on it tell nothing.
+        stalls: is told what steps wait for experts; None where they do not.
     """
 
-    def __init__(self, sizes: Sizes, clock: Callable[[], float]) -> None:
-        self.sizes, self._clock = sizes, clock
+    def __init__(self, sizes: Sizes, clock: Callable[[], float], stalls: Stalls | None = None) -> None:
+        self.sizes, self.stalls, self._clock = sizes, stalls, clock
         self._decoded: deque[float] = deque(maxlen=KEPT)
         self._prompt: deque[float] = deque(maxlen=KEPT)
 
@@ -79,14 +83,21 @@ class Stopwatch:
         """The part, its steps watched."""
         return cast(Part, _Timed(part, self, self._clock))
 
-    def saw(self, rows: Rows, part: Part, seconds: float) -> None:
-        """A step was made."""
+    def saw(self, rows: Rows, part: Part, seconds: float, idle: float = 0.0) -> None:
+        """A step was made.
+
+        Args:
+            idle: the seconds of it in which it waited for experts.
+        """
+        seconds -= idle
         if len(rows.spans) != 1 or seconds <= 0.0:
             return
         span = rows.spans[0]
         layers = (part.end if span.leave is None else span.leave) - span.enter
         if span.enter or layers <= 0:
             return  # an exit's own layer is too small a sample
+        if self.stalls is not None:
+            self.stalls.saw(span.count, layers / self.sizes.n_layers, idle * 1e3, self.row_ms if self.knows else 0.0)
         if span.count == 1:
             self._decoded.append(seconds * 1e9 / self.sizes.of(layers, bool(span.want & ~Want.HIDDEN)))
         elif span.count >= MANY:
@@ -101,9 +112,9 @@ class _Timed:
 
     def step(self, rows: Rows) -> StepResult:
         """See `engine.part.Part.step`."""
-        began = self._clock()
+        began, before = self._clock(), waited(self._part)
         result = self._part.step(rows)
-        self._watch.saw(rows, self._part, self._clock() - began)
+        self._watch.saw(rows, self._part, self._clock() - began, waited(self._part) - before)
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -33,13 +33,19 @@ class SlowPart:
 
     def step(self, rows: Rows) -> StepResult:
         """See `engine.part.Part.step`."""
-        began = self._clock()
+        began, before = self._clock(), waited(self._part)
         result = self._part.step(rows)
-        self._sleep((self._slow_down - 1.0) * (self._clock() - began))
+        computed = self._clock() - began - (waited(self._part) - before)
+        self._sleep((self._slow_down - 1.0) * max(0.0, computed))
         return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
+
+
+def waited(part: Part) -> float:
+    """Seconds that steps of a part waited for experts so far; 0 for one that does not count them."""
+    return float(getattr(part, "waited", 0.0))
 
 
 def slowed(part: Part, slow_down: float) -> Part:

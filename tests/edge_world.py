@@ -376,7 +376,7 @@ class LossyWire:
         delay_s: tuple[float, float] = (0.005, 0.005),
     ) -> None:
         self.cloud: ToyCloud | ToyService | None = cloud
-        self.now, self.connections, self._asked = 100.0, 1, 0
+        self.now, self.heard_s, self.poll_s, self.connections, self._asked = 100.0, 0.0, 0.0, 1, 0
         self.sent: list[Any] = []
         self.die_after = 1 << 60  # messages from the cloud until it is gone
         self.restart_after = 1 << 60  # messages until the cloud loses its memory
@@ -387,7 +387,6 @@ class LossyWire:
         self.welcome: m.Welcome | None = None
         self.rtt: tuple[int, float] | None = None
         self.bytes_up = self.bytes_down = 0
-        self.heard_s = self.poll_s = 0.0
         self.asked_s: float | None = None
         self.probed: tuple[float, float] | None = None
         self._probes: dict[int, float] = {}
@@ -449,8 +448,9 @@ class LossyWire:
                 self.heard_s, self.asked_s = self.now, None
                 self.bytes_down += sum(map(len, frames))
                 if isinstance(message, m.Pong):
-                    if message.sent_us in self._probes:
-                        self.probed = (self._probes.pop(message.sent_us), self.now)
+                    if asked := self._probes.pop(message.sent_us, None):
+                        self.probed = asked, self.now
+                    self.rtt = self.rtt if asked else (message.sent_us, self.now * 1e3 - message.sent_us * 1e-3)
                     continue
                 return message
             for delay, answer in self.cloud.receive(message) if self.cloud is not None else ():

@@ -24,7 +24,7 @@ def foretold(folder: Path, settings: ExpertSettings, threads: int) -> str:
 
     try:
         bundle = Bundle.open(folder)
-        if bundle.config.experts is None or not bundle.whole or settings.mode != "exact":
+        if bundle.config.experts is None or not bundle.whole or settings.mode == "bounded":
             return ""
         known = foretell(bundle, settings, threads)
     except IsthmusError:

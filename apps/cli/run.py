@@ -134,7 +134,9 @@ def command(
     experts: Annotated[
         str,
         typer.Option(
-            help="With --expert-mb: exact, or bounded: with as few bits as isthmus experts calibrate found good enough"
+            metavar="exact|bounded|cloud",
+            help="With --expert-mb: exact; bounded: with as few bits as isthmus experts calibrate found good enough; "
+            "cloud: exact, and the cloud is asked while a token would wait for experts for longer than a round trip",
         ),
     ] = "exact",
     expert_bits: Annotated[

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from isthmus.edge.options import is_number
 from isthmus.protocol.errors import DeviceError
 
-ExpertMode = Literal["exact", "bounded"]
+ExpertMode = Literal["exact", "bounded", "cloud"]
 MODES: tuple[ExpertMode, ...] = get_args(ExpertMode)
 PLANES_OF = {0: 0, 2: 1, 4: 2, 8: 3}  # of nested experts, by bits; 0 for all
 MOST_MB = 1e9  # more than any machine has
@@ -24,8 +24,9 @@ class ExpertSettings:
         mb: memory that experts may take, in 10^6 bytes.
         bits: 2, 4 or 8: nested experts are read with so many bits at most; 0 for all that are there.
         flash_mb_s: pretends that flash reads so many 10^6 bytes a second; 0 for what it does.
-        mode: "exact", as if all experts were in memory, or "bounded", where each is read with as few bits as the
-            bundle's tolerance allows.
+        mode: "exact", as if all experts were in memory; "bounded", where each is read with as few bits as the
+            bundle's tolerance allows; or "cloud", exact as well: this device answers by itself while a token waits for
+            experts for less than a round trip to the cloud takes, which holds the model and goes on otherwise.
         placement: a file of `isthmus experts place`, whose experts of memory are read before the first
             token; None for none.
     """
@@ -47,7 +48,7 @@ class ExpertSettings:
             )
 
         if self.mode not in MODES:
-            raise DeviceError(f"experts are to be read {self.mode!r}", f"choose {' or '.join(MODES)}")
+            raise DeviceError(f"experts are to be read {self.mode!r}", f"choose one of {', '.join(MODES)}")
 
     @property
     def budget(self) -> int:

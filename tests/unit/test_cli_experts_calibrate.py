@@ -93,4 +93,4 @@ def test_mistakes_are_said_in_one_line(folder: Path, text: Path, tmp_path: Path,
     bounded = [*run, "--expert-mb", "2", "--experts", "bounded"]
     fails("a cloud answers as the model does", main([*bounded, "--cloud", "127.0.0.1:9", "--no-keys"]))
     fails("may need all bits", main([*bounded, "--expert-bits", "4"]))
-    fails("choose exact or bounded", main([*run, "--expert-mb", "2", "--experts", "some"]))
+    fails("choose one of exact, bounded, cloud", main([*run, "--expert-mb", "2", "--experts", "some"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
-from isthmus.edge import controller, policy, profile, rhythm
+from isthmus.edge import controller, policy, priors, profile, rhythm
+from isthmus.edge import knowledge as knowing
+from isthmus.edge.experts.stalls import Stalls
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
 from isthmus.engine.part import Rows, StepResult
@@ -72,9 +75,16 @@ def deciding(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def decider(
-    patch: pytest.MonkeyPatch, wire: LossyWire, row_ms: float = 10.0, known: bool = False, held: int = 6, **options: Any
+    patch: pytest.MonkeyPatch,
+    wire: LossyWire,
+    row_ms: float = 10.0,
+    known: bool = False,
+    held: int = 6,
+    part: Callable[[int], ToyPart] | None = None,
+    **options: Any,
 ) -> Any:
-    patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: TimedPart(end, wire, row_ms))
+    made = part or (lambda end: TimedPart(end, wire, row_ms))
+    patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: made(end))
     bundle: Any = ToyBundle(held)
     agreement = SimpleNamespace(documents=0.6, answers=0.6)
     bundle.exits = (SimpleNamespace(layer=CUT, file="norm", agreement=agreement, certificate=None, codec=None),)
@@ -330,3 +340,67 @@ def test_an_answer_that_nobody_read_does_not_steer_the_next(monkeypatch: pytest.
         sent = len(wire.sent)
         assert {token.source for token in one.generate(PROMPT, max_tokens=20, mode="local")} == {"device"}
         assert len(wire.sent) == sent
+
+
+class WaitingPart(TimedPart):
+    """A toy whose steps wait for experts as well."""
+
+    def __init__(self, end: int, wire: LossyWire, wait_ms: list[float]) -> None:
+        super().__init__(end, wire, row_ms=10.0)
+        self.waited, self._wait_ms = 0.0, wait_ms
+
+    def step(self, rows: Rows) -> StepResult:
+        self.waited += self._wait_ms[0] * 1e-3
+        self._wire.now += self._wait_ms[0] * 1e-3
+        return super().step(rows)
+
+
+def waiting(patch: pytest.MonkeyPatch, wire: LossyWire, wait_ms: list[float], *, known: bool, **options: Any) -> Any:
+    """A device that waits for experts, in auto; without `known` nothing was measured of it."""
+    patch.setattr(priors, "stalls", lambda *_: Stalls([1000] * N_LAYERS, N_LAYERS, 8, 2, 10**9, token_ms=wait_ms[0]))
+    patch.setattr(knowing, "TRY_STEPS", 50)  # to be seen
+    return decider(patch, wire, known=known, part=lambda end: WaitingPart(end, wire, wait_ms), **options)
+
+
+@pytest.mark.parametrize(("wait_ms", "sources"), [(5.0, {"device"}), (90.0, {"cloud"})])
+def test_own_experts_answer_where_a_round_trip_takes_longer(
+    monkeypatch: pytest.MonkeyPatch, wait_ms: float, sources: set[str]
+) -> None:
+    told: list[str] = []
+    wire = LossyWire(TimedCloud(), delay_s=(0.02, 0.021))
+    with waiting(monkeypatch, wire, [wait_ms], known=True, explain=told.append) as one:
+        one._steering._controller._wish = Wish(own=True)
+        text = ids(one.generate(PROMPT, max_tokens=40))
+        assert set(one.stats.sources) == sources
+    assert (f"a token waits {wait_ms:.1f} ms for experts, and a round trip" in told[0]) == (sources == {"device"})
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
+        assert text == local(max_tokens=40)
+
+
+def test_a_cloud_is_asked_once_experts_are_waited_for_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire, wait_ms = LossyWire(TimedCloud(), delay_s=(0.02, 0.021)), [5.0]
+    with waiting(monkeypatch, wire, wait_ms, known=True) as one:
+        one._steering._controller._wish = Wish(own=True)
+        answer = one.generate(PROMPT, max_tokens=60)
+        text = [next(answer).id for _ in range(20)]
+        wait_ms[0] = 300.0
+        text += ids(answer)
+        assert set(one.stats.sources[:20]) == {"device"} and one.stats.sources[-1] == "cloud"
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
+        assert text == local(max_tokens=60)
+
+
+def test_a_device_that_waits_for_experts_is_tried_for_no_longer_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = LossyWire(TimedCloud(SLOW))
+    with waiting(monkeypatch, wire, [20.0], known=False) as one:
+        ids(one.generate(PROMPT, max_tokens=20))
+        knowledge = one._steering._controller._knowledge
+        assert knowledge._watch.knows
+        assert knowledge._watch.ms_per_mb * knowledge._watch.sizes.of(N_LAYERS, True) / 1e6 == pytest.approx(10.0)
+        device = knowledge.figures(wire.now).device
+        assert device.waits.token_ms == pytest.approx(20.0) and device.token_ms == pytest.approx(30.0)
+        assert one.stats.sources[-1] == "device"  # 30 ms a token, and the cloud takes 80
