@@ -94,6 +94,8 @@ class Controller:
         if self._knowledge.enough:
             name = "what was chosen"
             try:
+                if self._wish.own:
+                    self._see_trip()
                 plan = self._decide(0.0)
                 if self._curious and self._measured():
                     plan = self._decide(0.0)
@@ -307,6 +309,16 @@ class Controller:
             known.moved(self._clock(), FIRST_BYTES, took_ms)
             return True
         return False
+
+    def _see_trip(self) -> None:
+        """Sees the link's trip, if nothing was seen of it yet: it decides whether this device's own experts answer."""
+        link, known, now = self._link, self._knowledge, self._clock()
+        if known.link_seen:
+            return
+        with suppress(IsthmusError):
+            name = link.echo(0, probe_s(known.figures(now)))
+            answered = link.rtt is not None and link.rtt[0] == name
+            known.trip(self._clock(), link.rtt[1] if answered and link.rtt else (self._clock() - now) * 1e3)
 
     def _silence(self) -> float:
         """For how many ms more than is usual a ping has not been answered."""

@@ -44,7 +44,6 @@ from isthmus.edge.options import (
 from isthmus.edge.resumed import Resumed
 from isthmus.edge.standby import Standby
 from isthmus.edge.steering import Steering
-from isthmus.edge.stopwatch import Stopwatch
 from isthmus.edge.text import Text, token_ids
 from isthmus.edge.token import CutOff, Mode, Source, Stats, Token
 from isthmus.engine.sampling import GREEDY, Sampling
@@ -171,7 +170,7 @@ class Device:
             self._cut = check_cut(cut, self.config) if cut is not None else None
             room, slides = kv_room(kv_tokens, self.config), overflow == "slide"
             window = room if slides else 0
-            watch = Stopwatch(priors.sizes(self._bundle), clock, priors.stalls(self._bundle, experts, threads))
+            watch = priors.watch(self._bundle, experts, threads, clock, opening.wire is not None)
             self._conversation = Conversation(room, slides, self.config.vocab_size)
             self._log = self._conversation.log
             self._holding = Holding(

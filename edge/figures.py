@@ -71,6 +71,9 @@ class DeviceFigures:
             raise DeviceError(f"a device holds {self.held} of {self.n_layers} layers", "give 0 to all")
         _check_points(self.layers_ms, "layers_ms")
         _check_times(self, "head_ms", "exit_ms", "prefill_row_ms", "codec_ms")
+        _check_times(self.waits, "token_ms")
+        if self.waits.prompt_ms:
+            _check_points(self.waits.prompt_ms, "prompt_ms")
 
     @property
     def whole(self) -> bool:

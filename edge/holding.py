@@ -78,9 +78,15 @@ class Holding:
 
         Raises:
             DeviceError: with fewer bits than the model has, and there is one; or there is none that could be asked.
+            BundleError: the experts cannot be read.
         """
         if not cloud and self._experts is not None and self._experts.mode == "cloud":
             raise DeviceError("experts shall ask a cloud, and none is named", "name one, or read them exactly")
+        if cloud and self._experts is not None and self._experts.planes:
+            here = [layer for layer in range(self._bundle.held_layers) if self._bundle.config.experts_of(layer)]
+            if any(len(self._bundle.records(layer).planes) > self._experts.planes for layer in here):
+                problem = f"the experts are read with {self._experts.bits} bits, and the cloud's model has more"
+                raise DeviceError(problem, "read them with all their bits, or leave the cloud out")
         if cloud and self.bounded:
             problem = "the experts are read as a bound allows, and a cloud answers as the model does"
             raise DeviceError(problem, "read them exactly, or leave the cloud out")
@@ -125,8 +131,7 @@ class Holding:
         if self.part is not None:  # fewer layers were open
             self.part.close()
             self.part = None
-        if self.store is not None:
-            self.store.close()
+        self._close_store()
         self.store = ExpertStore(
             self._bundle,
             settings.budget,
@@ -166,8 +171,14 @@ class Holding:
         """Frees KV and weights."""
         if self.part is not None:
             self.part.close()
+        self._close_store()
+
+    def _close_store(self) -> None:
         if self.store is not None:
+            if self._watch is not None and self._watch.stalls is not None:
+                self._watch.stalls.store = None
             self.store.close()
+            self.store = None
 
     def _held(self) -> int:
         held, n_layers = self._bundle.held_layers, self._bundle.config.n_layers

@@ -24,6 +24,7 @@ from isthmus.split.bundle import Bundle
 
 TRIES = 2  # one while the cloud answers, one when nothing else runs
 TRY_ROWS, TRY_STEPS = 32, 8  # of a prompt, and of one row
+TRY_S = 0.5  # for which those of a device that waits for experts are begun
 
 
 class Knowledge:
@@ -75,12 +76,14 @@ class Knowledge:
         self._known = profile.read(self._kept) if self._kept is not None else None
         if self._known is not None:
             watch.remember(self._known.ms_per_mb, self._known.row_ms)
+            if watch.stalls is not None:
+                watch.stalls.remember(self._known.flash_mb_s)
 
     @property
     def enough(self) -> bool:
         """Whether a decision can be made; brings the figures up to date."""
         welcome, watch, held = self._link.session.welcome, self._watch, self._held
-        if welcome is None or (held and not watch.knows):
+        if welcome is None or (held and not (watch.knows and self._reads)):
             return False
         offer = next((one for one in welcome.offers if one.model_id == self._bundle.model_id), None)
         if offer is None or not (offer.steps or self._cloud_ms):
@@ -134,21 +137,27 @@ class Knowledge:
 
     def try_out(self) -> None:
         """Times a few steps of this device, which has had no reason to make any."""
-        if self._known is not None or self._tries >= TRIES or not self._held:
+        stalls = self._watch.stalls
+        if (self._known is not None and self._reads) or self._tries >= TRIES or not self._held:
             return
-        self._tries += 1
+        self._tries += 1 if stalls is None else TRIES  # a second time would find in memory what the first one read
         with suppress(IsthmusError):
             part = self._holding.open(self._held).part
             sequence = part.open()
             try:
                 ids = (self._log.tokens * TRY_ROWS)[:TRY_ROWS]
-                waits = self._watch.stalls is not None  # for experts: no longer than it takes to learn something
-                rows, steps = (0, ENOUGH) if waits else (TRY_ROWS, TRY_STEPS)
+                rows, steps = (
+                    (TRY_ROWS, TRY_STEPS) if stalls is None else (0, ENOUGH)
+                )  # those may have to be waited for
                 if rows:
                     part.step(Rows().tokens(sequence, 0, ids, want=Want.NONE))
                 want = Want.SAMPLE if self._whole else Want.HIDDEN
-                for at in range(rows, rows + steps):
-                    part.step(Rows().tokens(sequence, at, ids[:1], want=want))
+                began = self._clock()
+                for at in range(steps):
+                    part.step(Rows().tokens(sequence, rows + at, ids[at : at + 1], want=want))
+                    if stalls is not None and self._clock() - began > TRY_S:
+                        self._watch.remember(self._watch.ms_per_mb, 0.0)  # one such step says enough
+                        break
             finally:
                 sequence.close()
 
@@ -156,7 +165,9 @@ class Knowledge:
         """Writes down how fast this device is, if that is news."""
         if self._kept is None or not self._watch.knows or self._holding.part is None:
             return
-        found = profile.Profile(self._watch.ms_per_mb, self._watch.row_ms, self._numerics())
+        row_ms = self._watch.row_ms if self._watch.knows_prompts else 0.0
+        flash = self._watch.stalls.mb_s if self._watch.stalls is not None else 0.0
+        found = profile.Profile(self._watch.ms_per_mb, row_ms, self._numerics(), flash)
         if self._known is None or not self._known.near(found):
             profile.write(self._kept, found)
             self._known = found
@@ -201,10 +212,21 @@ class Knowledge:
     def paced(self, tokens: int, seconds: float) -> None:
         """A round of the way that is in use has given so many tokens."""
         choice = self.choice
-        if self._estimator is not None and choice is not None and choice.mode != "stream":
+        waits = self._watch.stalls is not None and choice is not None and choice.mode == "local"  # learns by itself
+        if self._estimator is not None and choice is not None and choice.mode != "stream" and not waits:
             self._estimator.paced(choice.mode, self._clock(), tokens * choice.formula_ms, seconds * 1e3)
 
+    @property
+    def link_seen(self) -> bool:
+        """Whether the link has shown its trip."""
+        return self.seen_s > float("-inf")
+
     # -- inside
+
+    @property
+    def _reads(self) -> bool:
+        """Whether it is known how fast experts are read, where they are, or cannot be known better."""
+        return self._watch.stalls is None or self._watch.stalls.mb_s > 0 or self._tries >= TRIES
 
     def _foreseen(self, drafted: int, taken: int) -> None:
         if self._estimator is not None and any(one.source == "ngram" for one in self._estimator.known.drafts):

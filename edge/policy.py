@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.edge.costs import Candidate, Standing, candidates
@@ -40,8 +40,8 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     With `prefer="cloud-cost"` it is the one that takes the fewest seconds of the cloud's engine among those that end
     at most `PATIENCE` times as late as the first; with "privacy" the device alone. What is in use stays until another
     saves `MARGIN` of what remains. A device that holds the whole model goes on by itself when the cloud is gone, even
-    if the two models differ. Where the wish is for this device's own experts, it goes on by itself as well while it
-    waits for them for less than a round trip; the cloud is asked only where it would wait longer.
+    if the two models differ. Where the wish is for this device's own experts, it goes on by itself as well while a
+    token waits for them for less than a round trip, and is weighed as otherwise where it waits longer.
 
     Raises:
         DeviceError: no way is allowed; the message names the nearest one's obstacle.
@@ -55,7 +55,7 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
         # A link that is late is late for every way that needs it: to begin another is to ask again.
         allowed = [one for one in allowed if one.mode == "local" or one.key == current.key] or allowed
     if wish.own and (own := _own(allowed, figures.link, standing)) is not None:
-        return Plan(own[0], weighed, own[1])
+        return Plan(own, weighed, _waits(own, figures.link))
     first = min(allowed, key=lambda one: one.total_ms)
     if wish.prefer == "cloud-cost":
         bearable = [one for one in allowed if one.total_ms <= PATIENCE * first.total_ms]
@@ -68,7 +68,9 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     held = min(same, key=lambda one: one.total_ms, default=None)
     if held is not None and held.key != best.key and not _worth(held, best, wish, figures.link):
         return Plan(held, weighed, f"{held.name} goes on: {best.name} would not save enough to be worth it")
-    return Plan(best, weighed, _reason(best, first, allowed, wish))
+    reason = _reason(best, first, allowed, wish)
+    barred = next((one.why_not for one in weighed if one.mode == "local"), "") if wish.own else ""
+    return Plan(best, weighed, f"{reason}; this device's experts may not answer: {barred}" if barred else reason)
 
 
 def choose(has_cloud: bool, link_up: bool, whole_model: bool) -> Mode:
@@ -125,16 +127,21 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _own(allowed: Iterable[Candidate], link: LinkFigures | None, standing: Standing) -> tuple[Candidate, str] | None:
-    """This device alone, and why, where it waits for its experts for less than a round trip."""
+def _own(allowed: Sequence[Candidate], link: LinkFigures | None, standing: Standing) -> Candidate | None:
+    """This device alone, where it waits for its experts for less than a round trip."""
     alone = next((one for one in allowed if one.mode == "local"), None)
     if alone is None or link is None:
         return None
-    trip = link.expected_trip_ms + link.silent_ms / max(1, standing.remaining)
-    if standing.current is not None and standing.current.mode != "local":
-        trip *= 1 - MARGIN
-    told = f"{alone.name}: a token waits {alone.waits_ms:.1f} ms for experts, and a round trip takes {trip:.1f}"
-    return (alone, told) if alone.waits_ms <= trip else None
+    remaining = max(1, standing.remaining)
+    waits_ms, trip_ms = alone.waits_ms, link.expected_trip_ms + link.silent_ms / remaining
+    if standing.current is not None and standing.current.mode != "local":  # to go back must be worth its beginning
+        waits_ms, trip_ms = waits_ms + alone.setup_ms / remaining, (1 - MARGIN) * trip_ms
+    return alone if waits_ms <= trip_ms else None
+
+
+def _waits(alone: Candidate, link: LinkFigures | None) -> str:
+    trip_ms = link.expected_trip_ms if link is not None else 0.0
+    return f"{alone.name}: a token waits {alone.waits_ms:.1f} ms for experts, and a round trip takes {trip_ms:.1f}"
 
 
 def _worth(held: Candidate, best: Candidate, wish: Wish, link: LinkFigures | None) -> bool:

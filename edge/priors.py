@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from isthmus.edge import budget
 from isthmus.edge.experts.settings import ExpertSettings
@@ -41,29 +41,34 @@ def sizes(bundle: Bundle) -> Sizes:
     return Sizes(bundle.config.n_layers, max(1.0, layer), head, max(1.0, layer), exits)
 
 
-def stalls(bundle: Bundle, experts: ExpertSettings | None, threads: int) -> Stalls | None:
-    """What steps will wait for experts; None where all of them are in memory.
+def watch(
+    bundle: Bundle, experts: ExpertSettings | None, threads: int, clock: Callable[[], float], cloud: bool
+) -> Stopwatch:
+    """For the steps of a device.
 
     Args:
+        experts: how they are held; None for all in memory.
         threads: of the engine, 0 for one a core.
+        cloud: whether there is one: nobody else asks what steps will wait for experts.
     """
-    return Stalls.of(bundle, experts, threads) if experts is not None and bundle.config.experts is not None else None
+    stalls = Stalls.of(bundle, experts, threads, clock) if experts is not None and cloud else None
+    return Stopwatch(sizes(bundle), clock, stalls)
 
 
-def device(watch: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
+def device(watched: Stopwatch, held: int, layers: Sequence[int]) -> DeviceFigures:
     """This device's times.
 
     Args:
         held: leading layers that it can run.
         layers: cuts that are of interest.
     """
-    known = watch.sizes
-    ms = watch.ms_per_mb / 1e6 if watch.knows else 0.0
+    known = watched.sizes
+    ms = watched.ms_per_mb / 1e6 if watched.knows else 0.0
     depths = sorted({1, known.n_layers, *layers})
     times = tuple((depth, ms * known.of(depth, False)) for depth in depths)
-    row_ms = watch.row_ms if watch.knows else 0.0
+    row_ms = watched.row_ms if watched.knows else 0.0
     exits_ms = tuple((layer, ms * size) for layer, size in known.exits)
-    waits = Waits(watch.stalls.token_ms(), watch.stalls.prompt_ms(row_ms)) if watch.stalls else Waits()
+    waits = Waits(watched.stalls.token_ms(), watched.stalls.prompt_ms(row_ms)) if watched.stalls else Waits()
     head_ms, exit_ms = ms * known.head, ms * known.exit
     return DeviceFigures(held, known.n_layers, times, head_ms, exit_ms, row_ms, CODEC_MS, exits_ms, waits)
 

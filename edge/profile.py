@@ -26,16 +26,20 @@ class Profile:
     Attributes:
         ms_per_mb: of one row, for a megabyte of weights.
         row_ms: of one of many rows through the whole model.
+            0 where none was seen.
         numerics: id of the engine's arithmetic.
+        flash_mb_s: of experts that are read, in 10^6 bytes a second; 0 where none were.
     """
 
     ms_per_mb: float
     row_ms: float
     numerics: str
+    flash_mb_s: float = 0.0
 
     def near(self, other: Profile) -> bool:
         """Whether the other says the same, nearly."""
-        same = abs(other.ms_per_mb / self.ms_per_mb - 1) < CHANGED and abs(other.row_ms / self.row_ms - 1) < CHANGED
+        mine, others = ((one.ms_per_mb, one.row_ms, one.flash_mb_s) for one in (self, other))
+        same = all(abs(a - b) <= CHANGED * a for a, b in zip(mine, others, strict=True))
         return same and self.numerics == other.numerics
 
 
@@ -59,10 +63,11 @@ def read(path: Path) -> Profile | None:
     """A profile; None where there is none, or nothing that one could be."""
     try:
         told = json.loads(path.read_text())
-        found = Profile(float(told["ms_per_mb"]), float(told["row_ms"]), str(told["numerics"]))
+        numbers = [float(told[name]) for name in ("ms_per_mb", "row_ms")] + [float(told.get("flash_mb_s", 0.0))]
+        found = Profile(numbers[0], numbers[1], str(told["numerics"]), numbers[2])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found if all(isfinite(x) and 0 < x < 1e6 for x in (found.ms_per_mb, found.row_ms)) else None
+    return found if found.ms_per_mb > 0 and all(isfinite(x) and 0 <= x < 1e6 for x in numbers) else None
 
 
 def write(path: Path, profile: Profile) -> None:

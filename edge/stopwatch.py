@@ -9,8 +9,7 @@ from typing import Any, cast
 
 from isthmus.edge.estimator import quantile
 from isthmus.edge.experts.stalls import Stalls
-from isthmus.engine.part import Part, Rows, StepResult, Want
-from isthmus.engine.slow import waited
+from isthmus.engine.part import Part, Rows, StepResult, Want, waited
 
 MANY = 16  # rows from which on a step is a prompt's, bound by arithmetic and not by memory
 KEPT = 31  # steps that are remembered
@@ -68,6 +67,11 @@ class Stopwatch:
         return quantile(list(self._decoded), FAST)
 
     @property
+    def knows_prompts(self) -> bool:
+        """Whether a step of many rows was seen."""
+        return bool(self._prompt)
+
+    @property
     def row_ms(self) -> float:
         """Of one of many rows through the whole model."""
         if self._prompt:
@@ -75,9 +79,10 @@ class Stopwatch:
         return GUESSED_ROW * self.ms_per_mb * self.sizes.of(self.sizes.n_layers, False) / 1e6
 
     def remember(self, ms_per_mb: float, row_ms: float) -> None:
-        """What was measured another time: it counts as little as it can."""
+        """What was measured another time: it counts as little as it can. A row of 0 ms is one that was not measured."""
         self._decoded.extend([ms_per_mb] * ENOUGH)
-        self._prompt.append(row_ms)
+        if row_ms:
+            self._prompt.append(row_ms)
 
     def timed(self, part: Part) -> Part:
         """The part, its steps watched."""

@@ -256,3 +256,8 @@ class Part(Protocol):
     def close(self) -> None:
         """Frees KV, weights and threads."""
         ...
+
+
+def waited(part: Part) -> float:
+    """Seconds that steps of a part waited for experts so far; 0 for one whose experts are all in memory."""
+    return float(getattr(part, "waited", 0.0))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
-from isthmus.engine.part import Part, Rows, StepResult
+from isthmus.engine.part import Part, Rows, StepResult, waited
 from isthmus.protocol.errors import EngineError
 
 MOST = 1000.0
@@ -41,11 +41,6 @@ class SlowPart:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
-
-
-def waited(part: Part) -> float:
-    """Seconds that steps of a part waited for experts so far; 0 for one that does not count them."""
-    return float(getattr(part, "waited", 0.0))
 
 
 def slowed(part: Part, slow_down: float) -> Part:

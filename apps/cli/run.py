@@ -238,7 +238,8 @@ def command(
         held = ExpertSettings(expert_mb, expert_bits, flash_mb_s, experts, placement)  # type: ignore[arg-type]
         _foretell(bundle, held, threads)
     screen, reasons = Screen(), list[str]()
-    mode = "local" if cloud is None and mode == "auto" and not explain else mode
+    alone = cloud is None and experts != "cloud"
+    mode = "local" if alone and mode == "auto" and not explain else mode
     with (
         speaking_up(screen),
         Fetching(bundle, files_for(mode, draft), cut) as fetching,

@@ -26,7 +26,7 @@ class ExpertSettings:
         flash_mb_s: pretends that flash reads so many 10^6 bytes a second; 0 for what it does.
         mode: "exact", as if all experts were in memory; "bounded", where each is read with as few bits as the
             bundle's tolerance allows; or "cloud", exact as well: this device answers by itself while a token waits for
-            experts for less than a round trip to the cloud takes, which holds the model and goes on otherwise.
+            experts for less than a round trip to the cloud takes; where it waits longer, whoever ends first answers.
         placement: a file of `isthmus experts place`, whose experts of memory are read before the first
             token; None for none.
     """

@@ -17,9 +17,10 @@ from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
 from isthmus.edge import controller, policy, priors, profile, rhythm
 from isthmus.edge import knowledge as knowing
-from isthmus.edge.experts.stalls import Stalls
+from isthmus.edge.experts.stalls import Mixture, Stalls
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
+from isthmus.edge.stopwatch import Stopwatch
 from isthmus.engine.part import Rows, StepResult
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
@@ -357,7 +358,9 @@ class WaitingPart(TimedPart):
 
 def waiting(patch: pytest.MonkeyPatch, wire: LossyWire, wait_ms: list[float], *, known: bool, **options: Any) -> Any:
     """A device that waits for experts, in auto; without `known` nothing was measured of it."""
-    patch.setattr(priors, "stalls", lambda *_: Stalls([1000] * N_LAYERS, N_LAYERS, 8, 2, 10**9, token_ms=wait_ms[0]))
+    mixture, was = Mixture([1000] * N_LAYERS, N_LAYERS, 8, 2), priors.watch
+    one = Stalls(mixture, 10**9, wire.clock, mb_s=1000.0 if known else 0.0, token_ms=wait_ms[0])
+    patch.setattr(priors, "watch", lambda *given: Stopwatch(was(*given).sizes, wire.clock, one))
     patch.setattr(knowing, "TRY_STEPS", 50)  # to be seen
     return decider(patch, wire, known=known, part=lambda end: WaitingPart(end, wire, wait_ms), **options)
 
@@ -404,3 +407,14 @@ def test_a_device_that_waits_for_experts_is_tried_for_no_longer_than_it_takes(mo
         device = knowledge.figures(wire.now).device
         assert device.waits.token_ms == pytest.approx(20.0) and device.token_ms == pytest.approx(30.0)
         assert one.stats.sources[-1] == "device"  # 30 ms a token, and the cloud takes 80
+
+
+def test_a_device_that_waits_for_very_long_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = LossyWire(TimedCloud())
+    with waiting(monkeypatch, wire, [2000.0], known=False) as one:
+        before = wire.now
+        ids(one.generate(PROMPT, max_tokens=20))
+        assert one._holding.part.part.waited == pytest.approx(2.0) and wire.now - before < 4.0
+        knowledge = one._steering._controller._knowledge
+        assert knowledge._watch.knows and knowledge.enough
+        assert set(one.stats.sources) == {"cloud"}

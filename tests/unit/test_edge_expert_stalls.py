@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -13,18 +14,19 @@ from isthmus.edge import Device, ExpertSettings, priors
 from isthmus.edge.costs import Standing
 from isthmus.edge.experts.facts import Facts, write_facts, write_routing
 from isthmus.edge.experts.foretold import foretell
-from isthmus.edge.experts.stalls import BOUND, Stalls
+from isthmus.edge.experts.stalls import BOUND, EXPOSED, HALF_S, Mixture, Stalls
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, LinkFigures, Waits, Wish
 from isthmus.edge.holding import Holding
 from isthmus.edge.local import CHUNK
 from isthmus.edge.options import as_wish
 from isthmus.edge.policy import MARGIN, Plan, decide, explain
-from isthmus.edge.stopwatch import Sizes, Stopwatch
+from isthmus.edge.stopwatch import ENOUGH, Sizes, Stopwatch
 from isthmus.engine.config import ExpertsConfig
-from isthmus.engine.part import Part, Rows, Want
-from isthmus.engine.slow import slowed, waited
+from isthmus.engine.part import Part, Rows, Want, waited
+from isthmus.engine.slow import slowed
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
+from isthmus.split.manifest import expert_file
 from tests.native_tools import open_part
 from tests.random_model import RandomModel, random_config
 from tests.stored_experts import paged, record, record_bytes, stored
@@ -33,8 +35,21 @@ EACH, LAYERS, EXPERTS, TAKEN = 1_000_000, 10, 64, 8  # an expert is read in 1 ms
 WHOLE = EACH * LAYERS * EXPERTS
 
 
-def stalls(share: float = 0.25, **known: float) -> Stalls:
-    return Stalls([EACH] * LAYERS, LAYERS, EXPERTS, TAKEN, int(share * WHOLE), **known)
+MIXTURE = Mixture([EACH] * LAYERS, LAYERS, EXPERTS, TAKEN)
+
+
+def still() -> float:
+    return 0.0
+
+
+def stalls(share: float = 0.25, clock: Callable[[], float] = still, **known: float) -> Stalls:
+    return Stalls(MIXTURE, int(share * WHOLE), clock, **known)
+
+
+def of(bundle: Bundle, settings: ExpertSettings) -> Stalls:
+    found = Stalls.of(bundle, settings, 1, still)
+    assert found is not None
+    return found
 
 
 @pytest.fixture
@@ -52,13 +67,13 @@ def test_a_token_of_which_nothing_is_known_waits_for_what_memory_probably_lacks(
 
 
 def test_half_of_the_layers_wait_half_as_long_and_tell_of_all() -> None:
-    here = Stalls([EACH] * (LAYERS // 2), LAYERS, EXPERTS, TAKEN, int(0.25 * WHOLE / 2))
+    here = Stalls(MIXTURE._replace(sizes=[EACH] * (LAYERS // 2)), int(0.25 * WHOLE / 2), still)
     assert here.token_ms() == pytest.approx(stalls(0.25).token_ms())
     here.saw(1, 0.5, 30.0, 0.0)
     there = stalls(0.25)
     there.saw(1, 1.0, 60.0, 0.0)
     assert here.token_ms() == pytest.approx(there.token_ms())
-    assert Stalls([], 0, EXPERTS, TAKEN, 1).token_ms() == 0.0
+    assert Stalls(Mixture([], 0, EXPERTS, TAKEN), 1, still).token_ms() == 0.0
 
 
 def test_tokens_that_waited_count_more_than_what_was_foretold_and_later_ones_more_than_earlier() -> None:
@@ -78,7 +93,7 @@ def test_a_prompt_waits_for_each_expert_once_a_chunk_and_not_for_what_is_compute
     assert told[1] == pytest.approx(LAYERS * TAKEN)
     assert sorted(told.values()) == list(told.values()) and told[CHUNK] == pytest.approx(LAYERS * EXPERTS, rel=1e-3)
     assert dict(stalls().prompt_ms(2.0))[CHUNK] == pytest.approx(told[CHUNK] - 2.0 * CHUNK)
-    assert dict(stalls().prompt_ms(1e3)) == dict.fromkeys(told, 0.0)
+    assert dict(stalls().prompt_ms(1e3)) == pytest.approx({rows: EXPOSED * ms for rows, ms in told.items()})
 
 
 def test_prompts_that_waited_otherwise_correct_the_next_ones_within_bounds() -> None:
@@ -102,7 +117,7 @@ def test_waits_of_long_prompts_go_in_chunks() -> None:
 
 def test_what_is_in_memory_shortens_a_prompt_and_reads_tell_how_fast_flash_is(bundle: Bundle) -> None:
     settings = ExpertSettings(24 * record_bytes(bundle) / 1e6)
-    told = Stalls.of(bundle, settings, 1)
+    told = of(bundle, settings)
     cold = dict(told.prompt_ms(0.0))[CHUNK]
     with paged(bundle, settings.budget) as (part, store):
         told.store = store
@@ -113,7 +128,7 @@ def test_what_is_in_memory_shortens_a_prompt_and_reads_tell_how_fast_flash_is(bu
             part.step(Rows().tokens(sequence, at, [at], want=Want.NONE))
         assert store.report().resident
         assert dict(told.prompt_ms(0.0))[CHUNK] < cold
-    limited = Stalls.of(bundle, replace(settings, flash_mb_s=1.0), 1)
+    limited = of(bundle, replace(settings, flash_mb_s=1.0))
     with paged(bundle, settings.budget, bytes_per_second=3e6) as (part, store):
         limited.store = store
         before = dict(limited.prompt_ms(0.0))[CHUNK]
@@ -127,28 +142,35 @@ def test_what_is_in_memory_shortens_a_prompt_and_reads_tell_how_fast_flash_is(bu
 def test_what_was_recorded_is_believed_first(bundle: Bundle) -> None:
     settings = ExpertSettings(8 * record_bytes(bundle) / 1e6)
     write_facts(bundle, 0, 1, Facts(50.0, 0.05, 6.0, 0.1, 0.02, True))
-    guessed = Stalls.of(bundle, settings, 1).token_ms()
+    guessed = of(bundle, settings).token_ms()
     chosen = [[e % 8, (e + 3) % 8] for e in range(200)]
     write_routing(bundle, record(chosen), "a text")
     known = foretell(bundle, settings, 1)
     assert known is not None
-    assert Stalls.of(bundle, settings, 1).token_ms() == pytest.approx(known.mean_ms - known.compute_ms)
-    assert Stalls.of(bundle, settings, 1).token_ms() != guessed
+    assert of(bundle, settings).token_ms() == pytest.approx(known.mean_ms - known.compute_ms)
+    assert of(bundle, settings).token_ms() != guessed
 
 
-def test_a_stopwatch_leaves_out_what_was_waited_for_experts(bundle: Bundle) -> None:
-    ticks = iter(range(1000))
-    watch = Stopwatch(Sizes(3, 1e6, 1e6), lambda: float(next(ticks)), stalls())
+def test_a_stopwatch_leaves_out_what_was_waited_for_experts() -> None:
+    watch = Stopwatch(Sizes(3, 1e6, 1e6), still, stalls())
     part = open_part(RandomModel("q4", random_config()))
-    assert waited(cast(Part, object())) == 0.0
-    watch.saw(Rows().tokens(part.open(), 0, [1], want=Want.NONE), part, 5.0, 4.0)
-    plain = Stopwatch(watch.sizes, lambda: 0.0)
-    plain.saw(Rows().tokens(part.open(), 0, [1], want=Want.NONE), part, 1.0)
-    for one in (watch, plain):
-        one.remember(1.0, 1.0)
-    assert watch.ms_per_mb == plain.ms_per_mb
-    assert watch.stalls is not None and watch.stalls.token_ms() > 500
+    for at in range(ENOUGH):
+        watch.saw(Rows().tokens(part.open(), at, [1], want=Want.NONE), part, 5.0, 4.0)
+    assert watch.ms_per_mb * 3 == pytest.approx(1000.0)
+    assert watch.stalls is not None and watch.stalls.token_ms() > 200
     part.close()
+
+
+def test_a_single_long_wait_counts_for_little_and_none_for_ever() -> None:
+    now = [0.0]
+    one = stalls(token_ms=10.0, clock=lambda: now[0])
+    one.saw(1, 1.0, 60_000.0, 0.0)
+    assert one.token_ms() == pytest.approx((4 * 10 + BOUND * 10) / 5)
+    for _ in range(50):
+        one.saw(1, 1.0, 500.0, 0.0)
+    assert one.token_ms() > 300
+    now[0] = 20 * HALF_S
+    assert one.token_ms() == pytest.approx(10.0, rel=0.01)  # as nothing was computed here for long
 
 
 class _Waiting:
@@ -166,10 +188,11 @@ class _Waiting:
 def test_a_slower_processor_has_no_slower_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, slept = [0.0], list[float]()
     part = slowed(cast(Part, _Waiting(clock)), 3.0)
+    assert waited(part) == 0.0
     monkeypatch.setattr(part, "_clock", lambda: clock[0])
     monkeypatch.setattr(part, "_sleep", slept.append)
     part.step(Rows())
-    assert slept == [2.0]
+    assert slept == [2.0] and waited(part) == 1.0
 
 
 def known(token_ms: float, trip_ms: float, cloud_ms: float = 5.0, prompt_ms: float = 0.0) -> Figures:
@@ -227,22 +250,61 @@ def test_what_goes_with_asking_a_cloud(bundle: Bundle) -> None:
         with pytest.raises(DeviceError, match=f"{prefer} is preferred"):
             as_wish(prefer, 0.0, "auto", own=True)
     assert as_wish("speed", 0.0, "auto", own=True) == Wish(own=True)
-    assert priors.stalls(bundle, None, 1) is None
-    assert isinstance(priors.stalls(bundle, settings, 1), Stalls)
+    with pytest.raises(DeviceError, match="read with 4 bits, and the cloud's model has more"):
+        Device(bundle, "tcp://127.0.0.1:1", experts=ExpertSettings(2.0, bits=4), encrypted=False)
+    assert priors.watch(bundle, None, 1, still, True).stalls is None
+    assert priors.watch(bundle, settings, 1, still, False).stalls is None
+    assert priors.watch(bundle, settings, 1, still, True).stalls is not None
+    bundle.path.joinpath(expert_file(1)).write_bytes(b"damaged")
+    assert priors.watch(bundle, settings, 1, still, True).stalls is None  # who opens them says so
 
 
-def test_the_store_that_steps_read_from_is_looked_at(bundle: Bundle) -> None:
-    settings = ExpertSettings(2.0)
-    watch = Stopwatch(Sizes(3, 1e6, 1e6), perf_counter, priors.stalls(bundle, settings, 1))
+def test_what_steps_of_a_device_wait_for_is_seen_and_a_store_that_is_closed_is_not_asked(bundle: Bundle) -> None:
+    settings = ExpertSettings(4 * record_bytes(bundle) / 1e6, flash_mb_s=1.0)
+    watch = priors.watch(bundle, settings, 1, still, True)
+    watch = Stopwatch(watch.sizes, perf_counter, watch.stalls)
     assert watch.stalls is not None and watch.stalls.store is None
+    before = watch.stalls.token_ms()
     room: dict[str, Any] = {"memory_mb": None, "kv_tokens": 64, "window": 0, "backend": "auto", "threads": 1}
     holding = Holding(bundle, experts=settings, watch=watch, **room)
-    try:
-        part = holding.open(3).part
-        part.step(Rows().tokens(part.open(), 0, [1], want=Want.NONE))
-        store = holding.store
-        assert store is not None and store.report().resident > 0
-        assert priors.device(watch, 3, ()).waits == Waits(watch.stalls.token_ms(), watch.stalls.prompt_ms(0.0))
-        assert id(watch.stalls.store) == id(store)
-    finally:
-        holding.close()
+    part = holding.open(3).part
+    sequence = part.open()
+    for at in range(8):
+        part.step(Rows().tokens(sequence, at, [at], want=Want.NONE))
+    assert waited(part) > 0 and watch.stalls.token_ms() != before and watch.knows
+    assert holding.store is not None and id(watch.stalls.store) == id(holding.store)
+    held = dict(watch.stalls.prompt_ms(0.0))[CHUNK]
+    holding.close()
+    assert watch.stalls.store is None and dict(watch.stalls.prompt_ms(0.0))[CHUNK] > held
+
+
+def test_what_is_known_of_flash() -> None:
+    one = stalls()
+    assert one.mb_s == 0.0
+    one.remember(200.0)
+    assert one.mb_s == 200.0 and one.token_ms() == pytest.approx(5 * stalls(mb_s=1000.0).token_ms())
+    one.remember(300.0)
+    assert one.mb_s == 200.0 == stalls(limit_mb_s=200.0).mb_s == stalls(mb_s=500.0, limit_mb_s=200.0).mb_s
+    assert stalls(mb_s=100.0, limit_mb_s=200.0).mb_s == 100.0
+
+
+def test_waits_that_cannot_be(bundle: Bundle) -> None:
+    for waits in (Waits(-1.0), Waits(0.0, ((2, 1.0), (1, 1.0))), Waits(0.0, ((1, -1.0),))):
+        with pytest.raises(DeviceError):
+            DeviceFigures(30, 30, ((30, 8.0),), 2.0, 0.0, 0.5, waits=waits)
+
+
+def test_experts_that_may_not_answer_are_named() -> None:
+    figures = known(1.0, 10.0)
+    assert figures.cloud is not None
+    other = replace(figures, cloud=replace(figures.cloud, same_model=False))
+    assert "experts may not answer: the cloud's model is another one" in asked(other, own=True).reason
+    assert "may not answer" not in asked(other, own=False).reason
+
+
+def test_what_would_be_computed_again_must_be_worth_it() -> None:
+    there, slow = asked(known(20.0, 10.0), own=True), replace(known(1.0, 10.0).device, prefill_row_ms=20.0)
+    again = replace(known(1.0, 10.0), device=slow)
+    assert asked(again, own=True, missing=101.0).choice.mode == "local"
+    assert asked(again, own=True, missing=101.0, plan=there).choice.mode == "stream"
+    assert asked(again, own=True, missing=11.0, plan=there).choice.mode == "local"
