@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -418,3 +419,26 @@ def test_a_device_that_waits_for_very_long_is_tried_once(monkeypatch: pytest.Mon
         knowledge = one._steering._controller._knowledge
         assert knowledge._watch.knows and knowledge.enough
         assert set(one.stats.sources) == {"cloud"}
+
+
+def test_what_flash_reads_is_kept_for_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("profiles")
+    monkeypatch.setattr(profile, "folder", lambda: folder)
+    for known, first in ((False, "cloud"), (True, "device")):  # as a device that reads fast, and then one that has
+        with waiting(monkeypatch, LossyWire(TimedCloud(SLOW)), [2.0], known=False) as one:
+            stalls = one._steering._controller._knowledge._watch.stalls
+            assert bool(stalls.mb_s) == known
+            ids(one.generate(PROMPT, max_tokens=20))
+            assert one.stats.sources[0] == first
+            stalls.remember(250.0)
+            one._steering._controller._knowledge.keep()
+    (path,) = folder.iterdir()
+    found = profile.read(path)
+    assert found is not None and found.flash_mb_s == 250.0
+    assert found.near(found) and not found.near(dataclasses.replace(found, flash_mb_s=300.0))
+    path.write_text('{"ms_per_mb": 1, "row_ms": 0, "numerics": "toy"}')
+    assert profile.read(path) == profile.Profile(1.0, 0.0, "toy")
+    path.write_text('{"ms_per_mb": 1, "row_ms": 0, "numerics": "toy", "flash_mb_s": -1}')
+    assert profile.read(path) is None
