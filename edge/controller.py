@@ -14,7 +14,7 @@ from isthmus.edge.knowledge import Knowledge
 from isthmus.edge.link import Link
 from isthmus.edge.modes import Modes
 from isthmus.edge.options import GenerateOptions
-from isthmus.edge.policy import STEADY, Plan, decide, explain, unseen, worth_probing
+from isthmus.edge.policy import Plan, decide, explain, unseen, worth_probing
 from isthmus.edge.rhythm import (
     FIRST_BYTES,
     MOST_REST_S,
@@ -31,6 +31,8 @@ from isthmus.edge.runners import Runner
 from isthmus.edge.watch import Watch
 from isthmus.protocol.errors import BundleError, DeviceError, EngineError, IsthmusError, ServiceError
 
+OWN = ("local", "split")  # ways that need this device's layers, and nothing else of it
+FAILURES = (BundleError, EngineError, DeviceError)  # of those layers
 TRY_AFTER = 8  # tokens of the cloud's after which a device that was never timed is
 
 
@@ -92,19 +94,19 @@ class Controller:
         self._knowledge.choice = None
         why = "too little is known yet to choose"
         if self._knowledge.enough:
-            name = "what was chosen"
+            choice: Candidate | None = None
             try:
                 if self._wish.own:
                     self._see_trip()
                 plan = self._decide(0.0)
                 if self._curious and self._measured():
                     plan = self._decide(0.0)
-                name = plan.choice.name
-                runner = self._runner(options, plan.choice)
+                choice = plan.choice
+                runner = self._runner(options, choice)
                 self._take(plan)
                 return runner
             except (DeviceError, BundleError, EngineError, ServiceError) as error:
-                why = self._failed(name, error)
+                why = self._failed(choice, error)
         if self._tell is not None:
             self._tell(f"stream: {why}")
         return self._modes.shared(replace(options, mode="stream"), self._link)
@@ -183,16 +185,26 @@ class Controller:
         return self._switch(options, runner, plan)
 
     def refused(self, options: GenerateOptions, runner: Runner, error: IsthmusError) -> Runner | None:
-        """Who goes on when the cloud refused what was chosen here; None when it was none of these choices."""
+        """Who goes on when the cloud refused what was chosen here, or this device's own layers failed; None when it was
+        none of these choices, or nobody can.
+        """
         choice = self._knowledge.choice
-        if not (self._active and isinstance(error, ServiceError)) or choice is None or choice.mode in STEADY:
+        if not self._active or choice is None or choice.mode == "stream":
+            return None
+        if isinstance(error, FAILURES):
+            if not self._link.up:
+                return None
+            self._knowledge.fail(error)
+            self._modes.say(f"{choice.name} failed after {self._made} tokens ({error.problem}): the cloud went on")
+        elif choice.mode == "local" or not isinstance(error, ServiceError):
             return None
         following = self._modes.shared(replace(options, mode="stream"), self._link)
         self.leave()
         with suppress(IsthmusError):
             runner.stop()
         if self._tell is not None:
-            self._tell(f"after {self._made} tokens: stream: {choice.name} was refused ({error.problem})")
+            what = "failed" if isinstance(error, FAILURES) else "was refused"
+            self._tell(f"after {self._made} tokens: stream: {choice.name} {what} ({error.problem})")
         return following
 
     def ended(self) -> None:
@@ -228,7 +240,7 @@ class Controller:
             following = self._runner(options, plan.choice)
         except IsthmusError as error:
             self._active = False  # what cannot be had after all is not asked for again in this answer
-            why = self._failed(plan.choice.name, error)
+            why = self._failed(plan.choice, error)
             if self._tell is not None:
                 self._tell(f"after {self._made} tokens: it goes on as it was: {why}")
             return runner
@@ -237,11 +249,13 @@ class Controller:
         self._take(plan)
         return following
 
-    def _failed(self, name: str, error: IsthmusError) -> str:
+    def _failed(self, choice: Candidate | None, error: IsthmusError) -> str:
         """A way that was chosen cannot be had: why, for people. What is damaged on this device is noted."""
-        why = f"{name} cannot be had ({error.problem})"
+        why = f"{choice.name if choice is not None else 'what was chosen'} cannot be had ({error.problem})"
         if isinstance(error, BundleError | EngineError):
             self._modes.say(why)
+            if choice is not None and choice.mode in OWN:
+                self._knowledge.fail(error)
         return why
 
     def _take(self, plan: Plan) -> None:

@@ -74,7 +74,8 @@ class Candidate:
         cloud_ms: of the cloud's engine for each token.
         why_not: why it may not be chosen, empty when it may.
         pace: the factor in `ms_per_token` by which this mode lately took longer than its formula says.
-        waits_ms: of a token's time and its share of the beginning's, what this device waits for experts in local mode.
+        waits_ms, setup_waits_ms: of a token's time and of the beginning's, what this device waits for experts in local
+            mode.
     """
 
     mode: Way
@@ -92,6 +93,7 @@ class Candidate:
     why_not: str = ""
     pace: float = 1.0
     waits_ms: float = 0.0
+    setup_waits_ms: float = 0.0
 
     @property
     def formula_ms(self) -> float:
@@ -144,17 +146,16 @@ def _local(figures: Figures, wish: Wish, standing: Standing, pace: float) -> Can
     rows = _missing(standing.device_missing, device.n_layers)
     current = standing.current is not None and standing.current.mode == "local"
     setup = 0.0 if current else device.prefill(max(0.0, rows - 1), device.n_layers)
-    waits = device.waits.token_ms
-    waits += 0.0 if current else device.waits.prompt(rows - 1) / max(1, standing.remaining)
     ms = pace * device.token_ms
     why_not = ""
     if not device.whole:
-        why_not = f"the device holds {device.held} of {device.n_layers} layers"
+        why_not = device.failed or f"the device holds {device.held} of {device.n_layers} layers"
     elif wish.prefer != "privacy" and cloud is not None and link is not None and link.up:
         why_not = "" if cloud.same_model or wish.max_disagreement >= 1 else "the cloud's model is another one"
     total = setup + ms * max(1, standing.remaining)
     found = Candidate("local", ms_per_token=ms, setup_ms=setup, total_ms=total, why_not=why_not, pace=pace)
-    return replace(found, waits_ms=waits)
+    setup_waits = 0.0 if current else device.waits.prompt(rows - 1)
+    return replace(found, waits_ms=device.waits.token_ms, setup_waits_ms=setup_waits)
 
 
 class _Priced:

@@ -282,7 +282,7 @@ class Device:
 
     @property
     def expert_report(self) -> ExpertReport | None:
-        """What experts cost so far; None where all of them are in memory."""
+        """What experts cost so far; None where all of them are in memory, or this device had nothing to compute."""
         return ExpertReport.of(self._holding.store) if self._holding.store is not None else None
 
     @property
@@ -433,7 +433,7 @@ class Device:
         self._check_open()
         cut = self._cut if cut is None else check_cut(cut, self.config)
         chosen = self._mode if mode is None else as_mode(mode)
-        as_wish(self._wish.prefer, self._wish.max_disagreement, chosen)
+        as_wish(self._wish.prefer, self._wish.max_disagreement, chosen, self._wish.own)
         codec = codec or self._codec
         asked = (max_tokens, sampling, stop_words(stop), chosen)
         return GenerateOptions(*asked, cut, codec, self._threshold, self._guesses)

@@ -54,6 +54,7 @@ class DeviceFigures:
         codec_ms: of coding one row of hidden states.
         exits_ms: (layer, ms) of the exit before it for one row, its output head included, where it is known.
         waits: for experts, which the other times leave out.
+        failed: why none of its layers can be used after all.
     """
 
     held: int
@@ -65,6 +66,7 @@ class DeviceFigures:
     codec_ms: float = 0.0
     exits_ms: Points = ()
     waits: Waits = Waits()  # noqa: RUF009
+    failed: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.held <= self.n_layers:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from isthmus.edge import budget
 from isthmus.edge.experts.settings import ExpertSettings
-from isthmus.edge.experts.store import ExpertStore
+from isthmus.edge.experts.store import ExpertStore, check_floor
 from isthmus.edge.experts.warm import check, warm
 from isthmus.edge.local import CHUNK, LocalPart
 from isthmus.edge.stopwatch import Stopwatch
@@ -15,7 +16,7 @@ from isthmus.engine.native_part import NativePart
 from isthmus.engine.part import KV_BLOCK, KV_SINKS, KV_SLACK, KvConfig, Part, WeightSource
 from isthmus.engine.placement import Placement
 from isthmus.engine.slow import check_slow_down, slowed
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import BundleError, DeviceError
 from isthmus.split.bundle import Bundle
 
 
@@ -77,11 +78,17 @@ class Holding:
             cloud: whether there is one, which promises what the model itself says.
 
         Raises:
-            DeviceError: with fewer bits than the model has, and there is one; or there is none that could be asked.
+            DeviceError: in too little memory; with fewer bits than the model has, and there is one; or there is none
+                that could be asked.
             BundleError: the experts cannot be read.
         """
         if not cloud and self._experts is not None and self._experts.mode == "cloud":
             raise DeviceError("experts shall ask a cloud, and none is named", "name one, or read them exactly")
+        if cloud and self._experts is not None:  # what is damaged is no reason not to ask it
+            with suppress(BundleError):
+                check_floor(self._bundle, self._experts.budget, self._experts.planes, self._bundle.held_layers)
+            if self._experts.mode == "cloud" and self._memory_mb is not None and not self.whole:
+                raise self._refusal(self._bundle.config.n_layers)
         if cloud and self._experts is not None and self._experts.planes:
             here = [layer for layer in range(self._bundle.held_layers) if self._bundle.config.experts_of(layer)]
             if any(len(self._bundle.records(layer).planes) > self._experts.planes for layer in here):
@@ -140,8 +147,6 @@ class Holding:
             bounded=self.bounded,
             bytes_per_second=settings.flash_mb_s * 1e6,
         )
-        if self._watch is not None and self._watch.stalls is not None:
-            self._watch.stalls.store = self.store
         part = self._opened(self._source, 0, layers, self.kv, self.store)
         if self._placement is not None and isinstance(part, NativePart):
             try:
@@ -149,6 +154,8 @@ class Holding:
             except BaseException:
                 part.close()
                 raise
+        if self._watch is not None and self._watch.stalls is not None:
+            self._watch.stalls.store = self.store
         return slowed(part, self._slow_down)
 
     def open_part(

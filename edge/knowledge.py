@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from isthmus.edge import priors, profile
 from isthmus.edge.costs import Candidate, Standing
 from isthmus.edge.estimator import Estimator
-from isthmus.edge.figures import DRAFT_SOURCES, Figures, Points
+from isthmus.edge.figures import DRAFT_SOURCES, DeviceFigures, Figures, Points
 from isthmus.edge.holding import Holding
 from isthmus.edge.link import Link
 from isthmus.edge.runners import HIDDEN_LANE, TOKENS_LANE
@@ -42,6 +42,7 @@ class Knowledge:
     Attributes:
         choice: the way that is in use, for what is seen of it.
         seen_s: when the link last showed its trip.
+        failed: why this device's layers can be used no more, for people; empty while they can.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Knowledge:
         self._held, self._whole = holding.layers, holding.whole  # asking looks at every file
         self.choice: Candidate | None = None
         self.seen_s = float("-inf")
+        self.failed = ""
         self._estimator: Estimator | None = None  # once enough is known
         self._early = Estimator(Figures(priors.device(watch, 0, ())), priors.TRIP_MS)
         self._offer: Offer | None = None
@@ -92,7 +94,7 @@ class Knowledge:
             self._begin(offer, CAN_VERIFY in welcome.capabilities)
         else:
             small_ms = self._small.times_ms if self._small is not None else None
-            self._estimator.knows(priors.device(watch, held, self._cuts), small_ms=small_ms and small_ms[0])
+            self._estimator.knows(self._times(), small_ms=small_ms and small_ms[0])
         return True
 
     def figures(self, now_s: float, silent_ms: float = 0.0) -> Figures:
@@ -138,10 +140,10 @@ class Knowledge:
     def try_out(self) -> None:
         """Times a few steps of this device, which has had no reason to make any."""
         stalls = self._watch.stalls
-        if (self._known is not None and self._reads) or self._tries >= TRIES or not self._held:
+        if (self._known is not None and self._reads) or self._tries >= TRIES or not self._held or not self._log.tokens:
             return
         self._tries += 1 if stalls is None else TRIES  # a second time would find in memory what the first one read
-        with suppress(IsthmusError):
+        try:
             part = self._holding.open(self._held).part
             sequence = part.open()
             try:
@@ -160,6 +162,13 @@ class Knowledge:
                         break
             finally:
                 sequence.close()
+        except IsthmusError as error:
+            self.fail(error)
+
+    def fail(self, error: IsthmusError) -> None:
+        """This device's layers cannot be used after all."""
+        self.failed, self._held, self._whole = error.problem, 0, False
+        self._offer = None  # the figures are made anew
 
     def keep(self) -> None:
         """Writes down how fast this device is, if that is news."""
@@ -243,7 +252,7 @@ class Knowledge:
         able = [e.layer for e in bundle.exits if e.layer <= held and bundle.holds(e.file)]
         layers = able if can_verify and not self._slides else []
         self._cuts = tuple(sorted({*layers, held} - {0, bundle.config.n_layers}))
-        times = priors.device(self._watch, held, self._cuts)
+        times = self._times()
         same = offer.exact and offer.numerics == self._numerics() and self._holding.kv.format in offer.kv_formats
         small = self._small
         if small is not None and self._may_try:
@@ -255,6 +264,9 @@ class Knowledge:
         seen, self._offer = self._to.link, offer
         self._estimator = Estimator(Figures(times, cloud, None, priors.exits(bundle, layers), drafts, codecs))
         self._estimator.link = seen
+
+    def _times(self) -> DeviceFigures:
+        return replace(priors.device(self._watch, self._held, self._cuts), failed=self.failed)
 
     def _numerics(self) -> str:
         part = self._holding.part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from isthmus.edge.costs import Candidate, Standing, candidates
@@ -16,6 +16,7 @@ RISK = 0.08  # share of what remains that any other way must save over these
 VARIES = 0.03  # how much more of it on a link whose trips are twice as long at times
 MARGIN = 0.05  # share of what remains that another mode must save before it takes over
 HOPE, UNSEEN_HOPE, UNSEEN_S = 4.0, 50.0, 1e5  # times the known uplink that the real one may be; of one never seen
+TOLD_MS = 0.05  # shorter waits for experts are not spoken of
 PATIENCE = 1.25  # times the fastest that a user who saves the cloud's time will wait
 
 
@@ -54,8 +55,11 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     if current is not None and current.mode != "local" and figures.link is not None and figures.link.silent_ms > 0:
         # A link that is late is late for every way that needs it: to begin another is to ask again.
         allowed = [one for one in allowed if one.mode == "local" or one.key == current.key] or allowed
-    if wish.own and (own := _own(allowed, figures.link, standing)) is not None:
-        return Plan(own, weighed, _waits(own, figures.link))
+    beside = ""
+    if wish.own and figures.link is not None and (alone := _alone(weighed)) is not None:
+        may, beside = _own(alone, figures.link, standing)
+        if may:
+            return Plan(alone, weighed, f"{alone.name}: {beside}")
     first = min(allowed, key=lambda one: one.total_ms)
     if wish.prefer == "cloud-cost":
         bearable = [one for one in allowed if one.total_ms <= PATIENCE * first.total_ms]
@@ -69,8 +73,7 @@ def decide(figures: Figures, wish: Wish, standing: Standing) -> Plan:
     if held is not None and held.key != best.key and not _worth(held, best, wish, figures.link):
         return Plan(held, weighed, f"{held.name} goes on: {best.name} would not save enough to be worth it")
     reason = _reason(best, first, allowed, wish)
-    barred = next((one.why_not for one in weighed if one.mode == "local"), "") if wish.own else ""
-    return Plan(best, weighed, f"{reason}; this device's experts may not answer: {barred}" if barred else reason)
+    return Plan(best, weighed, f"{reason}; {beside}" if beside else reason)
 
 
 def choose(has_cloud: bool, link_up: bool, whole_model: bool) -> Mode:
@@ -122,26 +125,37 @@ def explain(plan: Plan) -> str:
         mark = "*" if one == plan.choice else " "
         times = f"{one.total_ms / 1e3:8.2f}  {one.ms_per_token:8.1f}  {one.setup_ms:9.1f}  {one.cloud_ms:14.1f}"
         line = f"{mark} {one.name:<{width}}  {times}"
-        why = one.why_not or (f"{one.waits_ms:.1f} ms of a token wait for experts" if one.waits_ms >= 0.05 else "")
+        why = one.why_not or _waits(one)
         lines.append(f"{line}  ({why})" if why else line)
     return "\n".join(lines)
 
 
-def _own(allowed: Sequence[Candidate], link: LinkFigures | None, standing: Standing) -> Candidate | None:
-    """This device alone, where it waits for its experts for less than a round trip."""
-    alone = next((one for one in allowed if one.mode == "local"), None)
-    if alone is None or link is None:
-        return None
-    remaining = max(1, standing.remaining)
-    waits_ms, trip_ms = alone.waits_ms, link.expected_trip_ms + link.silent_ms / remaining
-    if standing.current is not None and standing.current.mode != "local":  # to go back must be worth its beginning
-        waits_ms, trip_ms = waits_ms + alone.setup_ms / remaining, (1 - MARGIN) * trip_ms
-    return alone if waits_ms <= trip_ms else None
+def _alone(ways: Iterable[Candidate]) -> Candidate | None:
+    return next((one for one in ways if one.mode == "local"), None)
 
 
-def _waits(alone: Candidate, link: LinkFigures | None) -> str:
-    trip_ms = link.expected_trip_ms if link is not None else 0.0
-    return f"{alone.name}: a token waits {alone.waits_ms:.1f} ms for experts, and a round trip takes {trip_ms:.1f}"
+def _own(alone: Candidate, link: LinkFigures, standing: Standing) -> tuple[bool, str]:
+    """Whether this device answers alone, as it waits for its experts for less than a round trip, and why."""
+    if alone.why_not:
+        return False, f"this device's experts may not answer: {alone.why_not}"
+    remaining, begun = max(1, standing.remaining), standing.current is None or standing.current.mode == "local"
+    waits_ms = alone.waits_ms + alone.setup_waits_ms / remaining
+    trip_ms = link.expected_trip_ms + link.silent_ms / remaining
+    shared = ", its share of the prompt's waits included" if alone.setup_waits_ms >= TOLD_MS else ""
+    why = f"a token waits {waits_ms:.1f} ms for experts here{shared}, and a round trip takes {trip_ms:.1f}"
+    if begun:
+        return waits_ms <= trip_ms, why
+    again_ms = alone.setup_ms / remaining - alone.setup_waits_ms / remaining
+    may = waits_ms + again_ms <= (1 - MARGIN) * trip_ms
+    return may, why if may or waits_ms > trip_ms else f"{why}, too little for {again_ms:.1f} of computing again"
+
+
+def _waits(one: Candidate) -> str:
+    """What a way waits for experts, for people."""
+    if max(one.waits_ms, one.setup_waits_ms) < TOLD_MS:
+        return ""
+    before = f", {one.setup_waits_ms:.0f} of the first" if one.setup_waits_ms >= TOLD_MS else ""
+    return f"{one.waits_ms:.1f} ms of a token wait for experts{before}"
 
 
 def _worth(held: Candidate, best: Candidate, wish: Wish, link: LinkFigures | None) -> bool:

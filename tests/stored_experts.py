@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.edge.experts.store import ExpertStore
+from isthmus.edge.experts.store import ExpertStore, StoreReport
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.native_part import NativePart
 from isthmus.engine.routing import Routing
@@ -20,6 +21,14 @@ from isthmus.split.manifest import TokenizerEntry
 from isthmus.split.writer import write_bundle
 from tests.native_tools import open_part
 from tests.random_model import RandomModel
+
+
+def full_store(resident: int) -> Any:
+    """What is asked of a store with so many bytes in memory that has read nothing since."""
+    nothing = SimpleNamespace(bytes=0, busy=0.0)
+    return SimpleNamespace(
+        report=lambda: StoreReport(resident, resident, 0, 0, 0, 0), reader=SimpleNamespace(report=lambda: nothing)
+    )
 
 
 class _Named:

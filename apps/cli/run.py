@@ -394,8 +394,8 @@ def _read(prompt: str) -> str:
 def _explain(screen: Screen, why: str) -> None:
     import sys
 
-    screen.pause()
-    print(f"auto: {why}", file=sys.stderr)
+    before = "\n" if screen.pause() else ""  # both may be one file
+    print(f"{before}auto: {why}", file=sys.stderr)
 
 
 def _answer(

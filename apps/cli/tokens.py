@@ -74,12 +74,19 @@ class Screen:
                 self._stream.flush()
             self._style = ""
 
-    def pause(self) -> None:
-        """Ends the line on a terminal where something else is to be said in the middle of an answer."""
-        if self._terminal and self._text and not self._text.endswith("\n"):
-            self._stream.write(f"{RESET if self._style else ''}\n")
-            self._stream.flush()
-            self._style = ""
+    def pause(self) -> bool:
+        """Ends the line on a terminal where something else is to be said in the middle of an answer.
+
+        Returns:
+            Whether a line is still open, as on what is no terminal, where nothing but the answer is written.
+        """
+        opened = bool(self._text) and not self._text.endswith("\n")
+        if not (self._terminal and opened):
+            return opened
+        self._stream.write(f"{RESET if self._style else ''}\n")
+        self._stream.flush()
+        self._style = ""
+        return False
 
     def rollback(self, wrong: Rollback) -> bool:
         """A device's `on_rollback`: takes guesses back."""

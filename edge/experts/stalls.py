@@ -19,6 +19,8 @@ SEEN_BYTES = 1 << 20  # reads of fewer say nothing of it
 TRUST, HALF_LIFE = 4.0, 16.0  # tokens that the forecast counts like, and after which a token that waited counts half
 HALF_S = 30.0  # after which it counts half where no token is computed here
 LEAST_MS, BOUND = 1.0, 8.0  # a single wait counts for no more than so many times the forecast, or this
+SPREAD = 64  # tokens that share the reads which fill the memory
+LACKED = 0.05  # share of memory that experts lack at least where what is foretold is held against what was waited
 WEIGHT = 0.3  # of a prompt's step in how far off those were foretold
 EXPOSED = 0.1  # of a prompt's reads that are waited for, at least, however much is computed meanwhile
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, CHUNK)  # of prompts; what is longer goes in chunks
@@ -47,9 +49,10 @@ class Mixture(NamedTuple):
 class Stalls:
     """See the module.
 
-    A token waits as those before it did. Until some have waited it waits as `isthmus bench experts` recorded, or else
-    for the experts that are not in memory, where a share s of memory holds the square root of s of what is taken. The
-    rows of a prompt take experts as if each chose for itself, and each is read once for a chunk.
+    A token waits for the experts that are not in memory, where a share s of memory holds the square root of s of what
+    is taken: so many times as long as `isthmus bench experts` recorded, and as tokens have waited with what was in
+    memory then. What fills the memory is read once, which the tokens that follow share. The rows of a prompt take
+    experts as if each chose for itself, and each is read once for a chunk.
 
     Args:
         budget: bytes that experts may take in memory.
@@ -59,7 +62,7 @@ class Stalls:
         token_ms: what a token was foretold to wait, None where nothing was recorded.
 
     Attributes:
-        store: that steps read from, once it is open.
+        store: that steps read from, once it is open and holds what it begins with.
     """
 
     def __init__(
@@ -76,10 +79,10 @@ class Stalls:
         self._whole = max(1.0, mixture.layer_bytes * len(mixture.sizes))
         self._share = min(1.0, budget / self._whole)
         self._mb_s, self._recorded_ms = mb_s, token_ms
-        self._waited, self._tokens, self._seen_s = 0.0, 0.0, clock()
+        self._waited, self._foreseen, self._seen_s = 0.0, 0.0, clock()  # ms of tokens, as they were and as foretold
         self._off = 1.0  # how many times as long prompts waited as was foretold
         self._before = 0.0  # share of the experts that was in memory when the last step ended
-        self.store: ExpertStore | None = None
+        self._store: ExpertStore | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, settings: ExpertSettings, threads: int, clock: Callable[[], float]) -> Stalls | None:
@@ -108,6 +111,16 @@ class Stalls:
         return None
 
     @property
+    def store(self) -> ExpertStore | None:
+        """See the attributes."""
+        return self._store
+
+    @store.setter
+    def store(self, store: ExpertStore | None) -> None:
+        self._store = store
+        self._before = self._held()
+
+    @property
     def mb_s(self) -> float:
         """What flash reads, in 10^6 bytes a second; 0 while that is not known."""
         if self.store is not None:
@@ -121,13 +134,11 @@ class Stalls:
         self._mb_s = self._mb_s or mb_s
 
     def token_ms(self) -> float:
-        """What a token will wait, in the whole model."""
-        prior, fade = self._recorded_ms, self._fade()
-        if prior is None:
-            mixture = self._mixture
-            share = mixture.top_k / mixture.n_experts * (1.0 - float(self._share**0.5))
-            prior = self._read_ms(share * mixture.layers * mixture.layer_bytes)
-        return (prior * TRUST + fade * self._waited) / (TRUST + fade * self._tokens)
+        """What a token will wait, in the whole model, in the mean of those that come next."""
+        held = self._held()
+        steady, now = self._lacks_ms(self._share), self._lacks_ms(min(held, self._share))
+        filling = self._read_ms(max(0.0, self._share - held) * self._mixture.layers * self._mixture.layer_bytes)
+        return self._times() * min(now, steady + filling / SPREAD)
 
     def prompt_ms(self, row_ms: float) -> tuple[tuple[int, float], ...]:
         """(rows, ms) that prompts of so many rows will wait, in the whole model.
@@ -147,12 +158,25 @@ class Stalls:
         waited_ms /= max(share, 1e-6)
         before, self._before = self._before, self._held()
         if rows == 1:
-            waited_ms = min(waited_ms, BOUND * max(LEAST_MS, self.token_ms()))
+            foreseen = self._lacks_ms(before)
+            waited_ms = min(waited_ms, BOUND * max(LEAST_MS, self._times() * foreseen))
             fade, self._seen_s = self._fade() * 0.5 ** (1.0 / HALF_LIFE), self._clock()
-            self._waited, self._tokens = self._waited * fade + waited_ms, self._tokens * fade + 1.0
+            self._waited, self._foreseen = self._waited * fade + waited_ms, self._foreseen * fade + foreseen
         elif (foreseen := self._chunk_ms(rows, row_ms, 1.0 - before, self._read_ms(1.0))) > 0:
             off = min(BOUND, max(1 / BOUND, waited_ms / foreseen))
             self._off = float(self._off ** (1 - WEIGHT) * off**WEIGHT)
+
+    def _lacks_ms(self, held: float) -> float:
+        """A token's reads where such a share of the experts is in memory."""
+        mixture = self._mixture
+        taken = mixture.top_k / mixture.n_experts * mixture.layers * mixture.layer_bytes
+        return self._read_ms(taken * (1.0 - float(held**0.5)))
+
+    def _times(self) -> float:
+        """How many times as long as its reads a token waits: as recorded, and as it was seen since."""
+        usual, fade = max(1e-9, self._lacks_ms(min(self._share, 1.0 - LACKED))), self._fade()
+        prior = 1.0 if self._recorded_ms is None else self._recorded_ms / usual
+        return (TRUST * usual * prior + fade * self._waited) / (TRUST * usual + fade * self._foreseen)
 
     def _fade(self) -> float:
         """What the tokens that waited count, after the time in which none was computed here."""

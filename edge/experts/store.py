@@ -93,14 +93,7 @@ class ExpertStore:
             )
         if isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= bytes_per_second < math.inf:
             raise DeviceError(f"a budget of {budget!r} bytes, read at {bytes_per_second!r}", "check the numbers")
-        self._records = {i: bundle.records(i) for i in range(self.n_layers) if config.experts_of(i)}
-        self._planes = {i: min(planes or MAX_PLANES, len(records.planes)) for i, records in self._records.items()}
-        least = floor_bytes(self._records, self._planes, config.experts.top_k)
-        if budget < least:
-            raise DeviceError(
-                f"a budget of {budget / MB:g} MB does not hold the experts that one layer needs at once",
-                f"give at least {-(-least // 100_000) / 10:g} MB",
-            )
+        self._records, self._planes, least = check_floor(bundle, budget, planes, self.n_layers)
         self.budget, self.foresee = min(budget, max(least, self._whole())), foresee
         self.tolerance = self._tolerance(bundle) if bounded else None
         self.tables = ExpertTables(config, 0, self.n_layers)
@@ -236,6 +229,36 @@ class ExpertStore:
 def in_memory(plane: int) -> int:
     """Bytes of the pages that a plane takes."""
     return -(-plane // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def check_floor(
+    bundle: Bundle, budget: int, planes: int, n_layers: int
+) -> tuple[dict[int, Records], dict[int, int], int]:
+    """Refuses a budget that holds less than one layer needs at once.
+
+    Args:
+        budget: bytes.
+        planes: how many are used at most, 0 for all.
+        n_layers: of the model's first layers.
+
+    Returns:
+        The records of layers with experts, how many planes of each are used, and the least budget in bytes.
+
+    Raises:
+        DeviceError: it does.
+        BundleError: an expert file is absent or describes something else.
+    """
+    config = bundle.config
+    assert config.experts is not None
+    records = {i: bundle.records(i) for i in range(n_layers) if config.experts_of(i)}
+    used = {i: min(planes or MAX_PLANES, len(one.planes)) for i, one in records.items()}
+    least = floor_bytes(records, used, config.experts.top_k)
+    if budget < least:
+        raise DeviceError(
+            f"a budget of {budget / MB:g} MB does not hold the experts that one layer needs at once",
+            f"give at least {-(-least // 100_000) / 10:g} MB",
+        )
+    return records, used, least
 
 
 def floor_bytes(records: Mapping[int, Records], planes: Mapping[int, int], top_k: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from isthmus.apps.cli.main import main
 from isthmus.edge import Device, ExpertSettings
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.config import ExpertsConfig
+from isthmus.protocol.errors import BundleError
 from isthmus.split.bundle import Bundle
+from isthmus.split.manifest import expert_file
 from tests.edge_bundle import CONFIG, write_tiny
 from tests.stored_experts import record_bytes
 
@@ -66,6 +70,34 @@ def test_a_cloud_that_is_away_from_the_start(folder: Path, capsys: pytest.Captur
     assert found["tokens"] == truth(folder) and set(found["sources"]) == {"device"}
 
 
+@pytest.mark.parametrize("how", ["cloud", "exact"])
+def test_damaged_experts_are_left_for_the_cloud(
+    folder: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, damaged = truth(folder), tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    path = damaged / expert_file(2)
+    data = bytearray(path.read_bytes())
+    start = Bundle.open(damaged).records(2).start
+    data[start:] = bytes(255 - byte for byte in data[start:])  # of every expert; what the file says of them is whole
+    path.write_bytes(data)
+    with fresh_keys() as keys, CloudProcess(folder, keys, 1) as cloud:
+        for _ in range(2):
+            more = ["--cloud", cloud.address, "--keys", str(keys), "--experts", how, "--explain"]
+            found = told(capsys, main(asked(damaged, *more)))
+            assert found["tokens"] == expected and set(found["sources"]) <= {"cloud", "verified"}
+        settings = ExpertSettings(8 * record_bytes(Bundle.open(folder)) / 1e6, mode=how)  # type: ignore[arg-type]
+        with Device(damaged, cloud.address, keys=keys, experts=settings, threads=1) as one:
+            for _ in range(2):
+                assert [token.id for token in one.generate(QUESTION, max_tokens=TOKENS)] == expected
+                knowledge = one._steering._controller._knowledge  # type: ignore[union-attr]
+                knowledge.try_out()
+                assert "was altered or is damaged" in knowledge.failed
+        alone = Device(damaged, experts=replace(settings, mode="exact"), threads=1)
+        with alone, pytest.raises(BundleError, match="was altered or is damaged"):
+            list(alone.generate(QUESTION, max_tokens=TOKENS))
+
+
 def test_what_does_not_go_with_it_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fresh_keys() as keys:
         there = ("--cloud", "127.0.0.1:1", "--keys", str(keys))
@@ -73,6 +105,8 @@ def test_what_does_not_go_with_it_is_said(folder: Path, capsys: pytest.CaptureFi
             ((), "experts shall ask a cloud, and none is named"),
             ((*there, "--mode", "split"), "the mode is split"),
             ((*there, "--prefer", "privacy"), "privacy is preferred"),
+            ((*there, "--expert-mb", "0.001"), "does not hold the experts that one layer needs at once"),
+            ((*there, "--memory-mb", "1"), "and the budget is 1 MB"),
         ):
             assert main(asked(folder, "--experts", "cloud", *more)) == 2
             assert problem in capsys.readouterr().err

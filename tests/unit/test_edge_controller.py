@@ -2,102 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.cloud.models import serve_part
-from isthmus.cloud.service import Service
-from isthmus.edge import controller, policy, priors, profile, rhythm
-from isthmus.edge import knowledge as knowing
-from isthmus.edge.experts.stalls import Mixture, Stalls
+from isthmus.edge import controller, policy, profile, rhythm
 from isthmus.edge.figures import Figures, Wish
 from isthmus.edge.policy import Plan
-from isthmus.edge.stopwatch import Stopwatch
-from isthmus.engine.part import Rows, StepResult
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import BundleError, DeviceError
-from tests.edge_exits import CUT, give_exit
+from tests.edge_decider import SLOW, TimedCloud, decider
+from tests.edge_exits import CUT
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
+from tests.edge_world import N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
 
 WARM = Sampling(0.9, seed=3)
-FAST = ((1, 2_000), (4, 4_000))  # steps of a cloud, in microseconds
-SLOW = ((1, 80_000), (4, 160_000))
-
-
-class TimedCloud(ToyService):
-    """A service that says how fast it is."""
-
-    def __init__(self, steps: tuple[tuple[int, int], ...] = FAST) -> None:
-        self.steps = steps
-        super().__init__()
-
-    def forget(self) -> None:
-        """See `ToyService`."""
-        super().forget()
-        model = serve_part(self.part, MODEL_ID, "toy", steps=self.steps, row_us=self.steps[0][1] // 4)
-        self._service = Service([model], self._wire, None, clock=lambda: 0.0)
-
-    def receive(self, message: Any) -> list[tuple[float, Any]]:
-        """See `ToyService`; the engine took what it says."""
-        answers = []
-        for delay, answer in super().receive(message):
-            if isinstance(answer, m.Tokens | m.Verdict | m.Result) and answer.engine_us:
-                answer = msgspec.structs.replace(answer, engine_us=self.steps[0][1])
-            answers.append((delay, answer))
-        return answers
-
-
-class TimedPart(ToyPart):
-    """A toy whose rows take their time on a link's clock."""
-
-    def __init__(self, end: int, wire: LossyWire, row_ms: float) -> None:
-        super().__init__(end)
-        self._wire, self._row_ms = wire, row_ms
-
-    def step(self, rows: Rows) -> StepResult:
-        self._wire.now += len(rows) * self._row_ms * 1e-3
-        return super().step(rows)
 
 
 @pytest.fixture
 def deciding(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes devices in auto whose steps take time."""
     return lambda wire, **options: decider(monkeypatch, wire, **options)
-
-
-def decider(
-    patch: pytest.MonkeyPatch,
-    wire: LossyWire,
-    row_ms: float = 10.0,
-    known: bool = False,
-    held: int = 6,
-    part: Callable[[int], ToyPart] | None = None,
-    **options: Any,
-) -> Any:
-    made = part or (lambda end: TimedPart(end, wire, row_ms))
-    patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: made(end))
-    bundle: Any = ToyBundle(held)
-    agreement = SimpleNamespace(documents=0.6, answers=0.6)
-    bundle.exits = (SimpleNamespace(layer=CUT, file="norm", agreement=agreement, certificate=None, codec=None),)
-    bundle.holds = lambda name: held == N_LAYERS or name == "norm"
-    one: Any = device(wire, bundle=bundle, **options)
-    give_exit(one)
-    if known:
-        knowledge = one._steering._controller._knowledge
-        knowledge._watch.remember(row_ms / knowledge._watch.sizes.of(N_LAYERS, True) * 1e6, row_ms / 5)
-        knowledge._numerics = lambda: "toy"
-    return one
 
 
 def scripted(choices: random.Random) -> Any:
@@ -342,103 +272,3 @@ def test_an_answer_that_nobody_read_does_not_steer_the_next(monkeypatch: pytest.
         sent = len(wire.sent)
         assert {token.source for token in one.generate(PROMPT, max_tokens=20, mode="local")} == {"device"}
         assert len(wire.sent) == sent
-
-
-class WaitingPart(TimedPart):
-    """A toy whose steps wait for experts as well."""
-
-    def __init__(self, end: int, wire: LossyWire, wait_ms: list[float]) -> None:
-        super().__init__(end, wire, row_ms=10.0)
-        self.waited, self._wait_ms = 0.0, wait_ms
-
-    def step(self, rows: Rows) -> StepResult:
-        self.waited += self._wait_ms[0] * 1e-3
-        self._wire.now += self._wait_ms[0] * 1e-3
-        return super().step(rows)
-
-
-def waiting(patch: pytest.MonkeyPatch, wire: LossyWire, wait_ms: list[float], *, known: bool, **options: Any) -> Any:
-    """A device that waits for experts, in auto; without `known` nothing was measured of it."""
-    mixture, was = Mixture([1000] * N_LAYERS, N_LAYERS, 8, 2), priors.watch
-    one = Stalls(mixture, 10**9, wire.clock, mb_s=1000.0 if known else 0.0, token_ms=wait_ms[0])
-    patch.setattr(priors, "watch", lambda *given: Stopwatch(was(*given).sizes, wire.clock, one))
-    patch.setattr(knowing, "TRY_STEPS", 50)  # to be seen
-    return decider(patch, wire, known=known, part=lambda end: WaitingPart(end, wire, wait_ms), **options)
-
-
-@pytest.mark.parametrize(("wait_ms", "sources"), [(5.0, {"device"}), (90.0, {"cloud"})])
-def test_own_experts_answer_where_a_round_trip_takes_longer(
-    monkeypatch: pytest.MonkeyPatch, wait_ms: float, sources: set[str]
-) -> None:
-    told: list[str] = []
-    wire = LossyWire(TimedCloud(), delay_s=(0.02, 0.021))
-    with waiting(monkeypatch, wire, [wait_ms], known=True, explain=told.append) as one:
-        one._steering._controller._wish = Wish(own=True)
-        text = ids(one.generate(PROMPT, max_tokens=40))
-        assert set(one.stats.sources) == sources
-    assert (f"a token waits {wait_ms:.1f} ms for experts, and a round trip" in told[0]) == (sources == {"device"})
-    monkeypatch.undo()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
-        assert text == local(max_tokens=40)
-
-
-def test_a_cloud_is_asked_once_experts_are_waited_for_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire, wait_ms = LossyWire(TimedCloud(), delay_s=(0.02, 0.021)), [5.0]
-    with waiting(monkeypatch, wire, wait_ms, known=True) as one:
-        one._steering._controller._wish = Wish(own=True)
-        answer = one.generate(PROMPT, max_tokens=60)
-        text = [next(answer).id for _ in range(20)]
-        wait_ms[0] = 300.0
-        text += ids(answer)
-        assert set(one.stats.sources[:20]) == {"device"} and one.stats.sources[-1] == "cloud"
-    monkeypatch.undo()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
-        assert text == local(max_tokens=60)
-
-
-def test_a_device_that_waits_for_experts_is_tried_for_no_longer_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = LossyWire(TimedCloud(SLOW))
-    with waiting(monkeypatch, wire, [20.0], known=False) as one:
-        ids(one.generate(PROMPT, max_tokens=20))
-        knowledge = one._steering._controller._knowledge
-        assert knowledge._watch.knows
-        assert knowledge._watch.ms_per_mb * knowledge._watch.sizes.of(N_LAYERS, True) / 1e6 == pytest.approx(10.0)
-        device = knowledge.figures(wire.now).device
-        assert device.waits.token_ms == pytest.approx(20.0) and device.token_ms == pytest.approx(30.0)
-        assert one.stats.sources[-1] == "device"  # 30 ms a token, and the cloud takes 80
-
-
-def test_a_device_that_waits_for_very_long_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = LossyWire(TimedCloud())
-    with waiting(monkeypatch, wire, [2000.0], known=False) as one:
-        before = wire.now
-        ids(one.generate(PROMPT, max_tokens=20))
-        assert one._holding.part.part.waited == pytest.approx(2.0) and wire.now - before < 4.0
-        knowledge = one._steering._controller._knowledge
-        assert knowledge._watch.knows and knowledge.enough
-        assert set(one.stats.sources) == {"cloud"}
-
-
-def test_what_flash_reads_is_kept_for_the_next_time(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("profiles")
-    monkeypatch.setattr(profile, "folder", lambda: folder)
-    for known, first in ((False, "cloud"), (True, "device")):  # as a device that reads fast, and then one that has
-        with waiting(monkeypatch, LossyWire(TimedCloud(SLOW)), [2.0], known=False) as one:
-            stalls = one._steering._controller._knowledge._watch.stalls
-            assert bool(stalls.mb_s) == known
-            ids(one.generate(PROMPT, max_tokens=20))
-            assert one.stats.sources[0] == first
-            stalls.remember(250.0)
-            one._steering._controller._knowledge.keep()
-    (path,) = folder.iterdir()
-    found = profile.read(path)
-    assert found is not None and found.flash_mb_s == 250.0
-    assert found.near(found) and not found.near(dataclasses.replace(found, flash_mb_s=300.0))
-    path.write_text('{"ms_per_mb": 1, "row_ms": 0, "numerics": "toy"}')
-    assert profile.read(path) == profile.Profile(1.0, 0.0, "toy")
-    path.write_text('{"ms_per_mb": 1, "row_ms": 0, "numerics": "toy", "flash_mb_s": -1}')
-    assert profile.read(path) is None

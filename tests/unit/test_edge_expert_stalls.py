@@ -14,7 +14,7 @@ from isthmus.edge import Device, ExpertSettings, priors
 from isthmus.edge.costs import Standing
 from isthmus.edge.experts.facts import Facts, write_facts, write_routing
 from isthmus.edge.experts.foretold import foretell
-from isthmus.edge.experts.stalls import BOUND, EXPOSED, HALF_S, Mixture, Stalls
+from isthmus.edge.experts.stalls import BOUND, EXPOSED, HALF_S, SPREAD, Mixture, Stalls
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, LinkFigures, Waits, Wish
 from isthmus.edge.holding import Holding
 from isthmus.edge.local import CHUNK
@@ -29,7 +29,7 @@ from isthmus.split.bundle import Bundle
 from isthmus.split.manifest import expert_file
 from tests.native_tools import open_part
 from tests.random_model import RandomModel, random_config
-from tests.stored_experts import paged, record, record_bytes, stored
+from tests.stored_experts import full_store, paged, record, record_bytes, stored
 
 EACH, LAYERS, EXPERTS, TAKEN = 1_000_000, 10, 64, 8  # an expert is read in 1 ms at 1,000 MB/s
 WHOLE = EACH * LAYERS * EXPERTS
@@ -42,8 +42,19 @@ def still() -> float:
     return 0.0
 
 
-def stalls(share: float = 0.25, clock: Callable[[], float] = still, **known: float) -> Stalls:
-    return Stalls(MIXTURE, int(share * WHOLE), clock, **known)
+def stalls(
+    share: float = 0.25, clock: Callable[[], float] = still, held: float | None = None, **known: float
+) -> Stalls:
+    """With so much of the experts in memory: as much as there may be, or a share of all."""
+    one = Stalls(MIXTURE, int(share * WHOLE), clock, **known)
+    one.store = full_store(int(min(1.0, share if held is None else held) * WHOLE))
+    return one
+
+
+def full(one: Stalls, resident: int) -> Stalls:
+    """With so many bytes in memory."""
+    one.store = full_store(resident)
+    return one
 
 
 def of(bundle: Bundle, settings: ExpertSettings) -> Stalls:
@@ -63,11 +74,26 @@ def test_a_token_of_which_nothing_is_known_waits_for_what_memory_probably_lacks(
     assert stalls(0.25, limit_mb_s=100).token_ms() == pytest.approx(10 * LAYERS * TAKEN * (1 - 0.5))
     assert stalls(0.25, mb_s=500, limit_mb_s=2000).token_ms() == pytest.approx(2 * LAYERS * TAKEN * (1 - 0.5))
     assert stalls(1.0).token_ms() == stalls(3.0).token_ms() == 0.0
-    assert stalls(0.25, token_ms=7.0).token_ms() == 7.0  # recorded
+    assert stalls(0.25, token_ms=7.0).token_ms() == pytest.approx(7.0)  # recorded
+
+
+def test_what_fills_the_memory_is_read_once() -> None:
+    whole = stalls(1.0, held=0.0)
+    assert whole.token_ms() == pytest.approx(LAYERS * EXPERTS / SPREAD)
+    assert stalls(0.25, held=0.05).token_ms() > stalls(0.25, held=0.2).token_ms() > stalls(0.25).token_ms()
+    tiny = stalls(9 / 640, held=0.0)
+    assert tiny.token_ms() < LAYERS * TAKEN  # no token reads more than it takes
+    cold, full = stalls(0.5, held=0.0), stalls(0.5)
+    for _ in range(20):
+        cold.saw(1, 1.0, 70.0, 0.0)
+        full.saw(1, 1.0, 70.0, 0.0)
+    cold.store = full_store(WHOLE // 2)
+    assert cold.token_ms() < 30 < 50 < full.token_ms()  # 80 were foretold while the memory was empty
 
 
 def test_half_of_the_layers_wait_half_as_long_and_tell_of_all() -> None:
     here = Stalls(MIXTURE._replace(sizes=[EACH] * (LAYERS // 2)), int(0.25 * WHOLE / 2), still)
+    here.store = full_store(int(0.25 * WHOLE / 2))
     assert here.token_ms() == pytest.approx(stalls(0.25).token_ms())
     here.saw(1, 0.5, 30.0, 0.0)
     there = stalls(0.25)
@@ -89,11 +115,11 @@ def test_tokens_that_waited_count_more_than_what_was_foretold_and_later_ones_mor
 
 
 def test_a_prompt_waits_for_each_expert_once_a_chunk_and_not_for_what_is_computed_meanwhile() -> None:
-    told = dict(stalls().prompt_ms(0.0))
+    told = dict(stalls(held=0.0).prompt_ms(0.0))
     assert told[1] == pytest.approx(LAYERS * TAKEN)
     assert sorted(told.values()) == list(told.values()) and told[CHUNK] == pytest.approx(LAYERS * EXPERTS, rel=1e-3)
-    assert dict(stalls().prompt_ms(2.0))[CHUNK] == pytest.approx(told[CHUNK] - 2.0 * CHUNK)
-    assert dict(stalls().prompt_ms(1e3)) == pytest.approx({rows: EXPOSED * ms for rows, ms in told.items()})
+    assert dict(stalls(held=0.0).prompt_ms(2.0))[CHUNK] == pytest.approx(told[CHUNK] - 2.0 * CHUNK)
+    assert dict(stalls(held=0.0).prompt_ms(1e3)) == pytest.approx({rows: EXPOSED * ms for rows, ms in told.items()})
 
 
 def test_prompts_that_waited_otherwise_correct_the_next_ones_within_bounds() -> None:
@@ -142,13 +168,13 @@ def test_what_is_in_memory_shortens_a_prompt_and_reads_tell_how_fast_flash_is(bu
 def test_what_was_recorded_is_believed_first(bundle: Bundle) -> None:
     settings = ExpertSettings(8 * record_bytes(bundle) / 1e6)
     write_facts(bundle, 0, 1, Facts(50.0, 0.05, 6.0, 0.1, 0.02, True))
-    guessed = of(bundle, settings).token_ms()
+    guessed = full(of(bundle, settings), settings.budget).token_ms()
     chosen = [[e % 8, (e + 3) % 8] for e in range(200)]
     write_routing(bundle, record(chosen), "a text")
     known = foretell(bundle, settings, 1)
     assert known is not None
-    assert of(bundle, settings).token_ms() == pytest.approx(known.mean_ms - known.compute_ms)
-    assert of(bundle, settings).token_ms() != guessed
+    assert full(of(bundle, settings), settings.budget).token_ms() == pytest.approx(known.mean_ms - known.compute_ms)
+    assert full(of(bundle, settings), settings.budget).token_ms() != guessed
 
 
 def test_a_stopwatch_leaves_out_what_was_waited_for_experts() -> None:
@@ -220,7 +246,10 @@ def test_own_experts_answer_while_they_are_waited_for_for_less_than_a_round_trip
         plan = asked(known(wait, trip), own=True)
         assert plan.choice.mode == mode
         assert asked(known(wait, trip), own=False).choice.mode == "stream"  # which is faster
-    assert "a token waits 9.0 ms for experts, and a round trip takes 10.0" in asked(known(9, 10), own=True).reason
+    assert "a token waits 9.0 ms for experts here, and a round trip takes 10.0" in asked(known(9, 10), own=True).reason
+    assert (
+        "; a token waits 11.0 ms for experts here, and a round trip takes 10.0" in asked(known(11, 10), own=True).reason
+    )
     assert "11.0 ms of a token wait for experts" in explain(asked(known(11, 10), own=True))
     assert "wait for experts" not in explain(asked(known(0, 10), own=True))
 
