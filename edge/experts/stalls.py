@@ -20,7 +20,8 @@ TRUST, HALF_LIFE = 4.0, 16.0  # tokens that the forecast counts like, and after 
 HALF_S = 30.0  # after which it counts half where no token is computed here
 LEAST_MS, BOUND = 1.0, 8.0  # a single wait counts for no more than so many times the forecast, or this
 SPREAD = 64  # tokens that share the reads which fill the memory
-LACKED = 0.05  # share of memory that experts lack at least where what is foretold is held against what was waited
+HOPED, FULL = 0.5, 0.9  # of what is guessed, until tokens have waited with such a share of the memory filled
+LACKED = 0.05  # of what a token takes that is lacking at least where what was recorded is held against it
 WEIGHT = 0.3  # of a prompt's step in how far off those were foretold
 EXPOSED = 0.1  # of a prompt's reads that are waited for, at least, however much is computed meanwhile
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, CHUNK)  # of prompts; what is longer goes in chunks
@@ -49,10 +50,11 @@ class Mixture(NamedTuple):
 class Stalls:
     """See the module.
 
-    A token waits for the experts that are not in memory, where a share s of memory holds the square root of s of what
-    is taken: so many times as long as `isthmus bench experts` recorded, and as tokens have waited with what was in
-    memory then. What fills the memory is read once, which the tokens that follow share. The rows of a prompt take
-    experts as if each chose for itself, and each is read once for a chunk.
+    A token waits for the experts that are not in memory, where a share s of memory holds the cube root of s of what is
+    taken: so many times as long as `isthmus bench experts` recorded, and as tokens have waited with what was in memory
+    then. Where nothing was recorded, half of that is hoped for until some have waited with a full memory, since only a
+    device that is used shows what it can. What fills the memory is read once, which the tokens that follow share. The
+    rows of a prompt take experts as if each chose for itself, and each is read once for a chunk.
 
     Args:
         budget: bytes that experts may take in memory.
@@ -77,9 +79,10 @@ class Stalls:
     ) -> None:
         self._mixture, self._clock, self._limit_mb_s = mixture, clock, limit_mb_s
         self._whole = max(1.0, mixture.layer_bytes * len(mixture.sizes))
-        self._share = min(1.0, budget / self._whole)
+        self._share = min(1.0, max(1, budget) / self._whole)
         self._mb_s, self._recorded_ms = mb_s, token_ms
         self._waited, self._foreseen, self._seen_s = 0.0, 0.0, clock()  # ms of tokens, as they were and as foretold
+        self._told = 0.0  # tokens that waited with a full memory
         self._off = 1.0  # how many times as long prompts waited as was foretold
         self._before = 0.0  # share of the experts that was in memory when the last step ended
         self._store: ExpertStore | None = None
@@ -136,9 +139,10 @@ class Stalls:
     def token_ms(self) -> float:
         """What a token will wait, in the whole model, in the mean of those that come next."""
         held = self._held()
-        steady, now = self._lacks_ms(self._share), self._lacks_ms(min(held, self._share))
+        steady, now = self._lacks_ms(self._share), self._lacks_ms(held)
         filling = self._read_ms(max(0.0, self._share - held) * self._mixture.layers * self._mixture.layer_bytes)
-        return self._times() * min(now, steady + filling / SPREAD)
+        hoped = HOPED + (1.0 - HOPED) * min(1.0, self._fade() * self._told / TRUST)
+        return self._times() * min(now, steady + filling / SPREAD) * (hoped if self._recorded_ms is None else 1.0)
 
     def prompt_ms(self, row_ms: float) -> tuple[tuple[int, float], ...]:
         """(rows, ms) that prompts of so many rows will wait, in the whole model.
@@ -162,19 +166,20 @@ class Stalls:
             waited_ms = min(waited_ms, BOUND * max(LEAST_MS, self._times() * foreseen))
             fade, self._seen_s = self._fade() * 0.5 ** (1.0 / HALF_LIFE), self._clock()
             self._waited, self._foreseen = self._waited * fade + waited_ms, self._foreseen * fade + foreseen
+            self._told = self._told * fade + (before >= FULL * self._share)
         elif (foreseen := self._chunk_ms(rows, row_ms, 1.0 - before, self._read_ms(1.0))) > 0:
             off = min(BOUND, max(1 / BOUND, waited_ms / foreseen))
             self._off = float(self._off ** (1 - WEIGHT) * off**WEIGHT)
 
     def _lacks_ms(self, held: float) -> float:
-        """A token's reads where such a share of the experts is in memory."""
+        """A token's reads where such a share of the experts is in memory: only a full one holds what is wanted most."""
         mixture = self._mixture
         taken = mixture.top_k / mixture.n_experts * mixture.layers * mixture.layer_bytes
-        return self._read_ms(taken * (1.0 - float(held**0.5)))
+        return self._read_ms(taken * (1.0 - min(1.0, held / self._share) * float(self._share ** (1 / 3))))
 
     def _times(self) -> float:
         """How many times as long as its reads a token waits: as recorded, and as it was seen since."""
-        usual, fade = max(1e-9, self._lacks_ms(min(self._share, 1.0 - LACKED))), self._fade()
+        usual, fade = max(self._lacks_ms(self._share), LACKED * self._lacks_ms(0.0), 1e-9), self._fade()
         prior = 1.0 if self._recorded_ms is None else self._recorded_ms / usual
         return (TRUST * usual * prior + fade * self._waited) / (TRUST * usual + fade * self._foreseen)
 

@@ -14,7 +14,7 @@ from isthmus.edge import Device, ExpertSettings, priors
 from isthmus.edge.costs import Standing
 from isthmus.edge.experts.facts import Facts, write_facts, write_routing
 from isthmus.edge.experts.foretold import foretell
-from isthmus.edge.experts.stalls import BOUND, EXPOSED, HALF_S, SPREAD, Mixture, Stalls
+from isthmus.edge.experts.stalls import BOUND, EXPOSED, HALF_S, HOPED, SPREAD, Mixture, Stalls
 from isthmus.edge.figures import CloudFigures, DeviceFigures, Figures, LinkFigures, Waits, Wish
 from isthmus.edge.holding import Holding
 from isthmus.edge.local import CHUNK
@@ -70,16 +70,16 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
 
 
 def test_a_token_of_which_nothing_is_known_waits_for_what_memory_probably_lacks() -> None:
-    assert stalls(0.25).token_ms() == pytest.approx(LAYERS * TAKEN * (1 - 0.5))
-    assert stalls(0.25, limit_mb_s=100).token_ms() == pytest.approx(10 * LAYERS * TAKEN * (1 - 0.5))
-    assert stalls(0.25, mb_s=500, limit_mb_s=2000).token_ms() == pytest.approx(2 * LAYERS * TAKEN * (1 - 0.5))
+    assert stalls(1 / 8).token_ms() == pytest.approx(HOPED * LAYERS * TAKEN * (1 - 0.5))
+    assert stalls(1 / 8, limit_mb_s=100).token_ms() == pytest.approx(HOPED * 10 * LAYERS * TAKEN * (1 - 0.5))
+    assert stalls(1 / 8, mb_s=500, limit_mb_s=2000).token_ms() == pytest.approx(HOPED * 2 * LAYERS * TAKEN * (1 - 0.5))
     assert stalls(1.0).token_ms() == stalls(3.0).token_ms() == 0.0
     assert stalls(0.25, token_ms=7.0).token_ms() == pytest.approx(7.0)  # recorded
 
 
 def test_what_fills_the_memory_is_read_once() -> None:
     whole = stalls(1.0, held=0.0)
-    assert whole.token_ms() == pytest.approx(LAYERS * EXPERTS / SPREAD)
+    assert whole.token_ms() == pytest.approx(HOPED * LAYERS * EXPERTS / SPREAD)
     assert stalls(0.25, held=0.05).token_ms() > stalls(0.25, held=0.2).token_ms() > stalls(0.25).token_ms()
     tiny = stalls(9 / 640, held=0.0)
     assert tiny.token_ms() < LAYERS * TAKEN  # no token reads more than it takes
@@ -88,7 +88,20 @@ def test_what_fills_the_memory_is_read_once() -> None:
         cold.saw(1, 1.0, 70.0, 0.0)
         full.saw(1, 1.0, 70.0, 0.0)
     cold.store = full_store(WHOLE // 2)
-    assert cold.token_ms() < 30 < 50 < full.token_ms()  # 80 were foretold while the memory was empty
+    assert cold.token_ms() < 20 < 50 < full.token_ms()  # 80 were foretold while the memory was empty
+
+
+def test_a_device_that_was_not_used_hopes_and_one_that_was_knows() -> None:
+    one, foretold = stalls(1 / 8), LAYERS * TAKEN / 2
+    assert one.token_ms() == pytest.approx(HOPED * foretold)
+    for _ in range(20):
+        one.saw(1, 1.0, foretold, 0.0)
+    assert one.token_ms() == pytest.approx(foretold)
+    cold = stalls(1 / 8, held=0.01)
+    for _ in range(20):
+        cold.saw(1, 1.0, foretold, 0.0)
+    cold.store = full_store(WHOLE // 8)
+    assert cold.token_ms() < HOPED * foretold
 
 
 def test_half_of_the_layers_wait_half_as_long_and_tell_of_all() -> None:
