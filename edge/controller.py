@@ -135,6 +135,8 @@ class Controller:
             elif not self._tried:
                 self._tried = True
                 known.try_out()
+        elif runner.source == "device" and self._pulse.awaits(known.seen_s):
+            self._hear(runner, now)  # at once, as who looks seldom takes the trip for longer than it is
         self._began = self._look = self._clock()
         return runner
 
@@ -290,6 +292,17 @@ class Controller:
     def _listen(self, runner: Runner, now: float) -> None:
         """Hears what has come, and asks for a sign of life of a link that shows none otherwise."""
         link, known = self._link, self._knowledge
+        self._hear(runner, now)
+        with suppress(IsthmusError):
+            asks = self._pulse.asks(now, known.seen_s, self._curious)
+            if asks is not None:
+                sent = link.ping(asks)
+                if asks:
+                    self._probe, self._asked_bytes = sent, asks
+
+    def _hear(self, runner: Runner, now: float) -> None:
+        """Takes in what has come, and what it says of the link."""
+        link, known = self._link, self._knowledge
         before, self._listened = self._listened, now
         with suppress(IsthmusError):
             alone = runner.source == "device"
@@ -302,11 +315,6 @@ class Controller:
                     known.moved(now, self._asked_bytes, rtt_ms - unheard_ms / 2)
                 else:
                     known.trip(now, rtt_ms - unheard_ms / 2, idle_s=PING_S)
-            asks = self._pulse.asks(now, known.seen_s, self._curious)
-            if asks is not None:
-                sent = link.ping(asks)
-                if asks:
-                    self._probe, self._asked_bytes = sent, asks
 
     def _measured(self) -> bool:
         """Whether the uplink, of which nothing was known, was measured now: it is waited for once in a connection."""

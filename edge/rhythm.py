@@ -54,7 +54,7 @@ class Pulse:
             seen_s: when the link last showed its trip.
             curious: whether the uplink's rate might change the way of working.
         """
-        asked = self._asked_s > seen_s
+        asked = self.awaits(seen_s)
         probes = curious and not asked and self.probes(now_s)
         if not probes and now_s - max(self._asked_s, seen_s) < (LOST_S if asked else PING_S):
             return None
@@ -65,13 +65,17 @@ class Pulse:
             self._probed_s = now_s
         return PROBE_BYTES if probes else 0
 
+    def awaits(self, seen_s: float) -> bool:
+        """Whether an answer is still to come; see `asks`."""
+        return self._asked_s > seen_s
+
     def probes(self, now_s: float) -> bool:
         """Whether the uplink may be measured again."""
         return now_s - self._probed_s >= PROBE_S
 
     def silent_ms(self, now_s: float, seen_s: float, trip_high_ms: float) -> float:
         """For how many ms more than is usual a question has not been answered; below 0 if it may still be."""
-        return (now_s - self._first_s) * 1e3 - 2 * trip_high_ms if self._asked_s > seen_s else 0.0
+        return (now_s - self._first_s) * 1e3 - 2 * trip_high_ms if self.awaits(seen_s) else 0.0
 
 
 def expected(made: int, wanted: int) -> int:

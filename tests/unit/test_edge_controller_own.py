@@ -180,3 +180,12 @@ def test_a_device_that_fails_when_it_is_tried_is_no_more_thought_of(monkeypatch:
         assert knowledge.failed and knowledge.enough and not knowledge.figures(wire.now).device.whole
         ids(one.generate(PROMPT, max_tokens=30))
         assert set(one.stats.sources) == {"cloud"}
+
+
+def test_a_device_that_is_busy_by_itself_knows_how_long_a_trip_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = LossyWire(TimedCloud(SLOW), delay_s=(0.01, 0.01))
+    with decider(monkeypatch, wire, known=True) as one:
+        ids(one.generate(PROMPT, max_tokens=400))
+        assert set(one.stats.sources) == {"device"} and wire.rtt is not None
+        link = one._steering._controller._knowledge.figures(wire.now).link
+        assert 15 < link.trip_ms < 25 and link.trip_high_ms < 30
