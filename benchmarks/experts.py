@@ -166,8 +166,8 @@ class Contender:
         self.waited.append(1e3 * (self.part.waited - waited) / tokens)
         self.read.append((after.read_bytes - before.read_bytes) / tokens)
         self.busy.append(after.reading_seconds - before.reading_seconds)
-        in_vain = [one.read_ahead - one.taken_ahead for one in (before, after)]
-        self.needed.append(self.read[-1] - size * (in_vain[1] - in_vain[0]) / tokens)
+        vain = [size * (one.read_ahead - one.taken_ahead) + one.dropped_bytes for one in (before, after)]
+        self.needed.append(self.read[-1] - (vain[1] - vain[0]) / tokens)
 
     def decode(self, tokens: int) -> list[float]:
         """Milliseconds of each token of a new sequence."""

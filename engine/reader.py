@@ -18,6 +18,7 @@ class ReaderReport:
         bytes, reads: finished.
         busy: seconds in which at least one read was under way.
         withdrawn: reads taken back before they began.
+        dropped: bytes of reads that had begun and were of no use.
         failed: the tag of the last read that failed, None if none did.
         failure: what happened to it.
         error: its errno, 0 for none.
@@ -27,6 +28,7 @@ class ReaderReport:
     reads: int
     busy: float
     withdrawn: int
+    dropped: int
     failed: int | None
     failure: str
     error: int
@@ -63,7 +65,7 @@ class Reader:
         self._lib.im_reader_reports(self.pointer, r)
         failed = r.failed_tag if r.failure else None
         return ReaderReport(
-            r.bytes, r.reads, r.busy_ns / 1e9, r.withdrawn, failed, FAILURES.get(r.failure, ""), r.error
+            r.bytes, r.reads, r.busy_ns / 1e9, r.withdrawn, r.dropped, failed, FAILURES.get(r.failure, ""), r.error
         )
 
     def close(self) -> None:

@@ -48,6 +48,8 @@ POLICIES = ("lru", "lfru", BELADY)
 TURNS = 12  # of each budget
 CALIBRATING = (3 / 16, 3 / 8)  # of the experts in memory while it is measured what reads cost beside their time
 LEAST_TOKENS = 40
+FASTER, HALVINGS = 2.0, 4  # at most, than what the meter sees; and how finely that is sought
+LARGE = 256 << 20  # bytes of a budget from which on the store has large pages
 
 Say = Callable[[str], None]
 
@@ -255,9 +257,10 @@ def measure(setup: Setup, routing: Routing, say: Say) -> tuple[Facts, list[Budge
     if given > free:
         problem = f"the budgets are {given / 1e6:.0f} MB together, {free / 1e6:.0f} are free"
         raise DeviceError(problem, "measure fewer, or smaller ones")
+    large = max(one.budget for one in setup.settings) >= LARGE
     warm, each = positions - (positions * 3 // 4) // TURNS * TURNS, (positions * 3 // 4) // TURNS
     with ExitStack() as opened:
-        source, flash = bundle.without_experts(), opened.enter_context(FlashMeter(records, planes))
+        source, flash = bundle.without_experts(), opened.enter_context(FlashMeter(records, planes, large))
         ours = [Contender.open(setup, source, one.budget, positions + 16, opened) for one in setup.settings]
         least = least_bytes(bundle, planes)
         some = [max(int(share * whole), least) for share in CALIBRATING]
@@ -292,7 +295,8 @@ def _with_costs(setup: Setup, bare: Facts, routing: Routing, paged: Sequence[Con
     """What reads cost beside their own time: by how much a forecast falls short with budgets of their own.
 
     Steps take longer where reads are done meanwhile and where threads fall asleep; both count alike, since either may
-    be too rare to be measured. Waits take longer, too, by what it takes until somebody is awake.
+    be too rare to be measured. Waits take longer, too, by what it takes until somebody is awake. Where a forecast is
+    too slow even so, flash is faster than was measured.
     """
     experts, planes = setup.bundle.config.experts, setup.settings[0].planes
     assert experts is not None
@@ -307,8 +311,17 @@ def _with_costs(setup: Setup, bare: Facts, routing: Routing, paged: Sequence[Con
     slower = max(0.0, sum(one.busy_ms - bare.token_ms for one in paged) / max(1.0, events))
     known = foretold(replace(bare, read_ms=slower, wait_ms=slower))
     waits = sum(one.waits for one in known)
-    short = sum(ours.token_ms - its.token_ms for ours, its in zip(paged, known, strict=True))
-    return replace(bare, read_ms=slower, wait_ms=max(0.0, slower + short / max(1.0, waits)))
+    took = sum(one.token_ms for one in paged)
+    short = took - sum(one.token_ms for one in known)
+    costs = replace(bare, read_ms=slower, wait_ms=max(0.0, slower + short / max(1.0, waits)))
+    if slower + short / max(1.0, waits) >= 0:
+        return costs
+    low, high = 1.0, FASTER  # a disk that rests while steps are computed gives more than when it is only read
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        faster = replace(costs, flash_mb_s=middle * bare.flash_mb_s, latency_ms=bare.latency_ms / middle)
+        low, high = (middle, high) if sum(one.token_ms for one in foretold(faster)) > took else (low, middle)
+    return replace(costs, flash_mb_s=low * bare.flash_mb_s, latency_ms=bare.latency_ms / low)
 
 
 def _row(
@@ -333,7 +346,8 @@ def _row(
     read = (after.read_bytes - before.read_bytes) / tokens
     vain = (after.read_ahead - before.read_ahead) - (after.taken_ahead - before.taken_ahead)
     plane = float(np.mean(one.store.plane_sizes))
-    needed_ms = max(0.0, read - plane * vain / tokens) * speed.ms_per_byte
+    dropped = after.dropped_bytes - before.dropped_bytes
+    needed_ms = max(0.0, read - (plane * vain + dropped) / tokens) * speed.ms_per_byte
     taken, there = (sum(b) - sum(a) for a, b in ((before.taken, after.taken), (before.in_memory, after.in_memory)))
     return BudgetRow(
         budget_mb=settings.mb,

@@ -30,6 +30,7 @@ class FlashMeter:
     Args:
         records: by layer.
         planes: leading planes of an expert that are read; 0 for all.
+        large: whether memory has large pages, as that of a store with a large budget: small ones are read slower into.
 
     Attributes:
         direct: whether reads go past the page cache.
@@ -38,7 +39,7 @@ class FlashMeter:
         BundleError: a file cannot be read.
     """
 
-    def __init__(self, records: Mapping[int, Records], planes: int) -> None:
+    def __init__(self, records: Mapping[int, Records], planes: int, large: bool = False) -> None:
         self._records, self._planes, self._layers = records, planes, list(records)
         self._size = max(sum(used_planes(one, planes)) for one in records.values())
         self._rng = np.random.default_rng(0)
@@ -49,7 +50,7 @@ class FlashMeter:
                 opened.callback(os.close, file)
             self._reader = Reader(2 * max(AT_ONCE), THREADS)
             opened.callback(self._reader.close)
-            self._asking = _Asking(self._reader, max(AT_ONCE), self._size, self.direct)
+            self._asking = _Asking(self._reader, max(AT_ONCE), self._size, self.direct, large)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> FlashMeter:
@@ -95,10 +96,13 @@ class FlashMeter:
 class _Asking:
     """Asks the reader for experts, to the same memory again and again."""
 
-    def __init__(self, reader: Reader, room: int, size: int, direct: bool) -> None:
+    def __init__(self, reader: Reader, room: int, size: int, direct: bool, large: bool) -> None:
         module = native()
         self._ffi, self._lib, self._reader, self._drop = module.ffi, module.lib, reader, not direct
-        self._held = module.ffi.from_buffer(mmap.mmap(-1, room * size))
+        memory = mmap.mmap(-1, room * size)
+        if large and hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._held = module.ffi.from_buffer(memory)
         self._to, self._size = module.ffi.cast("char *", self._held), size
         self._experts = module.ffi.new("im_expert[]", room)
         self._reads = module.ffi.new("im_read[]", room)

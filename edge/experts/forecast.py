@@ -7,7 +7,7 @@ same order, so that reads overlap with steps as they do there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any
@@ -166,7 +166,8 @@ class _Run:
 
     def counted(self) -> tuple[float, ...]:
         """So far: hits, bytes read, those of them in vain, waits of layers, ms of them, reads done meanwhile."""
-        return self._hits, self._flash.bytes, self._vain, self._waits, self._waited_ms, self._meanwhile
+        vain = self._vain + self._flash.dropped
+        return self._hits, self._flash.bytes, vain, self._waits, self._waited_ms, self._meanwhile
 
     def token(self, t: int) -> None:
         """One token through all layers."""
@@ -193,7 +194,7 @@ class _Run:
     def _layer(self, t: int, layer: int, foreseen: Any) -> None:
         base, taken = layer * self._n, self._chosen[t, layer]
         cells: list[int] = (taken + base).tolist()
-        self._begin()
+        self._begin(cells)
         for cell in cells:
             if (rank := self._ahead.pop(cell, None)) is not None:
                 self._right[rank] += 1
@@ -209,19 +210,19 @@ class _Run:
             self._guess(guesses[:AHEAD], cells, layer)
         self._compute(cells, coming + missing, layer)
 
-    def _begin(self) -> None:
-        """What was asked for is looked after, and what has not begun taken back."""
+    def _begin(self, cells: Collection[int]) -> None:
+        """What was asked for is looked after, and what was read ahead and is not among these cells taken back."""
         self._flash.advance(self.now)
         self._cache.turn()
         there = self._flash.there
         for cell in [cell for cell in self._coming if there.get(cell, inf) <= self.now]:
             self._coming.remove(cell)
             del there[cell]
-        for cell in self._flash.withdraw():
+        for cell, begun in self._flash.withdraw(cells):
             self._coming.remove(cell)
             self._cache.drop(cell)
             if (rank := self._ahead.pop(cell, None)) is not None:
-                self._tried[rank] -= 1
+                self._tried[rank] -= not begun
 
     def _settle(self, layer: int) -> None:
         """What was read ahead for a layer that is through was read in vain, unless it was taken."""
@@ -250,7 +251,7 @@ class _Run:
                 break
             soonest = min(self._flash.arrival(one) for one in self._coming if one not in cells)
             self.now = max(self.now, soonest)
-            self._begin()
+            self._begin(cells)
         self._cache.add(cell // self._n, cell % self._n)
         self._coming.add(cell)
         self._flash.ask(cell, size, self.now, urgent=urgent)

@@ -24,6 +24,7 @@ class ExpertReport:
         reading_seconds: in which at least one read was under way.
         withdrawn: reads ahead that were taken back before they began.
         read_ahead, taken_ahead: planes read ahead, and those of them that their layer took.
+        dropped_bytes: of `read_bytes`, of reads ahead that were not finished, as their layer came and took others.
         direct: whether reads went past the page cache.
     """
 
@@ -40,6 +41,7 @@ class ExpertReport:
     withdrawn: int
     read_ahead: int
     taken_ahead: int
+    dropped_bytes: int
     direct: bool
 
     @property
@@ -72,5 +74,6 @@ class ExpertReport:
             withdrawn=read.withdrawn,
             read_ahead=held.read_ahead,
             taken_ahead=held.taken_ahead,
+            dropped_bytes=read.dropped,
             direct=store.direct,
         )

@@ -35,7 +35,6 @@ static im_expert with_planes(const im_expert *x, int planes) {
 // The planes that rows want of each expert go to its `wanted`.
 static void want(im_engine *e, const im_part *p, const im_layer *l, int layer, const routes *r, const int32_t *active,
                  int count) {
-  if (p->store) im_store_begin(p->store);
   for (int x = 0; x < p->n_experts; x++) l->use[x].wanted = 0;
   for (int i = 0; i < count; i++)
     for (int k = 0; k < p->top_k; k++) {
@@ -43,6 +42,7 @@ static void want(im_engine *e, const im_part *p, const im_layer *l, int layer, c
       im_use *use = &l->use[r->chosen[at]];
       if (r->planes[at] > use->wanted) use->wanted = r->planes[at];
     }
+  if (p->store) im_store_begin(p->store);  // which looks at what is wanted
   for (int x = 0; x < p->n_experts; x++) {
     const int ready = planes_ready(&l->experts[x]);
     if (p->store && l->use[x].wanted) im_store_taken(p->store, layer, x, l->use[x].wanted);

@@ -21,6 +21,8 @@ struct im_reader {
   queue urgent, idle;  // idle: what nobody waits for yet
   int32_t *done;       // [room] tags
   int room, threads, closing, n_done;
+  int ahead;      // whether a thread reads what is not urgent: one at a time, so that the likeliest is there first
+  uint32_t turn;  // times that such reads were taken back
   uint32_t arrivals;
   double bytes_per_second;
   int64_t free_at, busy_since;  // when an emulated device has given all that was asked of it
@@ -46,7 +48,15 @@ static int64_t length(const im_read *r) {
   return bytes;
 }
 
-enum { PIECE = 256 << 10 };  // of reads that are not urgent, after which an urgent one may go first
+enum { PIECE_NS = 500000, LEAST = 64 << 10, USUAL = 256 << 10, MOST = 1 << 20 };
+
+// Bytes of a read that is not urgent, after which an urgent one may go first: what took half a millisecond so far.
+static int64_t piece_of(const im_reader *reader) {
+  const im_reader_report *r = &reader->report;
+  if (r->bytes < MOST || r->busy_ns <= 0) return USUAL;
+  const double bytes = (double)r->bytes / (double)r->busy_ns * PIECE_NS;
+  return bytes < LEAST ? LEAST : bytes > MOST ? MOST : (int64_t)bytes / 4096 * 4096;
+}
 
 // Reads at most `most` bytes more, in one system call where the kernel gives them at once; 0, or IM_READ_* with errno.
 static int fetch(im_read *r, int64_t most, int *error) {
@@ -124,15 +134,19 @@ static void *work(void *argument) {
   im_reader *reader = argument;
   pthread_mutex_lock(&reader->lock);
   for (;;) {
-    while (!reader->closing && !reader->urgent.count && !reader->idle.count)
+    while (!reader->closing && !reader->urgent.count && (!reader->idle.count || reader->ahead))
       pthread_cond_wait(&reader->asked, &reader->lock);
     if (reader->closing) break;
-    const int urgent = reader->urgent.count > 0;
+    int urgent = reader->urgent.count > 0, dropped = 0;
+    const int ahead = !urgent;
+    const int64_t most = piece_of(reader);
+    uint32_t turn = reader->turn;
+    reader->ahead |= ahead;
     im_read r = pop(urgent ? &reader->urgent : &reader->idle, reader->room);
     if (!reader->report.under_way++) reader->busy_since = now_ns();
     int failure = 0, error = 0, whole;
     do {
-      const int64_t left = length(&r) - r.begun, piece = urgent || left < PIECE ? left : PIECE;
+      const int64_t left = length(&r) - r.begun, piece = urgent || left < most ? left : most;
       const int64_t until = due(reader, piece, now_ns());
       pthread_mutex_unlock(&reader->lock);
       failure = fetch(&r, piece, &error);
@@ -141,10 +155,27 @@ static void *work(void *argument) {
       if (until) sleep_until(until);
       pthread_mutex_lock(&reader->lock);
       reader->report.bytes += piece;
-    } while (!whole && !failure && !reader->urgent.count && !reader->closing);
+      if (!urgent && r.wanted && !whole && !failure && turn != reader->turn) {  // now it is known whether it was right
+        turn = reader->turn;
+        urgent = __atomic_load_n(r.wanted, __ATOMIC_RELAXED) > r.least;
+        dropped = !urgent;
+      }
+    } while (!whole && !failure && !dropped && (urgent || !reader->urgent.count) && !reader->closing);
     if (!--reader->report.under_way) reader->report.busy_ns += now_ns() - reader->busy_since;
-    if (whole || failure) finish(reader, &r, failure, error);
-    else push_front(&reader->idle, &r, reader->room);
+    if (ahead) {
+      reader->ahead = 0;
+      if (reader->idle.count) pthread_cond_signal(&reader->asked);
+    }
+    if (dropped) {
+      reader->report.dropped += r.begun;
+      reader->done[reader->n_done++] = -1 - r.tag;
+      reader->arrivals++;
+      pthread_cond_broadcast(&reader->arrived);
+    } else if (whole || failure) {
+      finish(reader, &r, failure, error);
+    } else {
+      push_front(&reader->idle, &r, reader->room);
+    }
   }
   pthread_mutex_unlock(&reader->lock);
   return NULL;
@@ -158,22 +189,24 @@ int im_reader_ask(im_reader *reader, const im_read *reads, int n, int urgent) {
   pthread_mutex_lock(&reader->lock);
   queue *q = urgent ? &reader->urgent : &reader->idle;
   int taken = 0;
-  for (; taken < n && outstanding(reader) < reader->room; taken++)
+  for (; taken < n && outstanding(reader) < reader->room; taken++) {
     q->at[(q->first + q->count++) % reader->room] = reads[taken];
+    reader->report.dropped -= reads[taken].begun;
+  }
   pthread_cond_broadcast(&reader->asked);
   pthread_mutex_unlock(&reader->lock);
   return taken;
 }
 
-int im_reader_withdraw(im_reader *reader, int32_t *tags) {
+int im_reader_withdraw(im_reader *reader, im_read *reads) {
   pthread_mutex_lock(&reader->lock);
   int n = 0;
-  for (int left = reader->idle.count; left > 0; left--) {
-    const im_read r = pop(&reader->idle, reader->room);
-    if (r.begun) reader->idle.at[(reader->idle.first + reader->idle.count++) % reader->room] = r;
-    else tags[n++] = r.tag;
+  while (reader->idle.count) {
+    reads[n] = pop(&reader->idle, reader->room);
+    reader->report.dropped += reads[n].begun;
+    reader->report.withdrawn += !reads[n++].begun;
   }
-  reader->report.withdrawn += n;
+  reader->turn++;
   pthread_mutex_unlock(&reader->lock);
   return n;
 }

@@ -14,10 +14,13 @@ typedef struct {            // planes of one expert that follow each other in th
   im_expert *expert;
   int32_t tag, drop;        // the caller's own number; whether the page cache shall forget what was read
   int64_t begun;            // the reader's: bytes that are there already
+  const int32_t *wanted;    // planes that a layer waits for: when reads that are not urgent are taken back, one that is
+  int32_t least;            // under way becomes urgent if that is more than `least`, and else is dropped
 } im_read;
 
 typedef struct {
   int64_t bytes, reads, busy_ns, withdrawn;  // busy: while at least one read was under way
+  int64_t dropped;                           // bytes that were read in vain, of reads that were not finished
   int32_t failed_tag, failure, error;        // failure: IM_READ_* of the last read that failed, with its errno
   int32_t waiting, under_way;
 } im_reader_report;
@@ -27,9 +30,10 @@ im_reader *im_reader_new(int threads, int room, double bytes_per_second);
 void im_reader_free(im_reader *reader);  // drops what waits, and waits for what is under way
 // Queues reads in order, those that are urgent before all others; returns how many there was room for.
 int im_reader_ask(im_reader *reader, const im_read *reads, int n, int urgent);
-// Takes back reads that are not urgent and have not begun; returns how many, and their tags.
-int im_reader_withdraw(im_reader *reader, int32_t *tags);
-int im_reader_done(im_reader *reader, int32_t *tags, int room);  // the tags of reads that are done, each once
+// Takes back reads that are not urgent; returns how many. Those that have begun can be asked for again, and go on.
+int im_reader_withdraw(im_reader *reader, im_read *reads);
+// The tags of reads that are done, each once; -1 - tag of those that were dropped.
+int im_reader_done(im_reader *reader, int32_t *tags, int room);
 void im_reader_reports(im_reader *reader, im_reader_report *report);
 uint32_t im_crc32c(uint32_t before, const void *data, size_t bytes);
 // END SHARED WITH PYTHON

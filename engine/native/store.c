@@ -18,7 +18,7 @@ typedef struct {
   int32_t *spare, *bare;
 } places;
 
-enum { VICTIMS = 32, AGES = 1024, RANKS = 16, SIZES = 16 };
+enum { VICTIMS = 32, AGES = 1024, RANKS = 16, SIZES = 16, ASKS = 4 };
 enum { HUGE_FROM = 256 << 20 };  // bytes of a budget in which huge pages are small change
 enum { LARGE = 262144 };  // planes of so many bytes are read one by one, so that two readers share an expert
 
@@ -41,6 +41,9 @@ struct im_store {
   int n_victims;
   float tried[RANKS], right[RANKS];  // of reads ahead by rank, of late
   int32_t *tags, ahead_layer;
+  im_read *back;                 // [3 cells] reads ahead that were taken back
+  im_read asks[ASKS];            // that the reader is still to be told of
+  int n_asks;
   im_store_report report;
 };
 
@@ -161,6 +164,12 @@ static void point(im_store *s, int cell, int plane) {
   }
 }
 
+// Tells the reader of several at once: each time wakes its threads.
+static void flush(im_store *s, int urgent) {
+  if (s->n_asks) im_reader_ask(s->reader, s->asks, s->n_asks, urgent);
+  s->n_asks = 0;
+}
+
 // Reads planes [first, end) of an expert, whose places are taken.
 static void ask(im_store *s, int cell, int first, int end, int urgent) {
   const im_shelf *shelf = &s->stock.shelves[cell / s->stock.n_experts];
@@ -176,9 +185,12 @@ static void ask(im_store *s, int cell, int first, int end, int urgent) {
     r.checksum[plane] = shelf->checksums[3 * expert + plane];
     if (!(s->checked[cell] >> plane & 1)) r.check |= 1 << plane;
   }
+  r.wanted = &s->stock.uses[cell].wanted;
+  r.least = first;
   s->under_way[cell]++;
   s->report.read += end - first;
-  im_reader_ask(s->reader, &r, 1, urgent);
+  s->asks[s->n_asks++] = r;
+  if (s->n_asks == ASKS) flush(s, urgent);
 }
 
 // Sees to it that an expert's planes are on their way; 0 when there is no room for all of them.
@@ -198,44 +210,67 @@ static int fetch(im_store *s, int step, int cell, int planes, int urgent) {
   for (plane = first; plane < planes; plane++) point(s, cell, plane);
   x->asked = planes;
   for (plane = first; plane < planes;) {
-    const int end = shelf->bytes[plane] < LARGE ? planes : plane + 1;
+    const int end = shelf->bytes[plane] < LARGE || !urgent ? planes : plane + 1;
     ask(s, cell, plane, end, urgent);
     plane = end;
   }
   return 1;
 }
 
+// A guess that failed counts for nothing.
+static void forgive(im_store *s, int cell) {
+  im_expert *x = &s->stock.cells[cell];
+  if (x->present >= 0 || s->under_way[cell] || s->stock.uses[cell].wanted) return;
+  for (int plane = 0; plane < x->asked; plane++) release(s, cell, plane);
+  x->asked = s->ahead[cell] = s->checked[cell] = s->early[cell] = 0;
+  __atomic_store_n(&x->present, 0, __ATOMIC_RELEASE);
+}
+
+// A read ahead will not arrive: its planes give back their places, and those above are of no use without them.
+static void drop(im_store *s, int tag, int begun) {
+  const int cell = tag / 12, first = tag / 4 % 3, count = tag % 4;
+  im_expert *x = &s->stock.cells[cell];
+  s->under_way[cell]--;
+  s->report.read -= count;
+  s->report.read_ahead -= count;
+  s->early[cell] &= (uint8_t)~(((1 << count) - 1) << first);
+  if (s->under_way[cell]) {  // a layer gave up in the middle, and the planes above are still on their way
+    ask(s, cell, first, first + count, 1);
+    flush(s, 1);
+    return;
+  }
+  for (int plane = x->asked - 1; plane >= first; plane--) {
+    if (x->present >= 0) __atomic_fetch_and(&x->present, ~(1 << plane), __ATOMIC_RELEASE);
+    release(s, cell, plane);
+  }
+  if (x->asked > first) x->asked = first;
+  if (s->ahead[cell] && !begun) s->tried[s->ahead[cell] - 1] -= 1.f;  // it was not tried
+  s->ahead[cell] = 0;
+  forgive(s, cell);
+}
+
 static void collect(im_store *s) {
   for (int n; (n = im_reader_done(s->reader, s->tags, 256)) > 0;)
     for (int i = 0; i < n; i++) {
-      const int cell = s->tags[i] / 12, first = s->tags[i] / 4 % 3, count = s->tags[i] % 4;
-      s->under_way[cell]--;
-      im_expert *x = &s->stock.cells[cell];
-      if (x->present >= 0) {
-        for (int plane = first; plane < first + count; plane++) s->checked[cell] |= (uint8_t)(1 << plane);
-      } else if (!s->under_way[cell] && !s->stock.uses[cell].wanted) {  // a guess that failed counts for nothing
-        for (int plane = 0; plane < x->asked; plane++) release(s, cell, plane);
-        x->asked = s->ahead[cell] = s->checked[cell] = s->early[cell] = 0;
-        __atomic_store_n(&x->present, 0, __ATOMIC_RELEASE);
+      const int tag = s->tags[i], cell = tag / 12, first = tag / 4 % 3, count = tag % 4;
+      if (tag < 0) {
+        drop(s, -1 - tag, 1);
+        continue;
       }
+      s->under_way[cell]--;
+      if (s->stock.cells[cell].present >= 0)
+        for (int plane = first; plane < first + count; plane++) s->checked[cell] |= (uint8_t)(1 << plane);
+      forgive(s, cell);
     }
 }
 
-// Takes back what was to be read ahead and has not begun.
+// Takes back what was to be read ahead. What has begun and is wanted goes on at once; all else is dropped.
 static void take_back(im_store *s) {
-  const int n = im_reader_withdraw(s->reader, s->tags);
+  const int n = im_reader_withdraw(s->reader, s->back);
   for (int i = 0; i < n; i++) {
-    const int cell = s->tags[i] / 12, first = s->tags[i] / 4 % 3, count = s->tags[i] % 4;
-    im_expert *x = &s->stock.cells[cell];
-    for (int plane = first; plane < first + count; plane++) release(s, cell, plane);
-    if (x->asked > first) x->asked = first;
-    s->under_way[cell]--;
-    s->report.read -= count;
-    s->report.read_ahead -= count;
-    s->early[cell] &= (uint8_t)~(((1 << count) - 1) << first);
-    if (!s->ahead[cell] || s->under_way[cell]) continue;
-    s->tried[s->ahead[cell] - 1] -= 1.f;  // it was not tried
-    s->ahead[cell] = 0;
+    const im_read *r = &s->back[i];
+    if (r->begun && *r->wanted > r->least) im_reader_ask(s->reader, r, 1, 1);
+    else drop(s, r->tag, r->begun > 0);
   }
 }
 
@@ -287,6 +322,7 @@ int im_store_want(im_store *s, int step, int layer, const im_wanted *wanted, int
     const int cell = layer * s->stock.n_experts + wanted[i].expert;
     found += fetch(s, step, cell, wanted[i].planes, found ? 1 : 2);
   }
+  flush(s, 1);
   if (found < n) return found;
   const int most = s->stock.ahead < RANKS ? s->stock.ahead : RANKS;
   for (int i = 0; i < n_foreseen && i < most; i++) {
@@ -300,6 +336,7 @@ int im_store_want(im_store *s, int step, int layer, const im_wanted *wanted, int
     s->tried[i] += 1.f;
     s->report.read_ahead += foreseen[i].planes - before;
   }
+  flush(s, 0);
   return found;
 }
 
@@ -341,7 +378,8 @@ im_store *im_store_new(const im_stock *stock, im_reader *reader) {
   s->early = calloc(cells, 1);
   s->ahead = calloc(cells, sizeof *s->ahead);
   s->tags = calloc(3 * cells + 256, sizeof *s->tags);
-  int fine = s->place && s->checked && s->under_way && s->early && s->ahead && s->tags;
+  s->back = calloc(3 * cells + 1, sizeof *s->back);
+  int fine = s->place && s->checked && s->under_way && s->early && s->ahead && s->tags && s->back;
   for (int i = 0; i < stock->n_layers && fine; i++)
     for (int plane = 0; plane < stock->shelves[i].n_planes && stock->shelves[i].file >= 0 && fine; plane++)
       fine = add_size(s, stock->shelves[i].bytes[plane]);
@@ -364,5 +402,6 @@ void im_store_free(im_store *s) {
   free(s->early);
   free(s->ahead);
   free(s->tags);
+  free(s->back);
   free(s);
 }

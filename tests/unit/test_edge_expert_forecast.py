@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from isthmus.edge.experts.flash import PIECE, Flash, FlashSpeed
+from isthmus.edge.experts.flash import LEAST_PIECE, MOST_PIECE, PIECE_MS, Flash, FlashSpeed
 from isthmus.edge.experts.forecast import Forecast, Steps
 from isthmus.edge.experts.simulate import simulate
 from isthmus.engine.routing import Routing
@@ -105,22 +105,37 @@ def test_reads_share_the_bandwidth_and_urgent_ones_go_first() -> None:
         flash.ask(cell, SIZE, 0.0, urgent=False)
     flash.advance(0.0)
     flash.ask(7, SIZE, 0.1, urgent=True)
-    assert flash.arrival(7) == pytest.approx(3.5)  # behind the two that have begun
-    assert flash.withdraw() == [2, 3]
-    assert [flash.arrival(0), flash.arrival(1)] == pytest.approx([1.5, 2.5])
+    assert flash.arrival(7) == pytest.approx((LEAST_PIECE + SIZE) / 1e5 + 0.5)  # behind the piece that has begun
+    assert flash.arrival(0) == pytest.approx(2 * SIZE / 1e5 + 0.5)
+    assert flash.withdraw() == [(3, False), (2, False), (1, False)] and flash.dropped == 0
     with pytest.raises(AssertionError, match="nobody asked"):
         flash.arrival(3)
 
 
 def test_a_long_read_ahead_makes_way_between_its_pieces() -> None:
-    """What was begun stays, and goes on behind what is urgent."""
-    flash = Flash(FlashSpeed(PIECE / 1e3, 0.0))  # a piece a millisecond
-    flash.ask(0, 10 * PIECE, 0.0, urgent=False)
-    flash.advance(1.5)
-    flash.ask(1, PIECE, 1.5, urgent=True)
-    assert flash.arrival(1) <= 4.0
-    assert flash.withdraw() == [] and flash.arrival(0) == pytest.approx(11.0)
-    assert flash.bytes == 11 * PIECE
+    """What was begun goes on before what is urgent if it is wanted, and is dropped otherwise."""
+    piece = MOST_PIECE
+    for wanted, there in (([0], 5.5), ([], None)):
+        flash = Flash(FlashSpeed(piece / 1e3 / PIECE_MS, 0.0))
+        flash.ask(0, 10 * piece, 0.0, urgent=False)
+        flash.ask(2, 10 * piece, 0.0, urgent=False)
+        flash.advance(1.2)
+        flash.ask(1, piece, 1.2, urgent=True)
+        assert flash.arrival(1) == pytest.approx(2.0)  # three pieces of half a millisecond were begun
+        dropped = dict(flash.withdraw(wanted))
+        assert dropped == {2: False} if there else {2: False, 0: True}
+        if there:
+            assert flash.arrival(0) == pytest.approx(there) and flash.bytes == 11 * piece
+        assert flash.dropped == (0 if there else 3 * piece)
+
+
+def test_reads_ahead_that_are_in_hand_are_dropped_at_once() -> None:
+    flash = Flash(FlashSpeed(MOST_PIECE / 1e3 / PIECE_MS, 0.0))
+    flash.ask(0, 10 * MOST_PIECE, 0.0, urgent=False)
+    flash.advance(0.0)
+    assert flash.withdraw([5]) == [(0, True)] and flash.dropped == MOST_PIECE
+    flash.ask(3, MOST_PIECE, 0.1, urgent=False)
+    assert flash.arrival(3) == pytest.approx(1.0)
 
 
 def test_an_emulated_flash_is_never_faster_than_the_real_one() -> None:

@@ -194,6 +194,29 @@ def test_a_guess_that_cannot_be_read_counts_for_nothing(nested_bundle: Bundle) -
         assert store.tables.present[1, 5] == 7
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_what_is_read_ahead_goes_on_where_it_is_wanted_and_is_dropped_where_not(tmp_path: Path, right: bool) -> None:
+    """Each guess is under way, and not there yet, when its layer says what it takes."""
+    size: dict[str, Any] = {"d_model": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
+    model = RandomModel("n8", random_config(experts=ExpertsConfig(8, 1, 1024), **size))
+    bundle, whole = stored(model, tmp_path / "bundle"), open_part(model)
+    chosen = np.arange(24).reshape(24, 1, 1) % 8 + np.zeros((1, 3, 1), int)
+    named: NDArray[np.int32] = chosen.astype(np.int32)
+    routing = Routing(named, np.ones(named.shape, np.float32), named if right else (named + 4) % 8)
+    with paged(bundle, 4 * record_bytes(bundle), bytes_per_second=5e7) as (part, store):
+        found = []
+        for one in (part, whole):
+            one.replay(routing)
+            found.append(run_tokens(one, one.open(), TEXT[:24], [1] * 24)[0].tobytes())
+        assert found[0] == found[1]
+        read, held = store.reader.report(), store.report()
+        assert held.most <= 4 * record_bytes(bundle)
+        if right:
+            assert held.read_ahead == held.taken_ahead > 0 and read.dropped == 0
+        else:
+            assert read.dropped > 0 and held.taken_ahead == 0
+
+
 def test_one_store_serves_one_pool_of_threads(nested_bundle: Bundle) -> None:
     with (
         paged(nested_bundle, 8 * record_bytes(nested_bundle), threads=1) as (_, store),
