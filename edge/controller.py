@@ -134,7 +134,7 @@ class Controller:
                 known.expect()
             elif not self._tried:
                 self._tried = True
-                known.try_out()
+                self._try_out()
         elif runner.source == "device" and self._pulse.awaits(known.seen_s):
             self._hear(runner, now)  # at once, as who looks seldom takes the trip for longer than it is
         self._began = self._look = self._clock()
@@ -196,7 +196,8 @@ class Controller:
         if isinstance(error, FAILURES):
             if not self._link.up:
                 return None
-            self._knowledge.fail(error)
+            if choice.source != "model":  # its own layers, and not those of a small one
+                self._knowledge.fail(error)
             self._modes.say(f"{choice.name} failed after {self._made} tokens ({error.problem}): the cloud went on")
         elif choice.mode == "local" or not isinstance(error, ServiceError):
             return None
@@ -212,7 +213,7 @@ class Controller:
     def ended(self) -> None:
         """The answer is complete, or nobody wants more of it."""
         if self._active and self._tried:
-            self._knowledge.try_out()  # again, now that nothing else runs
+            self._try_out()  # again, now that nothing else runs
         self.leave()
         self._knowledge.keep()
 
@@ -250,6 +251,13 @@ class Controller:
             runner.stop()
         self._take(plan)
         return following
+
+    def _try_out(self) -> None:
+        """Times this device, and notes what is damaged."""
+        before = self._knowledge.failed
+        self._knowledge.try_out()
+        if self._knowledge.failed and not before:
+            self._modes.say(f"this device cannot compute by itself ({self._knowledge.failed})")
 
     def _failed(self, choice: Candidate | None, error: IsthmusError) -> str:
         """A way that was chosen cannot be had: why, for people. What is damaged on this device is noted."""

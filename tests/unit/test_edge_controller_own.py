@@ -178,6 +178,7 @@ def test_a_device_that_fails_when_it_is_tried_is_no_more_thought_of(monkeypatch:
         assert len(ids(one.generate(PROMPT, max_tokens=30))) == 30
         knowledge = one._steering._controller._knowledge
         assert knowledge.failed and knowledge.enough and not knowledge.figures(wire.now).device.whole
+        assert one.stats.note.count("this device cannot compute by itself (expert 3 of layer 2 was altered") == 1
         ids(one.generate(PROMPT, max_tokens=30))
         assert set(one.stats.sources) == {"cloud"}
 
