@@ -14,7 +14,7 @@ from isthmus.cloud.service import Service
 from isthmus.engine.part import Rows, StepResult
 from isthmus.protocol import messages as m
 from tests.edge_exits import CUT, give_exit
-from tests.edge_toys import device
+from tests.edge_toys import device, local
 from tests.edge_world import MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyPart, ToyService
 
 FAST = ((1, 2_000), (4, 4_000))  # steps of a cloud, in microseconds
@@ -78,3 +78,10 @@ def decider(
         knowledge._watch.remember(row_ms / knowledge._watch.sizes.of(N_LAYERS, True) * 1e6, row_ms / 5)
         knowledge._numerics = lambda: "toy"
     return one
+
+
+def undisturbed(max_tokens: int) -> list[int]:
+    """What a whole toy answers by itself, whichever part a test put in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
+        return local(max_tokens=max_tokens)

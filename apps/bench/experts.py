@@ -34,7 +34,7 @@ from isthmus.edge.experts.settings import ExpertSettings
 from isthmus.edge.experts.simulate import simulate
 from isthmus.edge.experts.store import ExpertStore, floor_bytes
 from isthmus.engine import KvConfig
-from isthmus.engine.binding import Workers, default_threads
+from isthmus.engine.binding import Workers, default_threads, native
 from isthmus.engine.native_layers import Layers
 from isthmus.engine.native_part import NativePart
 from isthmus.engine.part import Rows, Want
@@ -49,7 +49,6 @@ TURNS = 12  # of each budget
 CALIBRATING = (3 / 16, 3 / 8)  # of the experts in memory while it is measured what reads cost beside their time
 LEAST_TOKENS = 40
 FASTER, HALVINGS = 2.0, 4  # at most, than what the meter sees; and how finely that is sought
-LARGE = 256 << 20  # bytes of a budget from which on the store has large pages
 
 Say = Callable[[str], None]
 
@@ -257,7 +256,7 @@ def measure(setup: Setup, routing: Routing, say: Say) -> tuple[Facts, list[Budge
     if given > free:
         problem = f"the budgets are {given / 1e6:.0f} MB together, {free / 1e6:.0f} are free"
         raise DeviceError(problem, "measure fewer, or smaller ones")
-    large = max(one.budget for one in setup.settings) >= LARGE
+    large = max(one.budget for one in setup.settings) >= native().lib.IM_HUGE_FROM
     warm, each = positions - (positions * 3 // 4) // TURNS * TURNS, (positions * 3 // 4) // TURNS
     with ExitStack() as opened:
         source, flash = bundle.without_experts(), opened.enter_context(FlashMeter(records, planes, large))

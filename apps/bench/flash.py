@@ -6,7 +6,7 @@ import mmap
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np
 
@@ -101,7 +101,8 @@ class _Asking:
         self._ffi, self._lib, self._reader, self._drop = module.ffi, module.lib, reader, not direct
         memory = mmap.mmap(-1, room * size)
         if large and hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
         self._held = module.ffi.from_buffer(memory)
         self._to, self._size = module.ffi.cast("char *", self._held), size
         self._experts = module.ffi.new("im_expert[]", room)

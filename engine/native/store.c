@@ -19,7 +19,6 @@ typedef struct {
 } places;
 
 enum { VICTIMS = 32, AGES = 1024, RANKS = 16, SIZES = 16, ASKS = 4 };
-enum { HUGE_FROM = 256 << 20 };  // bytes of a budget in which huge pages are small change
 enum { LARGE = 262144 };  // planes of so many bytes are read one by one, so that two readers share an expert
 
 typedef struct {
@@ -217,10 +216,10 @@ static int fetch(im_store *s, int step, int cell, int planes, int urgent) {
   return 1;
 }
 
-// A guess that failed counts for nothing.
+// A guess that failed counts for nothing: it is read anew where it is wanted.
 static void forgive(im_store *s, int cell) {
   im_expert *x = &s->stock.cells[cell];
-  if (x->present >= 0 || s->under_way[cell] || s->stock.uses[cell].wanted) return;
+  if (x->present >= 0 || s->under_way[cell] || (s->stock.uses[cell].wanted && !s->ahead[cell])) return;
   for (int plane = 0; plane < x->asked; plane++) release(s, cell, plane);
   x->asked = s->ahead[cell] = s->checked[cell] = s->early[cell] = 0;
   __atomic_store_n(&x->present, 0, __ATOMIC_RELEASE);
@@ -360,7 +359,7 @@ static int add_size(im_store *s, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   // With small pages every second megabyte of weights costs a walk through page tables. A large page more than what is
   // taken must not count in the budget.
-  if (s->stock.budget >= HUGE_FROM) madvise(run, p->length, MADV_HUGEPAGE);
+  if (s->stock.budget >= IM_HUGE_FROM) madvise(run, p->length, MADV_HUGEPAGE);
 #endif
   return p->spare && p->bare;
 }

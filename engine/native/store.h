@@ -4,6 +4,7 @@
 
 // BEGIN SHARED WITH PYTHON
 enum { IM_LRU, IM_LFU, IM_LFRU };
+enum { IM_HUGE_FROM = 268435456 };  // bytes of a budget in which huge pages are small change
 
 typedef struct {       // where the experts of a layer stand in its file
   int32_t file;        // descriptor, -1 for a layer without experts

@@ -14,9 +14,9 @@ from isthmus.edge.figures import Wish
 from isthmus.edge.stopwatch import Stopwatch
 from isthmus.engine.part import Rows, StepResult
 from isthmus.protocol.errors import BundleError
-from tests.edge_decider import SLOW, TimedCloud, TimedPart, decider
-from tests.edge_toys import PROMPT, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import N_LAYERS, LossyWire, ToyPart
+from tests.edge_decider import SLOW, TimedCloud, TimedPart, decider, undisturbed
+from tests.edge_toys import PROMPT, ids, toy_engine  # noqa: F401
+from tests.edge_world import N_LAYERS, LossyWire
 from tests.stored_experts import full_store
 
 QUARTER = 2000 * N_LAYERS  # bytes of the experts of `waiting`
@@ -57,9 +57,7 @@ def test_own_experts_answer_where_a_round_trip_takes_longer(
         assert set(one.stats.sources) == sources
     assert f"a token waits {wait_ms:.1f} ms for experts here" in told[0] and "and a round trip takes 4" in told[0]
     monkeypatch.undo()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
-        assert text == local(max_tokens=40)
+    assert text == undisturbed(max_tokens=40)
 
 
 def test_a_cloud_is_asked_once_experts_are_waited_for_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +70,7 @@ def test_a_cloud_is_asked_once_experts_are_waited_for_for_longer(monkeypatch: py
         text += ids(answer)
         assert set(one.stats.sources[:20]) == {"device"} and one.stats.sources[-1] == "cloud"
     monkeypatch.undo()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
-        assert text == local(max_tokens=60)
+    assert text == undisturbed(max_tokens=60)
 
 
 def test_a_device_that_waits_for_experts_is_tried_for_no_longer_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +152,7 @@ def test_a_device_whose_layers_fail_asks_the_cloud_from_then_on(monkeypatch: pyt
         assert set(one.stats.sources) == {"cloud"} and not one.stats.note and len(opened) == 1
         assert "(expert 3 of layer 2 was altered or is damaged)" in told[-1]
     monkeypatch.undo()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("isthmus.engine.open_part", lambda source, start, end, **_: ToyPart(end))
-        assert text == local(max_tokens=40)
+    assert text == undisturbed(max_tokens=40)
 
 
 def test_a_device_whose_layers_fail_without_a_cloud_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
