@@ -19,6 +19,7 @@ from isthmus.split.exit_writer import put_codecs, put_exits
 from tests.edge_bundle import an_exit, write_tiny
 
 LAYER = 2
+SAME = 0.1  # of the bytes: how many guesses travel along depends on time; codecs are at least a quarter apart
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +69,12 @@ def uploaded(bundle: Path, cloud: CloudProcess, keys: Path, codec: str = "") -> 
 
 def test_the_codec_of_the_calibration_is_used(bundle: Path, cloud: CloudProcess, keys: Path, tmp_path: Path) -> None:
     named = {codec: uploaded(bundle, cloud, keys, codec) for codec in ("ecsq2", UNMEASURED, "ecsq32", "f16")}
-    assert all(one < other for one, other in pairwise(named.values()))
-    assert uploaded(bundle, cloud, keys) == pytest.approx(named[UNMEASURED], rel=0.02)
+    assert all((1 + SAME) ** 2 * one < other for one, other in pairwise(named.values()))
+    assert uploaded(bundle, cloud, keys) == pytest.approx(named[UNMEASURED], rel=SAME)
     for codec in ("ecsq2", "ecsq32", "f16"):
         folder = calibrated(bundle, codec, tmp_path / codec)
-        assert uploaded(folder, cloud, keys) == pytest.approx(named[codec], rel=0.02)
-        assert uploaded(folder, cloud, keys, UNMEASURED) == pytest.approx(named[UNMEASURED], rel=0.02)
+        assert uploaded(folder, cloud, keys) == pytest.approx(named[codec], rel=SAME)
+        assert uploaded(folder, cloud, keys, UNMEASURED) == pytest.approx(named[UNMEASURED], rel=SAME)
 
 
 def test_a_cloud_without_its_statistics_gets_what_needs_none(
@@ -81,7 +82,7 @@ def test_a_cloud_without_its_statistics_gets_what_needs_none(
 ) -> None:
     folder = calibrated(bundle, "ecsq2", tmp_path / "b")
     with CloudProcess(plain, keys, 1) as bare:
-        assert uploaded(folder, bare, keys) == pytest.approx(uploaded(folder, bare, keys, UNMEASURED), rel=0.02)
-        assert uploaded(folder, bare, keys, "ecsq2") < 0.9 * uploaded(folder, bare, keys)
+        assert uploaded(folder, bare, keys) == pytest.approx(uploaded(folder, bare, keys, UNMEASURED), rel=SAME)
+        assert uploaded(folder, bare, keys, "ecsq2") < 0.8 * uploaded(folder, bare, keys)
         halves = calibrated(bundle, "f16", tmp_path / "f16")  # which needs none
-        assert uploaded(halves, bare, keys) == pytest.approx(uploaded(halves, bare, keys, "f16"), rel=0.02)
+        assert uploaded(halves, bare, keys) == pytest.approx(uploaded(halves, bare, keys, "f16"), rel=SAME)
