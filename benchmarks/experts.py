@@ -42,7 +42,8 @@ from isthmus.engine.routing import Routing
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_samples import divided, text_files
 from isthmus.split.fetch import fetch
-from isthmus.split.tolerance_run import errors, mean_bits, shares
+from isthmus.split.tolerance_run import errors
+from isthmus.split.tolerance_shares import mean_bits, shares_within
 
 POSITIONS, DOCUMENT = 3000, 512
 WATCHED = 40  # tokens after which memory is looked at, and a new sequence begins
@@ -85,13 +86,7 @@ def converted() -> Bundle:
 
 def tolerance(bundle: Bundle, routing: Routing) -> NDArray[np.float32]:
     """The shares that take the planes of 4 bits, least of those with which the routing reads `MEAN_BITS` at most."""
-    off = errors(bundle)[: olmoe.LAYERS, : PLANES + 1]
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        enough = mean_bits(routing.weights, shares(off, middle)) <= MEAN_BITS
-        low, high = (low, middle) if enough else (middle, high)
-    return shares(off, high)
+    return shares_within(errors(bundle)[: olmoe.LAYERS, : PLANES + 1], routing.weights, MEAN_BITS)
 
 
 def by_index(routing: Routing) -> Routing:

@@ -4,11 +4,12 @@ The model is SmolLM2 as `isthmus moefy --experts 32 --active 8` converts and tun
 it off the grid of 4 bits on which it is shipped. Nested codes are one file for three widths, fitted to the tokens that
 come to each expert; separate ones are fitted in the same way to one width alone, or rounded each weight for itself: q4
 is GGUF's Q4_0, q4m its Q4_1, NF4 that of QLoRA (Dettmers et al., 2305.14314), HQQ its authors' own, all in groups of
-32. Mixed ones follow an expert's share of a token, by the rule of `isthmus experts calibrate`.
+32. Mixed ones follow an expert's share of a token, by the rule of `isthmus experts calibrate`. Then the model is tuned
+on as it is read (`--tune-rounded 2`).
 
 usage: python benchmarks/nested.py [--documents 200]
 
-The first call tunes for some twenty minutes. HQQ is left out unless it is there:
+The first call tunes for more than an hour. HQQ is left out unless it is there:
   pip install --no-deps --target ~/.cache/isthmus/peers/hqq hqq==0.2.8.post1 termcolor
 """
 
@@ -37,15 +38,17 @@ from isthmus.split.exit_samples import Texts, chunks, divided, text_files
 from isthmus.split.exit_states import Sample
 from isthmus.split.fetch import cache_folder, fetch
 from isthmus.split.moefy_decoder import Feed, keep_freed_memory
-from isthmus.split.moefy_mixture import Batch, Mixture, Watch, batches, perplexity
+from isthmus.split.moefy_mixture import Batch, Mixture, batches, perplexity
+from isthmus.split.moefy_nested import NestedMixture
 from isthmus.split.moefy_run import MoefyRun, identity, work_folder
 from isthmus.split.moefy_source import Shape
-from isthmus.split.moefy_training import Recipe
+from isthmus.split.moefy_training import Recipe, in_nested_bits
 from isthmus.split.tokenizer import Tokenizer
-from isthmus.split.tolerance_run import BITS, expert_errors, shares
+from isthmus.split.tolerance_shares import mean_bits, shares, shares_within
 
 EXPERTS, ACTIVE, TAUGHT = 32, 8, 1500
 BATCH = 4096  # tokens
+FEW = 3.0  # bits in the mean
 LEAST = (0.001, 0.004, 0.016, 0.064)  # errors that two bits must take away, where planes are mixed
 HQQ = cache_folder().parent / "peers" / "hqq"
 NF4 = (  # quantiles of a normal distribution, symmetric in number around zero
@@ -122,47 +125,23 @@ def error(feeds: Sequence[Feed], truth: Sequence[Feed]) -> float:
     return math.sqrt(off / whole)
 
 
-class Mixed(Mixture):
-    """A mixture whose experts are read with as many planes as their shares ask for.
-
-    Args:
-        widths: its experts with no, one, two and three planes.
-        table: see `tolerance_run.shares`.
-
-    Attributes:
-        bits: of an expert that a token is sent to, by layer and batch.
-    """
-
-    def __init__(self, mixture: Mixture, widths: Sequence[list[Feed]], table: NDArray[np.float32]) -> None:
-        super().__init__(mixture.decoder, mixture.feeds, mixture.routers, mixture.pre_gate)
-        self._widths, self._table, self.bits = widths, torch.from_numpy(table), list[float]()
-
-    def _fed(self, index: int, normed: Tensor, read: Tensor, active: int, oracle: bool, watch: Watch | None) -> Tensor:
-        best = (read @ self.routers[index].T).topk(active, -1)
-        planes = (best.values.softmax(-1)[..., None] >= self._table[index]).sum(-1)
-        self.bits.append(float(torch.tensor(BITS)[planes].float().mean()))
-        added, dtype = torch.zeros_like(normed), self.decoder.dtype
-        for count, feeds in enumerate(self._widths, 1):
-            chosen = torch.zeros(len(normed), self.experts).scatter_(-1, best.indices, (planes == count).float())
-            hidden = feeds[index].hidden(normed, dtype)
-            hidden = (hidden.view(len(hidden), self.experts, -1) * chosen.to(dtype)[..., None]).view(hidden.shape)
-            added += (hidden @ feeds[index].down.to(dtype).T).float()
-        return added
-
-
 class Scale:
     """Perplexity of held-out documents with other experts."""
 
-    def __init__(self, mixture: Mixture, held: Sequence[Batch]) -> None:
-        self._mixture, self._held = mixture, held
-
-    def weigh(self, feeds: list[Feed]) -> float:
-        """All experts read alike."""
-        return self.of(Mixture(self._mixture.decoder, feeds, self._mixture.routers, False))
+    def __init__(self, held: Sequence[Batch]) -> None:
+        self._held = held
 
     def of(self, mixture: Mixture) -> float:
         """Of a mixture."""
         return perplexity(mixture.decoder, lambda batch: mixture.last(batch, ACTIVE), self._held)
+
+    def read(self, nested: NestedMixture) -> tuple[float, NDArray[np.float32]]:
+        """Perplexity, and the shares of the experts that tokens were sent to [tokens, layers, active]."""
+        nested.told = []
+        found, layers = self.of(nested), len(nested.feeds)
+        each = [torch.stack(nested.told[at : at + layers], 1) for at in range(0, len(nested.told), layers)]
+        nested.told = None
+        return found, torch.cat(each).numpy()
 
 
 def tuned(source: WeightSource, texts: Texts, tokenizer: Tokenizer) -> tuple[MoefyRun, Mixture, list[Sample]]:
@@ -192,19 +171,20 @@ def main() -> None:
     keep_freed_memory()
     source = open_checkpoint(gguf(), format="keep")
     texts, tokenizer = divided(text_files([fetch("texts")])), source.tokenizer()
+    held = batches(chunks(tokenizer, texts.held[: asked.documents], source.config.context_length), BATCH)
     with working_in(work_folder(identity(source))):
         run, mixture, taught = tuned(source, texts, tokenizer)
-    held = batches(chunks(tokenizer, texts.held[: asked.documents], source.config.context_length), BATCH)
-    compare(record, run, mixture, taught, Scale(mixture, held))
+        compare(record, run, mixture, taught, Scale(held))
     record.write()
 
 
 def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample], scale: Scale) -> None:
     """All codes, one after the other."""
-    rows, plain = list[list[Cell]](), scale.weigh(mixture.feeds)
+    rows, plain = list[list[Cell]](), scale.of(mixture)
 
-    def add(name: str, bits: float, feeds: list[Feed]) -> float:
-        return told(name, bits, scale.weigh(feeds), error(feeds, mixture.feeds))
+    def add(name: str, bits: float, feeds: list[Feed], of: Mixture = mixture) -> float:
+        read = Mixture(of.decoder, feeds, of.routers, of.pre_gate)
+        return told(name, bits, scale.of(read), error(feeds, of.feeds))
 
     def told(name: str, bits: float, found: float, off: float | str) -> float:
         say(f"{name}: {found:.3f}")
@@ -217,6 +197,12 @@ def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample
 
     def own(format: str, aim: Aim) -> list[Feed]:
         return read_with(run.experts(mixture, taught, format, aim), format)
+
+    def few(name: str, mixed: NestedMixture) -> float:
+        _, sent = scale.read(mixed)
+        mixed.shares = torch.from_numpy(shares_within(mixed.errors(), sent, FEW))
+        found, sent = scale.read(mixed)
+        return told(f"{name}, {FEW:g} bits", mean_bits(sent, mixed.shares.numpy()), found, "")
 
     add("float", 32, mixture.feeds)
     nested = run.experts(mixture, taught, "n8")
@@ -236,17 +222,30 @@ def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample
     add("nested, 2 bits, not fitted", 2.5, alone(in_format("n2")))
     if HQQ.is_dir():
         add("HQQ, 2 bits", 3, alone(hqq(2)))
-    off = expert_errors([[(one.gate, one.up, one.down) for one in layer[:: EXPERTS // 4]] for layer in nested])
+    mixed = NestedMixture(mixture, "n8")
+    mixed.give(widths)
     for least in LEAST:
-        mixed = Mixed(mixture, widths, shares(off, least))
-        found = scale.of(mixed)
-        told(f"nested, mixed, {least:g}", float(np.mean(mixed.bits)), found, "")
+        mixed.shares = torch.from_numpy(shares(mixed.errors(), least))
+        found, sent = scale.read(mixed)
+        told(f"nested, mixed, {least:g}", mean_bits(sent, mixed.shares.numpy()), found, "")
+    few("nested, mixed", mixed)
+    through = run.tune(mixture, taught, in_nested_bits("n8", epochs=2))
+    add("tuned so, float", 32, through.feeds, through)
+    rounded = run.experts(through, None, "n8")
+    widths = [read_with(rounded, format) for format in ("n2", "n4", "n8")]
+    for bits, stored, feeds in zip((2, 4, 8), (2.5, 5, 9), widths, strict=True):
+        add(f"tuned so, {bits} bits", stored, feeds, through)
+    mixed = NestedMixture(through, "n8")
+    mixed.give(widths)
+    three = few("tuned so, mixed", mixed)
     record.figure("8 bits", eight, "perplexity", target=1.002, of="perplexity/float", at_most=True)
     record.figure("4 bits", four, "perplexity", target=1.01, of="perplexity/fitted to 4 bits alone", at_most=True)
+    record.figure("3 bits", three, "perplexity", target=1.01, of="perplexity/tuned so, 8 bits", at_most=True)
     note = (
         f"{EXPERTS} experts, {ACTIVE} active. Perplexity of held-out documents; bits with all scales of the planes "
         "that are read (mixed: of the codes, in the mean); error: root of the squares of what weights are off by, as a "
-        "share of theirs. Mixed: two bits are read where they take away so much error, times an expert's share."
+        "share of theirs. Mixed: two bits are read where they take away so much error, times an expert's share. Tuned "
+        f"so: on for two passes, read with {FEW:g} bits in the mean and with all, and each weight rounded for itself."
     )
     record.table("codes", ["weights", "bits", "perplexity", "more", "error"], rows, note=note)
 

@@ -60,6 +60,15 @@ class Feed:
         x = normed.to(dtype)
         return functional.silu(x @ self.gate.to(dtype).T) * (x @ self.up.to(dtype).T)
 
+    def added(self, normed: Tensor, dtype: torch.dtype) -> Tensor:
+        """What it adds to the states, [.., d_model] f32."""
+        return (self.hidden(normed, dtype) @ self.down.to(dtype).T).float()
+
+    def parts(self, count: int) -> list[Feed]:
+        """Networks of equal size, whose sum it is."""
+        gates, ups, downs = self.gate.chunk(count), self.up.chunk(count), self.down.chunk(count, dim=1)
+        return [Feed(*three) for three in zip(gates, ups, downs, strict=True)]
+
     def ordered(self, order: Tensor) -> Feed:
         """The same network with its neurons in another order."""
         return Feed(self.gate[order].contiguous(), self.up[order].contiguous(), self.down[:, order].contiguous())
@@ -93,8 +102,7 @@ class Layer:
 
     def fed(self, normed: Tensor) -> Tensor:
         """What the dense network adds to the states."""
-        hidden = self.feed.hidden(normed, self._dtype)
-        return (hidden @ self.feed.down.to(self._dtype).T).float()
+        return self.feed.added(normed, self._dtype)
 
     def _heads(self, y: Tensor, name: str) -> Tensor:
         config, found = self._config, y @ self._matrices[name].T

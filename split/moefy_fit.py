@@ -28,10 +28,9 @@ def rounded(feed: Feed, experts: int, format: str) -> list[Expert]:
         feed: neurons by expert.
         format: one of `quant.groups.QUANTIZABLE`.
     """
-    gates, ups, downs = feed.gate.chunk(experts), feed.up.chunk(experts), feed.down.chunk(experts, dim=1)
     return [
-        Expert(*(quantize(matrix.contiguous().numpy(), format) for matrix in three))
-        for three in zip(gates, ups, downs, strict=True)
+        Expert(*(quantize(matrix.contiguous().numpy(), format) for matrix in (part.gate, part.up, part.down)))
+        for part in feed.parts(experts)
     ]
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from isthmus.split.exit_states import Sample
 from isthmus.split.moefy_decoder import Decoder, Feed
-from isthmus.split.moefy_experts import log_energies, most, recall
+from isthmus.split.moefy_experts import log_energies, recall
 
 MIN_TOKENS = 8  # shorter samples teach nothing
 _ROWS = 1024  # of logits at a time
@@ -70,10 +70,12 @@ class Watch:
     """What routers did in one pass, a number for each layer.
 
     Attributes:
+        every: the first of so many tokens is looked at.
         errors: mean squares between logits and logarithms of energies; they teach routers, and nothing else.
         recall: share of the experts with most energy that were chosen.
     """
 
+    every: int = 1
     errors: list[Tensor] = field(default_factory=list)
     recall: list[float] = field(default_factory=list)
 
@@ -92,12 +94,11 @@ class Mixture:
         self.decoder, self.feeds, self.routers, self.pre_gate = decoder, feeds, routers, pre_gate
         self.experts = len(routers[0])
 
-    def last(self, batch: Batch, active: int, *, oracle: bool = False, watch: Watch | None = None) -> Tensor:
+    def last(self, batch: Batch, active: int, watch: Watch | None = None) -> Tensor:
         """States after the last layer of all tokens that are there, [count, d_model] f32.
 
         Args:
-            active: experts that a token is sent to; with all of them routers are not asked.
-            oracle: whether the experts with most energy are chosen, as no router can know.
+            active: experts that a token is sent to; with all of them it does not matter what routers say.
         """
         x, before = self.decoder.embedded(batch.tokens), None
         for index, layer in enumerate(self.decoder.layers):
@@ -105,25 +106,53 @@ class Mixture:
             normed = layer.normed(x[batch.there])
             read = before if self.pre_gate and before is not None else normed
             added = torch.zeros_like(x)
-            added[batch.there] = self._fed(index, normed, read, active, oracle, watch)
+            added[batch.there] = self._fed(index, normed, read, active, watch)
             x, before = x + added, normed
         return x[batch.there]
 
-    def _fed(self, index: int, normed: Tensor, read: Tensor, active: int, oracle: bool, watch: Watch | None) -> Tensor:
+    def _fed(self, index: int, normed: Tensor, read: Tensor, active: int, watch: Watch | None) -> Tensor:
+        logits = read.detach() @ self.routers[index].T
+        if watch is not None and active < self.experts:
+            feed, some = self.feeds[index], slice(None, None, watch.every)
+            with torch.no_grad():
+                truth = log_energies(feed.hidden(normed[some], self.decoder.dtype), feed.down, self.experts)
+            watch.errors.append(functional.mse_loss(logits[some], truth))
+            watch.recall.append(recall(logits.detach()[some], truth, active))
+        best = logits.detach().topk(active, -1)
+        return self._sent(index, normed, best.indices, best.values)
+
+    def _sent(self, index: int, normed: Tensor, chosen: Tensor, logits: Tensor) -> Tensor:
+        """What a layer's chosen experts add [n, d_model] f32.
+
+        Args:
+            chosen: experts of each token, the foremost first [n, active].
+            logits: theirs [n, active] f32.
+        """
         feed, dtype = self.feeds[index], self.decoder.dtype
-        hidden = feed.hidden(normed, dtype)
-        if active < self.experts:
-            logits = read.detach() @ self.routers[index].T
-            scores = logits.detach()
-            if oracle or watch is not None:
-                truth = log_energies(hidden.detach(), feed.down.detach(), self.experts)
-                if watch is not None:
-                    watch.errors.append(functional.mse_loss(logits, truth))
-                    watch.recall.append(recall(scores, truth, active))
-                scores = truth if oracle else scores
-            chosen = most(scores, active).to(hidden.dtype)
-            hidden = (hidden.view(len(hidden), self.experts, -1) * chosen[..., None]).view(hidden.shape)
-        return (hidden @ feed.down.to(dtype).T).float()
+        if chosen.shape[1] == self.experts:
+            return feed.added(normed, dtype)
+        return sent(normed, chosen, feed.parts(self.experts).__getitem__, dtype)
+
+
+def sent(normed: Tensor, named: Tensor, network: Callable[[int], Feed], dtype: torch.dtype) -> Tensor:
+    """What networks add to the tokens that are sent to them [n, d_model] f32.
+
+    Args:
+        normed: what they read [n, d_model].
+        named: networks of each token [n, k] i64, below 0 for none.
+        network: gives one by its name; it is asked once for each that a token is sent to.
+    """
+    flat = named.flatten()
+    order = flat.argsort(stable=True)
+    order = order[int((flat < 0).sum()) :]
+    names, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    rows = order.div(named.shape[1], rounding_mode="floor")
+    total = torch.zeros(normed.shape)
+    if not len(rows):
+        return total
+    each = torch.split(normed.to(dtype)[rows], counts.tolist())
+    added = [network(name).added(x, dtype) for name, x in zip(names.tolist(), each, strict=True)]
+    return total.index_add(0, rows, torch.cat(added))
 
 
 def perplexity(

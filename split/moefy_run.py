@@ -150,8 +150,9 @@ class MoefyRun:
         """The same experts, taught to do with few of them what the dense model does."""
         feeds, routers = [trainable(feed) for feed in mixture.feeds], [router.clone() for router in mixture.routers]
         found = Mixture(self.decoder, feeds, routers, mixture.pre_gate)
-        tell, shape = self._say("tuning"), self.shape
-        kept = self._work / f"tuned-{shape.experts}-{shape.active}{'-pre' if shape.pre_gate else ''}.pt"
+        tell, shape = self._say(f"tuning in {recipe.format}" if recipe.format else "tuning"), self.shape
+        kind = f"{'-pre' if shape.pre_gate else ''}{f'-{recipe.format}' if recipe.format else ''}"
+        kept = self._work / f"tuned-{shape.experts}-{shape.active}{kind}.pt"
         key = hashlib.sha256(self._name.encode())
         for tensor in (*(feed.gate for feed in feeds), *routers):
             key.update(tensor.numpy().tobytes())
@@ -159,18 +160,20 @@ class MoefyRun:
         return found
 
     def experts(
-        self, mixture: Mixture, samples: Sequence[Sample], format: str, aim: Aim | None = None
+        self, mixture: Mixture, samples: Sequence[Sample] | None, format: str, aim: Aim | None = None
     ) -> list[list[Expert]]:
-        """The experts of all layers in a format; nested ones are fitted to the tokens that come to them.
+        """The experts of all layers in a format.
 
         Args:
-            aim: of that; see `quant.fitted.fit`.
+            samples: to which nested ones are fitted; None for those that were tuned so, whose weights are each rounded
+                to the nearest, as they were then.
+            aim: of the fit; see `quant.fitted.fit`.
 
         Raises:
             ModelError: a format that nothing is rounded to.
         """
         known_format(format)
-        if format not in WIDTHS:
+        if samples is None or format not in WIDTHS:
             return [rounded(feed, self.shape.experts, format) for feed in mixture.feeds]
         some = _some(batches(samples, _BATCH_TOKENS, np.random.default_rng(0)))
         return fitted(mixture, some, self.shape.active, format, aim, self._say("rounding"))
@@ -193,7 +196,7 @@ class MoefyRun:
             watch = Watch()
 
             def last(batch: Batch, active: int = active, watch: Watch = watch) -> Tensor:
-                return mixture.last(batch, active, watch=watch)
+                return mixture.last(batch, active, watch)
 
             perplexed = perplexity(self.decoder, last, each, step)
             share = active / self.shape.experts

@@ -2,6 +2,9 @@
 
 The dense model's probabilities of the next token are the target (distillation), over a vocabulary of frequent tokens;
 routers go on learning the logarithms of experts' energies. Attention, norms, embedding and head stay as they are.
+
+With nested bits experts learn to be read with few of them: of four steps three read as many planes as shares ask for
+when so many bits are read in the mean, and the fourth all of them, or all but the last.
 """
 
 from __future__ import annotations
@@ -19,13 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.protocol.errors import ModelError
+from isthmus.quant.nested import WIDTHS
 from isthmus.split.exit_states import Sample
 from isthmus.split.files import write_whole
 from isthmus.split.moefy_decoder import Decoder, Feed
 from isthmus.split.moefy_mixture import Batch, Mixture, Watch, batches
+from isthmus.split.moefy_nested import NestedMixture
+from isthmus.split.tolerance import NEVER
 
-KEPT_STEPS = 50  # between two savings of a training
+KEPT_STEPS, ROUNDED_STEPS = 50, 5  # between two savings of a training, and two roundings
+_WATCHED = 4  # routers learn from one of so many tokens
 _ROWS = 1024  # of logits at a time
+_TURN = 4  # steps, of which the last reads all planes, or all but one
 _MATRICES = ("gate", "up", "down")
 
 
@@ -40,6 +49,8 @@ class Recipe:
         router_rate: of routers, as a multiple of it.
         frequent: tokens whose probabilities are compared.
         seed: of samples' order.
+        format: nested bits in which experts are read; None for floats.
+        bits: of an expert that a token is sent to, in the mean, where fewer than all are read.
     """
 
     epochs: float = 2.0
@@ -49,6 +60,20 @@ class Recipe:
     warmup: int = 20
     frequent: int = 12288
     seed: int = 0
+    format: str | None = None
+    bits: float = 3.0
+
+
+def in_nested_bits(format: str, epochs: float = 2.0, seed: int = 0) -> Recipe:
+    """How a converted model is tuned on, once it was tuned in floats: larger batches, as roundings are slow.
+
+    Raises:
+        ModelError: the format has no nested bits.
+    """
+    if format not in WIDTHS:
+        known = f"{', '.join(WIDTHS[:-1])} or {WIDTHS[-1]}"
+        raise ModelError(f"experts are not tuned in {format}: it is not nested", f"choose {known}, or tune in floats")
+    return Recipe(epochs=epochs, batch_tokens=2048, seed=seed, format=format)
 
 
 def tune(
@@ -79,14 +104,15 @@ def tune(
     groups = [{"params": weights, "times": 1.0}, {"params": mixture.routers, "times": recipe.router_rate}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     judge = Judge(mixture.decoder, samples, recipe.frequent)
+    widths = _Widths(mixture, recipe, active) if recipe.format else None
     begun = keeper.load(mixture, optimizer, len(plan))
     for step, batch in enumerate(plan[begun:], begun):
         rising = min(1.0, (step + 1) / recipe.warmup)
         falling = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(plan)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rising * falling * group["times"]
-        watch = Watch()
-        last = mixture.last(batch, active, watch=watch)
+        watch = Watch(_WATCHED)
+        last = (widths.turned(step, batch) if widths else mixture).last(batch, active, watch)
         apart, pull = judge.compare(last.detach(), batch)
         optimizer.zero_grad()
         if watch.errors:  # none where all experts are active
@@ -102,6 +128,28 @@ def tune(
             progress(step + 1, len(plan), apart)
     for tensor in (*weights, *mixture.routers):
         tensor.requires_grad_(False)
+
+
+class _Widths:
+    """A mixture read with more and with fewer bits, in turn."""
+
+    def __init__(self, mixture: Mixture, recipe: Recipe, active: int) -> None:
+        assert recipe.format is not None
+        self._nested, self._bits, self._active = NestedMixture(mixture, recipe.format), recipe.bits, active
+        self._few = self._nested.shares
+
+    def turned(self, step: int, batch: Batch) -> NestedMixture:
+        """As the step reads it. It depends on nothing but the step, its batch and the weights of a kept step."""
+        nested, turn = self._nested, step % (2 * _TURN)
+        if step % ROUNDED_STEPS == 0:
+            nested.round()
+            self._few = nested.within(batch, self._active, self._bits)
+        nested.shares = self._few
+        if turn % _TURN == _TURN - 1:
+            nested.shares = torch.zeros_like(self._few)
+            if turn != step % _TURN and nested.planes > 1:
+                nested.shares[:, -1] = NEVER
+        return nested
 
 
 class Judge:

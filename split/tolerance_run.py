@@ -28,12 +28,12 @@ from isthmus.quant.nested import WIDTHS, view
 from isthmus.quant.packed import PackedMatrix
 from isthmus.quant.planes import MATRICES
 from isthmus.split.bundle import Bundle
-from isthmus.split.tolerance import NEVER, Tolerance
+from isthmus.split.tolerance import Tolerance
+from isthmus.split.tolerance_shares import mean_bits, shares
 
 LEAST_DOCUMENTS = 30  # below them a mean is not normal
 LEAST_TOKENS = 8
 STEPS = tuple(2.0 ** (step / 2 - 12) for step in range(21))  # least errors that two bits must take away
-BITS = (0, 2, 4, 8)  # by planes
 Matrices = tuple[PackedMatrix, PackedMatrix, PackedMatrix]  # gate, up and down of an expert
 _SAMPLED = 4  # experts of a layer whose error is measured
 
@@ -128,21 +128,6 @@ def _apart(matrices: Matrices, planes: int) -> list[float]:
     return [1.0, *(min(1.0, one) for one in total[1:]), 0.0]
 
 
-def shares(off: NDArray[np.float64], least: float) -> NDArray[np.float32]:
-    """The least share that takes each plane, float32 [layers, planes], ascending.
-
-    Args:
-        off: of `errors`.
-        least: error that two bits must take away.
-    """
-    cost = np.diff(BITS[: off.shape[1]]) / 2
-    gain = off[:, :-1] - off[:, 1:]
-    found = np.divide(least * cost, gain, out=np.zeros_like(gain), where=gain > 0)
-    found[~(gain > 0) & (off[:, :1] > 0)] = NEVER
-    ascending: NDArray[np.float32] = np.minimum(np.maximum.accumulate(found, axis=1), NEVER).astype(np.float32)
-    return ascending
-
-
 def read(
     part: NativePart, documents: Sequence[Sequence[int]], tolerance: NDArray[np.float32] | None,
     progress: Callable[[int], object] | None = None,
@@ -177,19 +162,6 @@ def _loss(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
     top = logits.max(axis=1)
     total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
     return float((total - logits[np.arange(len(truth)), truth]).sum())
-
-
-def mean_bits(weights: NDArray[np.float32], tolerance: NDArray[np.float32]) -> float:
-    """Bits of the experts that a token is sent to, in the mean; layers without experts are left out.
-
-    Args:
-        weights: of recorded routing [positions, layers, top_k].
-        tolerance: see `shares`.
-    """
-    there = weights.sum(axis=2, keepdims=True)
-    held = there[0, :, 0] > 0
-    planes = (weights[..., None] >= (tolerance[:, None] * there[..., None])).cumprod(axis=3).sum(axis=3)
-    return float(np.array(BITS)[planes[:, held]].mean())
 
 
 def rise(exact: Read, other: Read, lengths: NDArray[np.int64], confidence: float) -> float:

@@ -24,6 +24,12 @@ def command(
     tune: Annotated[
         float, typer.Option(min=0, metavar="EPOCHS", help="Passes of distillation over texts and answers; 0 for none")
     ] = 0,
+    tune_rounded: Annotated[
+        float,
+        typer.Option(
+            "--tune-rounded", min=0, metavar="EPOCHS", help="Passes after that with experts in few nested bits"
+        ),
+    ] = 0,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -56,7 +62,8 @@ def command(
     changes: with all experts active the model says what the dense one does, but for rounding.
 
     With fewer it says worse things, the more so the fewer. --tune lets experts and routers learn from the dense model
-    what to say with --active of them; then all experts together are another, tuned dense model.
+    what to say with --active of them; then all experts together are another, tuned dense model. --tune-rounded goes on
+    with experts as they are read with 3 bits in the mean, so that `isthmus run --experts bounded` loses less.
 
     It needs PyTorch, on the CPU. Stopped, it goes on where it was when it is called again.
     """
@@ -78,7 +85,7 @@ def command(
         from isthmus.split.moefy_decoder import keep_freed_memory
         from isthmus.split.moefy_run import MoefyRun, identity, known_format, usual_counts, work_folder
         from isthmus.split.moefy_source import ConvertedSource, Shape
-        from isthmus.split.moefy_training import Recipe
+        from isthmus.split.moefy_training import Recipe, in_nested_bits
     except ModuleNotFoundError as error:
         raise ModelError("making experts needs PyTorch", get_torch()) from error
     shape = Shape(experts, active, pre_gate)
@@ -87,6 +94,9 @@ def command(
     source = open_checkpoint(path, format=rest)
     shape.of(source.config)
     known_format(format)
+    recipes = [Recipe(epochs=tune, seed=seed)]
+    if tune_rounded:
+        recipes.append(in_nested_bits(format, epochs=tune_rounded, seed=seed))
     BundleWriter(output, force=force)  # a place that is taken is told now
     paths = text or [folder for folder in [find("texts")] if folder is not None]
     if not paths:
@@ -101,12 +111,13 @@ def command(
         run = MoefyRun(source, called, shape, folder, say)
         samples = chunks(tokenizer, texts.taught, source.config.context_length)
         mixture = run.convert(samples, seed)
-        if tune:
-            own = run.answered(tokenizer, questions(texts.taught, answers), threads)
-            mixture = run.tune(mixture, [*samples, *own], Recipe(epochs=tune, seed=seed))
+        if tune or tune_rounded:
+            taught = [*samples, *run.answered(tokenizer, questions(texts.taught, answers), threads)]
+            for recipe in recipes:
+                mixture = run.tune(mixture, taught, recipe)
         held = chunks(tokenizer, texts.held[:: max(1, len(texts.held) // checks)], source.config.context_length)
         dense, figures = run.measure(mixture, held[:checks], measured)
-        rounded = run.experts(mixture, samples, format)
+        rounded = run.experts(mixture, None if tune_rounded else samples, format)
         tell = say("bundle")
         manifest = write_bundle(
             output,
@@ -127,6 +138,7 @@ def command(
             "model_id": manifest.model_id,
             **asdict(shape),
             "tuned_epochs": tune,
+            "rounded_epochs": tune_rounded,
             "dense_perplexity": dense,
             "figures": [asdict(figure) for figure in figures],
         }
@@ -136,7 +148,7 @@ def command(
     size_mb = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     width = source.config.d_ff // experts
     print(f"{output}: {manifest.name}, {experts} experts of {width} neurons a layer, {active} active, {size_mb:.1f} MB")
-    if tune:
+    if tune or tune_rounded:
         print("tuned: with all experts active it is another model than the dense one")
 
 

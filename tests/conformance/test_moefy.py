@@ -231,6 +231,17 @@ def test_the_command_makes_a_bundle_and_tells_what_it_costs(folder: Path, tmp_pa
     assert "exists already" in refused.err and "experts:" not in refused.err
 
 
+def test_the_command_tunes_through_the_rounding(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    options = ["--tune-rounded", "0.5", "--counts", "2", "--json"]
+    assert main(asked(folder, tmp_path / "b", *options)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rounded_epochs"] == 0.5 and told["tuned_epochs"] == 0
+    assert Bundle.open(tmp_path / "b").layer(0)["experts.0.up"].format == "n8"  # type: ignore[union-attr]
+    assert main(asked(folder, tmp_path / "plain", "--counts", "2", "--json")) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["rounded_epochs"] == 0 and plain["figures"] != told["figures"]
+
+
 @native
 def test_its_bundle_runs_as_it_was_with_all_experts(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(asked(folder, tmp_path / "b", "--active", "8", "--format", "f32", "--counts", "8")) == 0
@@ -248,6 +259,7 @@ def test_its_bundle_runs_as_it_was_with_all_experts(folder: Path, tmp_path: Path
         (["--experts", "7"], "64 neurons a layer do not make 7 experts of one size; choose another number"),
         (["--active", "9"], "9 of 8 experts cannot be active"),
         (["--format", "q9"], "weight format 'q9' is unknown"),
+        (["--format", "q8", "--tune-rounded", "1"], "experts are not tuned in q8: it is not nested; choose n2, n4 or"),
         (["--counts", "2,9"], "give numbers from 1 to 8"),
         (["--counts", "x"], "give numbers, as 4,8,16"),
     ],

@@ -21,7 +21,8 @@ from isthmus.split.bundle import Bundle
 from isthmus.split.manifest import Manifest
 from isthmus.split.rewriting import put_tolerance
 from isthmus.split.tolerance import NEVER, Tolerance
-from isthmus.split.tolerance_run import BITS, LEAST_DOCUMENTS, STEPS, Read, calibrate, errors, read, rise, shares
+from isthmus.split.tolerance_run import LEAST_DOCUMENTS, STEPS, Read, calibrate, errors, read, rise
+from isthmus.split.tolerance_shares import BITS, mean_bits, shares, shares_within
 from tests.native_tools import open_part, run_tokens, some_tokens
 from tests.random_model import RandomModel, random_config
 from tests.stored_experts import paged, record_bytes, stored
@@ -76,6 +77,22 @@ def test_a_share_pays_for_its_planes() -> None:
     np.testing.assert_allclose(table[0], [0.04, 0.05, 0.4], rtol=1e-6)
     assert not table[1].any()  # a layer without experts
     assert table[2, 1] == table[2, 2] == np.float32(NEVER)  # what takes nothing away is never read
+
+
+def test_bits_are_a_mean_over_layers_with_experts() -> None:
+    weights = np.array([[[0.75, 0.25], [0, 0]], [[0.5, 0.5], [0, 0]]], np.float32)  # the second layer has none
+    table = np.array([[0.0, 0.5, 0.7], [0, 0, 0]], np.float32)
+    assert mean_bits(weights, table) == (8 + 2 + 4 + 4) / 4
+
+
+@pytest.mark.parametrize("bits", [0.5, 2.0, 3.0, 5.0, 8.0])
+def test_shares_read_no_more_bits_than_asked_for(bits: float) -> None:
+    rng = np.random.default_rng(1)
+    off = np.sort(rng.random((5, 4)), axis=1)[:, ::-1].copy()
+    off[:, 0], off[:, 3] = 1, 0
+    weights = rng.dirichlet(np.ones(4), (300, 5)).astype(np.float32)
+    found = mean_bits(weights, shares_within(off, weights, bits))
+    assert bits - 0.05 < found <= bits
 
 
 def test_bits_and_losses_are_those_of_the_engine(bundle: Bundle) -> None:
