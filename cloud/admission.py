@@ -29,6 +29,7 @@ class ServiceLimits:
         kv_share: share of a model's KV, up to 1, that one principal may hold when several are let in.
         session_share: the same of the sessions at once; it never comes to fewer than 2.
         evict_after_s: from so long without messages on, a session's KV may be taken for another session.
+        context_s: KV that no session uses is kept for so long, for those that begin with the same text; 0: none is.
         busy_retry_ms: what a full cloud tells devices to wait.
         stop_ms: how long a stopping service goes on with requests under way.
     """
@@ -46,13 +47,15 @@ class ServiceLimits:
     kv_share: float = 0.5
     session_share: float = 0.25
     evict_after_s: float = 5.0
+    context_s: float = 600.0
     busy_retry_ms: int = 250
     stop_ms: int = 2000
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ServiceError(f"{name} is {getattr(self, name)}", "it must be positive")
+            value, least = getattr(self, name), "0 or more" if name == "context_s" else "positive"
+            if not 0 <= value < math.inf or (not value and name != "context_s"):
+                raise ServiceError(f"{name} is {value}", f"it must be {least}")
         for name in ("kv_share", "session_share"):
             if getattr(self, name) > 1:
                 raise ServiceError(f"{name} is {getattr(self, name)}", "it is a part of the whole, 1 at most")

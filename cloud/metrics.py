@@ -36,6 +36,7 @@ class Metrics:
         faults: refusals by code name.
         rows, tokens: computed and sampled.
         sessions_opened, sessions_evicted, sessions_expired: over the service's life.
+        prefix_asked, prefix_found: tokens that sessions wanted to begin with, and those whose KV was there.
         step_ms, step_rows, queue_ms: of the engine's steps, and requests' waiting for them.
         gauges: what is true now; set by the service.
     """
@@ -51,6 +52,8 @@ class Metrics:
         self.sessions_evicted = 0
         self.sessions_expired = 0
         self.peers_dropped = 0
+        self.prefix_asked = 0
+        self.prefix_found = 0
         self.faults: dict[str, int] = {}
         self.step_ms = Histogram(_STEP_MS)
         self.step_rows = Histogram(_ROWS)
@@ -74,6 +77,8 @@ class Metrics:
             "sessions_opened": (self.sessions_opened, "Sessions opened"),
             "sessions_evicted": (self.sessions_evicted, "Sessions whose KV was taken for others"),
             "sessions_expired": (self.sessions_expired, "Sessions forgotten after idling"),
+            "prefix_asked_tokens": (self.prefix_asked, "Tokens that sessions wanted to begin with"),
+            "prefix_found_tokens": (self.prefix_found, "Tokens of those whose KV was there"),
             "peers_dropped": (
                 self.peers_dropped,
                 "Connections dropped for silence or unread answers",

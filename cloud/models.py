@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from isthmus.cloud.context import Context
 from isthmus.cloud.files import BundleFiles
 from isthmus.cloud.pace import measured
 from isthmus.cloud.scheduler import State
@@ -26,6 +27,7 @@ class Model:
         part: runs all its layers.
         kv: format and size of the part's KV.
         channels: what is known of the channels before some layers.
+        context: KV that sessions leave for others, None where the back end cannot.
         files: its bundle for devices, None when it is not given out.
         sessions: all that use it.
         ready: those with work for the engine, by number.
@@ -37,6 +39,7 @@ class Model:
     kv: KvConfig
     files: BundleFiles | None = None
     channels: dict[int, ChannelStats] = field(default_factory=dict)
+    context: Context | None = None
     sessions: set[Session] = field(default_factory=set)
     ready: dict[int, Session] = field(default_factory=dict)
     schedule: State = field(default_factory=State)
@@ -61,6 +64,8 @@ class Model:
             session.sequence.close()
         self.sessions.clear()
         self.ready.clear()
+        if self.context is not None:
+            self.context.close()
         self.part.close()
         if self.files is not None:
             self.files.close()
@@ -108,7 +113,8 @@ def serve_part(
         steps,
         row_us,
     )
-    return Model(offer, part, kv, files, channels or {})
+    context = Context() if part.numerics.exact else None  # else what others computed is not what it would be
+    return Model(offer, part, kv, files, channels or {}, context)
 
 
 def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_down: float = 1.0) -> Model:

@@ -18,6 +18,7 @@ from isthmus.cloud.admission import (
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
 from isthmus.cloud.peers import Peer
+from isthmus.cloud.root import Root
 from isthmus.cloud.session import Session
 from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal, Reply
@@ -121,6 +122,10 @@ class Registry:
             self._admit(model, message, principal, now_s)
             session = self._new_session(model, message, principal)
         session.resume(message.epoch, peer.route, message.alias)
+        if model.context is not None and not session.held:
+            model.context.begin(
+                session, Root(principal, message.enter, message.source if message.enter else ""), message.prefixes
+            )
         session.used_s = now_s
         peer.aliases[message.alias] = session
         return session, model
@@ -141,6 +146,8 @@ class Registry:
         peer = self.peers.get(session.route)
         if peer is not None and session.freed_bytes:
             peer.done(session.freed_bytes)
+        if model.context is not None:
+            model.context.touch(session)
         session.sequence.close()
 
     def settle(self, session: Session, model: Model, peer: Peer | None) -> None:
@@ -188,9 +195,12 @@ class Registry:
         return session
 
     def evict(self, session: Session) -> None:
-        """Takes a session's KV."""
+        """Takes a session's KV; what of it is kept for others, and for itself, goes when memory is needed."""
+        _, model = self._sessions[session.session_id]
+        if model.context is not None:
+            model.context.touch(session)
         session.forget(0)
-        self.settle(session, self._sessions[session.session_id][1], self.peers.get(session.route))
+        self.settle(session, model, self.peers.get(session.route))
         self._metrics.sessions_evicted += 1
 
     def overdrawn(self, model: Model, now_s: float) -> tuple[list[Session], list[tuple[Session, str, bool]]]:
@@ -265,7 +275,7 @@ class Registry:
             own_idle_sessions=len(own_idle),
             idle_sessions=len(idle),
             share_sessions=self._share_sessions,
-            free_tokens=model.part.free_tokens,
+            free_tokens=model.part.free_tokens + (model.context.spare_tokens if model.context is not None else 0),
             idle_tokens=sum(self._held(s) for s in idle if s in model.sessions),
             share_tokens=self._share(model),
             own_tokens=sum(

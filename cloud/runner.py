@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from isthmus.cloud.admission import SHORTEN, ServiceLimits
+from isthmus.cloud.admission import SHORTEN, ServiceLimits, held_tokens
 from isthmus.cloud.feed import take
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
@@ -71,10 +71,13 @@ class Runner:
         model.schedule, picks = step(model.schedule, demands, self._limits)
         try:
             self._compute(model, picks)
-        except OutOfBlocks:
+        except OutOfBlocks:  # nothing was committed; the next turn tries again
+            if self._reclaim(model, picks):
+                return
             if (spare := self._registry.spare(model, now_s)) is not None:
                 self._registry.evict(spare)
-                return  # nothing was committed; the next turn tries again
+                self._reclaim(model, picks)
+                return
             self._one_by_one(model, picks)
         except EngineError:
             self._one_by_one(model, picks)
@@ -106,6 +109,8 @@ class Runner:
             at_token += n_tokens
             at_hidden += n_hidden
             reply = session.commit(n_rows, tokens, hidden, engine_us)
+            if model.context is not None:
+                model.context.keep(session)
             peer = self._registry.peers.get(session.route)
             if peer is None:
                 session.cancel()
@@ -119,6 +124,16 @@ class Runner:
         metrics.tokens += at_token
         metrics.step_ms.add(engine_s * 1e3)
         metrics.step_rows.add(len(rows))
+
+    def _reclaim(self, model: Model, picks: list[Pick]) -> int:
+        """Takes memory for rows from what no session uses; for how many positions there was some."""
+        if model.context is None:
+            return 0
+        needed = -model.part.free_tokens
+        for pick in picks:
+            start = model.ready[pick.session].work[0].start
+            needed += held_tokens(start + pick.rows, 0, self._limits) - held_tokens(start, 0, self._limits)
+        return model.context.reclaim(max(1, needed))  # 1: a block that others have, too, may have to be copied
 
     def _one_by_one(self, model: Model, picks: list[Pick]) -> None:
         """After a step failed as a whole: finds out whose rows it cannot take, and computes the others."""

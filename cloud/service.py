@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from isthmus.cloud import replies
 from isthmus.cloud.admission import ServiceLimits
 from isthmus.cloud.attendant import Attendant
+from isthmus.cloud.bulk import Bulk
 from isthmus.cloud.graphs import Graph, Graphs
 from isthmus.cloud.metrics import Metrics
 from isthmus.cloud.models import Model
@@ -38,13 +39,11 @@ from isthmus.protocol.messages import (
     Hello,
     Infer,
     Limits,
-    Manifest,
     Message,
     Offer,
     Open,
     Ping,
     Pong,
-    Range,
     Rows,
     Truncate,
     Welcome,
@@ -106,6 +105,9 @@ class Service:
         if len(self.models) < len(models):
             raise ServiceError("the same model twice", "name each bundle once")
         self.limits = limits or ServiceLimits()
+        if not self.limits.context_s:
+            for model in models:
+                model.context = None
         self.metrics = Metrics()
         self._transport = transport
         self._allowed = allowed
@@ -119,7 +121,7 @@ class Service:
         self._letters: deque[Letter] = deque()  # that came during a step
         self._attendant = Attendant(self._attend, transport.stirs)
         self._runner = Runner(self._registry, self.limits, self.metrics, clock, self._attendant)
-        self._bulk: deque[Peer] = deque()
+        self._bulk = Bulk(self._registry, self.limits.max_ranges, self._attendant, self._refuse)
         self._stop_asked = False
         self._stop_s = self.limits.stop_ms * 1e-3
         self._closed = False
@@ -130,8 +132,8 @@ class Service:
             Cancel: self._cancel,
             Close: self._close_session,
             Truncate: self._truncate,
-            GetManifest: self._get_manifest,
-            GetRange: self._get_range,
+            GetManifest: self._bulk.manifest,
+            GetRange: self._bulk.ask,
             Infer: self._infer,
         }
 
@@ -180,7 +182,7 @@ class Service:
 
     def turn(self, timeout_ms: float) -> None:
         """One round: receives what is there (waits only when idle), computes one step of each model, answers."""
-        self._transport.poll(0.0 if self._letters or self._bulk or self._busy() else timeout_ms)
+        self._transport.poll(0.0 if self._letters or self._bulk.waits or self._busy() else timeout_ms)
         if not self._letters:  # of them, none is overtaken
             self._take_in()
         stepped = False
@@ -191,8 +193,7 @@ class Service:
         if self._graphs.ready:
             self._graphs.step(self._attendant)
             stepped = True
-        if self._bulk:
-            self._send_ranges(1 if stepped else _RANGES_A_TURN)
+        self._bulk.send(1 if stepped else _RANGES_A_TURN)
         for _ in range(min(_MESSAGES_A_TURN, len(self._letters))):
             self._dispatch(*self._letters.popleft())
         now_s = self._clock()
@@ -365,20 +366,6 @@ class Service:
             self._registry.forget(session)
             del peer.aliases[message.alias]
 
-    def _get_manifest(self, peer: Peer, message: GetManifest, principal: str, size: int, now_s: float) -> None:
-        model = self._registry.model(message.model_id)
-        if model.files is None:
-            raise Refusal(Code.NOT_FOUND, "this cloud does not give its bundle out", "get the bundle elsewhere")
-        peer.done(size)
-        peer.send(Manifest(model.offer.model_id, model.files.manifest))
-
-    def _get_range(self, peer: Peer, message: GetRange, principal: str, size: int, now_s: float) -> None:
-        if len(peer.ranges) >= self.limits.max_ranges:
-            raise self._registry.busy(f"{len(peer.ranges)} ranges wait already")
-        if not peer.ranges:
-            self._bulk.append(peer)
-        peer.ranges.append((message, size))
-
     # Odds and ends
 
     def _busy(self) -> bool:
@@ -405,34 +392,6 @@ class Service:
     def _tell(self, route: bytes, fault: Fault) -> None:
         """Answers a connection that has no peer; nothing is kept when it does not listen."""
         Peer(route, self._transport, self.metrics, credit_bytes=1, max_outbox_bytes=1).send(fault)
-
-    def _send_ranges(self, most: int) -> None:
-        for _ in range(min(most, len(self._bulk))):
-            peer = self._bulk.popleft()
-            if peer.gone or not peer.ranges:
-                continue
-            if not peer.outbox:
-                message, size = peer.ranges.popleft()
-                peer.done(size)
-                self._send_range(peer, message)
-            else:
-                peer.flush()
-            if peer.ranges:
-                self._bulk.append(peer)
-
-    def _send_range(self, peer: Peer, message: GetRange) -> None:
-        try:
-            model = self._registry.model(message.model_id)
-            found = None
-            if model.files is not None:
-                with self._attendant:  # a disk may be slow
-                    found = model.files.read(message.name, message.sha256, message.offset, message.length)
-            if found is None:
-                raise Refusal(Code.NOT_FOUND, f"no file {message.name!r} with that hash here", "get the manifest again")
-        except Refusal as error:
-            self._refuse(peer, message, error)
-            return
-        peer.send(Range(model.offer.model_id, message.name, message.offset, found[1], found[0]))
 
     def _say_bye(self) -> None:
         for peer in self._peers.values():
@@ -472,11 +431,17 @@ class Service:
                     self._expel(self._count_principals())
             except ProtocolError as error:
                 _log.warning("%s", error)
+        contexts = [model.context for model in self.models.values() if model.context is not None]
+        for context in contexts:
+            context.refresh(self._clock(), self.limits.context_s)
+        self.metrics.prefix_asked = sum(context.asked_tokens for context in contexts)
+        self.metrics.prefix_found = sum(context.found_tokens for context in contexts)
         self.metrics.gauges = {
             "sessions": len(self._registry),
             "connections": len(self._peers),
             "waiting_requests": sum(len(session.work) for session, _ in self._registry) + self._graphs.waiting,
             "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
+            "kv_spare_tokens": sum(context.spare_tokens for context in contexts),
             "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
         }
 
@@ -493,6 +458,9 @@ class Service:
         for session, _ in self._registry:
             if session.principal not in principals:
                 self._registry.forget(session)
+        for model in self.models.values():
+            if model.context is not None:
+                model.context.expel(principals)
         for peer in list(self._peers.values()):
             if self._allowed.principal(peer.key) is None:
                 peer.send(Fault(Code.NOT_ALLOWED, *_EXPELLED))

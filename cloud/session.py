@@ -13,13 +13,14 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.cloud import refusals, replies, streaming
+from isthmus.cloud import drafting, refusals, replies, streaming
+from isthmus.cloud.root import Root
 from isthmus.cloud.samples import Samples
 from isthmus.cloud.shape import Shape
 from isthmus.cloud.work import Refusal, Reply, Work, sampling_of
-from isthmus.engine.part import Sequence
+from isthmus.engine.part import KvBlock, Sequence
 from isthmus.engine.sampling import GREEDY as ENGINE_GREEDY
-from isthmus.protocol.chain import Chain
+from isthmus.protocol.chain import BLOCK, Chain
 from isthmus.protocol.messages import (
     GREEDY,
     WANT_HIDDEN,
@@ -30,6 +31,7 @@ from isthmus.protocol.messages import (
     Fill,
     Generate,
     Rows,
+    Tensor,
     Truncate,
 )
 
@@ -50,6 +52,8 @@ class Session:
         work: requests that wait, in order; the engine computes the first.
         route, alias: connection to answer on.
         samples: tokens sampled along the log.
+        root: under which its blocks are kept for others, None where they are not.
+        kept: blocks that are.
         freed_bytes: credit of requests that are done, to be given back.
         refused: times in a row that there was no KV for it.
     """
@@ -70,6 +74,8 @@ class Session:
         self.committed = 0
         self.chain = Chain()
         self.work: deque[Work] = deque()
+        self.root: Root | None = None
+        self.kept = 0
         self.freed_bytes = 0
         self.refused = 0
         self.samples = Samples()
@@ -118,6 +124,12 @@ class Session:
                 work.size_bytes = 0
         self.epoch, self.route, self.alias = epoch, route, alias
 
+    def begin(self, chain: Chain, blocks: list[KvBlock]) -> None:
+        """Takes over a text whose KV others computed. It is empty, and nothing waits."""
+        self.sequence.adopt(blocks, self.enter)
+        self.chain, self.committed, self.kept = chain, len(chain), len(blocks)
+        self.samples.extend(len(chain), [], GREEDY)
+
     def rows(self, message: Rows, now_s: float, size_bytes: int = 0) -> Reply | None:
         """Takes rows in; the reply when the log knows it, else None and there is work.
 
@@ -142,7 +154,7 @@ class Session:
         self._room()
         states = None
         if hidden is not None:
-            states = self.shape.states(hidden)[new_at - message.position :]
+            states = self._states(hidden)[new_at - message.position :]
         self.chain.extend(tokens[new_at - message.position :])
         self._add(
             Work(
@@ -226,7 +238,7 @@ class Session:
         self._room(drafted=True)
         states = None
         if message.hidden is not None:
-            states = self.shape.states(message.hidden)[at - message.position :]
+            states = self._states(message.hidden)[at - message.position :]
         self.chain.extend(message.tokens[at - message.position :])
         asks = (WANT_NONE, False, GREEDY, ENGINE_GREEDY, now_s)
         self._add(Work(message.position, end, at, end, *asks, states, at, size_bytes=size_bytes, lazy=True))
@@ -245,7 +257,7 @@ class Session:
         if self._stale_prefix(position, message.prefix_hash):
             return None
         if position < known:
-            return self._judged_before(position, tokens)
+            return drafting.judged_before(self, position, tokens)
         work = self.work[-1] if self.work else None
         if work is not None and not work.lazy and (work.max_tokens or not work.want & WANT_SAMPLE):
             raise refusals.busy("an earlier request is not done yet", self.shape.busy_retry_ms)
@@ -258,7 +270,7 @@ class Session:
         self.shape.check(tokens, end, self.window)
         self._room(drafted=True)
         sampler = message.sampler or (self.samples.sampler if work is None or work.lazy else work.sampler)
-        states = None if message.hidden is None else self.shape.states(message.hidden)
+        states = None if message.hidden is None else self._states(message.hidden)
         self.chain.extend(tokens)
         self._add(
             Work(
@@ -306,6 +318,7 @@ class Session:
         if length < self.committed:
             self.sequence.truncate(length)
             self.committed = length
+            self.kept = min(self.kept, length // BLOCK)
             self.chain.truncate(length)
             self.samples.truncate(length)
 
@@ -324,7 +337,7 @@ class Session:
         work.engine_us += engine_us + self._unbilled_us
         self._unbilled_us = 0
         if work.drafted and work.start + rows > work.position:
-            return self._checked(work, rows, tokens)
+            return drafting.checked(self, work, rows, tokens)
         self.committed += rows
         work.start += rows
         self.samples.extend(rows, tokens, work.sampler)
@@ -338,11 +351,19 @@ class Session:
         self.work.popleft()
         self.freed_bytes += work.size_bytes
         if tokens:
-            self._follow(tokens[-1])
+            self.follow(tokens[-1])
         if work.lazy:
             self._unbilled_us = work.engine_us
             return None
         return replies.result(self, work.position, work.tokens, work)
+
+    def follow(self, token: int) -> None:
+        """Drops what builds on another token than the one that follows the committed log."""
+        if self.work and not self.work[0].drafted:
+            return
+        if self.chain.tokens[self.committed : self.committed + 1] != [token]:
+            self._drop_work()
+            self.chain.truncate(self.committed)
 
     def fail(self, refusal: Refusal) -> list[Reply]:
         """Drops all work with a Fault for each request; the log keeps what is committed."""
@@ -376,6 +397,11 @@ class Session:
             raise Refusal(
                 Code.STALE_EPOCH, f"epoch {epoch} was never opened, {self.epoch} was", "send Open or Truncate first"
             )
+
+    def _states(self, hidden: Tensor) -> NDArray[np.float32]:
+        if self.root is not None and not self.root.source.endswith(f"/{hidden.codec}"):
+            self.root = None  # its KV is not what the device said that it would be
+        return self.shape.states(hidden)
 
     def _match(self, position: int, prefix_hash: bytes, tokens: list[int]) -> int:
         """Holds tokens against the log; the position from which on they are new."""
@@ -424,52 +450,6 @@ class Session:
         if end < self.committed:
             raise refusals.diverged(f"the answer at {end} is not in the log, and later positions build on it")
         self.forget(position)
-
-    def _checked(self, work: Work, rows: int, sampled: list[int]) -> Reply | None:
-        """Commits the drafted rows up to the first whose sample is not what was drafted next."""
-        given = max(0, work.position - work.start)
-        self.samples.extend(given, [], work.sampler)
-        self.committed += given
-        work.start += given
-        rows -= given
-        drafted = self.chain.tokens[work.start + 1 : work.end]
-        at = work.start + 1 - work.position  # in the block, of the first of them
-        for i, (guess, token) in enumerate(zip(drafted, sampled, strict=False)):
-            if guess != token and work.firm >> (at + i) & 1:
-                sampled[i] = guess
-        wrong = (i for i, (guess, token) in enumerate(zip(drafted, sampled, strict=False)) if guess != token)
-        kept = next(wrong, rows - 1) + 1
-        self.committed += kept
-        work.start += kept
-        self.samples.extend(kept, sampled[:kept], work.sampler)
-        token = sampled[kept - 1]
-        if kept == rows and work.start < work.end and self.chain.tokens[work.start] == token:
-            return None  # the rest of the block comes with the next step
-        self.work.popleft()
-        self.freed_bytes += work.size_bytes
-        if self.sequence.length > self.committed:
-            self.sequence.truncate(self.committed)
-        self._follow(token)
-        return replies.verdict(self, work.position, self.committed - work.position, token, work)
-
-    def _follow(self, token: int) -> None:
-        """Drops what builds on another token than the one that follows the committed log."""
-        if self.work and not self.work[0].drafted:
-            return
-        if self.chain.tokens[self.committed : self.committed + 1] != [token]:
-            self._drop_work()
-            self.chain.truncate(self.committed)
-
-    def _judged_before(self, position: int, tokens: list[int]) -> Reply | None:
-        """The answer to a repeated draft, None while it waits, or where none of it was right."""
-        if any(work.position == position for work in self.work):
-            return None
-        same = zip(tokens, self.chain.tokens[position : self.committed], strict=False)
-        accepted = next((i for i, (guess, token) in enumerate(same) if guess != token), None)
-        if accepted is None:
-            accepted = min(len(tokens), self.committed - position)
-        token = self.samples.after(position + accepted - 1)
-        return replies.verdict(self, position, accepted, token) if accepted and token is not None else None
 
     def _room(self, drafted: bool = False) -> None:
         if self.work and self.work[-1].drafted and not drafted:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from isthmus.protocol.chain import ROOT, Chain
-from isthmus.protocol.messages import Open, Truncate
+from isthmus.protocol.chain import BLOCK, NAME_BYTES, ROOT, Chain
+from isthmus.protocol.messages import MAX_PREFIXES, Open, Truncate
 
 EXACT = ("", "f32")  # codecs behind which a row is what it was
 
@@ -111,12 +111,21 @@ class Lane:
             return True
         return False
 
-    def opening(self, model_id: str, kv_format: str, window: int) -> Open:
-        """The message that opens the lane or takes it up again."""
+    def opening(self, model_id: str, kv_format: str, window: int, log: Chain, numerics: str) -> Open:
+        """The message that opens the lane or takes it up again, and asks for what the cloud has of the log.
+
+        Args:
+            numerics: of what makes hidden states, empty where others need not make the same.
+        """
         self.epoch += 1
         self.opened = self.loose = False
         self.streamed, self.expects = 0, None
-        return Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
+        message = Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
+        if self.enter and numerics:
+            message.source = f"{numerics}/{self.codec}"
+        if message.source or not self.enter:
+            message.prefixes = log.names(min(self.limit, len(log), MAX_PREFIXES // NAME_BYTES * BLOCK))
+        return message
 
     def cutting(self, length: int) -> Truncate:
         """The message that makes the cloud forget positions from `length` on."""

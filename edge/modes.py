@@ -16,6 +16,7 @@ from isthmus.edge.runners import LocalRunner, Runner, SplitRunner, StreamRunner
 from isthmus.edge.standby import Ready
 from isthmus.edge.token import Source
 from isthmus.edge.verify import VerifyRunner
+from isthmus.engine.part import Numerics
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
@@ -67,7 +68,7 @@ class Modes:
             cut = self.default_cut() if options.cut is None else options.cut
             part = self._holding.open(cut)
             codec = options.codec or "f16"
-            self._check_offer(link, codec, part.part.numerics.id)
+            self._check_offer(link, codec, part.part.numerics)
             return SplitRunner(part, link, self._log, options.sampling, cut, codec)
         if options.mode == "exit":
             return self._exit(options, link)
@@ -138,7 +139,7 @@ class Modes:
             raise DeviceError("this cloud does not answer exits", "update isthmus there, or use stream mode")
         known = any(stats.digest in offer.channels for offer in welcome.offers)
         codec = options.codec or self._exits.codec(layer, known)
-        self._check_offer(link, codec, self._holding.open(layer).part.numerics.id)
+        self._check_offer(link, codec, self._holding.open(layer).part.numerics)
         pace = self._pace if options.guesses is None else guessing_pace(options.guesses)
         return ExitRunner(
             link,
@@ -153,13 +154,14 @@ class Modes:
             self._bundle.config.n_layers,
         )
 
-    def _check_offer(self, link: Link, codec: str, numerics: str) -> None:
+    def _check_offer(self, link: Link, codec: str, numerics: Numerics) -> None:
         welcome = link.welcome()
+        link.session.numerics = numerics.id if numerics.exact else ""
         assert welcome is not None
         for offer in welcome.offers:
             if offer.model_id != self._bundle.model_id:
                 continue
             if codec not in offer.codecs:
                 raise DeviceError(f"{self._where} does not take {codec}", f"choose {' or '.join(offer.codecs)}")
-            if offer.numerics != numerics:
-                self.say(f"{self._where} computes with {offer.numerics}, this device with {numerics}")
+            if offer.numerics != numerics.id:
+                self.say(f"{self._where} computes with {offer.numerics}, this device with {numerics.id}")

@@ -47,6 +47,7 @@ class Session:
         connections: Welcomes so far.
         closing: whether the cloud has said that it stops; until another one is there.
         trips: how long answers take.
+        numerics: of the device's engine where it is exact: lanes of hidden states may then begin with others' KV.
     """
 
     def __init__(
@@ -66,11 +67,10 @@ class Session:
         self._model_id, self._timeouts = model_id, timeouts or Timeouts()
         self.where, self._kv_format, self._window = where, kv_format, window
         self.restore: Callable[[Lane], None] | None = None
-        self._lanes: dict[int, Lane] = {}
+        self._lanes, self._streams = dict[int, Lane](), dict[int, Stream]()
         self._pending = Requests()
-        self._streams: dict[int, Stream] = {}
         self.patience, self.trips = Patience(self._timeouts, where), Trips()
-        self.closing, self._setbacks = False, 0
+        self.closing, self._setbacks, self.numerics = False, 0, ""
         self._room = self._vocab = 0  # positions that a session has, and tokens of the model; 0 for no bound
 
     # -- what the device asks for
@@ -388,7 +388,7 @@ class Session:
 
     def _open(self, lane: Lane, now: float) -> None:
         self._drop(lane)
-        message = lane.opening(self._model_id, self._kv_format, self._window)
+        message = lane.opening(self._model_id, self._kv_format, self._window, self.log, self.numerics)
         self._post(("control", lane.alias), message, lane, now)
 
     def _cut(self, lane: Lane, length: int, now: float) -> None:

@@ -6,6 +6,8 @@ head_dim padded to 16. One block is one unit of sharing, copying and spilling.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -135,6 +137,15 @@ class BlockTable:
                 self.pool.give(block)
             self.blocks[self.count] = -1
         self.dropped = min(self.dropped, self.count)
+
+    def begin(self, blocks: Sequence[int]) -> None:
+        """Becomes one more user of blocks, as the first of an empty table."""
+        for block in blocks:
+            self.pool.share(block)
+        self.count = len(blocks)
+        if self.count > len(self.blocks):
+            self.blocks = np.full(self.count, -1, np.int32)
+        self.blocks[: self.count] = blocks
 
     def fork(self) -> BlockTable:
         """Another table of the same blocks."""

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from isthmus.engine.binding import Workers, native
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.experts import ExpertSource
-from isthmus.engine.kv import BlockTable, Forecast
+from isthmus.engine.kv import BlockTable, Forecast, KvPool
+from isthmus.engine.native_block import NativeBlock
 from isthmus.engine.native_decode import NOTHING, ROW, DecodeRow
 from isthmus.engine.native_layers import Layers
 from isthmus.engine.native_sequence import NativeSequence
@@ -103,6 +104,37 @@ class NativePart:
     def free_tokens(self) -> int:
         """Positions that the KV pool can still take."""
         return min(layers.pool.free_blocks for layers in self._layers) * KV_BLOCK
+
+    @property
+    def pools(self) -> list[KvPool]:
+        """KV of each of the chained layers."""
+        return [layers.pool for layers in self._layers]
+
+    def skipped_bytes(self, enter: int) -> list[int]:
+        """Bytes at the front of a block, in each pool, of layers before `enter`."""
+        return [
+            min(max(0, enter - one.start), one.end - one.start) * one.pool.memory.shape[1] // (one.end - one.start)
+            for one in self._layers
+        ]
+
+    def restore(self, data: bytes, enter: int = 0) -> NativeBlock:
+        """A block with what `NativeBlock.data` gave; see `engine.part.Part.restore`."""
+        with self.lock:
+            sizes = [
+                pool.memory.shape[1] - skipped
+                for pool, skipped in zip(self.pools, self.skipped_bytes(enter), strict=True)
+            ]
+            if len(data) != sum(sizes):
+                raise EngineError(f"a KV block of {len(data)} bytes", f"give the {sum(sizes)} that were read")
+            if not all(pool.free_blocks for pool in self.pools):
+                raise OutOfBlocks("the KV cache is full", "close a session, or raise kv_tokens")
+            blocks, at = [], 0
+            for pool, size in zip(self.pools, sizes, strict=True):
+                block = pool.take()
+                pool.memory[block, pool.memory.shape[1] - size :] = np.frombuffer(data, np.uint8, size, at)
+                blocks.append(block)
+                at += size
+            return NativeBlock(self, blocks)
 
     def _grow_seats(self, count: int) -> None:
         new = self._ffi.new

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 from isthmus.engine.kv import BlockTable
-from isthmus.engine.part import KV_BLOCK, KV_SLACK, Span
+from isthmus.engine.native_block import NativeBlock
+from isthmus.engine.part import KV_BLOCK, KV_SLACK, KvBlock, Span
 from isthmus.protocol.errors import EngineError
 
 if TYPE_CHECKING:
@@ -78,6 +80,35 @@ class NativeSequence:
             self.low = self.high = 0
             self.going = None
             return NativeSequence(part, self.window, [table.fork() for table in self.tables], list(self.filled))
+
+    def lend(self, index: int) -> NativeBlock:
+        """A full block of it, to be kept by others; see `engine.part.Sequence.lend`."""
+        part, end = self._open(), (index + 1) * KV_BLOCK
+        with part.lock:
+            if not 0 < end <= self.length or any(table.blocks[index] < 0 for table in self.tables):
+                raise EngineError(f"block {index} of {self.length} positions is not held whole", "lend what is held")
+            found = [int(table.blocks[index]) for table in self.tables]
+            for table, block in zip(self.tables, found, strict=True):
+                table.pool.share(block)
+            self.low = max(self.low, end)  # it is copied before it is written again
+            return NativeBlock(part, found)
+
+    def adopt(self, blocks: Iterable[KvBlock], enter: int) -> None:
+        """Begins with blocks that others lent; see `engine.part.Sequence.adopt`."""
+        part = self._open()
+        with part.lock:
+            if self.length or any(table.count for table in self.tables):
+                raise EngineError(f"{self.length} positions are held already", "let an empty sequence adopt blocks")
+            if not part.start <= enter < part.end:
+                raise EngineError(f"rows enter at layer {enter}", f"choose one of {part.start} to {part.end - 1}")
+            lent = [cast(NativeBlock, block).shown(part) for block in blocks]
+            for table, column in zip(self.tables, zip(*lent, strict=True), strict=False):
+                table.begin(column)
+            self.length = len(lent) * KV_BLOCK
+            self.filled = [self.length if part.start + i >= enter else 0 for i in range(len(self.filled))]
+            self.low = self.high = 0
+            self.going = None
+            part.seat(self)
 
     def close(self) -> None:
         """Gives the blocks back."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.engine.part import KV_BLOCK
+from isthmus.engine.part import KV_BLOCK, KvBlock
 from isthmus.protocol.errors import EngineError
 
 if TYPE_CHECKING:
@@ -73,6 +74,14 @@ class OnnxSequence:
         other.buffers = [None if pair is None else (pair[0].copy(), pair[1].copy()) for pair in self.buffers]
         return other
 
+    def lend(self, index: int) -> KvBlock:
+        """See `engine.part.Sequence.lend`; there are no blocks here."""
+        raise no_blocks()
+
+    def adopt(self, blocks: Iterable[KvBlock], enter: int) -> None:
+        """See `engine.part.Sequence.adopt`; there are no blocks here."""
+        raise no_blocks()
+
     def close(self) -> None:
         """Gives the buffers back."""
         if self.part is not None:
@@ -103,6 +112,11 @@ class OnnxSequence:
             self.buffers[layer] = (fresh[0], fresh[1])
             self.base[layer] = base
             self.bindings = {}
+
+
+def no_blocks() -> EngineError:
+    """The error of what needs KV in blocks."""
+    return EngineError("ONNX Runtime keeps no KV in blocks", "use the native engine")
 
 
 def blocks(positions: int) -> int:

@@ -17,12 +17,13 @@ from isthmus.engine.binding import default_threads
 from isthmus.engine.config import DecoderConfig
 from isthmus.engine.head import head_tokens
 from isthmus.engine.onnx_graph import Builder, Weights
-from isthmus.engine.onnx_kv import SLACK, OnnxSequence, blocks
+from isthmus.engine.onnx_kv import SLACK, OnnxSequence, blocks, no_blocks
 from isthmus.engine.onnx_proto import Graph
 from isthmus.engine.onnx_session import Session, bind_input, bind_output, onnxruntime
 from isthmus.engine.part import (
     KV_BLOCK,
     NO_CONFIDENCE,
+    KvBlock,
     KvConfig,
     Numerics,
     Rows,
@@ -129,6 +130,10 @@ class OnnxPart:
         sequence = OnnxSequence(self, self._end - self._start, window)
         self._sequences.append(sequence)
         return sequence
+
+    def restore(self, data: bytes, enter: int = 0) -> KvBlock:
+        """See `engine.part.Part.restore`; there are no blocks here."""
+        raise no_blocks()
 
     def forget(self, sequence: OnnxSequence) -> None:
         """Stops counting a sequence (which closes itself)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import NamedTuple, Protocol
@@ -94,6 +94,23 @@ class Numerics:
         return not self.varies_with
 
 
+class KvBlock(Protocol):
+    """The KV of 16 positions in a row, which stays when the sequence that lent it goes."""
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a sequence uses it, too; if not, closing it frees its memory."""
+        ...
+
+    def data(self, enter: int = 0) -> bytes:
+        """The bytes of the part's layers from `enter` on, in the part's KV format."""
+        ...
+
+    def close(self) -> None:
+        """Gives it back; may be called twice."""
+        ...
+
+
 class Sequence(Protocol):
     """A row of positions with its KV."""
 
@@ -108,6 +125,22 @@ class Sequence(Protocol):
 
     def fork(self) -> Sequence:
         """Another sequence with the same past; blocks are shared until one of them writes."""
+        ...
+
+    def lend(self, index: int) -> KvBlock:
+        """The block of positions 16 `index` to 16 `index` + 15, to be kept by others; nothing is copied.
+
+        Raises:
+            EngineError: not all of them are held, or the back end keeps no blocks.
+        """
+        ...
+
+    def adopt(self, blocks: Iterable[KvBlock], enter: int) -> None:
+        """Begins with the positions of such blocks, of layers from `enter` on; they are shared until it writes there.
+
+        Raises:
+            EngineError: it is not empty, a block is closed or another part's, or the back end keeps no blocks.
+        """
         ...
 
     def close(self) -> None:
@@ -241,6 +274,15 @@ class Part(Protocol):
 
         Raises:
             EngineError: a negative number, sinks without a window, or sinks that the back end cannot keep.
+        """
+        ...
+
+    def restore(self, data: bytes, enter: int = 0) -> KvBlock:
+        """A block that was read with `KvBlock.data`, bit for bit.
+
+        Raises:
+            OutOfBlocks: the pool is full.
+            EngineError: not as many bytes as a block of those layers has, or the back end keeps no blocks.
         """
         ...
 

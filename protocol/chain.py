@@ -8,6 +8,8 @@ from hashlib import blake2b
 from isthmus.protocol.fields import HASH_BYTES
 
 ROOT = bytes(HASH_BYTES)
+BLOCK = 16  # tokens: prefixes of so many, twice as many and so on are what a cloud may hold
+NAME_BYTES = 8  # of a hash, that ask for a prefix; the answer brings all of them
 
 
 def extend(prefix: bytes, token: int) -> bytes:
@@ -40,6 +42,10 @@ class Chain:
     def at(self, length: int) -> bytes:
         """Hash of the first `length` tokens, 0 <= length <= len(self)."""
         return self._hashes[length]
+
+    def names(self, length: int) -> bytes:
+        """The first `NAME_BYTES` of the hash of each whole block's prefix within the first `length` tokens."""
+        return b"".join(self._hashes[end][:NAME_BYTES] for end in range(BLOCK, length + 1, BLOCK))
 
     def common(self, other: Chain) -> int:
         """How many leading tokens both logs have in common."""

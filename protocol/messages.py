@@ -49,6 +49,7 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_RANGE_BYTES = 64 * 1024
 MAX_PADDING = 16 * 1024
 MAX_DRAFT = 32
+MAX_PREFIXES = 64 * 1024  # bytes: of 131,072 tokens
 CAN_VERIFY = "draft"  # among Welcome's capabilities: Draft and Fill are understood
 
 WANT_NONE, WANT_HIDDEN, WANT_SAMPLE = 0, 1, 4  # the same bits as engine.part.Want
@@ -91,6 +92,8 @@ class Open(Struct, array_like=True, tag=3):
         window: 0 fails with KV_FULL when the context is full, n > 0 lets attention see the last n positions only.
         numerics: required numerics id, empty for any.
         max_positions: positions that the device expects to need, 0 for unknown; admission only.
+        prefixes: what the session is to begin with, as far as the cloud holds it: `chain.Chain.names`.
+        source: what hidden states were made by and how they are coded; sessions of the same source begin alike.
     """
 
     session: SessionId
@@ -102,6 +105,8 @@ class Open(Struct, array_like=True, tag=3):
     window: U32 = 0
     numerics: Name = ""
     max_positions: U32 = 0
+    prefixes: Annotated[bytes, Meta(max_length=MAX_PREFIXES)] = b""
+    source: Name = ""
 
 
 class Opened(Struct, array_like=True, tag=4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from isthmus.cloud.models import serve_part
 from isthmus.cloud.service import Service
 from isthmus.engine.config import DecoderConfig
-from isthmus.engine.part import KvConfig, Numerics, Rows, StepResult, Want
+from isthmus.engine.part import KV_BLOCK, KvConfig, Numerics, Rows, StepResult, Want
 from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
@@ -61,6 +61,33 @@ class ToySequence:
     def fork(self) -> ToySequence:
         raise NotImplementedError
 
+    def lend(self, index: int) -> ToyBlock:
+        first, end = index * KV_BLOCK, (index + 1) * KV_BLOCK
+        assert end <= self.length
+        return ToyBlock([{p: kv for p, kv in layer.items() if first <= p < end} for layer in self.kv])
+
+    def adopt(self, blocks: Iterable[Any], enter: int) -> None:
+        assert not self.length
+        for block in blocks:
+            self.length += KV_BLOCK
+            for mine, lent in zip(self.kv[enter:], block.kv[enter:], strict=True):
+                mine.update(lent)
+
+    def close(self) -> None:
+        self.kv = []
+
+
+class ToyBlock:
+    """A copy of what a sequence holds of 16 positions."""
+
+    in_use = False
+
+    def __init__(self, kv: list[dict[int, NDArray[np.float32]]]) -> None:
+        self.kv = kv
+
+    def data(self, enter: int = 0) -> bytes:
+        raise NotImplementedError
+
     def close(self) -> None:
         self.kv = []
 
@@ -81,6 +108,9 @@ class ToyPart:
 
     def open(self, *, window: int = 0, sinks: int | None = None) -> ToySequence:
         return ToySequence(self, window)
+
+    def restore(self, data: bytes, enter: int = 0) -> ToyBlock:
+        raise NotImplementedError
 
     def step(self, rows: Rows) -> StepResult:
         tokens: list[int] = []

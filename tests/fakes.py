@@ -7,7 +7,7 @@ import random
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -56,6 +56,7 @@ class FakeSequence:
         self.lower: list[bytes] = []
         self.upper: list[bytes] = []
         self.closed = False
+        self.shared: list[FakeBlock] = []  # with a context, from the first block on
         part.sequences.append(self)
 
     @property
@@ -71,6 +72,27 @@ class FakeSequence:
     def truncate(self, length: int) -> None:
         del self.lower[length:]
         del self.upper[length:]
+        for block in self.shared[length // KV_BLOCK :]:
+            block.users -= 1
+        del self.shared[length // KV_BLOCK :]
+
+    def lend(self, index: int) -> FakeBlock:
+        first, end = index * KV_BLOCK, (index + 1) * KV_BLOCK
+        if end > self.length:
+            raise EngineError(f"block {index} of {self.length} positions")
+        block = FakeBlock(self._part, self.lower[first:end], self.upper[first:end])
+        self.shared.append(block)
+        block.users += 1
+        return block
+
+    def adopt(self, blocks: Iterable[Any], enter: int) -> None:
+        if self.upper:
+            raise EngineError("not empty")
+        for block in blocks:
+            self.lower += block.lower
+            self.upper += block.upper
+            self.shared.append(block)
+            block.users += 1
 
     def fork(self) -> FakeSequence:
         twin = FakeSequence(self._part, self.window)
@@ -79,8 +101,29 @@ class FakeSequence:
 
     def close(self) -> None:
         if not self.closed:
+            self.truncate(0)
             self.closed = True
             self._part.sequences.remove(self)
+
+
+class FakeBlock:
+    """Sixteen positions of both chains. `users` are the sequences that have it."""
+
+    def __init__(self, part: FakePart, lower: list[bytes], upper: list[bytes]) -> None:
+        self._part, self.lower, self.upper, self.users, self.closed = part, lower, upper, 0, False
+        part.blocks.append(self)
+
+    @property
+    def in_use(self) -> bool:
+        return self.users > 0
+
+    def data(self, enter: int = 0) -> bytes:
+        return b"".join(self.lower + self.upper)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._part.blocks.remove(self)
 
 
 class FakePart:
@@ -110,14 +153,23 @@ class FakePart:
         self.step_s = step_s
         self.steps: list[int] = []
         self.sequences: list[FakeSequence] = []
+        self.blocks: list[FakeBlock] = []
         self.closed = False
 
     @property
     def free_tokens(self) -> int:
-        return self.kv.max_tokens - sum(sequence.held for sequence in self.sequences)
+        kept = {id(block) for block in self.blocks if not block.users} | {
+            id(block) for sequence in self.sequences for block in sequence.shared
+        }
+        own = sum(max(0, sequence.held - KV_BLOCK * len(sequence.shared)) for sequence in self.sequences)
+        return self.kv.max_tokens - own - KV_BLOCK * len(kept)
 
     def open(self, *, window: int = 0, sinks: int | None = None) -> FakeSequence:
         return FakeSequence(self, window)
+
+    def restore(self, data: bytes, enter: int = 0) -> FakeBlock:
+        each = [data[at : at + 16] for at in range(0, len(data), 16)]
+        return FakeBlock(self, each[:KV_BLOCK], each[KV_BLOCK:])
 
     def step(self, rows: Rows) -> StepResult:
         before = [(span.sequence, span.sequence.length) for span in rows.spans]

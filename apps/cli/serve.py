@@ -36,6 +36,9 @@ def command(
     kv_share: Annotated[
         float, typer.Option(help="Part of that KV which one owner of keys may hold when several are let in")
     ] = 0.5,
+    context_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for which unused KV is kept for its owner's sessions; 0 keeps none")
+    ] = 600.0,
     kv_format: Annotated[str, typer.Option(help="f16 or f32")] = "f16",
     upstream: Annotated[
         str | None,
@@ -73,7 +76,7 @@ def command(
     from isthmus.split.graph_manifest import EDGE
 
     # What costs least first: the options, the address, the keys, and only then the weights.
-    limits = ServiceLimits(max_sessions=max_sessions, kv_share=kv_share)
+    limits = ServiceLimits(max_sessions=max_sessions, kv_share=kv_share, context_s=context_s)
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
     check_slow_down(slow_down)

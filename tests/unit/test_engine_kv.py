@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from isthmus.engine.binding import cpu_names
 from isthmus.engine.kv import BlockTable, Forecast, KvPool, block_bytes
 from isthmus.engine.native_part import chain
+from isthmus.engine.native_sequence import NativeSequence
 from isthmus.engine.part import KV_BLOCK, KvConfig, Rows, Want
 from isthmus.protocol.errors import EngineError, OutOfBlocks
 from tests.native_tools import kv_bytes, open_part, run_tokens, some_tokens
@@ -201,3 +203,113 @@ def test_a_failed_step_gives_its_blocks_back(model: RandomModel) -> None:
         with pytest.raises(EngineError, match="not finite"):
             part.step(Rows().hidden(sequence, 0, hidden[-n:], enter=1))
         assert sequence.length == 0 and part.free_tokens == 1024
+
+
+@native
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_lent_blocks_outlive_their_sequence(model: RandomModel, pieces: int) -> None:
+    part = chain([open_part(model, i, i + 1) for i in range(3)]) if pieces == 3 else open_part(model)
+    text, free = some_tokens(60), part.free_tokens
+    first = part.open()
+    expected, _, _ = run_tokens(part, first, text, [60])
+    blocks = [first.lend(index) for index in range(3)]
+    assert all(block.in_use for block in blocks) and part.free_tokens == free - 4 * KV_BLOCK
+    second = part.open()
+    second.adopt(blocks[:2], 0)
+    assert second.length == 32 and part.free_tokens == free - 4 * KV_BLOCK
+    found, _, _ = run_tokens(part, second, text[32:], [5, 23])
+    assert found.tobytes() == expected[32:].tobytes() and kv_bytes(second) == kv_bytes(first)
+    memory = kv_bytes(second)
+    first.truncate(10)  # and goes on elsewhere, in a block that others have
+    run_tokens(part, first, some_tokens(20, 9), [20])
+    first.close()
+    assert kv_bytes(second) == memory
+    second.close()
+    assert not any(block.in_use for block in blocks) and part.free_tokens == free - 3 * KV_BLOCK
+    third = part.open()
+    third.adopt(blocks, 0)
+    found, _, _ = run_tokens(part, third, text[48:], [12])
+    assert found.tobytes() == expected[48:].tobytes()
+    third.close()
+    for block in blocks:
+        block.close()
+        block.close()
+    assert part.free_tokens == free
+
+
+@native
+def test_a_block_that_was_lent_is_copied_before_it_is_written(model: RandomModel) -> None:
+    """Also where the sequence knew that it may write, without a look at its tables."""
+    part, text = open_part(model), some_tokens(48)
+    sequence = part.open()
+    run_tokens(part, sequence, text[:40], [40])
+    block = sequence.lend(1)
+    before = block.data()
+    sequence.truncate(20)
+    run_tokens(part, sequence, some_tokens(20, 9), [1] * 20)
+    assert block.data() == before
+    other = part.open()
+    run_tokens(part, other, text[:16], [16])
+    assert other.lend(0).data() == sequence.lend(0).data()
+
+
+@native
+@pytest.mark.parametrize("enter", [0, 2])
+def test_a_block_comes_back_bit_for_bit(model: RandomModel, enter: int) -> None:
+    part, text = open_part(model), some_tokens(40)
+    states = np.random.default_rng(1).standard_normal((40, model.config.d_model)).astype(np.float32)
+
+    def step(sequence: NativeSequence, start: int) -> NDArray[np.float32]:
+        rows = Rows()
+        if enter:
+            rows.hidden(sequence, start, states[start:], enter=enter, want=Want.LOGITS, want_all=True)
+        else:
+            rows.tokens(sequence, start, text[start:], want=Want.LOGITS, want_all=True)
+        return part.step(rows).logits
+
+    first = part.open()
+    expected = step(first, 0)
+    data = [first.lend(index).data(enter) for index in range(2)]
+    whole = len(first.lend(0).data())
+    assert {len(one) for one in data} == {whole * (model.config.n_layers - enter) // model.config.n_layers}
+    first.close()
+    second = part.open()
+    second.adopt([part.restore(one, enter) for one in data], enter)
+    assert step(second, 32).tobytes() == expected[32:].tobytes()
+    if enter:
+        with pytest.raises(EngineError, match="hold 0: give the positions before it first"):
+            part.step(Rows().tokens(second, second.length, [1]))  # the layers before it hold nothing
+    with pytest.raises(EngineError, match="bytes"):
+        part.restore(data[0][1:], enter)
+
+
+@native
+def test_blocks_are_refused_where_they_do_not_fit(model: RandomModel) -> None:
+    part, other = open_part(model, max_tokens=64), open_part(model)
+    sequence = part.open()
+    run_tokens(part, sequence, some_tokens(20), [20])
+    with pytest.raises(EngineError, match="block 1 of 20 positions"):
+        sequence.lend(1)
+    block = sequence.lend(0)
+    with pytest.raises(EngineError, match="20 positions are held already"):
+        sequence.adopt([block], 0)
+    with pytest.raises(EngineError, match="another part"):
+        other.open().adopt([block], 0)
+    with pytest.raises(EngineError, match="layer 9"):
+        part.open().adopt([block], 9)
+    data = block.data()
+    held = [part.restore(data), part.restore(data)]
+    with pytest.raises(OutOfBlocks, match="full"):
+        part.restore(data)
+    held[0].close()
+    held[0] = part.restore(data)
+    block.close()
+    with pytest.raises(EngineError, match="closed"):
+        part.open().adopt([block], 0)
+    with pytest.raises(EngineError, match="closed"):
+        block.data()
+    windowed = other.open(window=WINDOW)
+    run_tokens(other, windowed, some_tokens(200), [20] * 10)
+    with pytest.raises(EngineError, match="not held whole"):
+        windowed.lend(3)  # let go
+    assert windowed.lend(0).in_use  # a sink

@@ -1,0 +1,77 @@
+"""Two devices with one prompt against a real cloud: the second one sends and has computed hardly anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
+from isthmus.edge import Device
+from isthmus.split.bundle import Bundle
+from isthmus.split.exit_writer import put_exits
+from tests.edge_bundle import an_exit, write_tiny
+
+LAYER, TOKENS = 2, 12
+PROMPT = " ".join(f"tell me of sea number {i} and of the rain that falls on it" for i in range(6))
+
+
+@pytest.fixture(scope="module")
+def keys() -> Iterator[Path]:
+    with fresh_keys() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_tiny(tmp_path_factory.mktemp("context") / "tiny")
+    model_id = Bundle.open(path).model_id
+    put_exits(path, model_id, [an_exit(model_id, LAYER)])
+    return path
+
+
+def serving(bundle: Path, keys: Path, *options: str) -> CloudProcess:
+    return CloudProcess(bundle, keys, 1, more=["--context-s", "600", *options])
+
+
+def answered(
+    bundle: Path, cloud: CloudProcess, keys: Path, prompt: str = PROMPT, **fields: Any
+) -> tuple[list[int], int]:
+    """The tokens of an answer, and the bytes that it sent."""
+    with Device(bundle, cloud.address, keys=keys, threads=1, **fields) as one:
+        tokens = [token.id for token in one.generate(prompt, max_tokens=TOKENS)]
+        return tokens, one.stats.bytes_up
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({"mode": "stream"}, 0.5),
+        ({"mode": "verify"}, 0.8),
+        ({"mode": "split", "cut": LAYER}, 0.2),
+        ({"mode": "split", "cut": LAYER, "codec": "f32"}, 0.2),
+        ({"mode": "exit", "cut": LAYER, "threshold": 1.0}, 0.3),
+        ({"mode": "stream", "overflow": "slide", "kv_tokens": 448}, 0.5),
+    ],
+    ids=["stream", "verify", "split", "split f32", "exit", "window"],
+)
+def test_the_second_device_sends_little(bundle: Path, keys: Path, fields: dict[str, Any], most: float) -> None:
+    with serving(bundle, keys) as cloud:
+        first, whole = answered(bundle, cloud, keys, **fields)
+        second, rest = answered(bundle, cloud, keys, **fields)
+        assert second == first and len(first) == TOKENS
+        assert rest < most * whole
+        longer, _ = answered(bundle, cloud, keys, PROMPT + ", and of all that lives in it", **fields)
+    with CloudProcess(bundle, keys, 1) as fresh:
+        assert answered(bundle, fresh, keys, PROMPT + ", and of all that lives in it", **fields)[0] == longer
+
+
+def test_a_cloud_without_room_for_both_forgets_the_first(bundle: Path, keys: Path) -> None:
+    with CloudProcess(bundle, keys, 1) as cloud:
+        expected = {n: answered(bundle, cloud, keys, f"{n} {PROMPT}", mode="stream")[0] for n in range(3)}
+    with serving(bundle, keys, "--kv-tokens", "512") as small:
+        for _ in range(2):
+            for n, tokens in expected.items():
+                assert answered(bundle, small, keys, f"{n} {PROMPT}", mode="stream")[0] == tokens
