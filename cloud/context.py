@@ -3,17 +3,20 @@
 A block is named by the chain over all tokens up to its last one, within a root: whose it is and how it came about.
 What tokens of one owner were computed to, its other sessions take without computing anything, and nobody else sees
 that it is there. A block that no session uses stays until its memory is needed, or its time is up; what was used
-longest ago goes first, and of one text its end before its beginning. A block lost is computed again, never an error.
+longest ago goes first, and of one text its end before its beginning: to disk where there is a place for it, and from
+there back, bit for bit. A block lost is computed again, never an error.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from isthmus.cloud.root import Root
 from isthmus.cloud.session import Session
-from isthmus.engine.part import KV_BLOCK, KvBlock
+from isthmus.cloud.spill import Slot, Spill
+from isthmus.engine.part import KV_BLOCK, KvBlock, Part
 from isthmus.protocol.chain import BLOCK, NAME_BYTES, Chain
 
 assert KV_BLOCK == BLOCK
@@ -24,27 +27,46 @@ class _Entry:
     """A block.
 
     Attributes:
+        block: in memory, None where it is not.
+        slot: on disk, None where it is not.
         tokens: of its positions.
         head: chain over all tokens up to the last of them.
+        enter: layer from which on it is filled.
         used_s: when a session last used it.
     """
 
-    block: KvBlock
+    block: KvBlock | None
+    slot: Slot | None
     tokens: list[int]
     head: bytes
+    enter: int
     used_s: float
+
+    @property
+    def spare(self) -> bool:
+        """Whether it takes memory that no session needs."""
+        return self.block is not None and not self.block.in_use
+
+
+_Key = tuple[Root, bytes]
 
 
 class Context:
     """See the module. No clock: it takes for now what `refresh` was told last.
 
+    Args:
+        part: whose KV it is.
+
     Attributes:
+        spill: where blocks go whose memory is needed; None for nowhere.
         asked_tokens, found_tokens: that sessions wanted to begin with, and that they began with.
     """
 
-    def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[Root, bytes], _Entry] = OrderedDict()  # what goes first comes first
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # what goes first comes first
         self._now_s = 0.0
+        self.spill: Spill | None = None
         self.asked_tokens = self.found_tokens = 0
 
     def __len__(self) -> int:
@@ -54,7 +76,7 @@ class Context:
     @property
     def spare_tokens(self) -> int:
         """Positions of blocks that no session uses: memory that can be had."""
-        return KV_BLOCK * sum(not entry.block.in_use for entry in self._entries.values())
+        return KV_BLOCK * sum(entry.spare for entry in self._entries.values())
 
     def begin(self, session: Session, root: Root, prefixes: bytes) -> None:
         """Gives an empty session what is held of a text; what it computes from now on is kept.
@@ -65,20 +87,27 @@ class Context:
         session.root, names = root, [prefixes[at : at + NAME_BYTES] for at in range(0, len(prefixes), NAME_BYTES)]
         if session.window:
             del names[session.window // BLOCK :]  # positions beyond it do not see the first ones
-        found, chain = list[_Entry](), Chain()
+        found, blocks, chain = list[_Entry](), list[KvBlock](), Chain()
         for name in names:
             entry = self._entries.get((root, name))
             if entry is None:
                 break
             chain.extend(entry.tokens)
             if chain.head != entry.head:  # another text whose hash begins alike
-                chain.truncate(BLOCK * len(found))
                 break
             found.append(entry)
+        missing = BLOCK * sum(entry.block is None for entry in found)
+        self.reclaim(missing - self._part.free_tokens, {id(entry) for entry in found})
+        for name, entry in zip(names, found, strict=False):
+            block = entry.block or self._restored((root, name), entry)
+            if block is None:
+                break
+            blocks.append(block)
+        chain.truncate(BLOCK * len(blocks))
         self.asked_tokens += BLOCK * len(names)
-        self.found_tokens += BLOCK * len(found)
-        if found:
-            session.begin(chain, [entry.block for entry in found])
+        self.found_tokens += BLOCK * len(blocks)
+        if blocks:
+            session.begin(chain, blocks)
             self.touch(session)
 
     def keep(self, session: Session) -> None:
@@ -90,29 +119,37 @@ class Context:
             return
         for index in range(session.kept, end):
             head = session.chain.at((index + 1) * BLOCK)
-            if (root, head[:NAME_BYTES]) not in self._entries:
+            key = root, head[:NAME_BYTES]
+            if (entry := self._entries.get(key)) is None:
                 tokens = session.chain.tokens[index * BLOCK : (index + 1) * BLOCK]
                 block = session.sequence.lend(index)
-                self._entries[root, head[:NAME_BYTES]] = _Entry(block, tokens, head, self._now_s)
+                self._entries[key] = _Entry(block, None, tokens, head, root.enter, self._now_s)
+            elif entry.block is None and entry.head == head:
+                entry.block = session.sequence.lend(index)
         session.kept = max(session.kept, end)
 
     def touch(self, session: Session) -> None:
         """Its blocks were used just now."""
+        if session.root is None:
+            return
         for index in range(session.kept, 0, -1):  # the beginning of a text is kept longest
-            assert session.root is not None
             key = session.root, session.chain.at(index * BLOCK)[:NAME_BYTES]
             if (entry := self._entries.get(key)) is not None:
                 entry.used_s = self._now_s
                 self._entries.move_to_end(key)
 
-    def reclaim(self, tokens: int) -> int:
-        """Frees memory for so many positions, or what there is; for how many it did."""
+    def reclaim(self, tokens: int, but: Collection[int] = ()) -> int:
+        """Frees memory for so many positions, or what there is; for how many it did.
+
+        Args:
+            but: ids of entries that stay.
+        """
         freed = 0
         for key, entry in list(self._entries.items()):
             if freed >= tokens:
                 break
-            if not entry.block.in_use:
-                self._drop(key)
+            if entry.spare and id(entry) not in but:
+                self._put_away(key, entry)
                 freed += KV_BLOCK
         return freed
 
@@ -120,7 +157,7 @@ class Context:
         """Drops what no session has used for so long; to be called every second or so."""
         self._now_s = now_s
         for key, entry in list(self._entries.items()):
-            if entry.block.in_use:
+            if entry.block is not None and entry.block.in_use:
                 entry.used_s = now_s
             elif now_s - entry.used_s > keep_s:
                 self._drop(key)
@@ -134,6 +171,50 @@ class Context:
         """Drops everything."""
         for key in list(self._entries):
             self._drop(key)
+        if self.spill is not None:
+            self.spill.close()
 
-    def _drop(self, key: tuple[Root, bytes]) -> None:
-        self._entries.pop(key).block.close()
+    def _restored(self, key: _Key, entry: _Entry) -> KvBlock | None:
+        """A block from disk, in memory again; None where it cannot be had."""
+        if self.spill is None or entry.slot is None or self._part.free_tokens < KV_BLOCK:
+            return None
+        data = self.spill.get(entry.slot)
+        if data is None:
+            self._drop(key)
+            return None
+        entry.block = self._part.restore(data, entry.enter)
+        return entry.block
+
+    def _put_away(self, key: _Key, entry: _Entry) -> None:
+        """Takes a block's memory; without a place on disk it is forgotten."""
+        assert entry.block is not None
+        if self.spill is not None and entry.slot is None:
+            if self.spill.full:
+                self._make_room()
+            entry.slot = self.spill.put(entry.block.data(entry.enter))
+        if entry.slot is None:
+            self._drop(key)
+        else:
+            entry.block.close()
+            entry.block = None
+
+    def _make_room(self) -> None:
+        """Gives up the slot of what was used longest ago."""
+        for key, entry in self._entries.items():
+            if entry.slot is not None:
+                if entry.block is None:
+                    self._drop(key)
+                else:
+                    self._give_slot(entry)
+                break
+
+    def _give_slot(self, entry: _Entry) -> None:
+        if self.spill is not None and entry.slot is not None:
+            self.spill.give(entry.slot)
+            entry.slot = None
+
+    def _drop(self, key: _Key) -> None:
+        entry = self._entries.pop(key)
+        self._give_slot(entry)
+        if entry.block is not None:
+            entry.block.close()

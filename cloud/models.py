@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from isthmus.cloud.files import BundleFiles
 from isthmus.cloud.pace import measured
 from isthmus.cloud.scheduler import State
 from isthmus.cloud.session import Session
+from isthmus.cloud.spill import Spill
 from isthmus.engine.part import KV_BLOCK, KvConfig, Part
 from isthmus.engine.slow import slowed
 from isthmus.protocol.channels import ChannelStats
@@ -113,20 +115,29 @@ def serve_part(
         steps,
         row_us,
     )
-    context = Context() if part.numerics.exact else None  # else what others computed is not what it would be
+    context = Context(part) if part.numerics.exact else None  # else what others computed is not what it would be
     return Model(offer, part, kv, files, channels or {}, context)
 
 
-def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_down: float = 1.0) -> Model:
+def load(
+    folder: Path,
+    *,
+    threads: int = 0,
+    kv: KvConfig | None = None,
+    slow_down: float = 1.0,
+    spill: Callable[[int], Spill] | None = None,
+) -> Model:
     """A model from a bundle's folder.
 
     Args:
         threads: of the engine, 0 for its own choice.
         slow_down: pretends to be a model so many times larger, by waiting in proportion to what it computes.
+        spill: makes the place on disk for KV that is kept, in slots of so many bytes; None for none.
 
     Raises:
         BundleError: no bundle, or not a whole one.
         EngineError: no back end runs it here.
+        ServiceError: there is no such place.
     """
     from isthmus.engine import open_part
     from isthmus.split.bundle import Bundle
@@ -138,7 +149,7 @@ def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_dow
     files = BundleFiles(folder)
     channels = {entry.layer: bundle.exit(entry.layer).channels for entry in bundle.exits if bundle.holds(entry.file)}
     steps, row_us = measured(part)
-    return serve_part(
+    model = serve_part(
         part,
         listing.model_id,
         listing.name,
@@ -149,3 +160,10 @@ def load(folder: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_dow
         steps=steps,
         row_us=row_us,
     )
+    if spill is not None and model.context is not None:
+        try:
+            model.context.spill = spill(KV_BLOCK * part.kv_bytes_per_token)
+        except ServiceError:
+            model.close()
+            raise
+    return model

@@ -122,7 +122,7 @@ class Registry:
             self._admit(model, message, principal, now_s)
             session = self._new_session(model, message, principal)
         session.resume(message.epoch, peer.route, message.alias)
-        if model.context is not None and not session.held:
+        if model.context is not None and not len(session.chain):
             model.context.begin(
                 session, Root(principal, message.enter, message.source if message.enter else ""), message.prefixes
             )

@@ -105,9 +105,6 @@ class Service:
         if len(self.models) < len(models):
             raise ServiceError("the same model twice", "name each bundle once")
         self.limits = limits or ServiceLimits()
-        if not self.limits.context_s:
-            for model in models:
-                model.context = None
         self.metrics = Metrics()
         self._transport = transport
         self._allowed = allowed
@@ -120,6 +117,11 @@ class Service:
         self._count_principals()
         self._letters: deque[Letter] = deque()  # that came during a step
         self._attendant = Attendant(self._attend, transport.stirs)
+        for model in models:
+            if not self.limits.context_s:
+                model.context = None
+            elif model.context is not None and model.context.spill is not None:
+                model.context.spill.meanwhile = self._attendant
         self._runner = Runner(self._registry, self.limits, self.metrics, clock, self._attendant)
         self._bulk = Bulk(self._registry, self.limits.max_ranges, self._attendant, self._refuse)
         self._stop_asked = False

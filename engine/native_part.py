@@ -69,7 +69,6 @@ class NativePart:
         self.config: DecoderConfig = layers[0].config
         self.start, self.end = layers[0].start, layers[-1].end
         self._ahead = self.config.experts is not None and self.config.experts.pre_gate
-        self.kv_bytes_per_token = sum(piece.pool.memory.shape[1] for piece in layers) // KV_BLOCK
         self._call = module.ffi.new("im_step_call *")
         self._rows_c = module.ffi.new("im_row[]", STEP_ROWS)
         self._rows_raw = module.ffi.buffer(self._rows_c)
@@ -104,6 +103,11 @@ class NativePart:
     def free_tokens(self) -> int:
         """Positions that the KV pool can still take."""
         return min(layers.pool.free_blocks for layers in self._layers) * KV_BLOCK
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV of one position, in all its layers."""
+        return int(sum(pool.memory.shape[1] for pool in self.pools)) // KV_BLOCK
 
     @property
     def pools(self) -> list[KvPool]:

@@ -116,6 +116,11 @@ class OnnxPart:
         """Positions that the KV can still take, in whole blocks."""
         return (self._max_blocks - sum(s.n_blocks for s in self._sequences)) * KV_BLOCK
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV of one position, in all its layers."""
+        return (self._end - self._start) * self.config.n_kv_heads * self.config.head_dim * 2 * 4
+
     def open(self, *, window: int = 0, sinks: int | None = None) -> OnnxSequence:
         """A new, empty sequence; see `engine.part.Part.open`. There are no sinks here.
 

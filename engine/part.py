@@ -261,6 +261,11 @@ class Part(Protocol):
         """Positions that the KV pool can still take."""
         ...
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV of one position, in all its layers."""
+        ...
+
     def open(self, *, window: int = 0, sinks: int | None = None) -> Sequence:
         """A new, empty sequence.
 

@@ -106,6 +106,10 @@ class ToyPart:
     def free_tokens(self) -> int:
         return self.max_tokens
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 4 * self.end * self.config.d_model
+
     def open(self, *, window: int = 0, sinks: int | None = None) -> ToySequence:
         return ToySequence(self, window)
 

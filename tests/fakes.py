@@ -164,6 +164,10 @@ class FakePart:
         own = sum(max(0, sequence.held - KV_BLOCK * len(sequence.shared)) for sequence in self.sequences)
         return self.kv.max_tokens - own - KV_BLOCK * len(kept)
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 32
+
     def open(self, *, window: int = 0, sinks: int | None = None) -> FakeSequence:
         return FakeSequence(self, window)
 

@@ -39,6 +39,11 @@ def command(
     context_s: Annotated[
         float, typer.Option(min=0, help="Seconds for which unused KV is kept for its owner's sessions; 0 keeps none")
     ] = 600.0,
+    spill: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where unused KV goes whose memory is needed, and comes back from"),
+    ] = None,
+    spill_mb: Annotated[int, typer.Option(min=1, help="Of each model there, at most; the oldest goes")] = 4096,
     kv_format: Annotated[str, typer.Option(help="f16 or f32")] = "f16",
     upstream: Annotated[
         str | None,
@@ -59,6 +64,8 @@ def command(
     import logging
     import signal
     import sys
+    import time
+    from functools import partial
 
     from isthmus.apps.cli.onward import Onward
     from isthmus.apps.cli.run import check_bundle, is_network
@@ -67,6 +74,7 @@ def command(
     from isthmus.cloud.http import StatusServer, host_port
     from isthmus.cloud.models import load
     from isthmus.cloud.service import Service
+    from isthmus.cloud.spill import Spill
     from isthmus.engine.part import KvConfig
     from isthmus.engine.slow import check_slow_down
     from isthmus.protocol.address import check_listening
@@ -80,6 +88,10 @@ def command(
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
     check_slow_down(slow_down)
+    if spill is not None and not bundles:
+        raise ServiceError("--spill has no effect: no model is served", "name a bundle")
+    if spill is not None and not context_s:
+        raise ServiceError("--spill has no effect: --context-s 0 keeps no KV", "leave one of them out")
     bundles = bundles or []
     if upstream is not None and not any(is_there(bundle / EDGE / "bundle.json") for bundle in bundles):
         raise ServiceError("--upstream has no effect: no bundle here was cut for three machines", "leave it out")
@@ -94,6 +106,7 @@ def command(
     pair, allowed = (None, None) if no_keys else _keys(keys)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("isthmus").setLevel(logging.INFO)
+    place = None if spill is None else partial(Spill, spill, max_bytes=spill_mb * 10**6, clock=time.monotonic)
     models: list[Model] = []
     closing: list[Onward] = []
     graphs: list[Graph] = []
@@ -108,7 +121,8 @@ def command(
                     closing.append(onward)
                 graphs.append(load_graph(bundle, threads=threads, slow_down=slow_down, part=onward))
             else:
-                models.append(load(bundle, threads=threads, kv=KvConfig(kv_format, kv_tokens), slow_down=slow_down))
+                kv = KvConfig(kv_format, kv_tokens)
+                models.append(load(bundle, threads=threads, kv=kv, slow_down=slow_down, spill=place))
         # Only now: a device that connects earlier would wait for a handshake that nobody answers.
         transport = RouterTransport(listen, pair, allowed)
         service = Service(models, transport, allowed, limits=limits, graphs=graphs)

@@ -130,7 +130,7 @@ def fake_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Model]]:
     """Every bundle is the fake model; signal handlers are put back."""
     made: list[Model] = []
 
-    def load(path: Path, *, threads: int = 0, kv: KvConfig | None = None, slow_down: float = 1.0) -> Model:
+    def load(path: Path, *, kv: KvConfig | None = None, **_: Any) -> Model:
         made.append(serve_part(FakePart(kv=kv), path.name, path.name, kv=kv))
         return made[-1]
 

@@ -10,6 +10,7 @@ import pytest
 
 from isthmus.apps.bench.cloud_process import CloudProcess, fresh_keys
 from isthmus.edge import Device
+from isthmus.protocol.errors import ServiceError
 from isthmus.split.bundle import Bundle
 from isthmus.split.exit_writer import put_exits
 from tests.edge_bundle import an_exit, write_tiny
@@ -75,3 +76,26 @@ def test_a_cloud_without_room_for_both_forgets_the_first(bundle: Path, keys: Pat
         for _ in range(2):
             for n, tokens in expected.items():
                 assert answered(bundle, small, keys, f"{n} {PROMPT}", mode="stream")[0] == tokens
+
+
+def test_what_memory_does_not_hold_comes_back_from_disk(bundle: Path, keys: Path, tmp_path: Path) -> None:
+    prompts = [f"{n} {PROMPT}" for n in range(4)]
+    with CloudProcess(bundle, keys, 1) as cloud:
+        expected = [answered(bundle, cloud, keys, prompt, mode="stream") for prompt in prompts]
+    with serving(bundle, keys, "--kv-tokens", "512", "--spill", str(tmp_path)) as small:
+        for prompt in prompts:
+            answered(bundle, small, keys, prompt, mode="stream")
+        for prompt, (tokens, whole) in zip(prompts, expected, strict=True):
+            again, sent = answered(bundle, small, keys, prompt, mode="stream")
+            assert again == tokens and sent < 0.5 * whole
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_on_disk_that_cannot_be_had_is_told(bundle: Path, keys: Path) -> None:
+    for options, told in (
+        (["--spill", "/dev/null/x"], "cannot write into /dev/null/x"),
+        (["--spill", "/tmp", "--context-s", "0"], "keeps no KV"),
+        (["--spill", "/tmp", "--spill-mb", "0"], "--spill-mb"),
+    ):
+        with pytest.raises(ServiceError, match=told), serving(bundle, keys, *options):
+            pass

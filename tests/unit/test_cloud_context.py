@@ -195,9 +195,8 @@ def test_another_text_whose_hash_begins_alike_is_not_taken() -> None:
     one, _ = world()
     told(one, TEXT)
     kept = context(one)
-    entries = kept._entries
-    (root, name), entry = next((key, entry) for key, entry in entries.items() if key[1] == names(TEXT)[8:16])
-    entries[root, name] = type(entry)(entry.block, [1] * 16, entry.head, entry.used_s)
+    entry = next(entry for key, entry in kept._entries.items() if key[1] == names(TEXT)[8:16])
+    entry.tokens = [1] * 16
     assert one.open(session=OTHER, prefixes=names(TEXT, 69)).committed == 16
 
 
