@@ -2,9 +2,10 @@
 
 A block is named by the chain over all tokens up to its last one, within a root: whose it is and how it came about.
 What tokens of one owner were computed to, its other sessions take without computing anything, and nobody else sees
-that it is there. A block that no session uses stays until its memory is needed, or its time is up; what was used
-longest ago goes first, and of one text its end before its beginning: to disk where there is a place for it, and from
-there back, bit for bit. A block lost is computed again, never an error.
+that it is there. Texts that are pinned are everybody's, and stay. Any other block that no session uses stays until its
+memory is needed, or its time is up; what was used longest ago goes first, and of one text its end before its
+beginning: to disk where there is a place for it, and from there back, bit for bit. A block lost is computed again,
+never an error.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from isthmus.cloud.root import Root
+from isthmus.cloud.root import EVERYBODY, Root
 from isthmus.cloud.session import Session
 from isthmus.cloud.spill import Slot, Spill
-from isthmus.engine.part import KV_BLOCK, KvBlock, Part
+from isthmus.engine.part import KV_BLOCK, KvBlock, Part, Rows, Want
 from isthmus.protocol.chain import BLOCK, NAME_BYTES, Chain
 
 assert KV_BLOCK == BLOCK
@@ -33,6 +34,7 @@ class _Entry:
         head: chain over all tokens up to the last of them.
         enter: layer from which on it is filled.
         used_s: when a session last used it.
+        pinned: it stays.
     """
 
     block: KvBlock | None
@@ -41,11 +43,12 @@ class _Entry:
     head: bytes
     enter: int
     used_s: float
+    pinned: bool = False
 
     @property
     def spare(self) -> bool:
         """Whether it takes memory that no session needs."""
-        return self.block is not None and not self.block.in_use
+        return self.block is not None and not self.pinned and not self.block.in_use
 
 
 _Key = tuple[Root, bytes]
@@ -60,6 +63,7 @@ class Context:
     Attributes:
         spill: where blocks go whose memory is needed; None for nowhere.
         asked_tokens, found_tokens: that sessions wanted to begin with, and that they began with.
+        pinned_tokens: positions that stay.
     """
 
     def __init__(self, part: Part) -> None:
@@ -67,7 +71,7 @@ class Context:
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # what goes first comes first
         self._now_s = 0.0
         self.spill: Spill | None = None
-        self.asked_tokens = self.found_tokens = 0
+        self.asked_tokens = self.found_tokens = self.pinned_tokens = 0
 
     def __len__(self) -> int:
         """Blocks that are kept."""
@@ -77,6 +81,27 @@ class Context:
     def spare_tokens(self) -> int:
         """Positions of blocks that no session uses: memory that can be had."""
         return KV_BLOCK * sum(entry.spare for entry in self._entries.values())
+
+    def pin(self, tokens: list[int]) -> int:
+        """Computes a text whose whole blocks are everybody's from now on, and stay; how many tokens those have.
+
+        Raises:
+            OutOfBlocks: there is no memory for it.
+            EngineError: a token is none of the model's.
+        """
+        sequence, chain = self._part.open(), Chain(tokens)
+        try:
+            self._part.step(Rows().tokens(sequence, 0, tokens, want=Want.NONE))
+            for index in range(len(tokens) // BLOCK):
+                head = chain.at((index + 1) * BLOCK)
+                key = EVERYBODY, head[:NAME_BYTES]
+                if key not in self._entries:
+                    of = tokens[index * BLOCK : (index + 1) * BLOCK]
+                    self._entries[key] = _Entry(sequence.lend(index), None, of, head, 0, self._now_s, pinned=True)
+                    self.pinned_tokens += BLOCK
+        finally:
+            sequence.close()
+        return len(tokens) // BLOCK * BLOCK
 
     def begin(self, session: Session, root: Root, prefixes: bytes) -> None:
         """Gives an empty session what is held of a text; what it computes from now on is kept.
@@ -89,7 +114,7 @@ class Context:
             del names[session.window // BLOCK :]  # positions beyond it do not see the first ones
         found, blocks, chain = list[_Entry](), list[KvBlock](), Chain()
         for name in names:
-            entry = self._entries.get((root, name))
+            entry = self._entries.get(self._key(root, name))
             if entry is None:
                 break
             chain.extend(entry.tokens)
@@ -99,7 +124,7 @@ class Context:
         missing = BLOCK * sum(entry.block is None for entry in found)
         self.reclaim(missing - self._part.free_tokens, {id(entry) for entry in found})
         for name, entry in zip(names, found, strict=False):
-            block = entry.block or self._restored((root, name), entry)
+            block = entry.block or self._restored(self._key(root, name), entry)
             if block is None:
                 break
             blocks.append(block)
@@ -119,7 +144,7 @@ class Context:
             return
         for index in range(session.kept, end):
             head = session.chain.at((index + 1) * BLOCK)
-            key = root, head[:NAME_BYTES]
+            key = self._key(root, head[:NAME_BYTES])
             if (entry := self._entries.get(key)) is None:
                 tokens = session.chain.tokens[index * BLOCK : (index + 1) * BLOCK]
                 block = session.sequence.lend(index)
@@ -133,7 +158,7 @@ class Context:
         if session.root is None:
             return
         for index in range(session.kept, 0, -1):  # the beginning of a text is kept longest
-            key = session.root, session.chain.at(index * BLOCK)[:NAME_BYTES]
+            key = self._key(session.root, session.chain.at(index * BLOCK)[:NAME_BYTES])
             if (entry := self._entries.get(key)) is not None:
                 entry.used_s = self._now_s
                 self._entries.move_to_end(key)
@@ -159,12 +184,12 @@ class Context:
         for key, entry in list(self._entries.items()):
             if entry.block is not None and entry.block.in_use:
                 entry.used_s = now_s
-            elif now_s - entry.used_s > keep_s:
+            elif now_s - entry.used_s > keep_s and not entry.pinned:
                 self._drop(key)
 
     def expel(self, principals: set[str]) -> None:
         """Drops what belongs to others than these."""
-        for key in [key for key in self._entries if key[0].principal not in principals]:
+        for key in [key for key in self._entries if key[0] != EVERYBODY and key[0].principal not in principals]:
             self._drop(key)
 
     def close(self) -> None:
@@ -173,6 +198,10 @@ class Context:
             self._drop(key)
         if self.spill is not None:
             self.spill.close()
+
+    def _key(self, root: Root, name: bytes) -> _Key:
+        """Where a block of that name is, or would be."""
+        return (EVERYBODY, name) if not root.enter and (EVERYBODY, name) in self._entries else (root, name)
 
     def _restored(self, key: _Key, entry: _Entry) -> KvBlock | None:
         """A block from disk, in memory again; None where it cannot be had."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isthmus.cloud.context import Context
 from isthmus.cloud.files import BundleFiles
@@ -14,10 +15,14 @@ from isthmus.cloud.session import Session
 from isthmus.cloud.spill import Spill
 from isthmus.engine.part import KV_BLOCK, KvConfig, Part
 from isthmus.engine.slow import slowed
+from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
-from isthmus.protocol.errors import ServiceError
+from isthmus.protocol.errors import OutOfBlocks, ServiceError
 from isthmus.protocol.messages import Offer
 from isthmus.protocol.tensors import CODECS, ENTROPY_CODECS
+
+if TYPE_CHECKING:
+    from isthmus.split.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
@@ -49,8 +54,9 @@ class Model:
 
     @property
     def pool_tokens(self) -> int:
-        """KV positions of the part's pool, in whole blocks."""
-        return -(-self.kv.max_tokens // KV_BLOCK) * KV_BLOCK
+        """KV positions that sessions may have of the part's pool, in whole blocks."""
+        pinned = self.context.pinned_tokens if self.context is not None else 0
+        return -(-self.kv.max_tokens // KV_BLOCK) * KV_BLOCK - pinned
 
     @property
     def held_tokens(self) -> int:
@@ -126,6 +132,7 @@ def load(
     kv: KvConfig | None = None,
     slow_down: float = 1.0,
     spill: Callable[[int], Spill] | None = None,
+    pinned: Sequence[str] = (),
 ) -> Model:
     """A model from a bundle's folder.
 
@@ -133,11 +140,13 @@ def load(
         threads: of the engine, 0 for its own choice.
         slow_down: pretends to be a model so many times larger, by waiting in proportion to what it computes.
         spill: makes the place on disk for KV that is kept, in slots of so many bytes; None for none.
+        pinned: system prompts whose KV is computed now, and kept for everybody.
 
     Raises:
         BundleError: no bundle, or not a whole one.
         EngineError: no back end runs it here.
-        ServiceError: there is no such place.
+        ModelError: system prompts are pinned of a model without a chat template.
+        ServiceError: there is no such place, or no room for a system prompt.
     """
     from isthmus.engine import open_part
     from isthmus.split.bundle import Bundle
@@ -160,10 +169,32 @@ def load(
         steps=steps,
         row_us=row_us,
     )
-    if spill is not None and model.context is not None:
-        try:
-            model.context.spill = spill(KV_BLOCK * part.kv_bytes_per_token)
-        except ServiceError:
-            model.close()
-            raise
+    try:
+        if model.context is not None:
+            if spill is not None:
+                model.context.spill = spill(KV_BLOCK * part.kv_bytes_per_token)
+            for prompt in pinned:
+                _pin(model.context, opening(bundle.tokenizer(), prompt), kv)
+    except BaseException:
+        model.close()
+        raise
     return model
+
+
+def opening(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens with which every conversation under that system prompt begins.
+
+    Raises:
+        ModelError: the model has no chat template, or its template takes no system prompt.
+    """
+    system = {"role": "system", "content": prompt}
+    one, other = (Chain(tokenizer.chat([system, {"role": "user", "content": text}])) for text in ("a", "b"))
+    return one.tokens[: one.common(other)]
+
+
+def _pin(context: Context, tokens: list[int], kv: KvConfig) -> None:
+    try:
+        context.pin(tokens)
+    except OutOfBlocks as error:
+        problem = f"a system prompt of {len(tokens)} tokens does not fit into KV for {kv.max_tokens}"
+        raise ServiceError(problem, "raise --kv-tokens, or pin less") from error

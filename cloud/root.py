@@ -17,3 +17,6 @@ class Root(NamedTuple):
     principal: str
     enter: int
     source: str
+
+
+EVERYBODY = Root("", 0, "")  # of texts whose KV is for all owners; no owner has an empty name

@@ -15,7 +15,8 @@ from isthmus.engine.part import Rows, StepResult
 from isthmus.protocol import messages as m
 from tests.edge_exits import CUT, give_exit
 from tests.edge_toys import device, local
-from tests.edge_world import MODEL_ID, N_LAYERS, LossyWire, ToyBundle, ToyPart, ToyService
+from tests.edge_world import LossyWire, ToyBundle, ToyService
+from tests.toy_part import MODEL_ID, N_LAYERS, ToyPart
 
 FAST = ((1, 2_000), (4, 4_000))  # steps of a cloud, in microseconds
 SLOW = ((1, 80_000), (4, 160_000))

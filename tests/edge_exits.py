@@ -16,7 +16,8 @@ from isthmus.engine.threshold import least
 from isthmus.protocol.chain import Chain
 from isthmus.protocol.channels import ChannelStats
 from tests.edge_toys import device
-from tests.edge_world import D_MODEL, VOCAB, LossyWire, ToyPart, ToySequence
+from tests.edge_world import LossyWire
+from tests.toy_part import D_MODEL, VOCAB, ToyPart, ToySequence
 
 CUT = 3
 

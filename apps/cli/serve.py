@@ -39,6 +39,10 @@ def command(
     context_s: Annotated[
         float, typer.Option(min=0, help="Seconds for which unused KV is kept for its owner's sessions; 0 keeps none")
     ] = 600.0,
+    pin: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A system prompt whose KV is there for every device; repeat it for more"),
+    ] = None,
     spill: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where unused KV goes whose memory is needed, and comes back from"),
@@ -88,11 +92,13 @@ def command(
     if kv_format not in ("f16", "f32"):
         raise ServiceError(f"the KV format is {kv_format!r}", "choose f16 or f32")
     check_slow_down(slow_down)
-    if spill is not None and not bundles:
-        raise ServiceError("--spill has no effect: no model is served", "name a bundle")
-    if spill is not None and not context_s:
-        raise ServiceError("--spill has no effect: --context-s 0 keeps no KV", "leave one of them out")
     bundles = bundles or []
+    for option, given in (("--spill", spill), ("--pin", pin)):
+        if given and not bundles:
+            raise ServiceError(f"{option} has no effect: no model is served", "name a bundle")
+        if given and not context_s:
+            raise ServiceError(f"{option} has no effect: --context-s 0 keeps no KV", "leave one of them out")
+    prompts = [_prompt(path) for path in pin or []]
     if upstream is not None and not any(is_there(bundle / EDGE / "bundle.json") for bundle in bundles):
         raise ServiceError("--upstream has no effect: no bundle here was cut for three machines", "leave it out")
     for bundle in bundles:
@@ -122,7 +128,7 @@ def command(
                 graphs.append(load_graph(bundle, threads=threads, slow_down=slow_down, part=onward))
             else:
                 kv = KvConfig(kv_format, kv_tokens)
-                models.append(load(bundle, threads=threads, kv=kv, slow_down=slow_down, spill=place))
+                models.append(load(bundle, threads=threads, kv=kv, slow_down=slow_down, spill=place, pinned=prompts))
         # Only now: a device that connects earlier would wait for a handshake that nobody answers.
         transport = RouterTransport(listen, pair, allowed)
         service = Service(models, transport, allowed, limits=limits, graphs=graphs)
@@ -154,6 +160,18 @@ def command(
             if one is not None:
                 one.close()
     print("stopped")
+
+
+def _prompt(path: Path) -> str:
+    """A system prompt out of a file, without the end of its last line."""
+    from isthmus.protocol.errors import ServiceError
+
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise ServiceError(f"cannot read {path}: {error.strerror}", "name a text file with --pin") from error
+    except UnicodeDecodeError as error:
+        raise ServiceError(f"{path} is no UTF-8 text", "name a text file with --pin") from error
 
 
 def _keys(folder: Path | None) -> tuple[KeyPair, AllowList]:

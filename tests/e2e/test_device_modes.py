@@ -17,7 +17,8 @@ from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, Protoc
 from isthmus.protocol.keys import AllowList, DeviceKeys, new_pair, write_pair
 from tests.edge_service import Cloud
 from tests.edge_toys import PROMPT, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import CONFIG, MODEL_ID, ToyBundle, ToyPart
+from tests.edge_world import ToyBundle
+from tests.toy_part import CONFIG, MODEL_ID, ToyPart
 
 
 def toy_cloud(folder: Path, model_id: str = MODEL_ID) -> Cloud:

@@ -99,3 +99,33 @@ def test_a_place_on_disk_that_cannot_be_had_is_told(bundle: Path, keys: Path) ->
     ):
         with pytest.raises(ServiceError, match=told), serving(bundle, keys, *options):
             pass
+
+
+def test_a_system_prompt_that_is_pinned_is_there_for_the_first(bundle: Path, keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text(PROMPT + "\n")
+    asked = [{"role": "system", "content": PROMPT}, {"role": "user", "content": "why?"}]
+
+    def told(cloud: CloudProcess) -> tuple[str, int]:
+        with Device(bundle, cloud.address, keys=keys, threads=1, mode="stream") as one:
+            text = "".join(token.text for token in one.chat(asked, max_tokens=TOKENS))
+            return text, one.stats.bytes_up
+
+    with CloudProcess(bundle, keys, 1) as cloud:
+        expected, whole = told(cloud)
+    with serving(bundle, keys, "--pin", str(tmp_path / "system.txt")) as cloud:
+        text, sent = told(cloud)
+    assert text == expected and sent < 0.6 * whole
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "cannot read"), (b"\xff\xfe", "no UTF-8 text"), (b"sea " * 300, "does not fit into KV for 512")],
+)
+def test_system_prompts_that_cannot_be_pinned_are_told(
+    bundle: Path, keys: Path, tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / "system.txt").write_bytes(content)
+    options = ("--kv-tokens", "512", "--pin", str(tmp_path / "system.txt"))
+    with pytest.raises(ServiceError, match=told), serving(bundle, keys, *options):
+        pass

@@ -11,7 +11,7 @@ from isthmus.apps.bench.modes import CE_COLLM, EXIT, LOCAL, PIPELINED, STREAM, W
 from isthmus.edge.token import Stats
 from isthmus.engine.part import Rows, Want
 from isthmus.protocol.errors import EngineError
-from tests.edge_world import ToyPart
+from tests.toy_part import ToyPart
 
 PROMPT = [3, 1, 4, 1, 5]
 

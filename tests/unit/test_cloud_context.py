@@ -14,6 +14,7 @@ from isthmus.engine.part import KV_BLOCK, KvConfig, Rows, Want
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import NAME_BYTES, Chain
+from isthmus.protocol.errors import OutOfBlocks
 from isthmus.protocol.keys import AllowList
 from tests.cloud_world import ANNA, BERT, SESSION, World, code, rows
 from tests.fakes import FakePart, fake_text
@@ -146,6 +147,40 @@ def test_owners_of_keys_do_not_see_each_others(tmp_path: Path) -> None:
     (tmp_path / "allowed").write_text(f"{BERT} bert\n")
     one.later(5.0)
     assert not len(context(one)) and part.free_tokens == 4096  # nothing stays of who is let in no more
+
+
+def test_what_is_pinned_is_everybodys_and_stays(tmp_path: Path) -> None:
+    one, part = world(tokens=160, context_s=30.0, allowed=allowed(tmp_path, (ANNA, "anna"), (BERT, "bert")))
+    assert context(one).pin(TEXT[:40]) == 32 and context(one).pin(TEXT[:40]) == 32
+    assert part.free_tokens == 128 and context(one).spare_tokens == 0
+    begun = sum(part.steps)
+    for key, route in ((ANNA, b"a"), (BERT, b"b")):
+        session = route * 16
+        said = told(one, TEXT[:60], key=key, route=route, session=session, prefixes=names(TEXT, 59))
+        assert said == fake_text(TEXT[:60], 1)
+    assert sum(part.steps) - begun == 2 * 28  # the third block of each is its own
+    for _ in range(30):
+        one.later(3.0)
+    assert len(context(one)) == 2
+    (tmp_path / "allowed").write_text(f"{BERT} bert\n")
+    one.later(5.0)
+    assert one.open(b"c", BERT, session=b"c" * 16, prefixes=names(TEXT)).committed == 32
+
+
+def test_what_is_pinned_is_not_promised_to_sessions() -> None:
+    one, part = world(tokens=160)
+    assert context(one).pin(TEXT) == 64
+    assert isinstance(one.open(max_positions=96), m.Opened)
+    assert code(one.open(alias=2, session=OTHER, max_positions=112)) == m.Code.KV_FULL
+    with pytest.raises(OutOfBlocks):
+        context(one).pin(list(range(200)))
+    assert part.free_tokens == 96
+
+
+def test_states_do_not_begin_with_what_is_pinned_as_tokens() -> None:
+    one, _ = world()
+    context(one).pin(TEXT)
+    assert one.open(enter=2, source="native-1/f16", prefixes=names(TEXT)).committed == 0
 
 
 def states(text: list[int], enter: int) -> Any:

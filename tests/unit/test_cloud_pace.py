@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from isthmus.cloud.models import serve_part
 from isthmus.cloud.pace import ROOM, STEPS, measured
-from tests.edge_world import MODEL_ID, ToyPart
+from tests.toy_part import MODEL_ID, ToyPart
 
 
 class Small(ToyPart):

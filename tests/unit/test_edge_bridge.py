@@ -21,7 +21,8 @@ from isthmus.protocol.chain import Chain
 from isthmus.protocol.errors import DeviceError, LinkError
 from tests.edge_exits import CUT, exiting, give_exit
 from tests.edge_toys import PROMPT, device, ids, lie, local, toy_engine  # noqa: F401
-from tests.edge_world import N_LAYERS, LossyWire, ToyBundle, ToyService
+from tests.edge_world import LossyWire, ToyBundle, ToyService
+from tests.toy_part import N_LAYERS
 
 RTT_S = 0.04
 TOKEN_S = 0.004  # of the device's own

@@ -11,7 +11,8 @@ from isthmus.edge.device import Device
 from isthmus.engine.part import KvConfig
 from isthmus.protocol.errors import DeviceError
 from isthmus.split.bundle import Bundle
-from tests.edge_world import CONFIG, ToyBundle
+from tests.edge_world import ToyBundle
+from tests.toy_part import CONFIG
 
 SIZES = budget.PartSizes(5_000_000, 1_000_000, (10_000_000,) * CONFIG.n_layers)
 KV = KvConfig(max_tokens=100)

@@ -19,7 +19,8 @@ from isthmus.protocol.errors import BundleError, DeviceError
 from tests.edge_decider import SLOW, TimedCloud, decider
 from tests.edge_exits import CUT
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import N_LAYERS, LossyWire, ToyBundle, ToyCloud, ToyPart, ToyService
+from tests.edge_world import LossyWire, ToyBundle, ToyCloud, ToyService
+from tests.toy_part import N_LAYERS, ToyPart
 
 WARM = Sampling(0.9, seed=3)
 

@@ -16,8 +16,9 @@ from isthmus.engine.part import Rows, StepResult
 from isthmus.protocol.errors import BundleError
 from tests.edge_decider import SLOW, TimedCloud, TimedPart, decider, undisturbed
 from tests.edge_toys import PROMPT, ids, toy_engine  # noqa: F401
-from tests.edge_world import N_LAYERS, LossyWire
+from tests.edge_world import LossyWire
 from tests.stored_experts import full_store
+from tests.toy_part import N_LAYERS
 
 QUARTER = 2000 * N_LAYERS  # bytes of the experts of `waiting`
 

@@ -14,7 +14,8 @@ from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError, IsthmusError
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import CONFIG, EOS, MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyTokenizer
+from tests.edge_world import LossyWire, ToyBundle, ToyCloud, ToyTokenizer
+from tests.toy_part import CONFIG, EOS, MODEL_ID
 
 SAMPLINGS = [Sampling(), Sampling(temperature=0.8, seed=7)]
 

@@ -20,7 +20,8 @@ from isthmus.protocol.errors import DeviceError, OutOfBlocks
 from isthmus.split.certificate import Said, emitted
 from tests.edge_exits import CUT, Oracle, exiting, give_exit
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import EOS, N_LAYERS, LossyWire, ToyService
+from tests.edge_world import LossyWire, ToyService
+from tests.toy_part import EOS, N_LAYERS
 
 WARM = Sampling(0.9, seed=3)
 

@@ -17,7 +17,8 @@ from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol.errors import DeviceError, LinkError
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import MODEL_ID, LossyWire, ToyBundle, ToyCloud, ToyService
+from tests.edge_world import LossyWire, ToyBundle, ToyCloud, ToyService
+from tests.toy_part import MODEL_ID
 
 WARM = Sampling(0.9, top_k=40, seed=7)
 

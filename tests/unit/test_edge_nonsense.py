@@ -12,7 +12,8 @@ from isthmus.protocol import messages as m
 from isthmus.protocol.errors import LinkError
 from tests.edge_exits import exiting
 from tests.edge_toys import PROMPT, device, ids, local, toy_engine  # noqa: F401
-from tests.edge_world import CONFIG, LossyWire, ToyBundle, ToyService
+from tests.edge_world import LossyWire, ToyBundle, ToyService
+from tests.toy_part import CONFIG
 
 Changes = dict[type, Callable[[Any], Any]]
 

@@ -24,7 +24,8 @@ from isthmus.split.bundle import Bundle
 from isthmus.split.exit_entry import Agreement, ExitEntry, exit_file
 from isthmus.split.files import PARTIAL, locked
 from isthmus.split.manifest import FileEntry, Manifest, TokenizerEntry, model_id
-from tests.edge_world import CONFIG, LossyWire, ToyCloud
+from tests.edge_world import LossyWire, ToyCloud
+from tests.toy_part import CONFIG
 
 
 def served() -> tuple[ToyCloud, Manifest]:

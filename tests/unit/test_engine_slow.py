@@ -9,7 +9,7 @@ import pytest
 from isthmus.engine.part import Rows, Want
 from isthmus.engine.slow import MOST, SlowPart, check_slow_down, slowed
 from isthmus.protocol.errors import EngineError
-from tests.edge_world import N_LAYERS, ToyPart
+from tests.toy_part import N_LAYERS, ToyPart
 
 
 class Clock:
