@@ -5,7 +5,7 @@ it off the grid of 4 bits on which it is shipped. Nested codes are one file for 
 come to each expert; separate ones are fitted in the same way to one width alone, or rounded each weight for itself: q4
 is GGUF's Q4_0, q4m its Q4_1, NF4 that of QLoRA (Dettmers et al., 2305.14314), HQQ its authors' own, all in groups of
 32. Mixed ones follow an expert's share of a token, by the rule of `isthmus experts calibrate`. Then the model is tuned
-on as it is read (`--tune-rounded 2`).
+on as it is read (`--tune-rounded 1`).
 
 usage: python benchmarks/nested.py [--documents 200]
 
@@ -229,7 +229,7 @@ def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample
         found, sent = scale.read(mixed)
         told(f"nested, mixed, {least:g}", mean_bits(sent, mixed.shares.numpy()), found, "")
     few("nested, mixed", mixed)
-    through = run.tune(mixture, taught, in_nested_bits("n8", epochs=2))
+    through = run.tune(mixture, taught, in_nested_bits("n8", epochs=1))
     add("tuned so, float", 32, through.feeds, through)
     rounded = run.experts(through, None, "n8")
     widths = [read_with(rounded, format) for format in ("n2", "n4", "n8")]
@@ -245,7 +245,7 @@ def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample
         f"{EXPERTS} experts, {ACTIVE} active. Perplexity of held-out documents; bits with all scales of the planes "
         "that are read (mixed: of the codes, in the mean); error: root of the squares of what weights are off by, as a "
         "share of theirs. Mixed: two bits are read where they take away so much error, times an expert's share. Tuned "
-        f"so: on for two passes, read with {FEW:g} bits in the mean and with all, and each weight rounded for itself."
+        f"so: on for one pass, read with {FEW:g} bits in the mean and with all, and each weight rounded for itself."
     )
     record.table("codes", ["weights", "bits", "perplexity", "more", "error"], rows, note=note)
 
