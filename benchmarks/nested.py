@@ -4,8 +4,8 @@ The model is SmolLM2 as `isthmus moefy --experts 32 --active 8` converts and tun
 it off the grid of 4 bits on which it is shipped. Nested codes are one file for three widths, fitted to the tokens that
 come to each expert; separate ones are fitted in the same way to one width alone, or rounded each weight for itself: q4
 is GGUF's Q4_0, q4m its Q4_1, NF4 that of QLoRA (Dettmers et al., 2305.14314), HQQ its authors' own, all in groups of
-32. Mixed ones follow an expert's share of a token, by the rule of `isthmus experts calibrate`. Then the model is tuned
-on as it is read (`--tune-rounded 1`).
+32 (where HQQ, which pads nothing, can; else of 16). Mixed ones follow an expert's share of a token, by the rule of
+`isthmus experts calibrate`. Then the model is tuned on, once in floats and once as it is read (`--tune-rounded 1`).
 
 usage: python benchmarks/nested.py [--documents 200]
 
@@ -19,11 +19,10 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
 from models import gguf
-from numpy.typing import NDArray
 from record import Cell, Record
 from torch import Tensor
 
@@ -44,11 +43,12 @@ from isthmus.split.moefy_run import MoefyRun, identity, work_folder
 from isthmus.split.moefy_source import Shape
 from isthmus.split.moefy_training import Recipe, in_nested_bits
 from isthmus.split.tokenizer import Tokenizer
-from isthmus.split.tolerance_shares import mean_bits, shares, shares_within
+from isthmus.split.tolerance_shares import mean_bits, shares
 
 EXPERTS, ACTIVE, TAUGHT = 32, 8, 1500
 BATCH = 4096  # tokens
 FEW = 3.0  # bits in the mean
+STORED = (0, 2.5, 5, 9)  # bits with scales, by planes
 LEAST = (0.001, 0.004, 0.016, 0.064)  # errors that two bits must take away, where planes are mixed
 HQQ = cache_folder().parent / "peers" / "hqq"
 NF4 = (  # quantiles of a normal distribution, symmetric in number around zero
@@ -135,13 +135,11 @@ class Scale:
         """Of a mixture."""
         return perplexity(mixture.decoder, lambda batch: mixture.last(batch, ACTIVE), self._held)
 
-    def read(self, nested: NestedMixture) -> tuple[float, NDArray[np.float32]]:
-        """Perplexity, and the shares of the experts that tokens were sent to [tokens, layers, active]."""
-        nested.told = []
-        found, layers = self.of(nested), len(nested.feeds)
-        each = [torch.stack(nested.told[at : at + layers], 1) for at in range(0, len(nested.told), layers)]
-        nested.told = None
-        return found, torch.cat(each).numpy()
+    def read(self, nested: NestedMixture) -> tuple[float, float]:
+        """Perplexity, and bits of an expert that a token is sent to, in the mean, with those of its scales."""
+        with nested.recording() as recorded:
+            found = self.of(nested)
+        return found, mean_bits(torch.cat(recorded).numpy(), nested.shares.numpy(), STORED)
 
 
 def tuned(source: WeightSource, texts: Texts, tokenizer: Tokenizer) -> tuple[MoefyRun, Mixture, list[Sample]]:
@@ -198,15 +196,18 @@ def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample
     def own(format: str, aim: Aim) -> list[Feed]:
         return read_with(run.experts(mixture, taught, format, aim), format)
 
-    def few(name: str, mixed: NestedMixture) -> float:
-        _, sent = scale.read(mixed)
-        mixed.shares = torch.from_numpy(shares_within(mixed.errors(), sent, FEW))
-        found, sent = scale.read(mixed)
-        return told(f"{name}, {FEW:g} bits", mean_bits(sent, mixed.shares.numpy()), found, "")
+    def few(name: str, of: Mixture, widths: list[list[Feed]]) -> float:
+        mixed = NestedMixture(of, "n8")
+        mixed.set_rounding(widths)
+        mixed.shares = mixed.within(batches(taught, BATCH)[0], ACTIVE, FEW)
+        found, bits = scale.read(mixed)
+        return told(f"{name}, {FEW:g} bits", bits, found, "")
+
+    def every_width(layers: Sequence[Sequence[Expert]]) -> list[list[Feed]]:
+        return [read_with(layers, format) for format in ("n2", "n4", "n8")]
 
     add("float", 32, mixture.feeds)
-    nested = run.experts(mixture, taught, "n8")
-    widths = [read_with(nested, format) for format in ("n2", "n4", "n8")]
+    widths = every_width(run.experts(mixture, taught, "n8"))
     eight = add("nested, 8 bits", 9, widths[2])
     add("q8", 8.5, alone(in_format("q8")))
     four = add("nested, 4 bits", 5, widths[1])
@@ -223,29 +224,33 @@ def compare(record: Record, run: MoefyRun, mixture: Mixture, taught: list[Sample
     if HQQ.is_dir():
         add("HQQ, 2 bits", 3, alone(hqq(2)))
     mixed = NestedMixture(mixture, "n8")
-    mixed.give(widths)
+    mixed.set_rounding(widths)
     for least in LEAST:
         mixed.shares = torch.from_numpy(shares(mixed.errors(), least))
-        found, sent = scale.read(mixed)
-        told(f"nested, mixed, {least:g}", mean_bits(sent, mixed.shares.numpy()), found, "")
-    few("nested, mixed", mixed)
-    through = run.tune(mixture, taught, in_nested_bits("n8", epochs=1))
-    add("tuned so, float", 32, through.feeds, through)
-    rounded = run.experts(through, None, "n8")
-    widths = [read_with(rounded, format) for format in ("n2", "n4", "n8")]
-    for bits, stored, feeds in zip((2, 4, 8), (2.5, 5, 9), widths, strict=True):
-        add(f"tuned so, {bits} bits", stored, feeds, through)
-    mixed = NestedMixture(through, "n8")
-    mixed.give(widths)
-    three = few("tuned so, mixed", mixed)
+        found, bits = scale.read(mixed)
+        told(f"nested, mixed, {least:g}", bits, found, "")
+    few("nested, mixed", mixture, widths)
+    recipe, called = in_nested_bits("n8", epochs=1), identity(run.source)
+    control = MoefyRun(run.source, called, run.shape, work_folder(called) / "control", begin)
+    longer = control.tune(mixture, taught, replace(recipe, format=None))
+    add("tuned on in floats, float", 32, longer.feeds, longer)
+    widths = every_width(control.experts(longer, taught, "n8"))
+    add("tuned on in floats, 8 bits", 9, widths[2], longer)
+    few("tuned on in floats, mixed", longer, widths)
+    through = run.tune(mixture, taught, recipe)
+    widths = every_width(run.experts(through, None, "n8"))
+    for codes, bits, feeds in zip((2, 4, 8), STORED[1:], widths, strict=True):
+        add(f"tuned on in nested bits, {codes} bits", bits, feeds, through)
+    three = few("tuned on in nested bits, mixed", through, widths)
     record.figure("8 bits", eight, "perplexity", target=1.002, of="perplexity/float", at_most=True)
     record.figure("4 bits", four, "perplexity", target=1.01, of="perplexity/fitted to 4 bits alone", at_most=True)
-    record.figure("3 bits", three, "perplexity", target=1.01, of="perplexity/tuned so, 8 bits", at_most=True)
+    record.figure("3 bits", three, "perplexity", target=1.01, of="perplexity/tuned on in floats, 8 bits", at_most=True)
     note = (
-        f"{EXPERTS} experts, {ACTIVE} active. Perplexity of held-out documents; bits with all scales of the planes "
-        "that are read (mixed: of the codes, in the mean); error: root of the squares of what weights are off by, as a "
-        "share of theirs. Mixed: two bits are read where they take away so much error, times an expert's share. Tuned "
-        f"so: on for one pass, read with {FEW:g} bits in the mean and with all, and each weight rounded for itself."
+        f"{EXPERTS} experts, {ACTIVE} active. Perplexity of held-out documents; bits of whole groups with all scales "
+        "of the planes that are read (mixed: in the mean); error: root of the squares of what weights are off by, as a "
+        "share of theirs. Mixed: two bits are read where they take away so much error, times an expert's share, or so "
+        f"that codes have {FEW:g} bits in the mean. Tuned on for one pass: in floats, and fitted; or as read with "
+        f"{FEW:g} bits in the mean and with all, and each weight rounded for itself."
     )
     record.table("codes", ["weights", "bits", "perplexity", "more", "error"], rows, note=note)
 

@@ -3,8 +3,8 @@
 The dense model's probabilities of the next token are the target (distillation), over a vocabulary of frequent tokens;
 routers go on learning the logarithms of experts' energies. Attention, norms, embedding and head stay as they are.
 
-With nested bits experts learn to be read with few of them: of four steps three read as many planes as shares ask for
-when so many bits are read in the mean, and the fourth all of them, or all but the last.
+With nested bits experts learn to be read with few of them (quantization-aware training): of four steps three read as
+many planes as shares ask for when so many bits are read in the mean, and the fourth all of them, or all but the last.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from isthmus.protocol.errors import ModelError
 from isthmus.quant.nested import WIDTHS
+from isthmus.quant.planes import MATRICES
 from isthmus.split.exit_states import Sample
 from isthmus.split.files import write_whole
 from isthmus.split.moefy_decoder import Decoder, Feed
@@ -35,7 +36,6 @@ KEPT_STEPS, ROUNDED_STEPS = 50, 5  # between two savings of a training, and two 
 _WATCHED = 4  # routers learn from one of so many tokens
 _ROWS = 1024  # of logits at a time
 _TURN = 4  # steps, of which the last reads all planes, or all but one
-_MATRICES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,9 @@ class Recipe:
         seed: of samples' order.
         format: nested bits in which experts are read; None for floats.
         bits: of an expert that a token is sent to, in the mean, where fewer than all are read.
+
+    Raises:
+        ModelError: fewer than none of something, or a format without nested bits.
     """
 
     epochs: float = 2.0
@@ -63,6 +66,15 @@ class Recipe:
     format: str | None = None
     bits: float = 3.0
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_tokens", "learning_rate", "router_rate", "bits"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ModelError(f"{name} is {value}", "choose 0 or more")
+        if self.format is not None and self.format not in WIDTHS:
+            known = f"{', '.join(WIDTHS[:-1])} or {WIDTHS[-1]}"
+            problem = f"experts are not tuned in {self.format}: it is not nested"
+            raise ModelError(problem, f"choose {known}, or tune in floats")
+
 
 def in_nested_bits(format: str, epochs: float = 2.0, seed: int = 0) -> Recipe:
     """How a converted model is tuned on, once it was tuned in floats: larger batches, as roundings are slow.
@@ -70,9 +82,6 @@ def in_nested_bits(format: str, epochs: float = 2.0, seed: int = 0) -> Recipe:
     Raises:
         ModelError: the format has no nested bits.
     """
-    if format not in WIDTHS:
-        known = f"{', '.join(WIDTHS[:-1])} or {WIDTHS[-1]}"
-        raise ModelError(f"experts are not tuned in {format}: it is not nested", f"choose {known}, or tune in floats")
     return Recipe(epochs=epochs, batch_tokens=2048, seed=seed, format=format)
 
 
@@ -98,13 +107,13 @@ def tune(
     if not plan:
         return
     keeper = _Keeper(kept, json.dumps([key, active, asdict(recipe), [list(sample.tokens) for sample in samples]]))
-    weights = [getattr(feed, name) for feed in mixture.feeds for name in _MATRICES]
+    weights = [getattr(feed, name) for feed in mixture.feeds for name in MATRICES]
     for tensor in (*weights, *mixture.routers):
         tensor.requires_grad_(True)
     groups = [{"params": weights, "times": 1.0}, {"params": mixture.routers, "times": recipe.router_rate}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     judge = Judge(mixture.decoder, samples, recipe.frequent)
-    widths = _Widths(mixture, recipe, active) if recipe.format else None
+    schedule = _BitSchedule(mixture, recipe, active) if recipe.format else None
     begun = keeper.load(mixture, optimizer, len(plan))
     for step, batch in enumerate(plan[begun:], begun):
         rising = min(1.0, (step + 1) / recipe.warmup)
@@ -112,7 +121,7 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rising * falling * group["times"]
         watch = Watch(_WATCHED)
-        last = (widths.turned(step, batch) if widths else mixture).last(batch, active, watch)
+        last = (schedule.for_step(step, batch) if schedule else mixture).last(batch, active, watch)
         apart, pull = judge.compare(last.detach(), batch)
         optimizer.zero_grad()
         if watch.errors:  # none where all experts are active
@@ -130,7 +139,7 @@ def tune(
         tensor.requires_grad_(False)
 
 
-class _Widths:
+class _BitSchedule:
     """A mixture read with more and with fewer bits, in turn."""
 
     def __init__(self, mixture: Mixture, recipe: Recipe, active: int) -> None:
@@ -138,7 +147,7 @@ class _Widths:
         self._nested, self._bits, self._active = NestedMixture(mixture, recipe.format), recipe.bits, active
         self._few = self._nested.shares
 
-    def turned(self, step: int, batch: Batch) -> NestedMixture:
+    def for_step(self, step: int, batch: Batch) -> NestedMixture:
         """As the step reads it. It depends on nothing but the step, its batch and the weights of a kept step."""
         nested, turn = self._nested, step % (2 * _TURN)
         if step % ROUNDED_STEPS == 0:
@@ -159,7 +168,7 @@ class Judge:
         counts = np.bincount(np.concatenate([sample.tokens for sample in samples]), minlength=decoder.config.vocab_size)
         chosen = np.sort(np.argsort(-counts, kind="stable")[:frequent]).copy()
         self._decoder, self._head = decoder, decoder.head[torch.from_numpy(chosen)].contiguous()
-        self._truth: dict[int, Tensor] = {}
+        self._truth: dict[int, tuple[Tensor, Tensor]] = {}  # tokens and states, by the former's id while they live
 
     def compare(self, last: Tensor, batch: Batch) -> tuple[float, Tensor]:
         """The mean Kullback-Leibler divergence from the dense model, and its gradient.
@@ -170,9 +179,10 @@ class Judge:
         key = id(batch.tokens)
         if key not in self._truth:  # the dense model's states, in half of their bits
             with torch.no_grad():
-                self._truth[key] = self._decoder.last(batch.tokens)[batch.there].to(torch.bfloat16)
+                states = self._decoder.last(batch.tokens)[batch.there].to(torch.bfloat16)
+                self._truth[key] = batch.tokens, states
         total, pulls = 0.0, []
-        for states, truth in zip(torch.split(last, _ROWS), torch.split(self._truth[key], _ROWS), strict=True):
+        for states, truth in zip(torch.split(last, _ROWS), torch.split(self._truth[key][1], _ROWS), strict=True):
             leaf = states.clone().requires_grad_(True)
             normed = self._decoder.normed(leaf)
             with torch.no_grad():  # written out: autograd would hold several copies of the logits
@@ -235,7 +245,7 @@ class _Keeper:
 
 
 def _tensors(mixture: Mixture) -> list[Tensor]:
-    return [getattr(feed, name) for feed in mixture.feeds for name in _MATRICES] + mixture.routers
+    return [getattr(feed, name) for feed in mixture.feeds for name in MATRICES] + mixture.routers
 
 
 def trainable(feed: Feed) -> Feed:

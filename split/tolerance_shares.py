@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,17 +28,18 @@ def shares(off: NDArray[np.float64], least: float) -> NDArray[np.float32]:
     return ascending
 
 
-def mean_bits(weights: NDArray[np.float32], tolerance: NDArray[np.float32]) -> float:
+def mean_bits(weights: NDArray[np.float32], tolerance: NDArray[np.float32], bits: Sequence[float] = BITS) -> float:
     """Bits of the experts that a token is sent to, in the mean; layers without experts are left out.
 
     Args:
         weights: of recorded routing [positions, layers, top_k].
         tolerance: see `shares`.
+        bits: of an expert by planes that are read of it.
     """
     there = weights.sum(axis=2, keepdims=True)
     held = there[0, :, 0] > 0
     planes = (weights[..., None] >= (tolerance[:, None] * there[..., None])).cumprod(axis=3).sum(axis=3)
-    return float(np.array(BITS)[planes[:, held]].mean())
+    return float(np.array(bits)[planes[:, held]].mean())
 
 
 def shares_within(off: NDArray[np.float64], weights: NDArray[np.float32], bits: float) -> NDArray[np.float32]:
@@ -46,7 +49,7 @@ def shares_within(off: NDArray[np.float64], weights: NDArray[np.float32], bits: 
         off: see `shares`.
         weights: see `mean_bits`.
     """
-    low, high = 0.0, 1.0
+    low, high = 0.0, NEVER  # which reads nothing
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         enough = mean_bits(weights, shares(off, middle)) <= bits

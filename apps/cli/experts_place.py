@@ -54,7 +54,8 @@ def command(
         typer.Option(help="To a cloud that computes experts, too: rtt=20,up=5,down=20 (ms and Mbit/s), or as in plan"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Share the experts of each layer among N workers of a cloud instead")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Share the experts of each layer among N workers of a cloud instead"),
     ] = None,
     balance: Annotated[
         float, typer.Option(help="With --workers: share that a worker's load in a layer may exceed the mean by")

@@ -83,6 +83,8 @@ def command(
         import torch
 
         from isthmus.split.moefy_decoder import keep_freed_memory
+        from isthmus.split.moefy_mixture import Mixture
+        from isthmus.split.moefy_nested import NestedMixture
         from isthmus.split.moefy_run import MoefyRun, identity, known_format, usual_counts, work_folder
         from isthmus.split.moefy_source import ConvertedSource, Shape
         from isthmus.split.moefy_training import Recipe, in_nested_bits
@@ -116,7 +118,11 @@ def command(
             for recipe in recipes:
                 mixture = run.tune(mixture, taught, recipe)
         held = chunks(tokenizer, texts.held[:: max(1, len(texts.held) // checks)], source.config.context_length)
-        dense, figures = run.measure(mixture, held[:checks], measured)
+        read: Mixture = mixture
+        if tune_rounded:
+            read = nested = NestedMixture(mixture, format)
+            nested.round()
+        dense, figures = run.measure(read, held[:checks], measured)
         rounded = run.experts(mixture, None if tune_rounded else samples, format)
         tell = say("bundle")
         manifest = write_bundle(
@@ -144,7 +150,7 @@ def command(
         }
         print(json.dumps(told))
         return
-    _show(dense, figures)
+    _show(dense, figures, f"with experts in {format}" if tune_rounded else "before experts are rounded")
     size_mb = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     width = source.config.d_ff // experts
     print(f"{output}: {manifest.name}, {experts} experts of {width} neurons a layer, {active} active, {size_mb:.1f} MB")
@@ -152,7 +158,7 @@ def command(
         print("tuned: with all experts active it is another model than the dense one")
 
 
-def _show(dense: float, figures: Sequence[Figure]) -> None:
+def _show(dense: float, figures: Sequence[Figure], read: str) -> None:
     from isthmus.apps.cli.exits import table
 
     rows = [
@@ -160,7 +166,7 @@ def _show(dense: float, figures: Sequence[Figure]) -> None:
         for one in figures
     ]
     table(["active", "share", "perplexity", "recall"], [*rows, ("dense", "", f"{dense:.2f}", "")])
-    print("perplexity of held-out documents, before experts are rounded")
+    print(f"perplexity of held-out documents, {read}")
     print("recall: of the experts that add most, the share that routers chose")
 
 

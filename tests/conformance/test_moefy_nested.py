@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch", reason="making experts needs torch==2.13.0")
 pytest.importorskip("scipy")
 
+from torch import Tensor  # noqa: E402
+
 from isthmus.engine.experts import Expert  # noqa: E402
 from isthmus.protocol.errors import ModelError  # noqa: E402
 from isthmus.quant.groups import dequantize  # noqa: E402
 from isthmus.quant.nested import WIDTHS, view  # noqa: E402
+from isthmus.quant.planes import MATRICES  # noqa: E402
 from isthmus.split import moefy_run, moefy_training  # noqa: E402
 from isthmus.split.exit_states import Sample  # noqa: E402
 from isthmus.split.moefy_decoder import Feed  # noqa: E402
@@ -33,7 +36,6 @@ from tests.conformance.tiny import VOCAB, Tiny, build  # noqa: E402
 EXPERTS, ACTIVE = 4, 2
 RNG = np.random.default_rng(11)
 SAMPLES = [Sample(RNG.integers(0, VOCAB, int(n)).tolist()) for n in RNG.integers(20, 60, 40)]
-MATRICES = ("gate", "up", "down")
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +48,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return build("llama", tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def run(tiny: Tiny, tmp_path: Path) -> MoefyRun:
-    return run_in(tiny, tmp_path / "work")
+@pytest.fixture(params=[False, True], ids=["own", "pre-gate"])
+def run(request: pytest.FixtureRequest, tiny: Tiny, tmp_path: Path) -> MoefyRun:
+    return run_in(tiny, tmp_path / "work", pre_gate=request.param)
 
 
-def run_in(tiny: Tiny, work: Path, tell: Callable[[str, int], None] = lambda step, done: None) -> MoefyRun:
-    shape = Shape(EXPERTS, ACTIVE)
+def run_in(
+    tiny: Tiny, work: Path, tell: Callable[[str, int], None] = lambda step, done: None, pre_gate: bool = False
+) -> MoefyRun:
+    shape = Shape(EXPERTS, ACTIVE, pre_gate)
     return MoefyRun(tiny.source, identity(tiny.source), shape, work, lambda step: lambda done, _: tell(step, done))
 
 
@@ -89,11 +93,27 @@ def test_what_is_read_is_what_is_stored(run: MoefyRun, format: str) -> None:
     assert torch.equal(nested.last(held(), ACTIVE), other.last(held(), ACTIVE))
 
 
+@pytest.mark.parametrize("format", WIDTHS)
+def test_gradients_are_those_of_rounded_weights(run: MoefyRun, format: str) -> None:
+    mixture = run.convert(SAMPLES)
+    stored = [read_with(rounded(feed, EXPERTS, format), format) for feed in mixture.feeds]
+    plain = Mixture(mixture.decoder, stored, mixture.routers, mixture.pre_gate)
+    nested = NestedMixture(mixture, format)
+    nested.round()
+    found = list[list[Tensor]]()
+    for one in (nested, plain):
+        weights = [getattr(feed, name).requires_grad_(True) for feed in one.feeds for name in MATRICES]
+        one.last(held(), ACTIVE).square().sum().backward()  # type: ignore[no-untyped-call]
+        found.append([weight.grad.clone() for weight in weights])
+    for through, right in zip(*found, strict=True):
+        np.testing.assert_allclose(through, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+
+
 def test_another_rounding_is_read_as_given(run: MoefyRun) -> None:
     mixture = run.convert(SAMPLES)
     stored = run.experts(mixture, SAMPLES, "n8")
     nested, widths = NestedMixture(mixture, "n8"), [[read_with(layer, format) for layer in stored] for format in WIDTHS]
-    nested.give(widths)
+    nested.set_rounding(widths)
     nested.shares[:, 1:] = NEVER
     other = Mixture(mixture.decoder, widths[0], mixture.routers, mixture.pre_gate)
     np.testing.assert_allclose(nested.last(held(), ACTIVE), other.last(held(), ACTIVE), atol=1e-5)
@@ -107,9 +127,11 @@ def test_shares_keep_a_batch_within_its_bits(run: MoefyRun) -> None:
     read = list[float]()
     for bits in (2.5, 3.0, 6.0):
         nested.shares = nested.within(held(), ACTIVE, bits)
-        nested.told = []
-        nested.last(held(), ACTIVE)
-        weights, nested.told = torch.stack(nested.told, dim=1).numpy(), None
+        with nested.recording() as recorded:
+            nested.last(held(), ACTIVE)
+            nested.last(held(), ACTIVE)
+        assert len(recorded) == 2
+        weights = recorded[0].numpy()
         assert weights.shape == (held().size, len(nested.feeds), ACTIVE)
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
         read.append(mean_bits(weights, nested.shares.numpy()))
@@ -155,12 +177,13 @@ def test_training_goes_through_the_rounding(run: MoefyRun) -> None:
 
 
 def test_it_goes_on_where_it_was_stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moefy_training, "KEPT_STEPS", 4)
+    assert moefy_training.KEPT_STEPS % moefy_training.ROUNDED_STEPS == 0  # else it would go on with another rounding
+    monkeypatch.setattr(moefy_training, "KEPT_STEPS", 6)
     monkeypatch.setattr(moefy_training, "ROUNDED_STEPS", 2)
     recipe = Recipe(epochs=2, batch_tokens=256, warmup=2, format="n8")
 
     def stopped(step: str, done: int) -> None:
-        if step == "tuning in n8" and done == 7:
+        if step == "tuning in n8" and done == 8:
             raise KeyboardInterrupt
 
     whole, parts = run_in(tiny, tmp_path / "whole"), run_in(tiny, tmp_path / "parts", stopped)
@@ -170,12 +193,24 @@ def test_it_goes_on_where_it_was_stopped(tiny: Tiny, tmp_path: Path, monkeypatch
     done = list[int]()
     parts = run_in(tiny, tmp_path / "parts", lambda step, at: done.append(at) if step == "tuning in n8" else None)
     resumed = parts.tune(parts.convert(SAMPLES), SAMPLES, recipe)
-    assert done[0] == 5
+    assert done[0] == 7
     for feed, other in zip(found.feeds, resumed.feeds, strict=True):
         assert all(torch.equal(getattr(feed, name), getattr(other, name)) for name in MATRICES)
+    assert all(torch.equal(one, other) for one, other in zip(found.routers, resumed.routers, strict=True))
 
 
 def test_only_nested_bits_are_trained_through() -> None:
     assert in_nested_bits("n4", epochs=1, seed=3).format == "n4"
     with pytest.raises(ModelError, match="not tuned in q8: it is not nested; choose n2, n4 or n8"):
         in_nested_bits("q8")
+    for wrong in ({"epochs": -1.0}, {"bits": float("nan")}, {"learning_rate": -1e-3}):
+        with pytest.raises(ModelError, match=f"{next(iter(wrong))} is .*; choose 0 or more"):
+            Recipe(**wrong)  # type: ignore[arg-type]
+
+
+def test_batches_are_told_apart_after_they_are_gone(run: MoefyRun) -> None:
+    judge = Judge(run.decoder, SAMPLES, VOCAB)
+    for at in range(8):
+        (batch,) = batches(SAMPLES[at : at + 2], 10_000)
+        dense = run.decoder.last(batch.tokens)[batch.there]
+        assert judge.compare(dense, batch)[0] < 1e-3

@@ -93,6 +93,8 @@ def test_shares_read_no_more_bits_than_asked_for(bits: float) -> None:
     weights = rng.dirichlet(np.ones(4), (300, 5)).astype(np.float32)
     found = mean_bits(weights, shares_within(off, weights, bits))
     assert bits - 0.05 < found <= bits
+    alone = np.ones((300, 5, 1), np.float32)  # one expert, whose share is all
+    assert mean_bits(alone, shares_within(off, alone, bits)) <= bits
 
 
 def test_bits_and_losses_are_those_of_the_engine(bundle: Bundle) -> None:
