@@ -54,6 +54,22 @@ class _Entry:
 _Key = tuple[Root, bytes]
 
 
+@dataclass(slots=True)
+class Prefix:
+    """What is held of a text that a session wants to begin with.
+
+    Attributes:
+        asked_tokens: that it wants.
+        chain: over the tokens that are held.
+        entries: their blocks.
+    """
+
+    root: Root
+    asked_tokens: int
+    chain: Chain
+    entries: list[_Entry]
+
+
 class Context:
     """See the module. No clock: it takes for now what `refresh` was told last.
 
@@ -103,36 +119,48 @@ class Context:
             sequence.close()
         return len(tokens) // BLOCK * BLOCK
 
-    def begin(self, session: Session, root: Root, prefixes: bytes) -> None:
-        """Gives an empty session what is held of a text; what it computes from now on is kept.
+    def find(self, root: Root, prefixes: bytes, window: int) -> Prefix:
+        """What is held of a text, in memory or on disk.
 
         Args:
             prefixes: see `protocol.chain.Chain.names`.
+            window: attention window of the session, 0 for none.
         """
-        session.root, names = root, [prefixes[at : at + NAME_BYTES] for at in range(0, len(prefixes), NAME_BYTES)]
-        if session.window:
-            del names[session.window // BLOCK :]  # positions beyond it do not see the first ones
-        found, blocks, chain = list[_Entry](), list[KvBlock](), Chain()
+        names = [prefixes[at : at + NAME_BYTES] for at in range(0, len(prefixes), NAME_BYTES)]
+        if window:
+            del names[window // BLOCK :]  # positions beyond it do not see the first ones
+        found = Prefix(root, BLOCK * len(names), Chain(), [])
         for name in names:
             entry = self._entries.get(self._key(root, name))
             if entry is None:
                 break
-            chain.extend(entry.tokens)
-            if chain.head != entry.head:  # another text whose hash begins alike
+            found.chain.extend(entry.tokens)
+            if found.chain.head != entry.head:  # another text whose hash begins alike
                 break
-            found.append(entry)
-        missing = BLOCK * sum(entry.block is None for entry in found)
-        self.reclaim(missing - self._part.free_tokens, {id(entry) for entry in found})
-        for name, entry in zip(names, found, strict=False):
-            block = entry.block or self._restored(self._key(root, name), entry)
+            found.entries.append(entry)
+        return found
+
+    def lacks(self, prefix: Prefix) -> bool:
+        """Whether memory is missing for what of a prefix is on disk, even if all is taken that no session uses."""
+        spare = sum(entry.spare for entry in self._entries.values()) - sum(entry.spare for entry in prefix.entries)
+        missing = sum(entry.block is None for entry in prefix.entries)
+        return missing > spare + self._part.free_tokens // BLOCK
+
+    def begin(self, session: Session, prefix: Prefix) -> None:
+        """Gives an empty session what was found, as far as there is memory; what it computes from now on is kept."""
+        session.root, blocks = prefix.root, list[KvBlock]()
+        missing = BLOCK * sum(entry.block is None for entry in prefix.entries)
+        self.reclaim(missing - self._part.free_tokens, {id(entry) for entry in prefix.entries})
+        for entry in prefix.entries:
+            block = entry.block or self._restored(self._key(prefix.root, entry.head[:NAME_BYTES]), entry)
             if block is None:
                 break
             blocks.append(block)
-        chain.truncate(BLOCK * len(blocks))
-        self.asked_tokens += BLOCK * len(names)
+        prefix.chain.truncate(BLOCK * len(blocks))
+        self.asked_tokens += prefix.asked_tokens
         self.found_tokens += BLOCK * len(blocks)
         if blocks:
-            session.begin(chain, blocks)
+            session.begin(prefix.chain, blocks)
             self.touch(session)
 
     def keep(self, session: Session) -> None:

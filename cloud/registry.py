@@ -122,13 +122,21 @@ class Registry:
             self._admit(model, message, principal, now_s)
             session = self._new_session(model, message, principal)
         session.resume(message.epoch, peer.route, message.alias)
-        if model.context is not None and not len(session.chain):
-            model.context.begin(
-                session, Root(principal, message.enter, message.source if message.enter else ""), message.prefixes
-            )
+        if not len(session.chain):
+            self._begin(session, model, message, now_s)
         session.used_s = now_s
         peer.aliases[message.alias] = session
         return session, model
+
+    def _begin(self, session: Session, model: Model, message: Open, now_s: float) -> None:
+        """Gives an empty session the KV that is kept of what it begins with; idle ones give way to what is on disk."""
+        if (context := model.context) is None:
+            return
+        root = Root(session.principal, message.enter, message.source if message.enter else "")
+        prefix = context.find(root, message.prefixes, session.window)
+        while context.lacks(prefix) and (spare := self.spare(model, now_s)) is not None:
+            self.evict(spare)
+        context.begin(session, prefix)
 
     def orphan(self, peer: Peer) -> None:
         """A connection is gone: what its sessions waited for is not wanted any more."""

@@ -68,6 +68,11 @@ class CloudProcess:
             raise
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return int(self._process.pid)
+
     def kill(self) -> None:
         """Ends it without a word, as a crash does."""
         self._process.kill()

@@ -168,6 +168,22 @@ def test_a_session_begins_with_what_there_is_room_for(made: Made, tmp_path: Path
     assert one.ask(rows(TEXT, 54), turns=4)[-1].tokens == fake_text(TEXT, 1)
 
 
+def test_idle_sessions_give_way_to_one_that_comes_back(made: Made, tmp_path: Path) -> None:
+    one, part = spilling(made, tmp_path, tokens=176)
+    texts = [[t + n for t in TEXT] for n in range(4)]
+    for n, text in enumerate(texts):
+        one.open(session=bytes([n]) * 16, alias=n + 1)
+        assert one.ask(rows(text, 70, alias=n + 1), turns=6)[-1].tokens == fake_text(text, 1)
+        one.later(10.0)
+    before = sum(part.steps)
+    for n in (0, 1, 2, 3, 0):
+        opened = one.open(session=bytes([n]) * 16, alias=n + 1, epoch=9, prefixes=names(texts[n], 69))
+        again = rows(texts[n], 70 - min(opened.committed, 69), alias=n + 1, epoch=9)
+        assert opened.committed >= 64 and one.ask(again, turns=4)[-1].tokens == fake_text(texts[n], 1)
+        one.later(10.0)
+    assert sum(part.steps) - before <= 5 * 6
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_slots_are_neither_lost_nor_given_twice(made: Made, tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
