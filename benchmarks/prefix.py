@@ -101,7 +101,8 @@ def shared(record: Record, folder: Path, texts: Sequence[str], turns: int) -> No
                 )
             (cold_ms, cold_up), (warm_ms, warm_up) = medians["cold"], medians["warm"]
             print(mode, medians, file=sys.stderr, flush=True)
-            rows.append([mode, cold_ms, warm_ms, warm_ms / cold_ms, int(cold_up), int(warm_up), warm_up / cold_up])
+            less_time, less_sent = f"{warm_ms / cold_ms:.1%}", f"{warm_up / cold_up:.1%}"
+            rows.append([mode, cold_ms, warm_ms, less_time, int(cold_up), int(warm_up), less_sent])
     columns = ["mode", "cold ms", "warm ms", "of it", "cold bytes up", "warm bytes up", "of them"]
     note = (
         f"To the first token, and bytes up of {TOKENS} tokens, behind a prompt of {PREFIX} tokens; two processes on "
