@@ -122,18 +122,25 @@ class Registry:
             self._admit(model, message, principal, now_s)
             session = self._new_session(model, message, principal)
         session.resume(message.epoch, peer.route, message.alias)
-        if not len(session.chain):
-            self._begin(session, model, message, now_s)
+        self._begin(session, model, message, now_s)
         session.used_s = now_s
         peer.aliases[message.alias] = session
         return session, model
 
     def _begin(self, session: Session, model: Model, message: Open, now_s: float) -> None:
-        """Gives an empty session the KV that is kept of what it begins with; idle ones give way to what is on disk."""
+        """Gives a session the KV that is kept of what it is to begin with, if that is more than it has itself.
+
+        Idle ones give way to what is on disk.
+        """
         if (context := model.context) is None:
             return
-        root = Root(session.principal, message.enter, message.source if message.enter else "")
+        root, has = Root(session.principal, message.enter, message.source if message.enter else ""), len(session.chain)
         prefix = context.find(root, message.prefixes, session.window)
+        if has:
+            if session.work or len(prefix.chain) <= has or prefix.chain.at(has) != session.chain.head:
+                return
+            context.touch(session)
+            session.forget(0)
         while context.lacks(prefix) and (spare := self.spare(model, now_s)) is not None:
             self.evict(spare)
         context.begin(session, prefix)

@@ -8,6 +8,7 @@ from isthmus.protocol.chain import BLOCK, NAME_BYTES, ROOT, Chain
 from isthmus.protocol.messages import MAX_PREFIXES, Open, Truncate
 
 EXACT = ("", "f32")  # codecs behind which a row is what it was
+_WORTH_ASKING = 64  # tokens that the cloud may have by others: fewer are sooner computed than asked for
 
 
 class Lane:
@@ -31,6 +32,7 @@ class Lane:
         limit: how much of the log it may keep, while it is being aligned.
         loose: whether it may hold more than was told, as something was given up: it is cut back before its next use.
         ahead: positions that it holds if all that was sent ahead has come; at least `committed`.
+        turned: whether the log went on to another text since the cloud was asked what it has of it.
     """
 
     __slots__ = (
@@ -50,6 +52,7 @@ class Lane:
         "sent",
         "session",
         "streamed",
+        "turned",
     )
 
     def __init__(self, alias: int, enter: int, codec: str = "") -> None:
@@ -61,7 +64,7 @@ class Lane:
     def renew(self) -> None:
         """Takes a fresh, empty session."""
         self.session = os.urandom(16)
-        self.opened = self.loose = False
+        self.opened = self.loose = self.turned = False
         self.agreed = 0
         self.sent = 0
         self.streamed = 0
@@ -118,7 +121,7 @@ class Lane:
             numerics: of what makes hidden states, empty where others need not make the same.
         """
         self.epoch += 1
-        self.opened = self.loose = False
+        self.opened = self.loose = self.turned = False
         self.streamed, self.expects = 0, None
         message = Open(self.session, self.alias, self.epoch, model_id, self.enter, kv_format, window)
         if self.enter and numerics:
@@ -168,7 +171,12 @@ class Lane:
     def edited(self, length: int, log: Chain) -> None:
         """The log is about to be cut back to `length` on the device."""
         self.check(log)
+        self.turned = self.turned or self.agreed - length >= BLOCK
         self.agreed = min(self.agreed, length)
+
+    def asks(self, log: Chain) -> bool:
+        """Whether the cloud, that is about to be cut back, may well have more of the log than that by others."""
+        return self.turned and min(self.limit, len(log)) - self.ahead >= _WORTH_ASKING
 
     def moved(self, enter: int, codec: str) -> None:
         """Rows enter elsewhere or travel otherwise from now on, which empties the session."""

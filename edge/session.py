@@ -227,11 +227,9 @@ class Session:
     @property
     def wake_at(self) -> float:
         """When `tick` must be called at the latest."""
-        if not self._pending:
-            return float("inf")
-        if self.welcome is None:
+        if self._pending and self.welcome is None:
             return self.patience.ends_at(connected=False)
-        return min(pending.retry_at for pending in self._pending.values())
+        return min((pending.retry_at for pending in self._pending.values()), default=float("inf"))
 
     def abandon(self) -> None:
         """Nothing that is under way is wanted any more: the cloud is told so, and the lanes are to be opened again."""
@@ -354,8 +352,7 @@ class Session:
         self.events.append(Verified(lane, message.position, accepted, message.token, message.engine_us))
 
     def _fault(self, fault: m.Fault, now: float) -> None:
-        error = ServiceError(f"{self.where} refused: {fault.problem}", fault.remedy)
-        code = fault.code
+        code, error = fault.code, ServiceError(f"{self.where} refused: {fault.problem}", fault.remedy)
         if fault.alias is None:
             if code is m.Code.CLOSING:
                 self.closing = True
@@ -396,7 +393,10 @@ class Session:
         if not self._renewed(lane, now):
             self.outbox.append(lane.cutting(length))
             lane.cut(length, self.log)
-            self.events.append(Aligned(lane))
+            if lane.asks(self.log):
+                self._open(lane, now)
+            else:
+                self.events.append(Aligned(lane))
 
     def _truncate(self, lane: Lane, length: int, now: float) -> None:
         """Has the cloud cut its log back, and say what is left."""

@@ -129,3 +129,29 @@ def test_system_prompts_that_cannot_be_pinned_are_told(
     options = ("--kv-tokens", "512", "--pin", str(tmp_path / "system.txt"))
     with pytest.raises(ServiceError, match=told), serving(bundle, keys, *options):
         pass
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "stream"},
+        {"mode": "verify"},
+        {"mode": "split", "cut": LAYER},
+        {"mode": "exit", "cut": LAYER, "threshold": 1.0},
+    ],
+    ids=["stream", "verify", "split", "exit"],
+)
+def test_a_device_goes_from_one_conversation_to_another_and_back(
+    bundle: Path, keys: Path, fields: dict[str, Any]
+) -> None:
+    """Back in the first one, and in one that another device had, it sends what is new alone."""
+    prompts = [f"{name} {PROMPT}" for name in ("one", "two", "three")]
+    with serving(bundle, keys) as cloud:
+        elsewhere = [answered(bundle, cloud, keys, prompt, **fields) for prompt in prompts[1:]]
+        with Device(bundle, cloud.address, keys=keys, threads=1, **fields) as device:
+            said, sent = [], []
+            for prompt in (*prompts, prompts[0]):
+                said.append([token.id for token in device.generate(prompt, max_tokens=TOKENS)])
+                sent.append(device.stats.bytes_up)
+    assert said[1:3] == [tokens for tokens, _ in elsewhere] and said[3] == said[0]
+    assert max(sent[1:]) < 0.6 * min(sent[0], *(size for _, size in elsewhere))
