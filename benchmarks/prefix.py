@@ -1,9 +1,10 @@
 """What KV that the cloud keeps saves: a prompt that others had before, and sessions that come back from disk.
 
 A device asks a question behind a prompt of 512 tokens that nobody had before (cold), and then another device a question
-behind the same prompt (warm); pairs take turns over prompts, each device a new one. The sessions are opened one after
-the other over one connection, each with a text of its own, in a KV that holds a few of them; memory is the cloud's
-resident memory beyond that after the first ones, when the KV is full, and some are asked to go on.
+behind the same prompt (warm) and then one more (again); pairs take turns over prompts, each device a new one. The
+sessions are opened one after the other over one connection, each with a text of its own, in a KV that holds a few of
+them; memory is the cloud's resident memory beyond that after the first ones, when the KV is full, and some are asked to
+go on.
 
 usage: python benchmarks/prefix.py [--turns 12] [--sessions 1000] [--tokens 256]
 """
@@ -60,12 +61,17 @@ def prompts(tokenizer: Tokenizer, text: str, count: int) -> list[str]:
     return found
 
 
-def asked(folder: Path, cloud: CloudProcess, keys: Path, prompt: str, mode: str, **fields: Any) -> tuple[float, int]:
-    """Milliseconds to the first token, and bytes up, of a device that is connected already."""
+def asked(
+    folder: Path, cloud: CloudProcess, keys: Path, texts: Sequence[str], mode: str, **fields: Any
+) -> list[tuple[float, int]]:
+    """Milliseconds to the first token, and bytes up, of each question to a device that is connected already."""
+    found = []
     with Device(folder, cloud.address, keys=keys, threads=1, mode=mode, standby=False, **fields) as device:
-        time.sleep(0.3)
-        list(device.generate(prompt, max_tokens=TOKENS))
-        return device.stats.ttft_ms, device.stats.bytes_up
+        for text in texts:
+            time.sleep(0.3)
+            list(device.generate(text, max_tokens=TOKENS))
+            found.append((device.stats.ttft_ms, device.stats.bytes_up))
+    return found
 
 
 def shared(record: Record, folder: Path, texts: Sequence[str], turns: int) -> None:
@@ -73,40 +79,35 @@ def shared(record: Record, folder: Path, texts: Sequence[str], turns: int) -> No
     rows: list[list[Cell]] = []
     with fresh_keys() as keys, CloudProcess(folder, keys, 2, more=["--context-s", "600"]) as cloud:
         for number, (mode, fields, most) in enumerate(WAYS):
-            found: dict[str, list[tuple[float, int]]] = {"cold": [], "warm": []}
+            found: dict[str, list[tuple[float, int]]] = {"cold": [], "warm": [], "again": []}
             for turn in range(turns + 1):
-                prompt = texts[number * (turns + 1) + turn]
-                for name, question in (("cold", " Who said so?"), ("warm", " What does it mean?")):
-                    answer = asked(folder, cloud, keys, prompt + question, mode, **fields)
+                cold, warm, again = (
+                    f"{texts[number * (turns + 1) + turn]} {question}"
+                    for question in ("Who said so?", "What does it mean?", "Where was that?")
+                )
+                answers = asked(folder, cloud, keys, [cold], mode, **fields)
+                answers += asked(folder, cloud, keys, [warm, again], mode, **fields)
+                for name, answer in zip(found, answers, strict=True):
                     found[name] += [answer] if turn else []
             medians = {
                 name: [statistics.median(one) for one in zip(*each, strict=True)] for name, each in found.items()
             }
-            for name, (first_ms, up) in medians.items():
-                record.figure(
-                    f"first token/{mode}/{name}",
-                    first_ms,
-                    "ms",
-                    target=0.1 if name == "warm" else None,
-                    of=f"first token/{mode}/cold" if name == "warm" else None,
-                    at_most=True,
-                )
-                record.figure(
-                    f"up/{mode}/{name}",
-                    up,
-                    "bytes",
-                    target=most if name == "warm" else None,
-                    of=f"up/{mode}/cold" if name == "warm" else None,
-                    at_most=True,
-                )
-            (cold_ms, cold_up), (warm_ms, warm_up) = medians["cold"], medians["warm"]
             print(mode, medians, file=sys.stderr, flush=True)
-            less_time, less_sent = f"{warm_ms / cold_ms:.1%}", f"{warm_up / cold_up:.1%}"
-            rows.append([mode, cold_ms, warm_ms, less_time, int(cold_up), int(warm_up), less_sent])
-    columns = ["mode", "cold ms", "warm ms", "of it", "cold bytes up", "warm bytes up", "of them"]
+            row: list[Cell] = [mode]
+            for name, (first_ms, up) in medians.items():
+                for what, value, unit, share in (("first token", first_ms, "ms", 0.1), ("up", up, "bytes", most)):
+                    of = None if name == "cold" else f"{what}/{mode}/cold"
+                    target = None if name == "cold" else share
+                    record.figure(f"{what}/{mode}/{name}", value, unit, target=target, of=of, at_most=True)
+                row += [first_ms, int(up)]
+                if name != "cold":
+                    row.append(" / ".join(f"{a / b:.1%}" for a, b in zip((first_ms, up), medians["cold"], strict=True)))
+            rows.append(row)
+    columns = ["mode", "cold ms", "bytes", "warm ms", "bytes", "of cold", "again ms", "bytes", "of cold"]
     note = (
-        f"To the first token, and bytes up of {TOKENS} tokens, behind a prompt of {PREFIX} tokens; two processes on "
-        "one machine, encrypted. In split and exit mode the device computes its own layers of the whole prompt anyway."
+        f"To the first token, and bytes up of {TOKENS} tokens, behind a prompt of {PREFIX} tokens. Cold: nobody had "
+        "it; warm: another device had it; again: this device had it, and asks something else. Two processes on one "
+        "machine, encrypted. In split and exit mode a device that has not had it computes its own layers of all of it."
     )
     record.table("prefix", columns, rows, note=note)
 
