@@ -71,8 +71,11 @@ class StatusServer:
         self._thread.join()
 
 
-def host_port(address: str) -> tuple[str, int]:
+def host_port(address: str, option: str = "--http") -> tuple[str, int]:
     """Host and port out of "HOST:PORT"; an IPv6 host stands in brackets.
+
+    Args:
+        option: that named it.
 
     Raises:
         ServiceError: it is something else.
@@ -80,5 +83,5 @@ def host_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if host == "*" or address_fault(f"tcp://{address}", listening=True):
         remedy = "write HOST:PORT, such as 127.0.0.1:9090 or [::1]:9090"
-        raise ServiceError(f"{address!r} is no address for --http", remedy)
+        raise ServiceError(f"{address!r} is no address for {option}", remedy)
     return host.strip("[]"), int(port)

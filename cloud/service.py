@@ -449,7 +449,7 @@ class Service:
 
     def _count_principals(self) -> set[str]:
         """Who is let in; each may hold a share of the KV."""
-        names = {_LOCAL} if self._allowed is None else {name for _, name in self._allowed.entries()}
+        names = {_LOCAL} if self._allowed is None else self._allowed.principals()
         self._registry.principals = len(names)
         return names
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
@@ -36,11 +36,11 @@ class AsyncDevice:
         """What the last generation cost."""
         return self._device.stats if self._device is not None else Stats()
 
-    def generate(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Token]:
+    def generate(self, prompt: Prompt = None, **options: Any) -> AsyncGenerator[Token]:
         """As `Device.generate`."""
         return self._tokens(lambda device: device.generate(prompt, **options))
 
-    def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> AsyncIterator[Token]:
+    def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Token]:
         """As `Device.chat`."""
         return self._tokens(lambda device: device.chat(messages, **options))
 
@@ -49,7 +49,7 @@ class AsyncDevice:
         device = await self._opened()
         return await self._call(lambda: device.unfinished)
 
-    def go_on(self) -> AsyncIterator[Token]:
+    def go_on(self) -> AsyncGenerator[Token]:
         """As `Device.go_on`."""
         return self._tokens(lambda device: device.go_on())
 
@@ -73,7 +73,7 @@ class AsyncDevice:
     ) -> None:
         await self.close()
 
-    async def _tokens(self, start: Callable[[Device], Iterator[Token]]) -> AsyncIterator[Token]:
+    async def _tokens(self, start: Callable[[Device], Iterator[Token]]) -> AsyncGenerator[Token]:
         device = await self._opened()
         tokens: Any = await self._call(lambda: start(device))
         try:

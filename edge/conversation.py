@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from isthmus.edge.journal import Journal
 from isthmus.edge.token import Source
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import ConversationFullError
 
 
 class Conversation:
@@ -65,10 +65,10 @@ class Conversation:
         """Refuses a length that there is no room for.
 
         Raises:
-            DeviceError: so it is.
+            ConversationFullError: so it is.
         """
         if length > self._room and not self._slides:
-            raise DeviceError(
+            raise ConversationFullError(
                 f"the conversation has {length} tokens and there is room for {self._room}",
                 "begin a new one, raise kv_tokens, or choose overflow='slide'",
             )

@@ -17,7 +17,7 @@ from isthmus.engine.sampling import Sampling
 from isthmus.protocol import messages as m
 from isthmus.protocol import tensors
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError
+from isthmus.protocol.errors import ConversationFullError
 
 TOKENS_LANE, HIDDEN_LANE = 1, 2
 
@@ -35,7 +35,7 @@ class Runner(Protocol):
 
         Raises:
             LinkError: the cloud is gone.
-            DeviceError: no room is left for it.
+            ConversationFullError: no room is left for it.
             ServiceError: the cloud refuses.
             Silent: the cloud shows no sign of life (where `Link.hush` is set); ask again later.
             GaveUp: the controller has found a better way than to wait.
@@ -110,7 +110,7 @@ class StreamRunner:
             if news.done:
                 self._running = False
                 if news.reason == "full":
-                    raise DeviceError(
+                    raise ConversationFullError(
                         "the conversation is full in the cloud", "begin a new one, or choose overflow='slide'"
                     )
         return self._ready.popleft()

@@ -23,7 +23,7 @@ from isthmus.edge.stream import Stream
 from isthmus.edge.trips import Trips
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import Chain
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError
+from isthmus.protocol.errors import ConversationFullError, DeviceError, IsthmusError, LinkError, ServiceError
 
 _MAX_SETBACKS = 24  # realignments in a row without one token
 _MAX_REPEATS = 3  # of a draft, which a cloud drops without a word when it does not fit
@@ -374,7 +374,7 @@ class Session:
             self._setback(lane)
         elif code is m.Code.KV_FULL:
             problem = f"the conversation is full: {fault.problem}" if lane.opened else fault.problem
-            self._fail(DeviceError(problem, fault.remedy or "begin a new one, or choose overflow='slide'"))
+            self._fail(ConversationFullError(problem, fault.remedy or "begin a new one, or choose overflow='slide'"))
         elif code is m.Code.CLOSING:
             self.closing = True
             self._fail(LinkError(f"{self.where} is stopping", "try again later or name another cloud"))

@@ -57,6 +57,10 @@ class DeviceError(IsthmusError):
     """The device cannot do what it was asked to do."""
 
 
+class ConversationFullError(DeviceError):
+    """There is no room for more tokens, here or in the cloud."""
+
+
 class ServiceError(IsthmusError):
     """The cloud service cannot start or refused a request."""
 

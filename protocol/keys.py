@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from isthmus.protocol.errors import ProtocolError
+from isthmus.protocol.owners import OwnerList, check_owner, write_private
 
 ALLOWED = "allowed"  # file name of the list inside a keys folder
 _Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,8 @@ def write_pair(folder: Path, name: str, *, replace: bool = False) -> KeyPair:
         if not replace and (there := [str(path) for path in (secret, public) if path.exists()]):
             raise ProtocolError(f"{' and '.join(there)} exist already", "keep using them, or remove them first")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(secret, pair.secret + "\n", 0o600)
-        _write(public, pair.public + "\n", 0o644)
+        write_private(secret, pair.secret + "\n", 0o600)
+        write_private(public, pair.public + "\n", 0o644)
     except OSError as error:
         raise ProtocolError(f"cannot write keys to {folder}: {error.strerror}", "choose a folder of yours") from error
     return pair
@@ -152,7 +151,7 @@ def write_trusted(folder: Path, key: str, cloud: str = "server") -> None:
         raise ProtocolError(f"{folder} holds a cloud's own keys", "choose another folder with --keys")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(folder / f"{cloud}.pub", key + "\n", 0o644)
+        write_private(folder / f"{cloud}.pub", key + "\n", 0o644)
     except OSError as error:
         raise ProtocolError(f"cannot write keys to {folder}: {error.strerror}", "choose a folder of yours") from error
 
@@ -168,88 +167,53 @@ def check_key(key: str) -> str:
     return key
 
 
-def check_owner(name: str) -> str:
-    """The name itself when it is fit for a key file or a principal.
-
-    Raises:
-        ProtocolError: other than letters, digits and . _ @ -, or too long.
-    """
-    if not _NAME.fullmatch(name):
-        raise ProtocolError(f"{name[:80]!r} is no name", "use up to 64 letters, digits, and . _ @ -")
-    return name
-
-
-class AllowList:
+class AllowList(OwnerList):
     """The keys that a service lets in, and whose they are. Edits of the file count from the next `refresh`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._names: dict[str, str] = {}
-        self._stamp: tuple[int, int, int] | None = None
-        self.refresh()
+        self._lent: dict[str, str] = {}
+        self._lent_anew = False
+        super().__init__(path, _Z85, "key")
 
-    def principal(self, key: str) -> str | None:
+    def principal(self, entry: str) -> str | None:
         """Whose key it is, or None when it is not on the list."""
-        return self._names.get(key)
+        return super().principal(entry) or self._lent.get(entry)
 
-    def entries(self) -> list[tuple[str, str]]:
-        """(key, principal) in the file's order."""
-        return list(self._names.items())
+    def principals(self) -> set[str]:
+        """Everybody who is let in."""
+        return {name for _, name in self.entries()} | set(self._lent.values())
 
-    def refresh(self) -> bool:
-        """Reads the file again if it changed; whether it did. A missing file is an empty list.
+    def lend(self, key: str, name: str) -> None:
+        """Lets a key of this very service's own in for somebody, until `give_back`; the file knows nothing of it.
 
         Raises:
-            ProtocolError: a line that is no `KEY PRINCIPAL`; the list before stays in force.
+            ProtocolError: no key, or no name.
         """
-        try:
-            stat = self.path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            if stamp == self._stamp:
-                return False
-            text = self.path.read_text()
-        except FileNotFoundError:
-            changed, self._names, self._stamp = bool(self._names), {}, None
-            return changed
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ProtocolError(f"cannot read the list of keys {self.path}: {why}", "mend or remove it") from error
-        names: dict[str, str] = {}
-        for number, line in enumerate(text.splitlines(), 1):
-            # A key may itself begin with '#', so a comment needs the space.
-            if not line.strip() or line.startswith("# "):
-                continue
-            key, _, name = line.strip().partition(" ")
-            if not _Z85.fullmatch(key) or not _NAME.fullmatch(name.strip()):
-                raise ProtocolError(f"line {number} of {self.path} is no entry", "write: KEY PRINCIPAL")
-            names[key] = name.strip()
-        self._names, self._stamp = names, stamp
-        return True
+        self._lent[check_key(key)] = check_owner(name)
+        self._lent_anew = True
+
+    def give_back(self, name: str) -> None:
+        """Ends what was lent in somebody's name."""
+        self._lent = {key: owner for key, owner in self._lent.items() if owner != name}
+        self._lent_anew = True
+
+    def refresh(self) -> bool:
+        """Reads the file again if it changed; whether it did, or keys were lent.
+
+        Raises:
+            ProtocolError: a line that is no entry; the list before stays in force.
+        """
+        changed = super().refresh() or self._lent_anew
+        self._lent_anew = False
+        return changed
 
     def allow(self, key: str, name: str) -> None:
         """Puts a key on the list and writes the file.
 
         Raises:
-            ProtocolError: no key, or no name.
+            ProtocolError: no key, or no name; or the file cannot be written.
         """
-        self._names[check_key(key)] = check_owner(name)
-        self._save()
-
-    def revoke(self, key_or_name: str) -> int:
-        """Takes a key, or all keys of a principal, off the list and writes the file; how many."""
-        gone = [key for key, name in self._names.items() if key_or_name in (key, name)]
-        for key in gone:
-            del self._names[key]
-        if gone:
-            self._save()
-        return len(gone)
-
-    def _save(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write(self.path, "".join(f"{key} {name}\n" for key, name in self._names.items()), 0o600)
-        except OSError as error:
-            raise ProtocolError(f"cannot write {self.path}: {error.strerror}", "choose a folder of yours") from error
+        self.put(check_key(key), name)
 
 
 def _other_pairs(folder: Path, name: str) -> list[str]:
@@ -270,15 +234,3 @@ def _read_key(path: Path, remedy: str = "check the name of the file") -> str:
         return check_key(key)
     except ProtocolError as error:
         raise ProtocolError(f"{path} holds no CURVE key", error.remedy) from None
-
-
-def _write(path: Path, text: str, mode: int) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            os.fchmod(handle, mode)
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -37,7 +37,8 @@ def new(
     Where there is a pair already, it stays, and its public key is shown again.
     """
     from isthmus.protocol.errors import ProtocolError
-    from isthmus.protocol.keys import ALLOWED, AllowList, check_owner, default_folder, write_pair
+    from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, write_pair
+    from isthmus.protocol.owners import check_owner
 
     if name == "server":
         raise ProtocolError("the name 'server' is the cloud's own", "choose another; `isthmus serve` makes its own key")
@@ -75,14 +76,15 @@ def _show_again(folder: Path, name: str, allowed: AllowList) -> None:
 
 @app.command("list")
 def list_(keys: Folder = None) -> None:
-    """Show the keys that a cloud on this machine lets in, and whose they are."""
+    """Show the keys and the tokens' hashes that a cloud on this machine lets in, and whose they are."""
     import sys
 
+    from isthmus.protocol.bearer import TOKENS, TokenList
     from isthmus.protocol.keys import ALLOWED, AllowList, default_folder
 
     path = (keys or default_folder()) / ALLOWED
     entries = AllowList(path).entries()
-    for key, name in entries:
+    for key, name in (*entries, *TokenList(path.with_name(TOKENS)).entries()):
         print(key, name)
     if not entries:
         print(f"no device is allowed in by {path}", file=sys.stderr)
@@ -102,20 +104,36 @@ def allow(
     print(f"{name} may connect")
 
 
-@app.command(context_settings=TAKES_KEYS)
-def revoke(
-    key: Annotated[str, typer.Argument(metavar="KEY|NAME", help="A public key, a .pub file, or a name")],
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Whose it is: one name may have several tokens, and keys")],
     keys: Folder = None,
 ) -> None:
-    """Take a key, or all keys of a name, off the list; a running cloud notices within a second."""
+    """Make a token for a program that speaks OpenAI's API to the cloud on this machine; it is shown once."""
+    from isthmus.protocol.bearer import TOKENS, TokenList
+    from isthmus.protocol.keys import default_folder
+
+    print(TokenList((keys or default_folder()) / TOKENS).issue(name))
+
+
+@app.command(context_settings=TAKES_KEYS)
+def revoke(
+    key: Annotated[str, typer.Argument(metavar="KEY|TOKEN|NAME", help="A public key, a .pub file, a token, or a name")],
+    keys: Folder = None,
+) -> None:
+    """Take a key, a token, or all of a name, off the lists; a running cloud notices within a second."""
+    from isthmus.protocol.bearer import TOKENS, TokenList
     from isthmus.protocol.errors import ProtocolError
     from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, keys_option
 
     folder = keys or default_folder()
     count = AllowList(folder / ALLOWED).revoke(_key(key) if key.endswith(".pub") else key)
-    if not count:
-        raise ProtocolError(f"{key!r} is not on the list in {folder}", f"see: isthmus keys list{keys_option(folder)}")
-    print(f"{count} {'key' if count == 1 else 'keys'} taken off the list")
+    tokens = TokenList(folder / TOKENS).withdraw(key)
+    if not count and not tokens:
+        raise ProtocolError(f"{key!r} is not on the lists in {folder}", f"see: isthmus keys list{keys_option(folder)}")
+    for many, what in ((count, "key"), (tokens, "token")):
+        if many:
+            print(f"{many} {what}{'' if many == 1 else 's'} taken off the list")
 
 
 @app.command(context_settings=TAKES_KEYS)

@@ -31,6 +31,14 @@ def command(
     http: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Answer /metrics (Prometheus) and /health there")
     ] = None,
+    openai: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Answer OpenAI's API there: /v1/chat/completions and others"),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate (PEM) of the port for OpenAI's API")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key (PEM)")] = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at once; idle ones give way")] = 256,
     kv_tokens: Annotated[int, typer.Option(min=16, help="Positions of all sessions that each model's KV holds")] = 9216,
     kv_share: Annotated[
@@ -71,6 +79,7 @@ def command(
     import time
     from functools import partial
 
+    from isthmus.apps.cli import openai_port
     from isthmus.apps.cli.onward import Onward
     from isthmus.apps.cli.run import check_bundle, is_network
     from isthmus.cloud.admission import ServiceLimits
@@ -108,15 +117,21 @@ def command(
     listen = check_listening(listen, encrypted=not no_keys)
     if http is not None:
         host_port(http)
+    port = None
+    if openai is not None:
+        spoken = [bundle for bundle in bundles if not is_network(bundle)]
+        port = openai_port.checked(openai, tls_cert, tls_key, spoken, keys)
+    elif tls_cert is not None or tls_key is not None:
+        raise ServiceError("--tls-cert and --tls-key have no effect without --openai", "leave them out")
     check_free(listen)
-    pair, allowed = (None, None) if no_keys else _keys(keys)
+    pair, allowed = (None, None) if no_keys else _keys(keys, devices_alone=port is None)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("isthmus").setLevel(logging.INFO)
     place = None if spill is None else partial(Spill, spill, max_bytes=spill_mb * 10**6, clock=time.monotonic)
     models: list[Model] = []
     closing: list[Onward] = []
     graphs: list[Graph] = []
-    transport = status = None
+    transport = status = beside = None
     try:
         for bundle in bundles:
             if is_network(bundle):
@@ -150,13 +165,17 @@ def command(
             print(f"{count} device {'key is' if count == 1 else 'keys are'} allowed")
         if status is not None:
             print(f"status at http://{status.address}/metrics and /health")
+        if port is not None:
+            beside = port.open(service.address, pair, allowed)
+            who = "with a token (isthmus keys token NAME)" if port.guarded else "to this machine, without tokens"
+            print(f"OpenAI's API at {port.shown(beside.port)}, {who}")
         sys.stdout.flush()
         # What lives as long as the service need not be looked at by each collection.
         gc.collect()
         gc.freeze()
         service.run()
     finally:
-        for one in (status, transport, *models, *closing):
+        for one in (beside, status, transport, *models, *closing):
             if one is not None:
                 one.close()
     print("stopped")
@@ -174,14 +193,14 @@ def _prompt(path: Path) -> str:
         raise ServiceError(f"{path} is no UTF-8 text", "name a text file with --pin") from error
 
 
-def _keys(folder: Path | None) -> tuple[KeyPair, AllowList]:
-    """The cloud's pair, made when there is none, and the list of devices, which must not be empty."""
+def _keys(folder: Path | None, *, devices_alone: bool) -> tuple[KeyPair, AllowList]:
+    """The cloud's pair, made when there is none, and the list of devices, which somebody must be on if it is all."""
     from isthmus.protocol.errors import ServiceError
     from isthmus.protocol.keys import ALLOWED, AllowList, default_folder, keys_option, read_pair, write_pair
 
     folder = folder or default_folder()
     allowed = AllowList(folder / ALLOWED)
-    if not allowed.entries():
+    if devices_alone and not allowed.entries():
         option = keys_option(folder)
         raise ServiceError(
             f"no device is allowed in by {folder / ALLOWED}",
