@@ -17,8 +17,6 @@ from isthmus.protocol.keys import AllowList, KeyPair, default_folder, keys_optio
 if TYPE_CHECKING:
     from isthmus.apps.openai.beside import Beside
 
-OPTION = "--openai"
-
 
 @dataclass(frozen=True, slots=True)
 class OpenAiPort:
@@ -83,6 +81,7 @@ def checked(
         ProtocolError: the list of tokens cannot be read.
     """
     from isthmus.apps.openai.beside import check_installed
+    from isthmus.apps.openai.sockets import OPTION, bound
 
     check_installed()
     host_port(address, OPTION)
@@ -101,6 +100,7 @@ def checked(
         if not tokens.entries():
             remedy = f"run: isthmus keys token NAME{keys_option(folder)}"
             raise ServiceError(f"{address} can be reached from outside and there are no tokens", remedy)
+    bound(address).close()
     return OpenAiPort(address, tuple(bundles), tokens.path, certificate, key)
 
 

@@ -33,7 +33,7 @@ def command(
     ] = None,
     openai: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Answer OpenAI's API there: /v1/chat/completions and others"),
+        typer.Option(metavar="HOST:PORT", help="Answer OpenAI's API there: /v1/models, /v1/chat and so on"),
     ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Certificate (PEM) of the port for OpenAI's API")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import ssl
 import sys
 import threading
@@ -22,7 +21,7 @@ from isthmus.apps.openai.face import Face, Served
 from isthmus.apps.openai.keyring import Keyring
 from isthmus.apps.openai.pool import Desk, DevicePool
 from isthmus.apps.openai.settings import Lent, News, Settings
-from isthmus.cloud.http import host_port
+from isthmus.apps.openai.sockets import bound
 from isthmus.edge.aio import AsyncDevice
 from isthmus.protocol.bearer import TokenList
 from isthmus.protocol.errors import IsthmusError, ServiceError
@@ -71,7 +70,7 @@ async def _serve(settings: Settings) -> None:
 
     pool = DevicePool(device, settings.most, settings.wait_s)
     served = {name: Served(name, f"isthmus-{bundle.model_id[:12]}") for name, bundle in by_name.items()}
-    listening = _listening(settings.listen)
+    listening = bound(settings.listen)
     server = _server(settings, Face(served, pool, door, chore))
     loop = asyncio.get_running_loop()
 
@@ -100,18 +99,6 @@ def _server(settings: Settings, face: Face) -> uvicorn.Server:
         why = error.strerror or str(error)
         raise ServiceError(f"cannot use {settings.certificate}: {why}", "name a certificate and its key") from error
     return uvicorn.Server(config)
-
-
-def _listening(address: str) -> socket.socket:
-    host, port = host_port(address, "--openai")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-    except OSError as error:
-        raise ServiceError(f"cannot listen on {address}: {error.strerror}", "choose another --openai port") from error
-    return found
 
 
 def _reads(loop: asyncio.AbstractEventLoop, keyring: Keyring | None, end: Callable[[], None]) -> None:

@@ -24,7 +24,12 @@ class Door:
 
     def owner(self, token: str) -> str | None:
         """Whose a token is; an empty one stands for none."""
-        return LOCAL if self.open else self._tokens.owner(token)
+        if self.open:
+            return LOCAL
+        if (found := self._tokens.owner(token)) is None and token:
+            self.refresh()  # it may be a new one
+            found = self._tokens.owner(token)
+        return found
 
     def owners(self) -> set[str] | None:
         """Whose tokens are good now; None for whoever comes."""

@@ -18,6 +18,7 @@ from isthmus.split.fetch import fetch
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 PORT = "5757"
+API = "8080"
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def port(place: Path) -> Iterator[str]:
-    """The port of a cloud that serves it."""
-    with socket.socket() as probe:
+def ports(place: Path) -> Iterator[tuple[str, str]]:
+    """The port of a cloud that serves it, and that of OpenAI's API."""
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        free = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        free, api = probe.getsockname()[1], other.getsockname()[1]
     command = [sys.executable, "-m", "isthmus.apps.cli", "serve", "smollm2", "--listen", f"tcp://127.0.0.1:{free}"]
+    command += ["--openai", f"127.0.0.1:{api}"]
     with (place / "cloud.log").open("w") as log:
         cloud = subprocess.Popen(
             [*command, "--keys", "keys"], cwd=place, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -47,26 +50,26 @@ def port(place: Path) -> Iterator[str]:
         deadline = time.monotonic() + 60
         while True:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", free)) == 0:
+                if probe.connect_ex(("127.0.0.1", api)) == 0:  # which comes last
                     break
             said = (place / "cloud.log").read_text()
             assert cloud.poll() is None, said
             assert time.monotonic() < deadline, said
             time.sleep(0.05)
-        yield str(free)
+        yield str(free), str(api)
     finally:
         cloud.terminate()
         cloud.wait(20)
 
 
-def test_python_of_the_readme_runs(place: Path, port: str) -> None:
+def test_python_of_the_readme_runs(place: Path, ports: tuple[str, str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    assert len(blocks) == 2
-    for first, block in zip((True, False), blocks, strict=True):
-        assert PORT in block
+    assert len(blocks) == 3
+    for first, block in zip((True, False, False), blocks, strict=True):
+        assert (PORT in block) != (API in block)
         environment = {**os.environ, "ISTHMUS_KEYS": str(place / "keys")}
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", block.replace(PORT, port)],
+            [sys.executable, "-W", "error", "-c", block.replace(PORT, ports[0]).replace(API, ports[1])],
             cwd=place,
             env=environment,
             capture_output=True,
@@ -75,6 +78,8 @@ def test_python_of_the_readme_runs(place: Path, port: str) -> None:
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
+        if API in block:
+            assert done.stdout.strip()
         if not first:
             continue  # it checks itself
         costs = dict(re.findall(r"^(local|split|stream): \d+ tokens/s, (\d+) bytes up$", done.stdout, re.M))
