@@ -235,11 +235,12 @@ class Graphs:
                 refusal = Refusal(Code.ENGINE, "the network failed on this", "the cloud's log says why")
             self._refuse(asked[0], refusal)
             return
-        self._metrics.step_ms.add(engine_us * 1e-3)
+        self._metrics.step_s.add(engine_us * 1e-6)
         self._metrics.step_rows.add(len(asked))
+        self._metrics.step_sequences.add(len(asked))
         for one, arrays in zip(asked, answers, strict=True):
             queue_us = int((began_s - one.received_s) * 1e6)
-            self._metrics.queue_ms.add(queue_us * 1e-3)
+            self._metrics.queue_s.add(queue_us * 1e-6)
             try:
                 shapes, data = pack(arrays)
             except (ProtocolError, AttributeError) as error:  # what is no array has no type

@@ -58,11 +58,6 @@ class Model:
         pinned = self.context.pinned_tokens if self.context is not None else 0
         return -(-self.kv.max_tokens // KV_BLOCK) * KV_BLOCK - pinned
 
-    @property
-    def held_tokens(self) -> int:
-        """KV positions held by sessions."""
-        return sum(session.committed for session in self.sessions)
-
     def close(self) -> None:
         """Frees the engine and the files; may be called twice."""
         if self.closed:

@@ -15,7 +15,7 @@ from isthmus.cloud.models import Model
 from isthmus.cloud.registry import Registry
 from isthmus.cloud.scheduler import Demand, Pick, step
 from isthmus.cloud.session import Session
-from isthmus.cloud.work import Refusal
+from isthmus.cloud.work import Refusal, Work
 from isthmus.engine.part import Rows as EngineRows
 from isthmus.protocol.errors import EngineError, OutOfBlocks
 from isthmus.protocol.messages import Code
@@ -94,21 +94,24 @@ class Runner:
             work = session.work[0]
             if work.queue_us < 0:
                 work.queue_us = int((now_s - work.received_s) * 1e6)
-                self._metrics.queue_ms.add(work.queue_us * 1e-3)
+                self._metrics.queue_s.add(work.queue_us * 1e-6)
             n_tokens, n_hidden = take(session, pick.rows, rows)
             taken.append((session, pick.rows, n_tokens, n_hidden))
         begin_s = time.perf_counter()
         with self._meanwhile:
             result = model.part.step(rows)
         engine_s = time.perf_counter() - begin_s
-        engine_us = int(engine_s * 1e6)
+        engine_us, ended_s = int(engine_s * 1e6), self._clock()
         at_token = at_hidden = 0
         for session, n_rows, n_tokens, n_hidden in taken:
             tokens = result.tokens[at_token : at_token + n_tokens]
             hidden = result.hidden[at_hidden : at_hidden + n_hidden]
             at_token += n_tokens
             at_hidden += n_hidden
+            work, before = session.work[0], session.committed
             reply = session.commit(n_rows, tokens, hidden, engine_us)
+            if tokens:
+                self._timed(session, work, min(len(tokens), session.committed - before), ended_s)
             if model.context is not None:
                 model.context.keep(session)
             peer = self._registry.peers.get(session.route)
@@ -122,8 +125,19 @@ class Runner:
         metrics = self._metrics
         metrics.rows += len(rows)
         metrics.tokens += at_token
-        metrics.step_ms.add(engine_s * 1e3)
+        metrics.step_s.add(engine_s)
         metrics.step_rows.add(len(rows))
+        metrics.step_sequences.add(len(taken))
+
+    def _timed(self, session: Session, work: Work, tokens: int, now_s: float) -> None:
+        """Counts how soon tokens came."""
+        mode = self._metrics.mode(session.mode)
+        asks = work.max_tokens or work.prompt_end - work.position > self._limits.decode_rows
+        if asks and not work.answered_s:
+            mode.first_s.add(now_s - work.received_s)
+        else:
+            mode.token_s.add((now_s - (work.answered_s or work.received_s)) / max(1, tokens))
+        work.answered_s = now_s
 
     def _reclaim(self, model: Model, picks: list[Pick]) -> int:
         """Takes memory for rows from what no session uses; for how many positions there was some."""

@@ -13,12 +13,14 @@ from isthmus.cloud.admission import ServiceLimits
 from isthmus.cloud.attendant import Attendant
 from isthmus.cloud.bulk import Bulk
 from isthmus.cloud.graphs import Graph, Graphs
-from isthmus.cloud.metrics import Metrics
+from isthmus.cloud.metrics import Gauge, Metrics
 from isthmus.cloud.models import Model
+from isthmus.cloud.modes import mode_of
 from isthmus.cloud.peers import Peer, ServerTransport
 from isthmus.cloud.registry import Registry
 from isthmus.cloud.runner import Runner
 from isthmus.cloud.work import Refusal
+from isthmus.engine.part import KV_BLOCK
 from isthmus.protocol.errors import IsthmusError, ProtocolError, ServiceError
 from isthmus.protocol.keys import AllowList
 from isthmus.protocol.limits import LIMITS, LinkLimits
@@ -326,6 +328,10 @@ class Service:
         session, model = self._registry.find(peer, message, principal)
         self._only_while_running()
         session.used_s = now_s
+        session.mode = mode_of(message, session.enter, session.mode)
+        mode = self.metrics.mode(session.mode)
+        mode.requests += 1
+        mode.bytes_in += size
         before, reply = session.size_bytes, None
         if isinstance(message, Rows):
             if len(message.tokens) > self._link_limits.max_rows:
@@ -438,13 +444,16 @@ class Service:
             context.refresh(self._clock(), self.limits.context_s)
         self.metrics.prefix_asked = sum(context.asked_tokens for context in contexts)
         self.metrics.prefix_found = sum(context.found_tokens for context in contexts)
+        waiting = sum(len(session.work) for session, _ in self._registry) + self._graphs.waiting
+        free = sum(model.part.free_tokens for model in self.models.values()) // KV_BLOCK
+        spare = sum(context.spare_tokens for context in contexts) // KV_BLOCK
+        whole = sum(model.pool_tokens for model in self.models.values()) // KV_BLOCK
+        blocks = {"free": free, "spare": spare, "held": whole - free - spare}
         self.metrics.gauges = {
-            "sessions": len(self._registry),
-            "connections": len(self._peers),
-            "waiting_requests": sum(len(session.work) for session, _ in self._registry) + self._graphs.waiting,
-            "kv_free_tokens": sum(model.part.free_tokens for model in self.models.values()),
-            "kv_spare_tokens": sum(context.spare_tokens for context in contexts),
-            "kv_held_tokens": sum(model.held_tokens for model in self.models.values()),
+            "sessions": Gauge("Sessions", {"": len(self._registry)}),
+            "connections": Gauge("Devices that are connected", {"": len(self._peers)}),
+            "waiting_requests": Gauge("Requests that wait for the engine, or are computed", {"": waiting}),
+            "kv_blocks": Gauge("Blocks of KV: free, kept for others, or of sessions", blocks, "state"),
         }
 
     def _count_principals(self) -> set[str]:

@@ -56,6 +56,7 @@ class Session:
         kept: blocks that are.
         freed_bytes: credit of requests that are done, to be given back.
         refused: times in a row that there was no KV for it.
+        mode: in which its device works, as its last request shows.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Session:
         self.kept = 0
         self.freed_bytes = 0
         self.refused = 0
+        self.mode = ""
         self.samples = Samples()
         self._unbilled_us = 0  # engine time of rows that nobody waited for; the next answer names it
 

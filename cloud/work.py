@@ -45,6 +45,7 @@ class Work:
         tokens: sampled so far.
         states: hidden states given so far, each [n, d_model] f32.
         received_s, deadline_s: on the service's clock.
+        answered_s: when it gave a token last, 0 for never.
         size_bytes: credit to give back when it is done.
         drafted: its tokens from `position` on are guesses; what is not right of them is taken back.
         firm: of drafted tokens those that stand whatever the model says, as bits.
@@ -73,6 +74,7 @@ class Work:
     drafted: bool = False
     lazy: bool = False
     firm: int = 0
+    answered_s: float = 0.0
 
     @property
     def rows(self) -> int:

@@ -497,4 +497,4 @@ def test_metrics_are_prometheus_text() -> None:
     assert values["isthmus_tokens_total"] == "1"
     assert values['isthmus_faults_total{code="gap"}'] == "1"
     assert values["isthmus_sessions"] == "1"
-    assert values["isthmus_step_ms_count"] == values['isthmus_step_ms_bucket{le="+Inf"}'] == "1"
+    assert values["isthmus_step_seconds_count"] == values['isthmus_step_seconds_bucket{le="+Inf"}'] == "1"
