@@ -85,6 +85,7 @@ class Context:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # what goes first comes first
+        self._resident: OrderedDict[_Key, _Entry] = OrderedDict()  # those in memory, of perhaps many more; as they go
         self._now_s = 0.0
         self.spill: Spill | None = None
         self.asked_tokens = self.found_tokens = self.pinned_tokens = 0
@@ -96,7 +97,7 @@ class Context:
     @property
     def spare_tokens(self) -> int:
         """Positions of blocks that no session uses: memory that can be had."""
-        return KV_BLOCK * sum(entry.spare for entry in self._entries.values())
+        return KV_BLOCK * self._spare()
 
     def pin(self, tokens: list[int]) -> int:
         """Computes a text whose whole blocks are everybody's from now on, and stay; how many tokens those have.
@@ -113,7 +114,7 @@ class Context:
                 key = EVERYBODY, head[:NAME_BYTES]
                 if key not in self._entries:
                     of = tokens[index * BLOCK : (index + 1) * BLOCK]
-                    self._entries[key] = _Entry(sequence.lend(index), None, of, head, 0, self._now_s, pinned=True)
+                    self._add(key, _Entry(sequence.lend(index), None, of, head, 0, self._now_s, pinned=True))
                     self.pinned_tokens += BLOCK
         finally:
             sequence.close()
@@ -142,7 +143,7 @@ class Context:
 
     def lacks(self, prefix: Prefix) -> bool:
         """Whether memory is missing for what of a prefix is on disk, even if all is taken that no session uses."""
-        spare = sum(entry.spare for entry in self._entries.values()) - sum(entry.spare for entry in prefix.entries)
+        spare = self._spare() - sum(entry.spare for entry in prefix.entries)
         missing = sum(entry.block is None for entry in prefix.entries)
         return missing > spare + self._part.free_tokens // BLOCK
 
@@ -176,9 +177,10 @@ class Context:
             if (entry := self._entries.get(key)) is None:
                 tokens = session.chain.tokens[index * BLOCK : (index + 1) * BLOCK]
                 block = session.sequence.lend(index)
-                self._entries[key] = _Entry(block, None, tokens, head, root.enter, self._now_s)
+                self._add(key, _Entry(block, None, tokens, head, root.enter, self._now_s))
             elif entry.block is None and entry.head == head:
                 entry.block = session.sequence.lend(index)
+                self._resident[key] = entry
         session.kept = max(session.kept, end)
 
     def touch(self, session: Session) -> None:
@@ -190,6 +192,8 @@ class Context:
             if (entry := self._entries.get(key)) is not None:
                 entry.used_s = self._now_s
                 self._entries.move_to_end(key)
+                if entry.block is not None:
+                    self._resident.move_to_end(key)
 
     def reclaim(self, tokens: int, but: Collection[int] = ()) -> int:
         """Frees memory for so many positions, or what there is; for how many it did.
@@ -198,7 +202,7 @@ class Context:
             but: ids of entries that stay.
         """
         freed = 0
-        for key, entry in list(self._entries.items()):
+        for key, entry in list(self._resident.items()) if tokens > 0 else ():
             if freed >= tokens:
                 break
             if entry.spare and id(entry) not in but:
@@ -227,6 +231,12 @@ class Context:
         if self.spill is not None:
             self.spill.close()
 
+    def _spare(self) -> int:
+        return sum(entry.spare for entry in self._resident.values())
+
+    def _add(self, key: _Key, entry: _Entry) -> None:
+        self._entries[key] = self._resident[key] = entry
+
     def _key(self, root: Root, name: bytes) -> _Key:
         """Where a block of that name is, or would be."""
         return (EVERYBODY, name) if not root.enter and (EVERYBODY, name) in self._entries else (root, name)
@@ -240,6 +250,7 @@ class Context:
             self._drop(key)
             return None
         entry.block = self._part.restore(data, entry.enter)
+        self._resident[key] = entry
         return entry.block
 
     def _put_away(self, key: _Key, entry: _Entry) -> None:
@@ -254,6 +265,7 @@ class Context:
         else:
             entry.block.close()
             entry.block = None
+            del self._resident[key]
 
     def _make_room(self) -> None:
         """Gives up the slot of what was used longest ago."""
@@ -272,6 +284,7 @@ class Context:
 
     def _drop(self, key: _Key) -> None:
         entry = self._entries.pop(key)
+        self._resident.pop(key, None)
         self._give_slot(entry)
         if entry.block is not None:
             entry.block.close()
