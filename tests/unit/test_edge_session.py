@@ -12,7 +12,14 @@ from isthmus.edge.lane import Lane
 from isthmus.edge.session import Session
 from isthmus.protocol import messages as m
 from isthmus.protocol.chain import ROOT, Chain
-from isthmus.protocol.errors import DeviceError, IsthmusError, LinkError, ServiceError, SlowLinkError
+from isthmus.protocol.errors import (
+    ConversationFullError,
+    DeviceError,
+    IsthmusError,
+    LinkError,
+    ServiceError,
+    SlowLinkError,
+)
 
 TIMEOUTS = Timeouts(connect_ms=5000, retry_ms=1000, give_up_ms=3000, progress_ms=60_000)
 LOG = [5, 6, 7, 8]
@@ -188,7 +195,7 @@ def test_a_busy_cloud_is_asked_again_when_it_said() -> None:
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        (m.Code.KV_FULL, DeviceError),
+        (m.Code.KV_FULL, ConversationFullError),
         (m.Code.CLOSING, LinkError),
         (m.Code.ENGINE, ServiceError),
         (m.Code.UNKNOWN, ServiceError),
